@@ -1,0 +1,219 @@
+"""A finished model folder: opened lazily, read one block at a time as dense effective weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from checkpoints.errors import CheckpointError
+from checkpoints.headers import ADAPTER, read_config, shape_from_folder, weight_files
+from checkpoints.manifest import MANIFEST, Manifest, check_files, sha256_file
+from checkpoints.nm import require_finite
+from checkpoints.packing import dequantise
+from checkpoints.shape import LinearShape, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Checkpoint:
+    """A model folder of any stage, or any Hugging Face causal language model stored as safetensors.
+
+    Reading a block costs that block's bytes and no more; nothing is unpickled and no remote code runs.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest | None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.config = read_config(folder)
+        self.shape: ModelShape = shape_from_folder(folder)
+        self._files = weight_files(folder)
+
+    @classmethod
+    def open(cls, folder: Path, hashes: bool = False) -> Checkpoint:
+        """Open after the cheap checks: manifest readable, every file there with its size, headers sound.
+
+        hashes: compare every file's sha256 as well. Raises CheckpointError naming what is wrong.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder")
+        manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
+        if manifest is None and (folder / ".work").is_dir():
+            raise CheckpointError(f"{folder} is a checkpoint still being written; run its command again to finish it")
+        if manifest is not None:
+            check_files(folder, manifest, hashes)
+        return cls(folder, manifest)
+
+    # --- identity ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The manifest's, or for a foreign folder a hash over its configuration and weight files."""
+        if self.manifest is not None:
+            return self.manifest.fingerprint
+        return foreign_fingerprint(self.folder)
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The precision that dense weights of this checkpoint have, or had before quantisation."""
+        first = self.shape.blocks[0].linears[0]
+        return _TORCH_DTYPES.get(first.dtype, torch.float32)
+
+    def parent(self) -> Checkpoint:
+        """The checkpoint this one was made from. Raises CheckpointError if it is gone or changed."""
+        if self.manifest is None or self.manifest.parent is None:
+            raise CheckpointError(f"{self.folder} was not made from another checkpoint")
+        link = self.manifest.parent
+        parent = Checkpoint.open((self.folder / link["path"]).resolve())
+        if parent.fingerprint != link["fingerprint"]:
+            raise CheckpointError(f"{parent.folder} is not the checkpoint that {self.folder} was made from")
+        return parent
+
+    def ancestors(self) -> Iterator[Checkpoint]:
+        """This checkpoint, its parent, and so on to the uncompressed model."""
+        current = self
+        while True:
+            yield current
+            if current.manifest is None or current.manifest.parent is None:
+                return
+            current = current.parent()
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def stored_block(self, index: int) -> dict[str, Tensor]:
+        """The block's tensors as they lie on disk, names relative to the block; memory-mapped, not copied."""
+        prefix = f"{self.shape.block_prefix}.{index}."
+        return self._read([name for name in self._files if name.startswith(prefix)], prefix)
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The block's dense effective weights: codes dequantised, adapter added, in the stored precision.
+
+        Raises NumericsError naming a tensor that holds NaN or infinity.
+        """
+        stored = self.stored_block(index)
+        dense = {}
+        quantised: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        linears = {x.name: x for x in self.shape.blocks[index].linears}
+        for name, tensor in stored.items():
+            base, _, kind = name.rpartition(".")
+            if kind in ("qweight", "qzeros", "scales", "g_idx"):
+                quantised[base][kind] = tensor
+            else:
+                require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{name}", tensor)
+                dense[name] = tensor
+        grid = self.shape.grid
+        for base, parts in quantised.items():
+            assert grid is not None
+            dense[f"{base}.weight"] = dequantise(parts, grid.bits).to(self.stored_dtype)
+        for base, linear in linears.items():
+            if linear.adapter_rank:
+                weight = dense[f"{base}.weight"]
+                dense[f"{base}.weight"] = (weight.float() + self._adapter(index, base)).to(weight.dtype)
+        return dense
+
+    def base_weight(self, index: int, linear: LinearShape) -> Tensor:
+        """One layer's weights without the adapter (out, in), where an N:M mask can be seen."""
+        if linear.grid is None:
+            return self._read([f"{self.shape.block_prefix}.{index}.{linear.name}.weight"], "").popitem()[1]
+        stored = self._read(
+            [f"{self.shape.block_prefix}.{index}.{linear.name}.{k}" for k in ("qweight", "qzeros", "scales", "g_idx")],
+            f"{self.shape.block_prefix}.{index}.{linear.name}.",
+        )
+        return dequantise(stored, linear.grid.bits)
+
+    def outer(self) -> dict[str, Tensor]:
+        """Everything outside the blocks by its full name; memory-mapped."""
+        tensors = self._read([t.name for t in self.shape.outer], "")
+        for name, tensor in tensors.items():
+            require_finite(f"{self.folder.name}: {name}", tensor)
+        return tensors
+
+    def _read(self, names: list[str], prefix: str) -> dict[str, Tensor]:
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self._files[name]].append(name)
+        tensors: dict[str, Tensor] = {}
+        for path, members in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in members:
+                    tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+        return tensors
+
+    def _adapter(self, index: int, base: str) -> Tensor:
+        """scale * B A of one layer, (out, in) float32. PEFT's convention: scale = alpha / r."""
+        key = f"base_model.model.{self.shape.block_prefix}.{index}.{base}"
+        with safe_open(self.folder / ADAPTER, framework="pt") as file:
+            a: Tensor = file.get_tensor(f"{key}.lora_A.weight").float()
+            b: Tensor = file.get_tensor(f"{key}.lora_B.weight").float()
+        return self._adapter_scale * (b @ a)
+
+    @cached_property
+    def _adapter_scale(self) -> float:
+        import json
+
+        config = json.loads((self.folder / "adapter" / "adapter_config.json").read_text())
+        return float(config["lora_alpha"]) / float(config["r"])
+
+    # --- transformers' objects ----------------------------------------------------------------------------------
+
+    def hf_config(self) -> PreTrainedConfig:
+        """The configuration as transformers reads it, without the note that weights are quantised."""
+        from transformers import AutoConfig
+
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"transformers does not know the model in {self.folder}: {error}") from None
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises CheckpointError if the folder holds none."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.folder} holds no tokenizer that transformers can read: {error}") from None
+        return tokenizer
+
+    def model(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The whole model in memory with its effective dense weights; for training and generating."""
+        from checkpoints.skeleton import Skeleton
+
+        return Skeleton(self).filled(torch.device(device), dtype or self.stored_dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """Counts measured on the files: parameters in total, non-zero, and bytes of all safetensors files."""
+        zeros = 0
+        for index, block in enumerate(self.shape.blocks):
+            for linear in block.linears:
+                zeros += int((self.base_weight(index, linear) == 0).sum())
+        return {
+            "parameters_total": self.shape.parameters_total,
+            "parameters_nonzero": self.shape.parameters_total - zeros,
+            "file_bytes": sum(p.stat().st_size for p in self.folder.rglob("*.safetensors")),
+        }
+
+
+def foreign_fingerprint(folder: Path) -> str:
+    """Sha256 over the names and hashes of the files that make a model what it is."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    names = {path for path in weight_files(folder).values()} | {folder / "config.json"}
+    names |= set(folder.glob("*token*")) | set(folder.glob("*.model"))
+    for path in sorted(names):
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""A checkpoint folder's shape, read from the headers of its safetensors files alone. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import CheckpointError
+from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.shape import BlockShape, Grid, LinearShape, ModelShape, Pattern, TensorShape
+
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter/adapter_model.safetensors"
+EDGE = "edge/embedding.safetensors"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        beside = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        raise CheckpointError(
+            f"{folder} is not a model folder: it has no config.json"
+            + (f" (it holds {', '.join(beside[:8])}{' …' if len(beside) > 8 else ''})" if beside else "")
+        )
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} does not hold a configuration")
+    return config
+
+
+def read_header(path: Path) -> dict[str, TensorShape]:
+    """The tensors of one safetensors file by name. Raises CheckpointError if the file is cut or foreign."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 100_000_000:
+                raise ValueError("the header length makes no sense")
+            header = json.loads(file.read(length))
+        tensors = {
+            name: TensorShape(name, tuple(entry["shape"]), entry["dtype"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        expected = 8 + length + sum(t.nbytes for t in tensors.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    if path.stat().st_size != expected:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes where its header announces {expected}")
+    return tensors
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, through the index or the single file."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise CheckpointError(f"{index} is damaged: {error}") from None
+        missing = sorted({file for file in names.values() if not (folder / file).is_file()})
+        if missing:
+            raise CheckpointError(f"{folder} lacks {', '.join(missing[:4])}, which its index names")
+        return {name: folder / file for name, file in names.items()}
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return dict.fromkeys(read_header(single), single)
+    pickled = [p.name for p in folder.glob("*.bin")]
+    hint = f" {pickled[0]} is pickled and is never opened; save the model as safetensors." if pickled else ""
+    raise CheckpointError(f"{folder} holds no safetensors weights (neither {INDEX} nor model.safetensors).{hint}")
+
+
+def block_prefix(names: list[str], blocks: int, folder: Path) -> str:
+    """The module path under which the blocks are numbered 0 … blocks - 1, e.g. model.layers."""
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        if match := re.match(r"(.+?)\.(\d+)\.", name):
+            numbers[match[1]].add(int(match[2]))
+    found = [prefix for prefix, seen in numbers.items() if seen == set(range(blocks))]
+    if len(found) != 1:
+        seen_text = ", ".join(f"{prefix} ({len(seen)})" for prefix, seen in numbers.items()) or "none"
+        raise CheckpointError(
+            f"{folder}: cannot tell which tensors form its {blocks} blocks; numbered groups found: {seen_text}"
+        )
+    return found[0]
+
+
+def shape_from_folder(folder: Path) -> ModelShape:
+    """The shape of a checkpoint of any stage, or of any Hugging Face causal language model folder."""
+    config = read_config(folder)
+    files = weight_files(folder)
+    tensors: dict[str, TensorShape] = {}
+    for path in sorted(set(files.values())):
+        tensors.update(read_header(path))
+    lost = sorted(set(files) - set(tensors))
+    if lost:
+        raise CheckpointError(f"{folder}: its index names {lost[0]}, which no file holds")
+
+    count = config.get("num_hidden_layers")
+    if not isinstance(count, int):
+        raise CheckpointError(f"{folder}/config.json states no num_hidden_layers")
+    prefix = block_prefix(list(tensors), count, folder)
+    members: dict[int, dict[str, TensorShape]] = defaultdict(dict)
+    outer = []
+    for name, tensor in tensors.items():
+        if match := re.match(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name):
+            members[int(match[1])][match[2]] = tensor
+        else:
+            outer.append(tensor)
+
+    grid = _grid(config)
+    pattern = _pattern(folder)
+    ranks = _adapter_ranks(folder, prefix)
+    blocks = tuple(_block(members[i], grid, pattern, ranks.get(i, {})) for i in range(count))
+    bits = None
+    if (folder / EDGE).is_file():
+        codes = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
+        bits = codes.shape[1] * 8 // int(config["hidden_size"])
+    return ModelShape(str(config.get("model_type")), config, blocks, tuple(outer), prefix, bits)
+
+
+def _block(
+    members: dict[str, TensorShape], grid: Grid | None, pattern: Pattern | None, ranks: dict[str, tuple[int, str]]
+) -> BlockShape:
+    linears, others = [], []
+    dtypes = Counter(t.dtype for t in members.values() if t.dtype in ("F32", "F16", "BF16"))
+    for name, tensor in members.items():
+        base, _, kind = name.rpartition(".")
+        rank, adapter_dtype = ranks.get(base, (0, "BF16"))
+        bias = f"{base}.bias" in members
+        if kind == "qweight":
+            outs, ins = tensor.shape[1], members[f"{base}.g_idx"].elements
+            dense = next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
+            linears.append(LinearShape(base, outs, ins, dense, bias, pattern, grid, rank, adapter_dtype))
+        elif kind == "weight" and len(tensor.shape) == 2:
+            outs, ins = tensor.shape
+            linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, pattern, None, rank, adapter_dtype))
+        elif kind not in ("qzeros", "scales", "g_idx") and not (kind == "bias" and _is_linear(base, members)):
+            others.append(TensorShape(name, tensor.shape, tensor.dtype))
+    return BlockShape(tuple(linears), tuple(others))
+
+
+def _is_linear(base: str, members: dict[str, TensorShape]) -> bool:
+    weight = members.get(f"{base}.weight")
+    return f"{base}.qweight" in members or (weight is not None and len(weight.shape) == 2)
+
+
+def _grid(config: dict[str, Any]) -> Grid | None:
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    if quantization.get("quant_method") != "gptq":
+        raise CheckpointError(
+            f"the weights are quantised by '{quantization.get('quant_method')}'; only GPTQ's format can be read back"
+        )
+    return Grid(int(quantization["bits"]), int(quantization["group_size"]), bool(quantization.get("sym", False)))
+
+
+def _pattern(folder: Path) -> Pattern | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    sparsity = Manifest.read(folder).sparsity
+    return Pattern.parse(sparsity["pattern"]) if sparsity else None
+
+
+def _adapter_ranks(folder: Path, prefix: str) -> dict[int, dict[str, tuple[int, str]]]:
+    ranks: dict[int, dict[str, tuple[int, str]]] = defaultdict(dict)
+    path = folder / ADAPTER
+    if path.is_file():
+        for name, tensor in read_header(path).items():
+            if match := re.fullmatch(rf"base_model\.model\.{re.escape(prefix)}\.(\d+)\.(.+)\.lora_A\.weight", name):
+                ranks[int(match[1])][match[2]] = (tensor.shape[0], tensor.dtype)
+    return ranks

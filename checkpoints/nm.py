@@ -1,0 +1,65 @@
+"""N:M masks: what they are, and the proof that a set of weights still holds one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from checkpoints.errors import NumericsError, PlanError
+from checkpoints.shape import Pattern
+
+
+def group_zeros(weight: Tensor, m: int) -> Tensor:
+    """Zeros in every run of M consecutive weights of a row: (out, in / M). weight (out, in)."""
+    rows, columns = weight.shape
+    if columns % m:
+        raise PlanError(f"a width of {columns} is not divisible by {m}")
+    return (weight == 0).view(rows, columns // m, m).sum(dim=-1)
+
+
+def holds(weight: Tensor, pattern: Pattern) -> bool:
+    """Whether every group of M has at least N zeros."""
+    return bool((group_zeros(weight, pattern.of) >= pattern.removed).all())
+
+
+@dataclass
+class MaskProof:
+    """Counts over many layers: zeros the mask asks for, and how many of them are still zero."""
+
+    pattern: Pattern
+    expected: int = 0
+    kept: int = 0
+
+    def add(self, weight: Tensor, mask: Tensor | None = None) -> None:
+        """Count one layer. weight (out, in); mask (out, in) is True where a weight may live.
+
+        Without a mask the pattern alone is checked: N zeros are asked of every group.
+        """
+        if mask is None:
+            zeros = group_zeros(weight, self.pattern.of).clamp(max=self.pattern.removed)
+            self.expected += zeros.numel() * self.pattern.removed
+            self.kept += int(zeros.sum())
+        else:
+            self.expected += int((~mask).sum())
+            self.kept += int(((weight == 0) & ~mask).sum())
+
+    @property
+    def holds(self) -> bool:
+        return self.kept == self.expected
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "pattern": str(self.pattern),
+            "expected_zeros": self.expected,
+            "kept_zeros": self.kept,
+            "holds": self.holds,
+        }
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise NumericsError naming the tensor if it holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NumericsError(f"{name} holds {bad} values that are NaN or infinite; the model cannot be compressed")

@@ -1,0 +1,85 @@
+"""GPTQ's storage: integer codes packed into 32-bit words, and the dense weights they stand for.
+
+The layout is the one GPTQModel, transformers and vLLM read (format "gptq", version 1): codes run down the
+input axis, zero points across the output axis and are stored minus one. The tests hold it against
+GPTQModel's own packing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from checkpoints.errors import PlanError
+
+WORD = 32
+
+
+def packable(out_features: int, in_features: int) -> bool:
+    """GPTQModel's kernels take layers whose sides are both multiples of 32."""
+    return out_features % WORD == 0 and in_features % WORD == 0
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (rows, columns), 0 … 2^bits - 1, along the rows: (rows * bits / 32, columns) int32.
+
+    Bit i of the stream of one column is bit i % 32 of word i / 32, so 3-bit codes cross word borders.
+    """
+    rows, columns = codes.shape
+    if rows * bits % WORD:
+        raise PlanError(f"{rows} codes of {bits} bits do not fill whole 32-bit words")
+    if WORD % bits == 0:
+        # (words, codes per word, columns): one shift per place in the word
+        parts = codes.to(torch.int64).view(-1, WORD // bits, columns)
+        shifts = torch.arange(0, WORD, bits, device=codes.device).view(1, -1, 1)
+        words = (parts << shifts).sum(dim=1)
+    else:
+        places = torch.arange(bits, device=codes.device).view(1, bits, 1)
+        stream = (codes.to(torch.int64).unsqueeze(1) >> places & 1).reshape(-1, WORD, columns)
+        words = (stream << torch.arange(WORD, device=codes.device).view(1, -1, 1)).sum(dim=1)
+    # int64 -> int32 keeps the low 32 bits: the top bit becomes the sign
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack(words: Tensor, bits: int, rows: int) -> Tensor:
+    """The inverse of `pack`: codes (rows, columns) as int32."""
+    columns = words.shape[1]
+    wide = words.to(torch.int64) & 0xFFFFFFFF
+    if WORD % bits == 0:
+        shifts = torch.arange(0, WORD, bits, device=words.device).view(1, -1, 1)
+        return (wide.unsqueeze(1) >> shifts & (2**bits - 1)).reshape(rows, columns).to(torch.int32)
+    stream = wide.unsqueeze(1) >> torch.arange(WORD, device=words.device).view(1, -1, 1) & 1
+    places = torch.arange(bits, device=words.device).view(1, bits, 1)
+    return (stream.reshape(rows, bits, columns) << places).sum(dim=1).to(torch.int32)
+
+
+def pack_linear(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, bits: int) -> dict[str, Tensor]:
+    """The stored tensors of one layer.
+
+    codes (out, in); scales and zeros (out, groups), zeros from 1 to 2^bits - 1: a stored zero point is one
+    less, and kernels that add it back nibble by nibble would carry at 0.
+    """
+    in_features = codes.shape[1]
+    group = in_features if group == -1 else group
+    return {
+        "qweight": pack(codes.T.contiguous(), bits),
+        "qzeros": pack((zeros - 1).contiguous(), bits).T.contiguous(),
+        "scales": scales.T.to(torch.float16).contiguous(),
+        "g_idx": (torch.arange(in_features) // group).to(torch.int32),
+    }
+
+
+def unpack_linear(stored: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (out, in), scales (out, groups) in float32 and zeros (out, groups), as `pack_linear` took them."""
+    in_features = stored["g_idx"].shape[0]
+    out_features = stored["scales"].shape[1]
+    codes = unpack(stored["qweight"], bits, in_features).T
+    zeros = unpack(stored["qzeros"].T.contiguous(), bits, out_features) + 1
+    return codes, stored["scales"].T.float(), zeros
+
+
+def dequantise(stored: dict[str, Tensor], bits: int) -> Tensor:
+    """The dense weights (out, in) in float32 that the stored codes stand for: scale * (code - zero)."""
+    codes, scales, zeros = unpack_linear(stored, bits)
+    g_idx = stored["g_idx"].long()
+    return scales[:, g_idx] * (codes - zeros[:, g_idx])

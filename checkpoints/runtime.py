@@ -1,0 +1,79 @@
+"""Where and how a stage computes: device, precision, randomness, and whom it tells of its progress."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from checkpoints.errors import PlanError
+
+
+class Progress(Protocol):
+    """What long work reports to: a terminal bar, plain lines, or nothing."""
+
+    def start(self, task: str, steps: int) -> None: ...
+
+    def step(self, **numbers: float | str) -> None:
+        """One step further; numbers such as loss or block go beside the bar."""
+
+    def note(self, message: str) -> None:
+        """Something a person should know now and find again in the log."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, task: str, steps: int) -> None:
+        pass
+
+    def step(self, **numbers: float | str) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    progress: Progress = field(default_factory=Silent)
+    chunk_tokens: int = 4096  # tokens that go through a block at once
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator of its own for each purpose; the global random state is never touched."""
+        digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` takes a GPU if torch sees one. Raises PlanError for a device that is not there."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise PlanError(f"unknown device '{wanted}'; there are auto, cpu and cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise PlanError("--device cuda: torch sees no GPU here; use --device cpu, or install torch with CUDA")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(wanted: str, device: torch.device, stored: str) -> torch.dtype:
+    """Precision of the forward passes. Statistics, Hessians and losses are float32 whatever it is.
+
+    `auto`: float32 for a model stored in float32; otherwise bfloat16 where the processor multiplies it
+    natively (twice to four times faster, measured in benchmarks/), else float32.
+    """
+    named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if wanted in named:
+        return named[wanted]
+    if wanted != "auto":
+        raise PlanError(f"unknown precision '{wanted}'; there are auto, {' and '.join(named)}")
+    if stored == "F32":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,284 @@
+"""What a model is made of, without its weights: enough to plan, to count bytes, to judge a chip.
+
+Nothing here imports torch. A `ModelShape` lists every tensor a checkpoint folder stores, and from that
+list alone `file_bytes` gives the exact size of its safetensors files, headers included.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from checkpoints.errors import PlanError
+
+DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+# Safetensors stores tensors by falling alignment, then by name; the header's length depends on the order.
+_ALIGNMENT_ORDER = {dtype: -size for dtype, size in DTYPE_BYTES.items()}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`removed` of every `of` consecutive weights of a row are zero."""
+
+    removed: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read `N:M`, the number removed before the group's size. Raises PlanError for anything else."""
+        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        if not match:
+            raise PlanError(f"'{text}' is not an N:M pattern; write e.g. 1:8 (removes 1 of every 8) or none")
+        removed, of = int(match[1]), int(match[2])
+        if not 0 < removed < of:
+            raise PlanError(f"{text} removes {removed} of every {of}; N must be at least 1 and below M, e.g. 1:8")
+        return cls(removed, of)
+
+    def __str__(self) -> str:
+        return f"{self.removed}:{self.of}"
+
+    @property
+    def kept(self) -> float:
+        return 1 - self.removed / self.of
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integer codes of `bits` bits with one scale and zero point for every `group` weights of a row.
+
+    group -1 means the whole row.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool = False
+
+    def groups(self, in_features: int) -> int:
+        return 1 if self.group == -1 else -(-in_features // self.group)
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear layer of a block; `name` is relative to the block, e.g. self_attn.q_proj."""
+
+    name: str
+    out_features: int
+    in_features: int
+    dtype: str
+    bias: bool = False
+    pattern: Pattern | None = None
+    grid: Grid | None = None
+    adapter_rank: int = 0
+    adapter_dtype: str = "BF16"
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def nonzero(self) -> int:
+        """Weights left by the N:M pattern (a quantiser may round some of them to zero as well)."""
+        if self.pattern is None:
+            return self.weights
+        return self.weights // self.pattern.of * (self.pattern.of - self.pattern.removed)
+
+    @property
+    def adapter_parameters(self) -> int:
+        return self.adapter_rank * (self.out_features + self.in_features)
+
+    def stored(self) -> Iterator[TensorShape]:
+        """The tensors in the checkpoint's shard, names relative to the block."""
+        if self.grid is None:
+            yield TensorShape(f"{self.name}.weight", (self.out_features, self.in_features), self.dtype)
+        else:
+            groups, bits = self.grid.groups(self.in_features), self.grid.bits
+            yield TensorShape(f"{self.name}.qweight", (self.in_features * bits // 32, self.out_features), "I32")
+            yield TensorShape(f"{self.name}.qzeros", (groups, self.out_features * bits // 32), "I32")
+            yield TensorShape(f"{self.name}.scales", (groups, self.out_features), "F16")
+            yield TensorShape(f"{self.name}.g_idx", (self.in_features,), "I32")
+        if self.bias:
+            yield TensorShape(f"{self.name}.bias", (self.out_features,), self.dtype)
+
+    def adapter(self) -> Iterator[TensorShape]:
+        if self.adapter_rank:
+            yield TensorShape(f"{self.name}.lora_A.weight", (self.adapter_rank, self.in_features), self.adapter_dtype)
+            yield TensorShape(f"{self.name}.lora_B.weight", (self.out_features, self.adapter_rank), self.adapter_dtype)
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    linears: tuple[LinearShape, ...]
+    others: tuple[TensorShape, ...]  # norms and the like
+
+    def stored(self) -> Iterator[TensorShape]:
+        for linear in self.linears:
+            yield from linear.stored()
+        yield from self.others
+
+    def adapter(self) -> Iterator[TensorShape]:
+        for linear in self.linears:
+            yield from linear.adapter()
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal language model as a sequence of blocks between an embedding and a head.
+
+    `outer` holds everything outside the blocks by its full name: embedding, last norm, head unless tied.
+    """
+
+    family: str
+    config: Mapping[str, Any] = field(repr=False, hash=False)
+    blocks: tuple[BlockShape, ...]
+    outer: tuple[TensorShape, ...]
+    block_prefix: str = "model.layers"
+    embedding_bits: int | None = None  # packed copy of embedding and head beside the shards, for the edge
+
+    # --- counts -------------------------------------------------------------------------------------------
+
+    @property
+    def parameters_total(self) -> int:
+        """Weights, norms, embeddings and adapters; a tied head counts once, scales and zero points do not."""
+        return sum(t.elements for t in self.outer) + sum(
+            sum(x.weights + x.bias * x.out_features + x.adapter_parameters for x in block.linears)
+            + sum(t.elements for t in block.others)
+            for block in self.blocks
+        )
+
+    @property
+    def parameters_nonzero(self) -> int:
+        return self.parameters_total - sum(x.weights - x.nonzero for block in self.blocks for x in block.linears)
+
+    @property
+    def pattern(self) -> Pattern | None:
+        found = {x.pattern for block in self.blocks for x in block.linears if x.pattern}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def grid(self) -> Grid | None:
+        return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
+
+    # --- bytes --------------------------------------------------------------------------------------------
+
+    def block_tensors(self, index: int) -> list[TensorShape]:
+        return [replace(t, name=f"{self.block_prefix}.{index}.{t.name}") for t in self.blocks[index].stored()]
+
+    def adapter_tensors(self) -> list[TensorShape]:
+        """Names as PEFT stores them."""
+        return [
+            replace(t, name=f"base_model.model.{self.block_prefix}.{index}.{t.name}")
+            for index, block in enumerate(self.blocks)
+            for t in block.adapter()
+        ]
+
+    def shard_bytes(self) -> list[int]:
+        """Bytes of each block's shard, in order, headers included."""
+        return [safetensors_bytes(self.block_tensors(index)) for index in range(len(self.blocks))]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all safetensors files of the checkpoint folder, exactly as they will lie on disk."""
+        adapter = self.adapter_tensors()
+        edge = self.edge_tensors()
+        return (
+            sum(self.shard_bytes())
+            + safetensors_bytes(list(self.outer))
+            + (safetensors_bytes(adapter) if adapter else 0)
+            + (safetensors_bytes(edge) if edge else 0)
+        )
+
+    def edge_tensors(self) -> list[TensorShape]:
+        """The packed copies of embedding and head that `--quant-embeddings` writes beside the shards."""
+        if self.embedding_bits is None:
+            return []
+        packed = []
+        for t in self.outer:
+            if len(t.shape) == 2:
+                rows, columns = t.shape
+                base = t.name.removesuffix(".weight")
+                packed.append(TensorShape(f"{base}.codes", (rows, columns * self.embedding_bits // 8), "U8"))
+                packed.append(TensorShape(f"{base}.scales", (rows, 1), "F16"))
+                packed.append(TensorShape(f"{base}.minimum", (rows, 1), "F16"))
+        return packed
+
+    # --- the numbers that attention needs --------------------------------------------------------------------
+
+    def number(self, key: str) -> int:
+        """A whole number of the configuration; raises PlanError where the model does not state it."""
+        value = self.config.get(key)
+        if not isinstance(value, int):
+            raise PlanError(f"the configuration of this {self.family} model states no whole number '{key}'")
+        return value
+
+    @property
+    def hidden_size(self) -> int:
+        return self.number("hidden_size")
+
+    @property
+    def vocabulary(self) -> int:
+        return self.number("vocab_size")
+
+    @property
+    def heads(self) -> int:
+        return self.number("num_attention_heads")
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.config.get("num_key_value_heads") or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.config.get("head_dim") or self.hidden_size // self.heads)
+
+    @property
+    def positions(self) -> int:
+        return self.number("max_position_embeddings")
+
+
+def safetensors_bytes(tensors: list[TensorShape]) -> int:
+    """Size of the safetensors file that `safetensors.torch.save_file` writes for these tensors.
+
+    Eight bytes of header length, a JSON header padded to a multiple of eight, the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in sorted(tensors, key=lambda t: (_ALIGNMENT_ORDER[t.dtype], t.name)):
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + offset
+
+
+def largest_group(widths: set[int], wanted: int) -> int:
+    """Largest power-of-two group of at most `wanted` that divides every width (-1 stays -1).
+
+    GPTQ's files carry one group size for the whole model: SmolLM2's widths 576 and 1536 take 64, not 128.
+    """
+    if wanted == -1:
+        return -1
+    group = 1 << (wanted.bit_length() - 1)
+    while any(width % group for width in widths):
+        group //= 2
+    return group

@@ -1,0 +1,54 @@
+"""Proof that a finished checkpoint is what it claims: hashes, N:M pattern, finite values, true numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError
+from checkpoints.manifest import check_files
+from checkpoints.nm import MaskProof
+from checkpoints.shape import Pattern
+
+
+def prove_pattern(checkpoint: Checkpoint, pattern: Pattern, masks_from: Checkpoint | None = None) -> dict[str, Any]:
+    """Count, over all linear layers of all blocks, the zeros expected and kept.
+
+    masks_from: a checkpoint with the same blocks whose zeros must all still be zeros; without it the pattern
+    alone is asked for. An adapter that is stored beside the weights is not part of them.
+    """
+    proof = MaskProof(pattern)
+    for index, block in enumerate(checkpoint.shape.blocks):
+        for linear in block.linears:
+            weight = checkpoint.base_weight(index, linear)
+            proof.add(weight)
+            if masks_from is not None:
+                proof.add(weight, masks_from.base_weight(index, linear) != 0)
+    return proof.facts()
+
+
+def verify(checkpoint: Checkpoint) -> list[str]:
+    """Re-check everything the manifest claims; what was found, one line each. Raises CheckpointError."""
+    manifest = checkpoint.manifest
+    if manifest is None:
+        raise CheckpointError(f"{checkpoint.folder} has no manifest, so there is nothing to verify it against")
+    check_files(checkpoint.folder, manifest, hashes=True)
+    found = [f"{len(manifest.files)} files have the size and sha256 that the manifest says"]
+    checkpoint.outer()
+    for index in range(len(checkpoint.shape.blocks)):
+        checkpoint.block(index)  # raises NumericsError naming what is not finite
+    found.append(f"{len(checkpoint.shape.blocks)} blocks, embedding and head are finite")
+    if manifest.sparsity is not None:
+        facts = prove_pattern(checkpoint, Pattern.parse(manifest.sparsity["pattern"]))
+        if not facts["holds"]:
+            raise CheckpointError(
+                f"{checkpoint.folder} claims {facts['pattern']} but holds {facts['kept_zeros']} of "
+                f"{facts['expected_zeros']} zeros"
+            )
+        found.append(f"{facts['pattern']}: {facts['kept_zeros']} of {facts['expected_zeros']} zeros are there")
+    for key, value in checkpoint.facts().items():
+        claimed = getattr(manifest, key)
+        if claimed != value:
+            raise CheckpointError(f"{checkpoint.folder}: the manifest says {key} {claimed}, the files hold {value}")
+        found.append(f"{key} {value}")
+    return found

@@ -1,0 +1,225 @@
+"""The engine under depth, wanda, gptq, eora and perplexity.
+
+Hidden states go through the model one block at a time: load block i's weights, let a stage look at its
+inputs and change its weights, run it for its outputs, free it. Peak memory is one block, the embedding or
+the head, and the hidden states, whatever the depth.
+
+    for block in Walk(source, batches, runtime, work):
+        statistics = block.observe(...)
+        ...                                   # change block.linears[...].weight
+        target.write_block(block.index, block.weights())
+        block.done({"what": "was measured"})
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError, NumericsError
+from checkpoints.runtime import Runtime
+from checkpoints.skeleton import Skeleton
+
+Observer = Callable[[tuple[str, ...], Tensor], None]
+
+
+class Work:
+    """A stage's durable progress inside its unfinished folder: a journal with one line a block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._journal = folder / "journal.jsonl"
+        self.entries: list[dict[str, Any]] = []
+        if self._journal.is_file():
+            for line in self._journal.read_text().splitlines():
+                try:
+                    self.entries.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break  # the line that a kill cut short
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        temporary = self._journal.with_suffix(".partial")
+        temporary.write_text(text)
+        temporary.replace(self._journal)
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add a line and wait until it is on the disk; floats survive the round trip through JSON exactly."""
+        self.entries.append(json.loads(json.dumps(entry)))
+        with self._journal.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class States:
+    """Hidden states of several chunks, each (b, L, d): in memory, or in a file that survives a kill."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, path: Path | None = None) -> None:
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        total = sum(sizes)
+        self._flat = (
+            torch.from_file(str(path), shared=True, size=total, dtype=dtype)  # type: ignore[call-overload]
+            if path
+            else torch.empty(total, dtype=dtype)
+        )
+        self.path = path
+        parts = self._flat.split(sizes)
+        self.chunks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def flush(self) -> None:
+        if self.path is not None:
+            handle = os.open(self.path, os.O_RDWR)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+@dataclass
+class BlockVisit:
+    """One block, dense, with its effective weights on the device, and the hidden states before it."""
+
+    index: int
+    count: int
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    _walk: Walk
+    finished: bool = field(default=False)
+
+    def observe(self, observer: Observer) -> None:
+        """Send all inputs through the block; observer(names, x) sees each distinct input once.
+
+        names are the linear layers that share the input (q, k and v; gate and up); x (tokens, in).
+        """
+        groups: dict[str, tuple[str, ...]] | None = None
+        for states in self._walk.states.chunks:
+            arriving: list[tuple[str, Tensor]] = []
+            hooks = [
+                linear.register_forward_pre_hook(_remember(arriving, name))
+                for name, linear in self.linears.items()
+                if groups is None or name in groups
+            ]
+            try:
+                self._walk.skeleton.run(self.module, self.index, states)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            if groups is None:
+                groups = _shared_inputs(arriving)
+            for name, x in arriving:
+                if name in groups:
+                    observer(groups[name], x.reshape(-1, x.shape[-1]))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The block's tensors in host memory, in the checkpoint's stored precision."""
+        stored = self._walk.source.stored_dtype
+        return {name: tensor.detach().to("cpu", stored) for name, tensor in self.module.state_dict().items()}
+
+    def done(self, facts: dict[str, Any] | None = None) -> None:
+        """Carry the hidden states through the block as it is now, and make the step durable."""
+        self._walk.advance(self, facts or {})
+        self.finished = True
+
+
+class Walk:
+    """Iterate over the blocks of `source`, carrying the hidden states of `chunks` (token ids, (b, L) each).
+
+    With `work`, every finished block is durable: the states lie in one of two files that take turns, so the
+    inputs of the block that a kill interrupts are still there. last_outputs: also run the last block for its
+    outputs, which only a head needs.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        chunks: list[Tensor],
+        runtime: Runtime,
+        work: Work | None = None,
+        last_outputs: bool = False,
+        task: str = "blocks",
+    ) -> None:
+        self.source, self.runtime, self.work = source, runtime, work
+        self.skeleton = Skeleton(source, runtime.device, runtime.dtype)
+        self._last_outputs = last_outputs
+        self._task = task
+        self._ids = chunks
+        self._shapes = [(*ids.shape, source.shape.hidden_size) for ids in chunks]
+        self._next = len(work.entries) if work else 0
+        embedded = self.skeleton.embed(chunks)
+        self.states = self._states(self._next)
+        if self._next == 0:
+            for target, states in zip(self.states.chunks, embedded, strict=True):
+                target.copy_(states)
+        elif work and not self.states.path:
+            raise CheckpointError(f"{work.folder} has no hidden states to resume from")
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """What `done` was given for each block, earlier runs included."""
+        return [entry["facts"] for entry in self.work.entries] if self.work else []
+
+    def __iter__(self) -> Iterator[BlockVisit]:
+        count = len(self.skeleton.blocks)
+        self.runtime.progress.start(self._task, count - self._next)
+        while self._next < count:
+            index = self._next
+            with self.skeleton.block(index) as module:
+                visit = BlockVisit(index, count, module, self.skeleton.linears(index), self)
+                yield visit
+            if not visit.finished:
+                raise RuntimeError("a stage left a block without calling done()")
+
+    def advance(self, visit: BlockVisit, facts: dict[str, Any]) -> None:
+        if visit.index + 1 < visit.count or self._last_outputs:
+            following = self._states(visit.index + 1)
+            for before, after in zip(self.states.chunks, following.chunks, strict=True):
+                after.copy_(self.skeleton.run(visit.module, visit.index, before))
+                if not bool(torch.isfinite(after).all()):
+                    raise NumericsError(f"the hidden states after block {visit.index} are not finite")
+            following.flush()
+            self.states = following
+        if self.work:
+            self.work.append({"block": visit.index, "facts": facts})
+        self._next = visit.index + 1
+        self.runtime.progress.step(block=f"{visit.index + 1}/{visit.count}")
+
+    def _states(self, index: int) -> States:
+        path = self.work.folder / f"states-{index % 2}.bin" if self.work else None
+        if self.work and path and index == self._next and index > 0 and not path.is_file():
+            raise CheckpointError(f"{self.work.folder} has lost the hidden states of block {index}; move it away")
+        return States(self._shapes, self.runtime.dtype, path)
+
+
+def _remember(arriving: list[tuple[str, Tensor]], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        arriving.append((name, inputs[0]))
+
+    return hook
+
+
+def _shared_inputs(arriving: list[tuple[str, Tensor]]) -> dict[str, tuple[str, ...]]:
+    """First layer of each group that got the very same tensor -> the group."""
+    groups: list[tuple[Tensor, list[str]]] = []
+    for name, x in arriving:
+        for other, names in groups:
+            if other is x:
+                names.append(name)
+                break
+        else:
+            groups.append((x, [name]))
+    return {names[0]: tuple(names) for _, names in groups}

@@ -1,0 +1,126 @@
+"""Writing a checkpoint folder: one shard a block, everything atomic, the manifest last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.headers import ADAPTER, EDGE, INDEX, read_header
+from checkpoints.manifest import WORK, sync_folder, write_json
+from checkpoints.walk import Work
+
+OUTER = "outer.safetensors"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def shard_name(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+class CheckpointWriter:
+    """Writes the folder of one stage. Call write_block or link_block for each block, then finish."""
+
+    def __init__(self, folder: Path, block_prefix: str = "model.layers") -> None:
+        self.folder = folder
+        self.block_prefix = block_prefix
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def work(self) -> Work:
+        """The stage's durable progress, kept until the manifest is written."""
+        return Work(self.folder / WORK)
+
+    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: names relative to the block."""
+        full = {f"{self.block_prefix}.{index}.{name}": tensor for name, tensor in tensors.items()}
+        self._save(self.folder / shard_name(index), full)
+
+    def copy_block(self, index: int, source: Checkpoint, source_index: int) -> None:
+        """Take over a block as it is stored; the same file where it already has this number."""
+        if source_index == index and self._link(source.folder / shard_name(index), shard_name(index)):
+            return
+        self.write_block(index, source.stored_block(source_index))
+
+    def write_outer(self, tensors: Mapping[str, Tensor]) -> None:
+        self._save(self.folder / OUTER, tensors)
+
+    def copy_outer(self, source: Checkpoint) -> None:
+        if not self._link(source.folder / OUTER, OUTER):
+            self.write_outer(source.outer())
+
+    def write_adapter_part(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """One block's adapter, names relative to the block, kept with the work in progress until join_adapter."""
+        full = {f"base_model.model.{self.block_prefix}.{index}.{name}": tensor for name, tensor in tensors.items()}
+        self._save(self.work.folder / f"adapter-{index:05d}.safetensors", full)
+
+    def join_adapter(self, config: dict[str, Any]) -> None:
+        """All parts as one adapter in PEFT's format in `adapter/`."""
+        joined: dict[str, Tensor] = {}
+        for part in sorted(self.work.folder.glob("adapter-*.safetensors")):
+            joined |= load_file(part)
+        self._save(self.folder / ADAPTER, joined)
+        write_json(self.folder / "adapter" / "adapter_config.json", config)
+
+    def write_edge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Packed copies of embedding and head for the edge."""
+        self._save(self.folder / EDGE, tensors)
+
+    def copy_edge(self, source: Checkpoint) -> None:
+        """Take over the packed embedding, if the source has one."""
+        if (source.folder / EDGE).is_file():
+            (self.folder / EDGE).parent.mkdir(exist_ok=True)
+            self._link(source.folder / EDGE, EDGE)
+
+    def finish(self, config: Mapping[str, Any], source: Checkpoint | None) -> None:
+        """Write configuration, tokenizer and index; afterwards the folder loads. The manifest is still to come."""
+        write_json(self.folder / "config.json", dict(config))
+        if source is not None:
+            for name in _TOKENIZER_FILES:
+                if (source.folder / name).is_file():
+                    shutil.copyfile(source.folder / name, self.folder / name)
+        names, total = {}, 0
+        for path in sorted(self.folder.glob("*.safetensors")):
+            for name, tensor in read_header(path).items():
+                names[name] = path.name
+                total += tensor.nbytes
+        write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+        sync_folder(self.folder)
+
+    def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+    def _link(self, path: Path, name: str) -> bool:
+        """Share an unchanged shard with the folder it comes from, where the file system can."""
+        target = self.folder / name
+        if not path.is_file():
+            return False
+        target.unlink(missing_ok=True)
+        try:
+            os.link(path, target)
+        except OSError:
+            shutil.copyfile(path, target)
+        return True

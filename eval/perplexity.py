@@ -1,0 +1,149 @@
+"""Perplexity of a checkpoint of any stage, by the same walk that compresses it.
+
+Two protocols, whose numbers cannot be compared: `windows` scores the concatenated text in windows of a fixed
+length, as the field does; `rows` scores each line alone, cut to the same length, as the thesis does
+(section 3.6.1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import PlanError, TextError
+from checkpoints.runtime import Runtime
+from checkpoints.walk import Walk
+from eval.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_IGNORED = -100  # cross_entropy's mark for positions that do not count
+
+
+@dataclass(frozen=True)
+class Protocol:
+    kind: str = "windows"
+    window: int = 512
+    tokens: int = 16384  # of the text's beginning; 0 is all of it
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("windows", "rows"):
+            raise PlanError(f"--protocol {self.kind}: there are windows and rows")
+        if self.window < 2:
+            raise PlanError(f"--window {self.window}: at least 2 tokens are needed to predict one")
+        if self.tokens < 0 or 0 < self.tokens < self.window:
+            raise PlanError(f"--tokens {self.tokens}: at least one window of {self.window}, or 0 for the whole text")
+
+    def __str__(self) -> str:
+        extent = f"first {self.tokens} tokens" if self.tokens else "whole text"
+        unit = f"windows of {self.window}" if self.kind == "windows" else f"rows cut to {self.window}"
+        return f"{unit}, {extent}"
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    perplexity: float
+    tokens: int  # read
+    scored_tokens: int  # predicted: the first of each window has no context
+    bits_per_byte: float
+    protocol: str
+    text: str
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime) -> Perplexity:
+    """exp of the mean negative log-likelihood of each token given those before it in its window or row.
+
+    Logits in the runtime's precision, losses in float32. Raises TextError where the text is too short.
+    """
+    tokenizer = checkpoint.tokenizer()
+    batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
+    nll, scored = negative_log_likelihood(checkpoint, batches, runtime)
+    read = sum(int((b.targets != _IGNORED).sum()) for b in batches)
+    size = sum(len(tokenizer.decode(row[row != _IGNORED]).encode()) for b in batches for row in b.targets)
+    return Perplexity(
+        perplexity=math.exp(nll / scored),
+        tokens=read,
+        scored_tokens=scored,
+        bits_per_byte=nll / math.log(2) / size,
+        protocol=str(protocol),
+        text=text.name,
+        dtype=str(runtime.dtype).removeprefix("torch."),
+    )
+
+
+def measurement_key(checkpoint_fingerprint: str, text: Text, protocol: Protocol, dtype: torch.dtype) -> str:
+    """Names one measurement: the same key, the same number."""
+    facts = [checkpoint_fingerprint, text.sha256, asdict(protocol), str(dtype)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    ids: Tensor  # (b, L), padded on the right, where a causal model cannot see it
+    targets: Tensor  # (b, L), the same with padding marked
+
+
+def negative_log_likelihood(checkpoint: Checkpoint, batches: list[_Batch], runtime: Runtime) -> tuple[float, int]:
+    """Summed over all predicted tokens, in nats; and how many they are."""
+    walk = Walk(checkpoint, [b.ids for b in batches], runtime, last_outputs=True, task="perplexity")
+    for block in walk:
+        block.done()
+    nll, scored = 0.0, 0
+    with walk.skeleton.head() as head, torch.no_grad():
+        for states, batch in zip(walk.states.chunks, batches, strict=True):
+            # One sequence at a time: the logits of 512 tokens over 49,152 words are 100 MB in float32.
+            for row, targets in zip(states, batch.targets, strict=True):
+                wanted = targets[1:].to(runtime.device)
+                logits = head(row.unsqueeze(0))[0, :-1].float()
+                nll += float(F.cross_entropy(logits, wanted, ignore_index=_IGNORED, reduction="sum"))
+                scored += int((wanted != _IGNORED).sum())
+    return nll, scored
+
+
+def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[_Batch]:
+    ids = text.token_ids(tokenizer, protocol.tokens or None)
+    count = ids.numel() // protocol.window
+    if count == 0:
+        raise TextError(f"the text '{text.name}' has {ids.numel()} tokens, less than one window of {protocol.window}")
+    windows = ids[: count * protocol.window].view(count, protocol.window)
+    return [_Batch(chunk, chunk) for chunk in windows.split(max(1, 4096 // protocol.window))]
+
+
+def _rows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[_Batch]:
+    rows, read = [], 0
+    for line in text.rows():
+        row = tokenizer(line, truncation=True, max_length=protocol.window)["input_ids"]
+        if protocol.tokens and read + len(row) > protocol.tokens:
+            break
+        if len(row) > 1:
+            rows.append(torch.tensor(row))
+            read += len(row)
+    if not rows:
+        raise TextError(f"the text '{text.name}' has no row of at least two tokens")
+    rows.sort(key=len)
+    batches, current = [], [rows[0]]
+    for row in rows[1:]:
+        if (len(current) + 1) * len(row) > 4096:
+            batches.append(_padded(current))
+            current = []
+        current.append(row)
+    batches.append(_padded(current))
+    return batches
+
+
+def _padded(rows: list[Tensor]) -> _Batch:
+    pad = torch.nn.utils.rnn.pad_sequence
+    return _Batch(pad(rows, batch_first=True, padding_value=0), pad(rows, batch_first=True, padding_value=_IGNORED))

@@ -1,0 +1,1 @@
+"""Chips: their memories, what a model needs of them, and whether it fits."""

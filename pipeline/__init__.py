@@ -1,0 +1,1 @@
+"""The conductor: recipe -> plan -> run -> report, and the command line."""

@@ -1,0 +1,97 @@
+"""Token windows for every stage, drawn from the calibration text by the stage's own generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import PlanError, TextError
+from checkpoints.runtime import Runtime
+from checkpoints.tokens import TokenBatches, sample_windows
+from eval.text import Text, load_text
+from pipeline.recipe import Recipe
+from stages.options import Lora, Options
+
+SELF = "self"
+
+
+class Calibration:
+    """The texts of a recipe, tokenised once each."""
+
+    def __init__(self, recipe: Recipe, source: Checkpoint, store: Path, runtime: Runtime) -> None:
+        self._recipe, self._source, self._store, self._runtime = recipe, source, store, runtime
+        self._tokenizer = source.tokenizer()
+        self._ids: dict[str, tuple[str, Tensor]] = {}
+        self.evaluation = _evaluation_text(recipe)
+        for spec in {recipe.calibration_text, *(o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data)}:
+            if spec != SELF and load_text(spec, "calibrate").sha256 == self.evaluation.sha256:
+                raise PlanError(
+                    f"'{spec}' would both calibrate and be measured on; leave --text out to hold a part back, "
+                    "or name another text"
+                )
+
+    def windows(self, stage: str, options: Options) -> TokenBatches:
+        """The stage's windows (samples, length). Raises TextError where the text is too short."""
+        spec = (options.data if isinstance(options, Lora) else "") or self._recipe.calibration_text
+        generator = self._runtime.generator(f"{stage} calibration")
+        if spec == SELF:
+            return self._sampled(options.samples, options.length)
+        if spec not in self._ids:
+            text = load_text(spec, "calibrate")
+            self._ids[spec] = (text.name, text.token_ids(self._tokenizer))
+        name, ids = self._ids[spec]
+        try:
+            batches = sample_windows(name, ids, options.samples, options.length, generator)
+        except TextError as error:
+            raise TextError(f"{stage}: {error}") from None
+        if isinstance(options, Lora):  # training wants its windows shuffled, not in the text's order
+            order = torch.randperm(options.samples, generator=generator)
+            batches = TokenBatches(batches.name, batches.ids[order].contiguous())
+        return batches
+
+    def _sampled(self, samples: int, length: int) -> TokenBatches:
+        """Text that the uncompressed model writes itself, kept in the store so that a rerun need not."""
+        seed = self._runtime.seed
+        path = self._store / "calibration" / f"self-{self._source.fingerprint[:12]}-{seed}-{samples}x{length}.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            ids = sample_text(self._source, samples, length, self._runtime)
+            save_file({"ids": ids}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+        return TokenBatches("self", load_file(path)["ids"])
+
+
+def _evaluation_text(recipe: Recipe) -> Text:
+    spec = recipe.evaluation_text
+    if spec == SELF:
+        raise PlanError("--data self leaves no text to measure on; name one with --text, e.g. --text wikitext2")
+    # A text of its own is measured from its beginning; the calibration text only in the part held back.
+    own = bool(recipe.text) and recipe.text != recipe.calibration_text and Path(spec).is_file()
+    return load_text(spec, "whole" if own else "evaluate")
+
+
+@torch.no_grad()
+def sample_text(source: Checkpoint, samples: int, length: int, runtime: Runtime) -> Tensor:
+    """Token ids (samples, length) that the model writes at temperature 1, from its start token or a random one."""
+    model: Any = source.model(runtime.device, runtime.dtype)
+    generator = runtime.generator("self calibration")
+    start = model.config.bos_token_id
+    if start is not None:
+        ids = torch.full((samples, 1), int(start))
+    else:
+        ids = torch.randint(source.shape.vocabulary, (samples, 1), generator=generator)
+    cache, last = None, ids
+    runtime.progress.start("writing text", length - 1)
+    for _ in range(length - 1):
+        output = model(input_ids=last.to(runtime.device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        odds = output.logits[:, -1].float().cpu().softmax(dim=-1)
+        last = torch.multinomial(odds, 1, generator=generator)
+        ids = torch.cat([ids, last], dim=1)
+        runtime.progress.step()
+    return ids

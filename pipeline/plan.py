@@ -1,0 +1,98 @@
+"""What a recipe will make, before any weight is touched: shapes, bytes, memory; all faults at once."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoints.errors import EdgepressError, PlanError, RecipeError
+from checkpoints.shape import ModelShape
+from pipeline.recipe import Recipe
+from stages.options import Options
+
+# Resident size of Python with torch, transformers and, for lora, peft and the Trainer imported, measured on
+# Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
+_BASE_BYTES = 560 * 2**20
+_TRAINER_BYTES = 220 * 2**20
+_CHUNK_TOKENS = 4096  # Runtime.chunk_tokens
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    stage: str
+    options: Options
+    shape: ModelShape  # what comes out
+    peak_memory_bytes: int
+    remarks: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        pattern = self.shape.pattern
+        return {
+            "stage": self.stage,
+            "parameters_total": self.shape.parameters_total,
+            "parameters_nonzero": self.shape.parameters_nonzero,
+            "file_bytes": self.shape.file_bytes,
+            "blocks": len(self.shape.blocks),
+            "pattern": str(pattern) if pattern else None,
+            "bits": self.shape.grid.bits if self.shape.grid else None,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "remarks": list(self.remarks),
+        }
+
+
+def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
+    """Every stage's outcome, in order. Raises RecipeError with the faults of all stages at once."""
+    plans, faults = [], []
+    for name, options in recipe.stages:
+        module = importlib.import_module(f"stages.{name}")
+        try:
+            after = module.plan(shape, options)
+            remarks = tuple(module.remarks(shape, options)) if hasattr(module, "remarks") else ()
+            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape, after), remarks))
+            shape = after
+        except PlanError as error:
+            faults.append(str(error))
+        except EdgepressError as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise RecipeError(faults)
+    return plans
+
+
+def forecast_memory(stage: str, options: Any, before: ModelShape, after: ModelShape) -> int:
+    """Forecast of the process's peak resident size in bytes while the stage runs."""
+    block = max(sum(t.elements for t in b.stored()) for b in _dense(before).blocks) * 2
+    outer = sum(t.nbytes for t in before.outer)
+    tokens = options.samples * options.length
+    hidden, vocabulary = before.hidden_size, before.vocabulary
+    states = 2 * tokens * hidden * 2
+    widest = max(x.in_features for b in before.blocks for x in b.linears)
+    inner = max(x.out_features for b in before.blocks for x in b.linears)
+    working = 12 * min(tokens, _CHUNK_TOKENS) * max(widest, inner)
+    # A block is mapped from its file and copied to be edited; what is written is a third copy.
+    total = _BASE_BYTES + outer + 3 * block + states + working
+    if stage == "depth":
+        candidates = len(before.blocks) - options.protect_first - options.protect_last
+        kept_states = {"perplexity": candidates, "taylor": len(before.blocks)}.get(options.metric, 2)
+        total += kept_states * tokens * hidden * 2 + 3 * min(tokens, _CHUNK_TOKENS) * vocabulary * 4
+    elif stage == "lora":
+        dense = sum(t.nbytes for t in before.outer) + len(before.blocks) * block
+        live = options.micro_batch * options.length
+        activations = live * (len(before.blocks) * (14 * hidden + 4 * inner) * 2 + 3 * vocabulary * 4)
+        total = _BASE_BYTES + _TRAINER_BYTES + 2 * dense + activations
+    elif stage in ("gptq", "eora"):
+        inputs = {x.in_features for b in before.blocks for x in b.linears}
+        biggest = max(x.weights for b in before.blocks for x in b.linears)
+        # Hessians, their factor in float64, and a layer's weights in several float32 copies.
+        total += sum(2 * n * n * 4 for n in inputs) + 3 * widest * widest * 8 + 8 * biggest * 4
+    return int(total)
+
+
+def _dense(shape: ModelShape) -> ModelShape:
+    from dataclasses import replace
+
+    def dense(x: Any) -> Any:
+        return replace(x, grid=None, adapter_rank=0)
+
+    return replace(shape, blocks=tuple(replace(b, linears=tuple(map(dense, b.linears))) for b in shape.blocks))

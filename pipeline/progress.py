@@ -1,0 +1,77 @@
+"""How a run tells what it does: bars on a terminal, plain lines elsewhere, and a log file always."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pipeline.memory import resident_bytes
+
+_PLAIN_EVERY = 15.0  # seconds between lines where no bar can be drawn
+
+
+class Reporter:
+    """checkpoints.runtime.Progress, on a console and in a log file."""
+
+    def __init__(self, console: Console, log: Path | None = None, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self._log = log.open("a") if log else None
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
+        self._name, self._steps, self._done, self._spoken, self._began = "", 0, 0, 0.0, 0.0
+
+    def __enter__(self) -> Reporter:
+        if self.console.is_terminal and not self.quiet:
+            self._bars = Progress(
+                TextColumn("  {task.description:<16}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bars:
+            self._bars.stop()
+        if self._log:
+            self._log.close()
+
+    def start(self, task: str, steps: int) -> None:
+        self._name, self._steps, self._done = task, steps, 0
+        self._began = self._spoken = time.monotonic()
+        if self._bars:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._task = self._bars.add_task(task, total=steps, numbers="")
+
+    def step(self, **numbers: float | str) -> None:
+        self._done += 1
+        words = "  ".join(f"{key} {value}" for key, value in numbers.items())
+        words += f"  {resident_bytes() / 2**30:.1f} GiB"
+        if self._bars and self._task is not None:
+            self._bars.update(self._task, advance=1, numbers=words)
+        now = time.monotonic()
+        if not self._bars and not self.quiet and now - self._spoken > _PLAIN_EVERY:
+            self._spoken = now
+            left = (now - self._began) / self._done * (self._steps - self._done)
+            self.console.print(f"  {self._name} {self._done}/{self._steps}  {words}  {left:.0f} s left", highlight=False)
+
+    def note(self, message: str) -> None:
+        self.say(f"  ! {message}", style="yellow")
+
+    def say(self, message: str, style: str | None = None) -> None:
+        """A line for the person and the log."""
+        if not self.quiet:
+            self.console.print(message, style=style, highlight=False, markup=False, soft_wrap=True)
+        if self._log:
+            self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {message}\n")
+            self._log.flush()

@@ -1,0 +1,195 @@
+"""A recipe: what to compress, with which stages in which order, from flags or YAML through one validation.
+
+No torch here. Flags are generated from the stages' option fields, so a flag, a recipe key and a field of a
+dataclass are the same thing under three names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from checkpoints.errors import PlanError, RecipeError
+from stages.options import STAGES, Options
+
+_PLAIN_KEYS: dict[str, type] = {
+    "model": str,
+    "data": str,
+    "text": str,
+    "protocol": str,
+    "window": int,
+    "tokens": int,
+    "seed": int,
+    "device": str,
+    "dtype": str,
+    "soc": str,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: str | None = None  # None is the packaged model
+    data: str = ""  # calibration text; empty: embedded for the packaged model, else wikitext2
+    text: str = ""  # text to measure on; empty: the held-out part of the calibration text
+    protocol: str = "windows"
+    window: int = 512
+    tokens: int = 16384
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    soc: str = "siracusa"
+    stages: tuple[tuple[str, Options], ...] = tuple((name, options()) for name, options in STAGES.items())
+    notes: tuple[str, ...] = ()  # what was left out and why
+
+    @property
+    def calibration_text(self) -> str:
+        return self.data or ("embedded" if self.model is None else "wikitext2")
+
+    @property
+    def evaluation_text(self) -> str:
+        return self.text or self.calibration_text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as it could be written to YAML."""
+        plain = {key: getattr(self, key) for key in _PLAIN_KEYS}
+        return plain | {"stages": [{name: asdict(options)} for name, options in self.stages]}
+
+
+def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
+    """The recipe of a YAML file (a path or the name of a shipped one) with flags laid over it.
+
+    flags: plain keys (`model`, `seed` …) and stage options by `stage.field`; None means not given. Raises
+    RecipeError with every fault at once.
+    """
+    faults: list[str] = []
+    given = load_yaml(file, faults) if file else {}
+    plain, stages = _from_mapping(given, faults)
+    for key, value in flags.items():
+        if value is None:
+            continue
+        stage, _, name = key.partition(".")
+        if not name:
+            plain[key] = value
+        elif stage in stages:
+            stages[stage][name] = value
+        else:
+            flag = next(f.metadata["flag"] for f in fields(STAGES[stage]) if f.name == name)
+            faults.append(f"{flag} belongs to the stage {stage}, which {file} leaves out")
+    left_out = _skipped(skip or str(given.get("skip") or ""), faults)
+    built = []
+    for stage, values in stages.items():
+        try:
+            options = STAGES[stage](**values)
+        except (PlanError, TypeError) as error:
+            faults.append(str(error))
+            continue
+        if stage not in left_out and not options.skipped:
+            built.append((stage, options))
+    notes = []
+    if any(s == "eora" for s, _ in built) and not any(s == "gptq" for s, _ in built):
+        # Left out rather than refused: `--quant none` says that nothing is to be compensated.
+        if not any(key.startswith("eora.") and value is not None for key, value in flags.items()):
+            built = [entry for entry in built if entry[0] != "eora"]
+            notes.append("eora is left out: without gptq there is no quantisation error to compensate")
+    if faults:
+        raise RecipeError(faults)
+    return Recipe(stages=tuple(built), notes=tuple(notes), **plain)
+
+
+def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:
+    """A recipe file, or a shipped recipe by its name."""
+    path = Path(name)
+    if not path.is_file():
+        shipped = resources.files("recipes")
+        candidate = shipped / f"{Path(name).stem}.yaml"
+        if Path(name).name in (Path(name).stem, f"{Path(name).stem}.yaml") and candidate.is_file():
+            text = candidate.read_text()
+        else:
+            names = ", ".join(sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir() if p.name.endswith(".yaml")))
+            faults.append(f"there is no recipe '{name}': no such file; shipped are {names}")
+            return {}
+    else:
+        text = path.read_text()
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        faults.append(f"{name} is not YAML: {error}".replace("\n", " "))
+        return {}
+    if not isinstance(data, dict):
+        faults.append(f"{name} must hold keys and values")
+        return {}
+    return data
+
+
+def _from_mapping(data: Mapping[str, Any], faults: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    plain: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in _PLAIN_KEYS:
+            if key == "model" and value is None:
+                continue
+            if not isinstance(value, _PLAIN_KEYS[key]) or isinstance(value, bool):
+                faults.append(f"{key}: {value!r} is not {_words(_PLAIN_KEYS[key])}")
+            else:
+                plain[key] = value
+        elif key not in ("stages", "skip", "name", "about"):
+            known = sorted([*_PLAIN_KEYS, "stages", "skip", "name", "about"])
+            faults.append(f"unknown key '{key}'; there are {', '.join(known)}")
+    if "stages" not in data:
+        return plain, {name: {} for name in STAGES}
+    stages: dict[str, dict[str, Any]] = {}
+    listed = data["stages"]
+    if not isinstance(listed, list):
+        faults.append("stages must be a list, in the order they run")
+        return plain, stages
+    for entry in listed:
+        name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
+        if name not in STAGES:
+            faults.append(f"unknown stage '{name}'; there are {', '.join(STAGES)}")
+        elif name in stages:
+            faults.append(f"the stage {name} is listed twice")
+        else:
+            stages[name] = _stage_values(name, values or {}, faults)
+    return plain, stages
+
+
+def _stage_values(stage: str, values: Any, faults: list[str]) -> dict[str, Any]:
+    types = get_type_hints(STAGES[stage])
+    if not isinstance(values, dict):
+        faults.append(f"{stage}: options must be keys and values")
+        return {}
+    good = {}
+    for key, value in values.items():
+        if key not in types:
+            faults.append(f"{stage} has no option '{key}'; there are {', '.join(types)}")
+        elif not _fits(value, types[key]):
+            faults.append(f"{stage}.{key}: {value!r} is not {_words(types[key])}")
+        else:
+            good[key] = float(value) if types[key] is float else value
+    return good
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _words(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+
+
+def _skipped(skip: str, faults: list[str]) -> set[str]:
+    names = {name.strip() for name in skip.split(",") if name.strip()}
+    for name in sorted(names - set(STAGES)):
+        faults.append(f"--skip {name}: there is no such stage; there are {', '.join(STAGES)}")
+    return names & set(STAGES)
+
+
+def without(recipe: Recipe, *stages: str) -> Recipe:
+    """The recipe with some stages left out."""
+    return replace(recipe, stages=tuple(entry for entry in recipe.stages if entry[0] not in stages))

@@ -1,0 +1,90 @@
+"""What a person sees at the end: the table of stages, the verdict, the plan."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from checkpoints.shape import ModelShape
+from hardware.verdict import Verdict
+from pipeline.plan import StagePlan
+
+if TYPE_CHECKING:
+    from pipeline.run import RunResult
+
+_MIB = 2**20
+
+
+def print_summary(console: Console, result: RunResult, out: Path) -> None:
+    """The final table: what each stage did, and whether the result fits."""
+    report = result.report
+    first = report["baseline"]
+    table = Table(title=f"{report['model']}: perplexity, {first['protocol']}; {first['text']}", title_justify="left")
+    for column in ("stage", "perplexity", "parameters", "non-zero", "MiB", "N:M", "seconds", "peak MiB"):
+        table.add_column(column, justify="left" if column in ("stage", "N:M") else "right")
+    parameters = result.stages[0].checkpoint.parent().shape.parameters_total if result.stages else 0
+    size = report["source"]["file_bytes"] / _MIB
+    table.add_row("0 source", f"{first['perplexity']:.2f}", _millions(parameters), _millions(parameters), f"{size:.1f}")
+    for position, stage in enumerate(report["stages"], 1):
+        sparsity = stage["sparsity"]
+        table.add_row(
+            f"{position} {stage['stage']}",
+            f"{stage['perplexity']['after']:.2f}",
+            _millions(stage["parameters_total"]),
+            _millions(stage["parameters_nonzero"]),
+            f"{stage['file_bytes'] / _MIB:.1f}",
+            f"{sparsity['pattern']} holds" if sparsity["pattern"] else "",
+            "store" if stage["reused"] else f"{stage['seconds']:.0f}",
+            f"{stage['peak_memory_bytes'] / _MIB:.0f}",
+        )
+    console.print()
+    console.print(table)
+    console.print(report["hardware"]["summary"], highlight=False)
+    console.print(f"Measured in {first['dtype']} on {_machine()}.", highlight=False)
+    if "smollm2-135m-instruct" in report["model"]:
+        console.print("The packaged model's weights were 4-bit (GGUF Q4_1) before it came here.", highlight=False)
+    if result.stages and not result.computed:
+        console.print("Nothing to do: every stage was in the store already.", style="green")
+    console.print(f"Result: {out / 'result'}   report: {out / 'report.json'}", highlight=False, soft_wrap=True)
+
+
+def print_plan(
+    console: Console, model: str, shape: ModelShape, stages: list[StagePlan], notes: tuple[str, ...], verdict: Verdict
+) -> None:
+    """The forecast as a table."""
+    table = Table(title=f"Plan for {model}", title_justify="left")
+    for column in ("stage", "blocks", "parameters", "non-zero", "MiB", "N:M", "bits", "peak MiB"):
+        table.add_column(column, justify="left" if column in ("stage", "N:M") else "right")
+
+    def row(name: str, s: ModelShape, peak: str) -> None:
+        bits = str(s.grid.bits) if s.grid else ""
+        pattern = str(s.pattern or "")
+        counts = (_millions(s.parameters_total), _millions(s.parameters_nonzero))
+        table.add_row(name, str(len(s.blocks)), *counts, f"{s.file_bytes / _MIB:.1f}", pattern, bits, peak)
+
+    row("0 source", shape, "")
+    for position, stage in enumerate(stages, 1):
+        row(f"{position} {stage.stage}", stage.shape, f"{stage.peak_memory_bytes / _MIB:.0f}")
+    console.print(table)
+    for note in (*notes, *(remark for stage in stages for remark in stage.remarks)):
+        console.print(f"  ! {note}", style="yellow", highlight=False)
+    total = sum(stage.shape.file_bytes for stage in stages)
+    console.print(f"Disk: {total / _MIB:.1f} MiB for all stages (shards that do not change are shared).", highlight=False)
+    console.print(verdict.summary, highlight=False)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
+def _machine() -> str:
+    import psutil
+    import torch
+
+    name = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{psutil.cpu_count()} cores ({name}), {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}"

@@ -1,0 +1,281 @@
+"""The conductor: every stage of a recipe, from the store where it is finished, else computed and measured."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError, NumericsError, PlanError
+from checkpoints.manifest import MANIFEST, Manifest, check_files, describe_files, fingerprint, write_json
+from checkpoints.runtime import Runtime, choose_device, choose_dtype
+from checkpoints.shape import ModelShape
+from checkpoints.sources import open_source
+from checkpoints.verify import prove_pattern
+from checkpoints.writer import CheckpointWriter
+from eval.perplexity import Protocol, measure, measurement_key
+from hardware.check import check
+from hardware.soc import load_soc
+from pipeline.calibration import Calibration
+from pipeline.memory import available_bytes, peak_bytes, reset_peak
+from pipeline.plan import StagePlan, plan
+from pipeline.progress import Reporter
+from pipeline.recipe import Recipe
+from stages.options import Options
+
+_PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")
+_SHOULD_IMPROVE = ("lora", "eora")
+
+
+@dataclass
+class StageResult:
+    """One stage of a run, as it stands in report.json."""
+
+    checkpoint: Checkpoint
+    reused: bool
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        manifest = self.checkpoint.manifest
+        assert manifest is not None
+        sparsity = manifest.sparsity or {"pattern": None, "holds": None}
+        return {
+            "stage": manifest.stage,
+            "path": str(self.checkpoint.folder),
+            "fingerprint": manifest.fingerprint,
+            "reused": self.reused,
+            "seconds": manifest.seconds,
+            "peak_memory_bytes": manifest.peak_memory_bytes,
+            "file_bytes": manifest.file_bytes,
+            "parameters_total": manifest.parameters_total,
+            "parameters_nonzero": manifest.parameters_nonzero,
+            "sparsity": sparsity,
+            "perplexity": {
+                "before": self.before["perplexity"],
+                "after": self.after["perplexity"],
+                "protocol": self.after["protocol"],
+                "text": self.after["text"],
+            },
+        }
+
+
+@dataclass
+class RunResult:
+    report: dict[str, Any]
+    stages: list[StageResult]
+    computed: int  # stages that were not in the store already
+
+
+def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
+    """Carry out a recipe in the output folder. The caller holds the store open (Store.opened)."""
+    from pipeline.store import Store
+
+    store = Store(out)
+    device = choose_device(recipe.device)
+    soc = load_soc(recipe.soc)
+    protocol = Protocol(recipe.protocol, recipe.window, recipe.tokens)
+    source = open_source(recipe.model)
+    plans = plan(recipe, source.shape)
+    dtype = choose_dtype(recipe.dtype, device, source.shape.blocks[0].linears[0].dtype)
+    runtime = Runtime(device, dtype, recipe.seed, reporter)
+    calibration = Calibration(recipe, source, out, runtime)
+
+    keys = _fingerprints(recipe, source, plans, calibration, runtime)
+    _require_room(out, store, plans, keys)
+    for note in (*recipe.notes, *(remark for p in plans for remark in p.remarks)):
+        reporter.note(note)
+
+    before = baseline = _measured(source, calibration, protocol, runtime, store)
+    reporter.say(f"{_name(recipe)}: {_bytes(source.shape.file_bytes)}, perplexity {before['perplexity']:.2f} "
+                 f"({protocol}; {calibration.evaluation.name}; {before['dtype']})")
+    current, results = source, []
+    for position, (step, key) in enumerate(zip(plans, keys, strict=True), 1):
+        folder = store.stage_folder(position, step.options.label, key)
+        reporter.say(f"{position}/{len(plans)} {step.stage}  {_settings(step.options)}", style="bold")
+        done = store.finished(folder, key)
+        reused = done is not None
+        if done is None:
+            done = _compute(step, current, folder, key, calibration, protocol, runtime, store, before)
+        after = _measured(done, calibration, protocol, runtime, store)
+        results.append(StageResult(done, reused, before, after))
+        _say_stage(reporter, results[-1], current)
+        current, before = done, after
+
+    verdict = check(current.shape, soc, context=min(256, current.shape.positions), name=_name(recipe))
+    if results:
+        store.link_result(current.folder)
+    report = {
+        "model": _name(recipe),
+        "source": {"path": str(source.folder), "fingerprint": source.fingerprint, "file_bytes": source.shape.file_bytes},
+        "recipe": recipe.to_dict(),
+        "baseline": baseline,
+        "stages": [result.to_dict() for result in results],
+        "hardware": verdict.to_dict(),
+    }
+    write_json(out / "report.json", report)
+    return RunResult(report, results, sum(not r.reused for r in results))
+
+
+def _compute(
+    step: StagePlan, parent: Checkpoint, folder: Path, key: str, calibration: Calibration, protocol: Protocol,
+    runtime: Runtime, store: Any, before: dict[str, Any],
+) -> Checkpoint:  # fmt: skip
+    """Run one stage, prove and measure what lies on the disk, and only then write the manifest."""
+    module = importlib.import_module(f"stages.{step.stage}")
+    target = CheckpointWriter(folder, parent.shape.block_prefix)
+    windows = calibration.windows(step.stage, step.options)
+    earlier = float(target.work.entries[-1].get("seconds", 0.0)) if target.work.entries else 0.0
+    reset_peak()
+    began = time.monotonic()
+    facts = module.run(parent, target, windows, step.options, runtime)
+    seconds, peak = earlier + time.monotonic() - began, peak_bytes()
+
+    result = Checkpoint(folder, None)
+    counted = result.facts()
+    if counted["file_bytes"] != step.shape.file_bytes:
+        runtime.progress.note(
+            f"{step.stage}: {counted['file_bytes']} bytes on disk, the plan said {step.shape.file_bytes}; "
+            "the forecast is wrong for this model, please report it"
+        )
+    manifest = Manifest(
+        stage=step.stage,
+        stage_version=module.VERSION,
+        options=asdict(step.options),
+        fingerprint=key,
+        parent={"path": _path_from(folder, parent.folder), "fingerprint": parent.fingerprint},
+        seed=runtime.seed,
+        dtype=str(runtime.dtype).removeprefix("torch."),
+        device=str(runtime.device),
+        calibration=windows.facts(),
+        sparsity=_sparsity(step.shape, result, parent),
+        seconds=seconds,
+        peak_memory_bytes=peak,
+        versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        files=describe_files(folder),
+        origin=_origin(parent, facts),
+        facts=facts,
+        **counted,
+    )
+    measured = Checkpoint(folder, manifest)
+    after = _measured(measured, calibration, protocol, runtime, store)
+    manifest.quality = {"before": before, "after": after}
+    manifest.write(folder)
+    target.work.remove()
+    return Checkpoint.open(folder)
+
+
+def _sparsity(shape: ModelShape, result: Checkpoint, parent: Checkpoint) -> dict[str, Any] | None:
+    """Proof from the files themselves that the planned pattern is there; raises NumericsError if it is not."""
+    if shape.pattern is None:
+        return None
+    inherited = parent.shape.pattern is not None and len(parent.shape.blocks) == len(result.shape.blocks)
+    facts = prove_pattern(result, shape.pattern, parent if inherited else None)
+    if not facts["holds"]:
+        raise NumericsError(
+            f"{result.folder}: of the {shape.pattern} pattern only {facts['kept_zeros']} of {facts['expected_zeros']} "
+            "zeros are left. The stage did not keep the mask; the folder is left unfinished and is not used"
+        )
+    return facts
+
+
+def _origin(parent: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
+    """Which blocks of the uncompressed model are left."""
+    count = len(parent.shape.blocks)
+    left = (parent.manifest.origin.get("blocks") if parent.manifest else None) or list(range(count))
+    kept = facts.get("kept_blocks", list(range(count)))
+    return {"blocks": [left[i] for i in kept]}
+
+
+def _fingerprints(
+    recipe: Recipe, source: Checkpoint, plans: list[StagePlan], calibration: Calibration, runtime: Runtime
+) -> list[str]:
+    keys, parent = [], source.fingerprint
+    for step in plans:
+        windows = calibration.windows(step.stage, step.options)
+        version_number = importlib.import_module(f"stages.{step.stage}").VERSION
+        parent = fingerprint(
+            parent, step.stage, version_number, asdict(step.options), windows.sha256, recipe.seed, str(runtime.dtype)
+        )
+        keys.append(parent)
+    return keys
+
+
+def _measured(
+    checkpoint: Checkpoint, calibration: Calibration, protocol: Protocol, runtime: Runtime, store: Any
+) -> dict[str, Any]:
+    """The perplexity, measured now or, with the same checkpoint and protocol, before."""
+    key = measurement_key(checkpoint.fingerprint, calibration.evaluation, protocol, runtime.dtype)
+    known = store.measurement(key)
+    if known is None:
+        known = measure(checkpoint, calibration.evaluation, protocol, runtime).to_dict()
+        store.keep_measurement(key, known)
+    return dict(known)
+
+
+def _require_room(out: Path, store: Any, plans: list[StagePlan], keys: list[str]) -> None:
+    """Raise PlanError if disk or memory will not do, by the forecast of the stages not yet in the store."""
+    todo = [
+        step
+        for position, (step, key) in enumerate(zip(plans, keys, strict=True), 1)
+        if not (store.stage_folder(position, step.options.label, key) / MANIFEST).is_file()
+    ]
+    disk, free = sum(step.shape.file_bytes for step in todo), shutil.disk_usage(out).free
+    faults = []
+    if disk > free:
+        faults.append(f"the stages will write {_bytes(disk)} to {out}, where {_bytes(free)} are free")
+    for step in todo:
+        if step.peak_memory_bytes > available_bytes():
+            faults.append(
+                f"{step.stage} will need {_bytes(step.peak_memory_bytes)} of memory by the forecast; "
+                f"{_bytes(available_bytes())} are available"
+            )
+    if faults:
+        raise PlanError("; ".join(faults) + ". `compress plan` shows the forecast of every stage")
+
+
+def _say_stage(reporter: Reporter, result: StageResult, parent: Checkpoint) -> None:
+    """The same three lines after every stage."""
+    manifest = result.checkpoint.manifest
+    assert manifest is not None
+    how = "  (from the store)" if result.reused else ""
+    before, after = result.before["perplexity"], result.after["perplexity"]
+    reporter.say(f"  {manifest.seconds:.0f} s, peak memory {_bytes(manifest.peak_memory_bytes)}{how}")
+    kept = manifest.sparsity
+    zeros = f", {kept['pattern']} holds: {kept['kept_zeros']} of {kept['expected_zeros']} zeros" if kept else ""
+    reporter.say(f"  {_bytes(parent.shape.file_bytes)} -> {_bytes(manifest.file_bytes)}{zeros}")
+    reporter.say(f"  perplexity {before:.2f} -> {after:.2f}")
+    if manifest.stage in _SHOULD_IMPROVE and after >= before:
+        reporter.note(f"{manifest.stage} should have lowered the perplexity and did not")
+
+
+def _settings(options: Options) -> str:
+    return ", ".join(f"{key} {value}" for key, value in asdict(options).items() if value not in ("", False))
+
+
+def _name(recipe: Recipe) -> str:
+    from checkpoints.sources import PACKAGED
+
+    return recipe.model or PACKAGED
+
+
+def _path_from(folder: Path, parent: Path) -> str:
+    """Relative within one store, so that a store can be moved; absolute to a model elsewhere."""
+    parent = parent.resolve()
+    return f"../{parent.name}" if parent.parent == folder.resolve().parent else str(parent)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+__all__ = ["CheckpointError", "RunResult", "StageResult", "check_files", "run"]

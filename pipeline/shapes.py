@@ -1,0 +1,37 @@
+"""The shape of the model a user names, on a path that never imports torch where none is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints.errors import CheckpointError
+from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.headers import INDEX, read_config, shape_from_folder
+from checkpoints.shape import ModelShape
+
+PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
+
+
+def model_shape(model: str | None) -> ModelShape:
+    """From a preset, a config.json, or the headers of a folder's files; no weights are read.
+
+    A .gguf or .bin file or a hub id is opened as a source. Raises CheckpointError or PlanError saying what was
+    looked for.
+    """
+    if model is None:
+        return shape_from_config(PRESETS[PACKAGED_PRESET])
+    path = Path(model).expanduser()
+    if path.is_dir():
+        has_weights = (path / INDEX).is_file() or (path / "model.safetensors").is_file()
+        return shape_from_folder(path) if has_weights else shape_from_config(read_config(path))
+    if path.is_file() and path.name == "config.json":
+        return shape_from_config(read_config(path.parent))
+    if model.lower() in PRESETS:
+        return shape_from_config(PRESETS[model.lower()])
+    if path.is_file() or "/" in model or model.lower() == "smollm2-135m-instruct":
+        from checkpoints.sources import open_source  # reads the file or asks the hub, and needs torch
+
+        return open_source(model).shape
+    raise CheckpointError(
+        f"there is no model '{model}': no such folder or file, and not one of the presets {', '.join(PRESETS)}"
+    )

@@ -1,0 +1,5 @@
+"""The five stages, one file each: depth, wanda, lora, gptq, eora.
+
+Every stage is a module with VERSION, Options, plan(shape, options) and run(source, target, calibration,
+options, runtime); none imports another's algorithm's owner, the pipeline.
+"""

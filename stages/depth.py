@@ -1,0 +1,223 @@
+"""Stage 1: remove whole transformer blocks, the least important first.
+
+Shortened LLaMA (Kim et al., arXiv 2402.02834) ranks a block by the perplexity of the model without it, by a
+first-order Taylor estimate, or by weight magnitude; block influence is ShortGPT's (arXiv 2403.03853).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import NumericsError, PlanError
+from checkpoints.runtime import Runtime
+from checkpoints.shape import ModelShape
+from checkpoints.skeleton import Skeleton
+from checkpoints.tokens import TokenBatches
+from checkpoints.writer import CheckpointWriter
+from stages.options import Depth as Options
+
+VERSION = 1
+
+
+def plan(shape: ModelShape, options: Options) -> ModelShape:
+    """The shape after removal (which blocks go makes no difference to it). Raises PlanError."""
+    from dataclasses import replace
+
+    count = len(shape.blocks)
+    free = count - options.protect_first - options.protect_last
+    if options.remove > free:
+        raise PlanError(
+            f"--depth {options.remove}: of {count} blocks, the first {options.protect_first} and the last "
+            f"{options.protect_last} are protected, so at most {max(free, 0)} can go "
+            "(--protect-first and --protect-last change that)"
+        )
+    kept = count - options.remove
+    return replace(shape, blocks=shape.blocks[:kept], config=cut_config(dict(shape.config), list(range(kept)), count))
+
+
+def run(
+    source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
+) -> dict[str, Any]:
+    count = len(source.shape.blocks)
+    if target.work.entries:
+        ranking = target.work.entries[0]
+    else:
+        ranking = choose(source, calibration, options, runtime)
+        target.work.append(ranking)
+    removed = sorted(ranking["removed"])
+    kept = [i for i in range(count) if i not in removed]
+
+    runtime.progress.start("writing blocks", len(kept))
+    for new, old in enumerate(kept):
+        target.copy_block(new, source, old)
+        runtime.progress.step(block=f"{new + 1}/{len(kept)}")
+    target.copy_outer(source)
+    full = source.hf_config().to_dict() if any(isinstance(v, list) for v in source.config.values()) else source.config
+    target.finish(cut_config(dict(full), kept, count), source)
+    return {**ranking, "metric": options.metric, "kept_blocks": kept}
+
+
+def choose(source: Checkpoint, calibration: TokenBatches, options: Options, runtime: Runtime) -> dict[str, Any]:
+    """Which blocks to remove: {"removed": in order of removal, "ranking": one {block: score} a round}.
+
+    The lower a score, the less the block matters; ties fall to the lower block.
+    """
+    skeleton = Skeleton(source, runtime.device, runtime.dtype)
+    count = len(skeleton.blocks)
+    free = range(options.protect_first, count - options.protect_last)
+    order = list(range(count))
+    chunks = calibration.chunks(runtime.chunk_tokens)
+    rounds, removed = [], []
+    for _ in range(options.remove if options.rerank else 1):
+        candidates = [i for i in order if i in free]
+        scores = METRICS[options.metric](skeleton, order, candidates, chunks, runtime)
+        if not all(math.isfinite(score) for score in scores.values()):
+            bad = next(i for i, score in scores.items() if not math.isfinite(score))
+            raise NumericsError(f"ranking by {options.metric}: the score of block {bad} is not finite")
+        rounds.append({str(i): scores[i] for i in candidates})
+        ranked = sorted(candidates, key=lambda i: (scores[i], i))
+        gone = ranked[:1] if options.rerank else ranked[: options.remove]
+        removed += gone
+        order = [i for i in order if i not in gone]
+    return {"removed": removed, "ranking": rounds}
+
+
+# --- metrics: block -> importance, lower goes first -----------------------------------------------------------------
+
+
+def perplexity(
+    skeleton: Skeleton, order: list[int], candidates: list[int], chunks: list[Tensor], runtime: Runtime
+) -> dict[int, float]:
+    """Perplexity of the model without each candidate, in one pass over the blocks.
+
+    At block i there is one hidden state for the intact model and one for every candidate j < i already
+    skipped, so each block is loaded once and a candidate costs only the blocks behind it.
+    """
+    intact = skeleton.embed(chunks)
+    without: dict[int, list[Tensor]] = {}
+    runtime.progress.start("ranking blocks", len(order))
+    for i in order:
+        with skeleton.block(i) as block:
+            without = {j: [skeleton.run(block, i, s) for s in states] for j, states in without.items()}
+            if i in candidates:
+                without[i] = intact
+            intact = [skeleton.run(block, i, s) for s in intact]
+        runtime.progress.step(block=i)
+    with skeleton.head() as head, torch.no_grad():
+        return {j: _perplexity(head, states, chunks) for j, states in without.items()}
+
+
+def taylor(
+    skeleton: Skeleton, order: list[int], candidates: list[int], chunks: list[Tensor], runtime: Runtime
+) -> dict[int, float]:
+    """Sum of abs(W * dL/dW) over a block's linear layers.
+
+    The gradient is carried backwards one block at a time from the stored inputs of each block, so memory
+    stays at one block with its gradient plus the hidden states.
+    """
+    inputs = [skeleton.embed(chunks)]
+    for i in order:
+        with skeleton.block(i) as block:
+            inputs.append([skeleton.run(block, i, s) for s in inputs[-1]])
+    total = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
+    gradients = []
+    with skeleton.head() as head:
+        for states, ids in zip(inputs.pop(), chunks, strict=True):
+            leaf = states.to(skeleton.device).requires_grad_()
+            (_nll(head(leaf), ids) / total).backward()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
+    scores = {}
+    runtime.progress.start("ranking blocks", len(order))
+    for i in reversed(order):
+        with skeleton.block(i) as block:
+            linears = skeleton.linears(i)
+            for linear in linears.values():
+                linear.weight.requires_grad_()
+            backward = []
+            for states, gradient in zip(inputs.pop(), gradients, strict=True):
+                leaf = states.to(skeleton.device).requires_grad_()
+                skeleton.call(block, skeleton.arguments(i, states), leaf).backward(gradient)  # type: ignore[no-untyped-call]
+                assert leaf.grad is not None
+                backward.append(leaf.grad)
+            gradients = backward
+            weights = [linear.weight for linear in linears.values()]
+            scores[i] = sum(float((w.detach().float() * w.grad.float()).abs().sum()) for w in weights if w.grad is not None)
+        runtime.progress.step(block=i)
+    return {i: scores[i] for i in candidates}
+
+
+def magnitude(
+    skeleton: Skeleton, order: list[int], candidates: list[int], chunks: list[Tensor], runtime: Runtime
+) -> dict[int, float]:
+    """Sum of abs(W) over a block's linear layers."""
+    runtime.progress.start("ranking blocks", len(candidates))
+    scores = {}
+    for i in candidates:
+        weights = skeleton.checkpoint.block(i)
+        scores[i] = sum(float(weights[f"{name}.weight"].float().abs().sum()) for name in skeleton.linears(i))
+        runtime.progress.step(block=i)
+    return scores
+
+
+def influence(
+    skeleton: Skeleton, order: list[int], candidates: list[int], chunks: list[Tensor], runtime: Runtime
+) -> dict[int, float]:
+    """1 - cosine between a block's input and output, the mean over tokens."""
+    states = skeleton.embed(chunks)
+    scores = {}
+    runtime.progress.start("ranking blocks", len(order))
+    for i in order:
+        with skeleton.block(i) as block:
+            after = [skeleton.run(block, i, s) for s in states]
+        cosine = [F.cosine_similarity(x.float(), y.float(), dim=-1) for x, y in zip(states, after, strict=True)]
+        scores[i] = 1 - float(torch.cat([c.flatten() for c in cosine]).mean())
+        states = after
+        runtime.progress.step(block=i)
+    return {i: scores[i] for i in candidates}
+
+
+Metric = Callable[[Skeleton, list[int], list[int], list[Tensor], Runtime], dict[int, float]]
+METRICS: dict[str, Metric] = {
+    "perplexity": perplexity,
+    "taylor": taylor,
+    "magnitude": magnitude,
+    "influence": influence,
+}
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed negative log-likelihood in nats. logits (b, L, vocabulary), ids (b, L)."""
+    targets = ids[:, 1:].to(logits.device)
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def _perplexity(head: Callable[[Tensor], Tensor], states: list[Tensor], chunks: list[Tensor]) -> float:
+    nll = sum(float(_nll(head(s), ids)) for s, ids in zip(states, chunks, strict=True))
+    return math.exp(nll / sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks))
+
+
+# Lists of the configuration that are not one entry a block, however long they happen to be.
+_NOT_PER_BLOCK = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "bad_words_ids"}
+
+
+def cut_config(config: dict[str, Any], kept: list[int], count: int) -> dict[str, Any]:
+    """The configuration for the kept blocks: every list with one entry a block is cut to match.
+
+    transformers refuses a `layer_types` of the wrong length, and other runtimes read past its end
+    (llama.cpp#28597).
+    """
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == count and key not in _NOT_PER_BLOCK:
+            config[key] = [value[i] for i in kept]
+    config["num_hidden_layers"] = len(kept)
+    if isinstance(config.get("max_window_layers"), int):
+        config["max_window_layers"] = sum(i < config["max_window_layers"] for i in kept)
+    return config

@@ -1,0 +1,262 @@
+"""Stage 4: low-bit integer weights, each column's error compensated by the columns after it.
+
+GPTQ (Frantar et al., arXiv 2210.17323), with a fixed mask as in SparseGPT (arXiv 2301.00774): a masked
+position gets the zero point's code, exactly zero, and its error flows on like any other. The solver is our
+own because no public one keeps a mask; packing and file format are GPTQModel's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import NumericsError, PlanError
+from checkpoints.packing import pack_linear, packable
+from checkpoints.runtime import Runtime
+from checkpoints.shape import Grid, LinearShape, ModelShape, largest_group
+from checkpoints.tokens import TokenBatches
+from checkpoints.walk import BlockVisit, Walk
+from checkpoints.writer import CheckpointWriter
+from stages import edge
+from stages.options import Gptq as Options
+
+VERSION = 1
+COLUMNS = 128  # columns solved before their errors are applied to the rest: GPTQ's lazy batch
+
+
+def plan(shape: ModelShape, options: Options) -> ModelShape:
+    """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
+    if shape.grid is not None:
+        raise PlanError("gptq needs dense weights; this checkpoint is already quantised")
+    fitting = [x for block in shape.blocks for x in block.linears if packable(x.out_features, x.in_features)]
+    if not fitting:
+        raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
+    grid = Grid(options.bits, largest_group({x.in_features for x in fitting}, options.group), options.symmetric)
+
+    def quantised(linear: LinearShape) -> LinearShape:
+        return replace(linear, grid=grid) if packable(linear.out_features, linear.in_features) else linear
+
+    blocks = tuple(replace(block, linears=tuple(map(quantised, block.linears))) for block in shape.blocks)
+    bits = options.quant_embeddings or None
+    config = dict(shape.config) | {"quantization_config": quantization_config(grid, options, left_dense(shape))}
+    return replace(shape, blocks=blocks, embedding_bits=bits, config=config)
+
+
+def remarks(shape: ModelShape, options: Options) -> list[str]:
+    """What differs from what was asked, in words a person should read before the run."""
+    said = []
+    grid = plan(shape, options).grid
+    if grid is not None and grid.group != options.group:
+        said.append(f"gptq: groups of {grid.group}, not {options.group}: {options.group} does not divide every layer")
+    if dense := left_dense(shape):
+        said.append(
+            f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
+        )
+    return said
+
+
+def left_dense(shape: ModelShape) -> list[str]:
+    linears = [x for block in shape.blocks for x in block.linears]
+    return sorted({x.name for x in linears if not packable(x.out_features, x.in_features)})
+
+
+def run(
+    source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
+) -> dict[str, Any]:
+    after = plan(source.shape, options)
+    grid, masked = after.grid, source.shape.pattern is not None
+    assert grid is not None
+    walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task=options.quant)
+    for block in walk:
+        quantised = {x.name for x in after.blocks[block.index].linears if x.grid is not None}
+        tensors = block.weights()
+        facts: dict[str, Any] = {}
+        for names, hessian in hessians(block).items():
+            for name in names:
+                if name not in quantised:
+                    continue
+                linear = block.linears[name]
+                weight = linear.weight.float()
+                solved = solve(weight, hessian, (weight != 0) if masked else None, grid, options)
+                linear.weight.copy_(solved.weight)
+                del tensors[f"{name}.weight"]
+                packed = pack_linear(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), grid.group, grid.bits)
+                tensors |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
+                facts[name] = {"error": solved.error, "damping": solved.damping, "float64": solved.float64}
+        target.write_block(block.index, tensors)
+        block.done(facts)
+    target.copy_outer(source)
+    if options.quant_embeddings:
+        # The 16-bit tensors become what the packed codes stand for, so every loader sees the same model.
+        outer, packed = edge.quantise_outer(source.outer(), options.quant_embeddings)
+        target.write_outer(outer)
+        target.write_edge(packed)
+    config = dict(source.config)
+    config["quantization_config"] = quantization_config(grid, options, left_dense(source.shape))
+    target.finish(config, source)
+    return {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "blocks": walk.facts}
+
+
+def hessians(block: BlockVisit) -> dict[tuple[str, ...], Tensor]:
+    """X^T X over all calibration tokens for each distinct input, (in, in) float32."""
+    sums: dict[tuple[str, ...], Tensor] = {}
+
+    def add(names: tuple[str, ...], x: Tensor) -> None:
+        x = x.float()
+        if names in sums:
+            sums[names].addmm_(x.T, x)
+        else:
+            sums[names] = x.T @ x
+
+    block.observe(add)
+    return sums
+
+
+@dataclass
+class Solution:
+    codes: Tensor  # (out, in) int32
+    scales: Tensor  # (out, groups) float32 holding float16 values
+    zeros: Tensor  # (out, groups) int32, 1 … 2^bits - 1
+    weight: Tensor  # (out, in) float32: scales * (codes - zeros)
+    error: float  # tr(dW H dW^T) / tr(W H W^T): relative squared error of the layer's output
+    damping: float  # share of the mean diagonal that the factorisation needed
+    float64: bool
+
+
+def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, options: Options) -> Solution:
+    """Codes that keep the layer's output W X close, column by column.
+
+    weight (out, in) float32; hessian (in, in) = X^T X; mask (out, in) is True where a weight may live.
+    GPTQ algorithm 1 with static groups: scales are fixed from the uncompensated weights in storage order, so
+    columns can be taken by falling diagonal ("activation order") while groups stay contiguous in the file.
+    """
+    out, columns = weight.shape
+    group = columns if grid.group == -1 else grid.group
+    H = hessian.clone()
+    unused = H.diagonal() == 0
+    H.diagonal()[unused] = 1  # a feature that calibration never used is rounded on its own
+    importance = H.diagonal().clone()
+    scales, zeros = fit_grid(weight, importance, grid, options.scale_search)
+
+    order = importance.argsort(descending=True, stable=True) if options.activation_order else torch.arange(columns)
+    inverse = order.argsort()
+    U, damping, float64 = inverse_factor(H[order][:, order], options.damping)
+    W = weight[:, order].clone()
+    keep = mask[:, order] if mask is not None else None
+    group_of = (torch.arange(columns, device=weight.device) // group)[order]
+    S, Z = scales[:, group_of], zeros[:, group_of].float()  # (out, in) in solving order
+    Q = torch.empty_like(W)
+    top = 2**grid.bits - 1
+
+    for start in range(0, columns, COLUMNS):
+        end = min(start + COLUMNS, columns)
+        W1, E1 = W[:, start:end], torch.empty_like(W[:, start:end])
+        for j in range(end - start):
+            c = start + j
+            q = (torch.round(W1[:, j] / S[:, c]) + Z[:, c]).clamp_(0, top)
+            if keep is not None:
+                q = torch.where(keep[:, c], q, Z[:, c])
+            Q[:, c] = q
+            e = (W1[:, j] - S[:, c] * (q - Z[:, c])) / U[c, c]
+            W1[:, j + 1 :] -= torch.outer(e, U[c, c + 1 : end])
+            E1[:, j] = e
+        W[:, end:] -= E1 @ U[start:end, end:]
+
+    codes = Q[:, inverse]
+    quantised = scales[:, torch.arange(columns, device=weight.device) // group]
+    quantised = quantised * (codes - Z[:, inverse])
+    return Solution(
+        codes.to(torch.int32), scales, zeros, quantised, output_error(weight, quantised, hessian), damping, float64
+    )
+
+
+def fit_grid(weight: Tensor, importance: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group: (out, groups) float32 holding float16 values, and int32.
+
+    weight (out, in); importance (in,) is the Hessian's diagonal. The search shrinks the range in 2.5 % steps
+    and keeps, for each group, the one with the least squared error weighted by the diagonal.
+    """
+    out, columns = weight.shape
+    group = columns if grid.group == -1 else grid.group
+    w = weight.view(out, -1, group)
+    h = importance.view(1, -1, group)
+    top = 2**grid.bits - 1
+    low, high = w.amin(dim=-1).clamp(max=0), w.amax(dim=-1).clamp(min=0)
+    if grid.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    best_scale, best_zero, best = None, None, None
+    for shrink in (1 - 0.025 * step for step in range(25 if search else 1)):
+        # float16 keeps its full precision from 6e-5 up; smaller scales would be rounded away
+        scale = ((high - low) * shrink / top).clamp(min=6.2e-5).to(torch.float16).float()
+        if grid.symmetric:
+            zero = torch.full_like(scale, (top + 1) // 2)
+        else:
+            zero = torch.round(-low * shrink / scale).clamp(1, top)
+        if not search:
+            return scale, zero.to(torch.int32)
+        s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
+        error = ((s * ((torch.round(w / s) + z).clamp_(0, top) - z) - w).square_() * h).sum(dim=-1)
+        if best is None or best_scale is None or best_zero is None:
+            best_scale, best_zero, best = scale, zero, error
+        else:
+            better = error < best
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+            best = torch.where(better, error, best)
+    assert best_scale is not None and best_zero is not None
+    return best_scale, best_zero.to(torch.int32)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, bool]:
+    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U; damping used; whether in float64.
+
+    Tries float32, then float64, then ten times the damping, until 1. Raises NumericsError saying so.
+    """
+    mean = float(hessian.diagonal().mean())
+    tried = []
+    while damping <= 1:
+        for dtype in (torch.float32, torch.float64):
+            H = hessian.to(dtype).clone()
+            H.diagonal().add_(damping * mean)
+            L, failed = torch.linalg.cholesky_ex(H)
+            if not int(failed):
+                U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+                if not int(failed) and bool(torch.isfinite(U).all()):
+                    return U.float(), damping, dtype == torch.float64
+            tried.append(f"{damping:g} in {str(dtype).removeprefix('torch.')}")
+        damping *= 10
+    raise NumericsError(f"the Hessian stays singular; damping tried: {', '.join(tried)}. Give other calibration text")
+
+
+def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """Relative squared error of the layer's output over the calibration tokens."""
+    delta = weight - approximation
+    return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))
+
+
+def quantization_config(grid: Grid, options: Options, dense: list[str]) -> dict[str, Any]:
+    """What transformers, GPTQModel and vLLM need to read the folder."""
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": grid.bits,
+        "group_size": grid.group,
+        "sym": grid.symmetric,
+        "desc_act": False,  # groups are static and in storage order, whatever order solved them
+        "static_groups": True,
+        "lm_head": False,
+        "damp_percent": options.damping,
+        "pack_dtype": "int32",
+        # GPTQModel reads asymmetric files only from writers that store zero points the way it does
+        "meta": {"quantizer": ["edgepress:" + version("edgepress"), "gptqmodel:" + version("gptqmodel")]},
+    }
+    if dense:
+        config["dynamic"] = {f"-:.*{name.replace('.', chr(92) + '.')}$": {} for name in dense}
+        config["modules_in_block_to_quantize"] = None
+    return config

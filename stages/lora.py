@@ -1,0 +1,250 @@
+"""Stage 3: recover quality with low-rank adapters, then merge them.
+
+LoRA (Hu et al., arXiv 2106.09685) through peft and transformers' Trainer. On a layer with an N:M mask the
+adapter is trained through the mask, W_eff = (W + s B A) * mask, so what was trained is what is merged and
+the zeros stay zeros.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import NumericsError, PlanError
+from checkpoints.runtime import Progress, Runtime
+from checkpoints.shape import ModelShape
+from checkpoints.tokens import TokenBatches
+from checkpoints.writer import CheckpointWriter
+from stages.options import Lora as Options
+
+VERSION = 1
+_COMPLETE = "complete"  # marks a saved step as whole: a kill can leave half of one
+
+
+def plan(shape: ModelShape, options: Options) -> ModelShape:
+    """The same shape: adapters are merged. Raises PlanError for unknown targets and quantised weights."""
+    if shape.grid is not None:
+        raise PlanError("lora merges into dense weights; this checkpoint is quantised. Put lora before gptq")
+    target_names(shape, options)
+    return shape
+
+
+def target_names(shape: ModelShape, options: Options) -> list[str]:
+    """Names (without path) of the linear layers to adapt. Raises PlanError naming those that exist."""
+    present = {x.name.rpartition(".")[2] for x in shape.blocks[0].linears}
+    if options.targets == "all":
+        return sorted(present)
+    wanted = [name.strip() for name in options.targets.split(",")]
+    if set(wanted) == {"q_proj", "k_proj", "v_proj", "o_proj"} and "qkv_proj" in present:
+        wanted = ["qkv_proj", "o_proj"]  # the default, on families that fuse q, k and v
+    if unknown := [name for name in wanted if name not in present]:
+        raise PlanError(f"--lora-targets {','.join(unknown)}: this model's blocks have {', '.join(sorted(present))}")
+    return wanted
+
+
+def run(
+    source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
+) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    with own_random_state(int(runtime.generator("lora").initial_seed() % 2**31)):
+        config = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            target_modules=target_names(source.shape, options),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(source.model(runtime.device, runtime.dtype), config)  # type: ignore[arg-type]
+        layers = adapted_layers(model)
+        if source.shape.pattern is not None:
+            for layer in layers.values():
+                train_through_mask(layer)
+        losses, seconds = train(model, calibration, options, runtime, target.work.folder)
+
+    prefix = source.shape.block_prefix
+    deltas = {name.removeprefix(prefix + "."): masked_delta(layer) for name, layer in layers.items()}
+    for index in range(len(source.shape.blocks)):
+        tensors = dict(source.stored_block(index))
+        for name in [n for n in deltas if n.startswith(f"{index}.")]:
+            key = name.removeprefix(f"{index}.") + ".weight"
+            tensors[key] = (tensors[key].float() + deltas[name].cpu()).to(tensors[key].dtype)
+        target.write_block(index, tensors)
+    target.copy_outer(source)
+    target.finish(source.config, source)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = options.total_steps * options.batch * options.length
+    return {
+        "trainable_parameters": trainable,
+        "steps": options.total_steps,
+        "tokens": tokens,
+        "seconds_training": seconds,
+        "losses": losses,
+    }
+
+
+# --- the adapter and the mask ---------------------------------------------------------------------------------------
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """peft's LoRA layers by the name that the wrapped linear has in the checkpoint."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            found[re.sub(r"^base_model\.model\.", "", name)] = module
+    return found
+
+
+def masked_delta(layer: Any) -> Tensor:
+    """s B A of one layer (out, in) float32, zero wherever the mask is; differentiable."""
+    delta: Tensor = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    mask = getattr(layer, "nm_mask", None)
+    return delta if mask is None else delta * mask
+
+
+def train_through_mask(layer: Any) -> None:
+    """Make peft's layer compute with W_eff = (W + s B A) * mask; the mask is where W is not zero.
+
+    Without dropout that is one product with W_eff. With dropout, which acts on the adapter's input alone, W
+    and the masked adapter are applied one after the other.
+    """
+    weight = layer.base_layer.weight
+    layer.nm_mask = weight != 0
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        delta = masked_delta(layer).to(x.dtype)
+        dropout = layer.lora_dropout["default"]
+        if not layer.training or isinstance(dropout, nn.Identity):
+            return F.linear(x, weight + delta, layer.base_layer.bias)
+        y: Tensor = layer.base_layer(x)
+        return y + F.linear(dropout(x), delta)
+
+    layer.forward = forward
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: nn.Module, data: TokenBatches, options: Options, runtime: Runtime, work: Path
+) -> tuple[list[float], float]:
+    """Train with transformers' Trainer; loss at each step and seconds. Goes on from the last whole saved step."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=options.total_steps,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=options.batch // options.micro_batch,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.0,
+        gradient_checkpointing=options.checkpointing,
+        train_sampling_strategy="sequential",  # the windows were shuffled by the stage's own generator
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=runtime.device.type == "cpu",
+        seed=int(torch.initial_seed() % 2**31),
+        dataloader_pin_memory=runtime.device.type == "cuda",
+        remove_unused_columns=False,
+    )
+
+    progress = runtime.progress
+
+    class Report(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                loss = float(logs["loss"])
+                if not np.isfinite(loss):
+                    raise NumericsError(
+                        f"the training loss became {loss} at step {state.global_step}; the last saved step is kept. "
+                        "Lower --lora-lr"
+                    )
+                progress.step(step=f"{state.global_step}/{state.max_steps}", loss=f"{loss:.3f}")
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (work / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+    class Quiet(Trainer):
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            """Keep the log and call the callbacks, print nothing: output is the progress bar's."""
+            super().log(logs, *args, **kwargs)
+
+    trainer = Quiet(
+        model=model,  # type: ignore[arg-type]
+        args=arguments,
+        train_dataset=_Windows(data.ids),  # type: ignore[arg-type]
+        data_collator=partial(_collate),
+        callbacks=[Report()],
+    )
+    _remove_printing(trainer)
+    saved = last_whole_step(work)
+    progress.start("lora", options.total_steps - (int(saved.name.split("-")[1]) if saved else 0))
+    result = trainer.train(resume_from_checkpoint=str(saved) if saved else None)
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return losses, float(result.metrics["train_runtime"])
+
+
+def last_whole_step(work: Path) -> Path | None:
+    """The newest saved step that was written completely; half-written ones are removed."""
+    steps = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for path in steps:
+        if not (path / _COMPLETE).is_file():
+            shutil.rmtree(path)
+    whole = [path for path in steps if path.is_dir()]
+    return whole[-1] if whole else None
+
+
+def _remove_printing(trainer: Any) -> None:
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+class _Windows(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.ids[index]
+
+
+def _collate(windows: list[Tensor]) -> dict[str, Tensor]:
+    ids = torch.stack(windows)
+    return {"input_ids": ids, "labels": ids}
+
+
+@contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """A seeded global random state for the Trainer, which knows no other; the caller's comes back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,192 @@
+"""Every stage's settings: one documented field each. No torch, so that `--help` and planning stay quick.
+
+A field's metadata holds its flag on the command line; its name is its key in a recipe. Values that can never
+work raise PlanError at once; what depends on the model is checked by the stage's `plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoints.errors import PlanError
+from checkpoints.shape import Pattern
+
+
+def option(default: Any, flag: str, text: str) -> Any:
+    return field(default=default, metadata={"flag": flag, "help": text})
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise PlanError(message)
+
+
+METRICS = ("perplexity", "taylor", "magnitude", "influence")
+ATTENTION = "q_proj,k_proj,v_proj,o_proj"
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Which blocks go (Shortened LLaMA, arXiv 2402.02834)."""
+
+    remove: int = option(2, "--depth", "Blocks to remove; 0 skips the stage.")
+    metric: str = option("perplexity", "--metric", "Ranking: perplexity, taylor, magnitude or influence.")
+    protect_first: int = option(4, "--protect-first", "First blocks that always stay.")
+    protect_last: int = option(2, "--protect-last", "Last blocks that always stay.")
+    rerank: bool = option(False, "--rerank", "Rank again after each removal instead of once.")
+    samples: int = option(10, "--depth-samples", "Calibration windows for the ranking.")
+    length: int = option(128, "--depth-length", "Tokens per calibration window.")
+
+    def __post_init__(self) -> None:
+        _require(self.remove >= 0, f"--depth {self.remove}: the number of blocks to remove cannot be negative")
+        _require(self.metric in METRICS, f"--metric {self.metric}: there are {', '.join(METRICS)}")
+        _require(min(self.protect_first, self.protect_last) >= 0, "protected blocks cannot be negative")
+        _windows("depth", self.samples, self.length)
+
+    @property
+    def skipped(self) -> bool:
+        return self.remove == 0
+
+    @property
+    def label(self) -> str:
+        return f"depth-{self.remove}"
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Zeroes N of every M weights of a row (WANDA, arXiv 2306.11695)."""
+
+    pattern: str = option("1:8", "--wanda", "N:M removes N of every M consecutive weights of a row; none skips.")
+    samples: int = option(32, "--wanda-samples", "Calibration windows.")
+    length: int = option(512, "--wanda-length", "Tokens per calibration window.")
+
+    def __post_init__(self) -> None:
+        if not self.skipped:
+            Pattern.parse(self.pattern)
+        _windows("wanda", self.samples, self.length)
+
+    @property
+    def skipped(self) -> bool:
+        return self.pattern == "none"
+
+    @property
+    def label(self) -> str:
+        return f"wanda-{self.pattern.replace(':', 'of')}"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Recovers quality with low-rank adapters that are merged afterwards (LoRA, arXiv 2106.09685)."""
+
+    rank: int = option(8, "--lora-rank", "Rank of the adapters.")
+    alpha: int = option(16, "--lora-alpha", "Scale of the adapters is alpha / rank.")
+    dropout: float = option(0.1, "--lora-dropout", "Dropout on the adapters' inputs.")
+    targets: str = option(ATTENTION, "--lora-targets", "Linear layers to adapt, comma-separated, or all.")
+    data: str = option("", "--lora-data", "Training text, as for --data; default: the same text.")
+    samples: int = option(96, "--lora-samples", "Training windows (the thesis: 8192).")
+    length: int = option(512, "--lora-length", "Tokens per training window.")
+    batch: int = option(8, "--lora-batch", "Windows per optimiser step.")
+    micro_batch: int = option(2, "--lora-micro-batch", "Windows that go through the model at once.")
+    steps: int = option(24, "--lora-steps", "Optimiser steps; 0 is one pass over the training windows.")
+    learning_rate: float = option(1e-3, "--lora-lr", "Peak learning rate of AdamW; cosine with warm-up.")
+    checkpointing: bool = option(False, "--lora-checkpointing", "Recompute activations to save memory.")
+    save_steps: int = option(4, "--lora-save-steps", "Optimiser steps between durable points to resume from.")
+
+    def __post_init__(self) -> None:
+        _require(self.rank > 0, f"--lora-rank {self.rank}: must be positive; use --skip lora to leave the stage out")
+        _require(self.alpha > 0, f"--lora-alpha {self.alpha}: must be positive")
+        _require(0 <= self.dropout < 1, f"--lora-dropout {self.dropout}: must be in [0, 1)")
+        _require(self.batch > 0 and self.micro_batch > 0, "--lora-batch and --lora-micro-batch must be positive")
+        _require(
+            self.batch % self.micro_batch == 0,
+            f"--lora-batch {self.batch} is not a multiple of --lora-micro-batch {self.micro_batch}",
+        )
+        _require(self.steps >= 0, f"--lora-steps {self.steps}: cannot be negative")
+        _require(self.learning_rate > 0, f"--lora-lr {self.learning_rate}: must be positive")
+        _require(self.save_steps > 0, f"--lora-save-steps {self.save_steps}: must be positive")
+        _windows("lora", self.samples, self.length)
+        _require(
+            self.samples >= self.batch,
+            f"--lora-samples {self.samples} fill no batch of {self.batch}; lower --lora-batch or raise the samples",
+        )
+
+    @property
+    def skipped(self) -> bool:
+        return False
+
+    @property
+    def label(self) -> str:
+        return f"lora-r{self.rank}"
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or self.samples // self.batch
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Low-bit weights, error-compensated column by column (GPTQ, arXiv 2210.17323)."""
+
+    quant: str = option("gptq4", "--quant", "gptq4, gptq3, gptq8, or none to skip the stage.")
+    group: int = option(128, "--group", "Weights that share a scale; the largest that fits all layers is used.")
+    symmetric: bool = option(False, "--symmetric", "Fix the zero point in the middle of the grid.")
+    activation_order: bool = option(True, "--activation-order", "Quantise the most used columns first.")
+    scale_search: bool = option(True, "--scale-search", "Search each group's scale for the least error.")
+    damping: float = option(0.01, "--damping", "Share of the mean diagonal added to the Hessian.")
+    quant_embeddings: int = option(0, "--quant-embeddings", "Also pack embedding and head at 8 or 4 bits; 0 does not.")
+    samples: int = option(32, "--quant-samples", "Calibration windows.")
+    length: int = option(512, "--quant-length", "Tokens per calibration window.")
+
+    def __post_init__(self) -> None:
+        kinds = ("gptq4", "gptq3", "gptq8", "none")
+        _require(self.quant in kinds, f"--quant {self.quant}: there are {', '.join(kinds)}")
+        _require(self.group == -1 or self.group >= 32, f"--group {self.group}: at least 32, or -1 for whole rows")
+        _require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
+        _require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
+        _windows("gptq", self.samples, self.length)
+
+    @property
+    def skipped(self) -> bool:
+        return self.quant == "none"
+
+    @property
+    def bits(self) -> int:
+        return int(self.quant.removeprefix("gptq"))
+
+    @property
+    def label(self) -> str:
+        return self.quant
+
+
+@dataclass(frozen=True)
+class Eora:
+    """A training-free low-rank answer to the compression error (EoRA, arXiv 2410.21271)."""
+
+    rank: int = option(32, "--eora", "Rank of the compensation; 0 skips the stage.")
+    against: str = option("parent", "--eora-against", "Error against the checkpoint before quantisation, or dense.")
+    samples: int = option(64, "--eora-samples", "Calibration windows.")
+    length: int = option(512, "--eora-length", "Tokens per calibration window.")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, f"--eora {self.rank}: the rank cannot be negative")
+        _require(self.against in ("parent", "dense"), f"--eora-against {self.against}: there are parent and dense")
+        _windows("eora", self.samples, self.length)
+
+    @property
+    def skipped(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def label(self) -> str:
+        return f"eora-r{self.rank}"
+
+
+Options = Depth | Wanda | Lora | Gptq | Eora
+
+STAGES: dict[str, type[Options]] = {"depth": Depth, "wanda": Wanda, "lora": Lora, "gptq": Gptq, "eora": Eora}
+
+
+def _windows(stage: str, samples: int, length: int) -> None:
+    _require(samples > 0, f"{stage}: {samples} calibration windows; at least one is needed")
+    _require(length > 1, f"{stage}: windows of {length} tokens; at least two are needed")

@@ -1,0 +1,95 @@
+"""Stage 2: zero N of every M consecutive weights of a row, the least useful first.
+
+WANDA (Sun et al., arXiv 2306.11695). The statistics of a block are taken from the already pruned blocks
+before it, so later blocks see the inputs they will get.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import PlanError
+from checkpoints.runtime import Runtime
+from checkpoints.shape import LinearShape, ModelShape, Pattern
+from checkpoints.tokens import TokenBatches
+from checkpoints.walk import BlockVisit, Walk
+from checkpoints.writer import CheckpointWriter
+from stages.options import Wanda as Options
+
+VERSION = 1
+
+
+def plan(shape: ModelShape, options: Options) -> ModelShape:
+    """The shape with the pattern on every linear layer of every block.
+
+    Raises PlanError naming each layer whose input width M does not divide, and for quantised layers.
+    """
+    pattern = Pattern.parse(options.pattern)
+    unfit = {x.name: x.in_features for block in shape.blocks for x in block.linears if x.in_features % pattern.of}
+    if unfit:
+        layers = ", ".join(f"{name} ({width})" for name, width in unfit.items())
+        raise PlanError(f"--wanda {pattern} needs input widths divisible by {pattern.of}; these are not: {layers}")
+    if shape.grid is not None:
+        raise PlanError("wanda prunes dense weights; this checkpoint is already quantised. Put wanda before gptq")
+
+    def pruned(linear: LinearShape) -> LinearShape:
+        return replace(linear, pattern=pattern)
+
+    blocks = tuple(replace(block, linears=tuple(map(pruned, block.linears))) for block in shape.blocks)
+    return replace(shape, blocks=blocks)
+
+
+def run(
+    source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
+) -> dict[str, Any]:
+    pattern = Pattern.parse(options.pattern)
+    walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task="wanda")
+    for block in walk:
+        norms = input_norms(block)
+        score = {}
+        for name, linear in block.linears.items():
+            mask = prune_n_of_m(linear.weight, norms[name], pattern.removed, pattern.of)
+            score[name] = lost_share(linear.weight, norms[name], mask)
+            linear.weight.mul_(mask)
+        target.write_block(block.index, block.weights())
+        block.done({"lost_score_share": score})
+    target.copy_outer(source)
+    target.finish(source.config, source)
+    return {"pattern": options.pattern, "blocks": walk.facts}
+
+
+def input_norms(block: BlockVisit) -> dict[str, Tensor]:
+    """L2 norm of each input feature over all calibration tokens, float32, by layer: (in,)."""
+    squares: dict[tuple[str, ...], Tensor] = {}
+
+    def add(names: tuple[str, ...], x: Tensor) -> None:
+        total = x.float().square().sum(dim=0)
+        squares[names] = squares[names] + total if names in squares else total
+
+    block.observe(add)
+    return {name: total.sqrt() for names, total in squares.items() for name in names}
+
+
+def prune_n_of_m(weight: Tensor, input_norm: Tensor, n: int, m: int) -> Tensor:
+    """The mask that keeps the M - N best of every M consecutive weights of a row: True where a weight stays.
+
+    weight (out, in); input_norm (in,) is the L2 norm of each input feature over the calibration tokens.
+    Score abs(W_ij) * norm2(X_j): WANDA, arXiv 2306.11695, equation 1. Of equal scores the lower column goes.
+    """
+    rows, columns = weight.shape
+    if columns % m:
+        raise PlanError(f"{n}:{m} needs an input width divisible by {m}; this layer has {columns}")
+    score = (weight.float().abs() * input_norm).view(rows, columns // m, m)  # (out, groups, m)
+    dropped = score.argsort(dim=-1, stable=True)[..., :n]  # (out, groups, n)
+    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, dropped, False).view(rows, columns)
+
+
+def lost_share(weight: Tensor, input_norm: Tensor, mask: Tensor) -> float:
+    """Share of a layer's total score that pruning removes; 0 for nothing of value lost."""
+    score = weight.float().abs() * input_norm
+    return float((score * ~mask).sum() / score.sum().clamp_min(1e-30))
