@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from checkpoints.errors import CheckpointError
 from checkpoints.headers import ADAPTER, read_config, shape_from_folder, weight_files
-from checkpoints.manifest import MANIFEST, Manifest, check_files, sha256_file
+from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.packing import dequantise
 from checkpoints.shape import LinearShape, ModelShape
@@ -48,7 +50,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder")
         manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
-        if manifest is None and (folder / ".work").is_dir():
+        if manifest is None and (folder / WORK).is_dir():
             raise CheckpointError(f"{folder} is a checkpoint still being written; run its command again to finish it")
         if manifest is not None:
             check_files(folder, manifest, hashes)
@@ -159,8 +161,6 @@ class Checkpoint:
 
     @cached_property
     def _adapter_scale(self) -> float:
-        import json
-
         config = json.loads((self.folder / "adapter" / "adapter_config.json").read_text())
         return float(config["lora_alpha"]) / float(config["r"])
 
@@ -203,16 +203,18 @@ class Checkpoint:
         return {
             "parameters_total": self.shape.parameters_total,
             "parameters_nonzero": self.shape.parameters_total - zeros,
-            "file_bytes": sum(p.stat().st_size for p in self.folder.rglob("*.safetensors")),
+            "file_bytes": sum(
+                path.stat().st_size
+                for path in self.folder.rglob("*.safetensors")
+                if path.relative_to(self.folder).parts[0] != WORK
+            ),
         }
 
 
 def foreign_fingerprint(folder: Path) -> str:
     """Sha256 over the names and hashes of the files that make a model what it is."""
-    import hashlib
-
     digest = hashlib.sha256()
-    names = {path for path in weight_files(folder).values()} | {folder / "config.json"}
+    names = set(weight_files(folder).values()) | {folder / "config.json"}
     names |= set(folder.glob("*token*")) | set(folder.glob("*.model"))
     for path in sorted(names):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())

@@ -65,6 +65,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     any_bias = bool(config.get("attention_bias", False)) and not traits.get("fused")
     qkv_bias = any_bias or bool(traits.get("qkv_bias"))
     mlp_bias = bool(config.get("mlp_bias", False)) and family in ("llama", "smollm3")
+    linears: tuple[LinearShape, ...]
     if traits.get("fused"):
         linears = (
             linear("self_attn.qkv_proj", (heads + 2 * kv_heads) * head_dim, hidden),
@@ -96,7 +97,9 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(family, dict(config), (block,) * config["num_hidden_layers"], tuple(outer))
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+def _llama(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
     return {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -115,9 +118,7 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, voca
 # karpathy/tinyllamas. Enough to plan without downloading anything.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, max_position_embeddings=131072),
-    "llama-3.1-8b": _llama(
-        4096, 14336, 32, 32, 8, 128256, max_position_embeddings=131072, tie_word_embeddings=False
-    ),
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=131072, tie_word_embeddings=False),
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, max_position_embeddings=8192),
     "stories15m": _llama(288, 768, 6, 6, 6, 32000, max_position_embeddings=256, dtype="float32"),
     "stories260k": _llama(64, 172, 5, 8, 4, 512, max_position_embeddings=512, dtype="float32"),

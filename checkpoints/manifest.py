@@ -53,7 +53,9 @@ class Manifest:
         """Raises CheckpointError where the file is missing, unreadable or of another format."""
         path = folder / MANIFEST
         if not path.is_file():
-            raise CheckpointError(f"{folder} holds no {MANIFEST}: it was never finished, or is not a checkpoint of ours")
+            raise CheckpointError(
+                f"{folder} holds no {MANIFEST}: it was never finished, or is not a checkpoint of ours"
+            )
         try:
             data = json.loads(path.read_text())
             if data["format"] != FORMAT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,34 +27,34 @@ def holds(weight: Tensor, pattern: Pattern) -> bool:
 
 @dataclass
 class MaskProof:
-    """Counts over many layers: zeros the mask asks for, and how many of them are still zero."""
+    """Counts over many layers: zeros the pattern asks for, how many are there, and mask positions lost."""
 
     pattern: Pattern
     expected: int = 0
     kept: int = 0
+    refilled: int = 0
 
     def add(self, weight: Tensor, mask: Tensor | None = None) -> None:
         """Count one layer. weight (out, in); mask (out, in) is True where a weight may live.
 
-        Without a mask the pattern alone is checked: N zeros are asked of every group.
+        N zeros are asked of every group of M; with a mask also that each of its zeros is still one.
         """
-        if mask is None:
-            zeros = group_zeros(weight, self.pattern.of).clamp(max=self.pattern.removed)
-            self.expected += zeros.numel() * self.pattern.removed
-            self.kept += int(zeros.sum())
-        else:
-            self.expected += int((~mask).sum())
-            self.kept += int(((weight == 0) & ~mask).sum())
+        zeros = group_zeros(weight, self.pattern.of).clamp(max=self.pattern.removed)
+        self.expected += zeros.numel() * self.pattern.removed
+        self.kept += int(zeros.sum())
+        if mask is not None:
+            self.refilled += int(((weight != 0) & ~mask).sum())
 
     @property
     def holds(self) -> bool:
-        return self.kept == self.expected
+        return self.kept == self.expected and not self.refilled
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         return {
             "pattern": str(self.pattern),
             "expected_zeros": self.expected,
             "kept_zeros": self.kept,
+            "refilled_zeros": self.refilled,
             "holds": self.holds,
         }
 

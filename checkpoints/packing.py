@@ -47,7 +47,8 @@ def unpack(words: Tensor, bits: int, rows: int) -> Tensor:
     wide = words.to(torch.int64) & 0xFFFFFFFF
     if WORD % bits == 0:
         shifts = torch.arange(0, WORD, bits, device=words.device).view(1, -1, 1)
-        return (wide.unsqueeze(1) >> shifts & (2**bits - 1)).reshape(rows, columns).to(torch.int32)
+        codes = wide.unsqueeze(1) >> shifts & (2**bits - 1)
+        return codes.reshape(rows, columns).to(torch.int32)
     stream = wide.unsqueeze(1) >> torch.arange(WORD, device=words.device).view(1, -1, 1) & 1
     places = torch.arange(bits, device=words.device).view(1, bits, 1)
     return (stream.reshape(rows, bits, columns) << places).sum(dim=1).to(torch.int32)
@@ -82,4 +83,5 @@ def dequantise(stored: dict[str, Tensor], bits: int) -> Tensor:
     """The dense weights (out, in) in float32 that the stored codes stand for: scale * (code - zero)."""
     codes, scales, zeros = unpack_linear(stored, bits)
     g_idx = stored["g_idx"].long()
-    return scales[:, g_idx] * (codes - zeros[:, g_idx])
+    dense: Tensor = scales[:, g_idx] * (codes - zeros[:, g_idx])
+    return dense

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Skeleton:
         self._owner_name, _, self._list_name = prefix.rpartition(".")
         try:
             self._owner = self.model.get_submodule(self._owner_name)
-            self.blocks: nn.ModuleList = self.model.get_submodule(prefix)
+            self.blocks = cast(nn.ModuleList, self.model.get_submodule(prefix))
         except AttributeError:
             raise CheckpointError(
                 f"{checkpoint.folder}: transformers builds this {checkpoint.shape.family} model without '{prefix}', "
@@ -84,7 +84,7 @@ class Skeleton:
 
     def call(self, block: nn.Module, arguments: dict[str, Any], states: Tensor) -> Tensor:
         output = block(states, **arguments)
-        return output[0] if isinstance(output, tuple) else output
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def arguments(self, index: int, states: Tensor) -> dict[str, Any]:
         """What transformers calls this block with, for hidden states of this shape."""
@@ -116,7 +116,8 @@ class Skeleton:
         self.model.tie_weights()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        return self.model.to(device)
+        nn.Module.to(self.model, device)
+        return self.model
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The block's linear layers by their name relative to it."""
@@ -131,7 +132,7 @@ class Skeleton:
     def _outer_weights(self) -> Iterator[None]:
         """Embedding, last norm and head on the device while needed; the blocks stay without weights."""
         outer = {n: t.to(self.device, self.dtype) for n, t in self.checkpoint.outer().items()}
-        meta = {n: p for n, p in self.model.named_parameters()}
+        meta = dict(self.model.named_parameters())
         unknown = sorted(set(outer) - set(meta) - self._tied_names())
         if unknown:
             raise CheckpointError(f"{self.checkpoint.folder} holds {unknown[0]}, which transformers' model has not")
@@ -197,7 +198,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     config = checkpoint.hf_config()
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.folder} is not a causal language model: {error}") from None
     model.eval()

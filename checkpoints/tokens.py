@@ -30,7 +30,7 @@ class TokenBatches:
 
     def chunks(self, tokens: int) -> list[Tensor]:
         """Batches of at most `tokens` tokens (never less than one sequence)."""
-        return list(self.ids.split(max(1, tokens // self.ids.shape[1])))
+        return list(torch.split(self.ids, max(1, tokens // self.ids.shape[1])))
 
 
 def sample_windows(name: str, ids: Tensor, samples: int, length: int, generator: torch.Generator) -> TokenBatches:

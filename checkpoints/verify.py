@@ -19,11 +19,10 @@ def prove_pattern(checkpoint: Checkpoint, pattern: Pattern, masks_from: Checkpoi
     """
     proof = MaskProof(pattern)
     for index, block in enumerate(checkpoint.shape.blocks):
+        masks = {x.name: x for x in masks_from.shape.blocks[index].linears} if masks_from else {}
         for linear in block.linears:
-            weight = checkpoint.base_weight(index, linear)
-            proof.add(weight)
-            if masks_from is not None:
-                proof.add(weight, masks_from.base_weight(index, linear) != 0)
+            mask = masks_from.base_weight(index, masks[linear.name]) != 0 if masks_from else None
+            proof.add(checkpoint.base_weight(index, linear), mask)
     return proof.facts()
 
 

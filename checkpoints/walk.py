@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ class Work:
         folder.mkdir(parents=True, exist_ok=True)
         self._journal = folder / "journal.jsonl"
         self.entries: list[dict[str, Any]] = []
+        self._began = time.monotonic()
         if self._journal.is_file():
             for line in self._journal.read_text().splitlines():
                 try:
@@ -47,6 +49,12 @@ class Work:
                 except json.JSONDecodeError:
                     break  # the line that a kill cut short
             self._rewrite()
+        self._earlier = float(self.entries[-1]["seconds"]) if self.entries else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this stage, up to the last entry of earlier runs and in this one."""
+        return self._earlier + time.monotonic() - self._began
 
     def _rewrite(self) -> None:
         text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
@@ -56,9 +64,10 @@ class Work:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a line and wait until it is on the disk; floats survive the round trip through JSON exactly."""
-        self.entries.append(json.loads(json.dumps(entry)))
+        line = json.dumps(entry | {"seconds": round(self.seconds, 3)})
+        self.entries.append(json.loads(line))
         with self._journal.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -73,12 +82,12 @@ class States:
         sizes = [torch.Size(shape).numel() for shape in shapes]
         total = sum(sizes)
         self._flat = (
-            torch.from_file(str(path), shared=True, size=total, dtype=dtype)  # type: ignore[call-overload]
+            torch.from_file(str(path), shared=True, size=total, dtype=dtype)
             if path
             else torch.empty(total, dtype=dtype)
         )
         self.path = path
-        parts = self._flat.split(sizes)
+        parts = torch.split(self._flat, sizes)
         self.chunks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def flush(self) -> None:

@@ -71,8 +71,9 @@ def measure(checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Run
     tokenizer = checkpoint.tokenizer()
     batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
     nll, scored = negative_log_likelihood(checkpoint, batches, runtime)
-    read = sum(int((b.targets != _IGNORED).sum()) for b in batches)
-    size = sum(len(tokenizer.decode(row[row != _IGNORED]).encode()) for b in batches for row in b.targets)
+    rows = [row[row != _IGNORED] for batch in batches for row in batch.targets]
+    read = sum(row.numel() for row in rows)
+    size = sum(len(str(tokenizer.decode(row)).encode()) for row in rows)
     return Perplexity(
         perplexity=math.exp(nll / scored),
         tokens=read,
@@ -119,7 +120,7 @@ def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol)
     if count == 0:
         raise TextError(f"the text '{text.name}' has {ids.numel()} tokens, less than one window of {protocol.window}")
     windows = ids[: count * protocol.window].view(count, protocol.window)
-    return [_Batch(chunk, chunk) for chunk in windows.split(max(1, 4096 // protocol.window))]
+    return [_Batch(chunk, chunk) for chunk in torch.split(windows, max(1, 4096 // protocol.window))]
 
 
 def _rows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[_Batch]:

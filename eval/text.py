@@ -105,7 +105,9 @@ def read_file(path: Path) -> Text:
     """A text file, JSON lines, JSON or parquet; rows need a `text`, or instruction and answer fields."""
     try:
         if path.suffix == ".jsonl":
-            rows = [_json_line(path, n, line) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+            rows = [
+                _json_line(path, n, line) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()
+            ]
         elif path.suffix == ".json":
             rows = json.loads(path.read_text())
         elif path.suffix == ".parquet":
@@ -114,7 +116,9 @@ def read_file(path: Path) -> Text:
             rows = parquet.read_table(path).to_pylist()
         else:
             parts = path.read_text().split(END_OF_TEXT)
-            return Text(path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],))
+            return Text(
+                path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],)
+            )
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
         raise TextError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from None
     if not isinstance(rows, list):

@@ -184,7 +184,7 @@ def activation_peak(shape: ModelShape, tokens: int, context: int, activation_bit
     attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     widths = {"q": attention, "k": kv, "v": kv, "mixed": attention, "gated": inner, "upped": inner}
     sizes = {name: width * tokens for name, width in widths.items()}
-    sizes |= {name: hidden * tokens for name in ("residual", "normed", "attended", "normed2", "mlp")}
+    sizes |= dict.fromkeys(("residual", "normed", "attended", "normed2", "mlp"), hidden * tokens)
     sizes["scores"] = shape.heads * tokens * context
     block = peak_alive(_BLOCK, sizes, "residual")
     head = peak_alive(_HEAD, {"residual": hidden * tokens, "normed": hidden, "logits": shape.vocabulary}, "logits")

@@ -57,7 +57,9 @@ class Calibration:
     def _sampled(self, samples: int, length: int) -> TokenBatches:
         """Text that the uncompressed model writes itself, kept in the store so that a rerun need not."""
         seed = self._runtime.seed
-        path = self._store / "calibration" / f"self-{self._source.fingerprint[:12]}-{seed}-{samples}x{length}.safetensors"
+        path = (
+            self._store / "calibration" / f"self-{self._source.fingerprint[:12]}-{seed}-{samples}x{length}.safetensors"
+        )
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             ids = sample_text(self._source, samples, length, self._runtime)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import psutil
@@ -15,10 +16,8 @@ def resident_bytes() -> int:
 
 def reset_peak() -> None:
     """Start measuring anew. Linux can; elsewhere the peak stays that of the whole process."""
-    try:
+    with contextlib.suppress(OSError):
         _CLEAR.write_text("5")
-    except OSError:
-        pass
     import torch
 
     if torch.cuda.is_available():

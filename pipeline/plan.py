@@ -49,7 +49,7 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
         try:
             after = module.plan(shape, options)
             remarks = tuple(module.remarks(shape, options)) if hasattr(module, "remarks") else ()
-            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape, after), remarks))
+            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks))
             shape = after
         except PlanError as error:
             faults.append(str(error))
@@ -60,7 +60,7 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
     return plans
 
 
-def forecast_memory(stage: str, options: Any, before: ModelShape, after: ModelShape) -> int:
+def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
     """Forecast of the process's peak resident size in bytes while the stage runs."""
     block = max(sum(t.elements for t in b.stored()) for b in _dense(before).blocks) * 2
     outer = sum(t.nbytes for t in before.outer)

@@ -39,7 +39,7 @@ class Reporter:
             self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         if self._bars:
             self._bars.stop()
         if self._log:
@@ -63,7 +63,8 @@ class Reporter:
         if not self._bars and not self.quiet and now - self._spoken > _PLAIN_EVERY:
             self._spoken = now
             left = (now - self._began) / self._done * (self._steps - self._done)
-            self.console.print(f"  {self._name} {self._done}/{self._steps}  {words}  {left:.0f} s left", highlight=False)
+            line = f"  {self._name} {self._done}/{self._steps}  {words}  {left:.0f} s left"
+            self.console.print(line, highlight=False)
 
     def note(self, message: str) -> None:
         self.say(f"  ! {message}", style="yellow")

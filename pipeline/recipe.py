@@ -91,11 +91,11 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
         if stage not in left_out and not options.skipped:
             built.append((stage, options))
     notes = []
-    if any(s == "eora" for s, _ in built) and not any(s == "gptq" for s, _ in built):
+    names, asked = [stage for stage, _ in built], any(k.startswith("eora.") and v is not None for k, v in flags.items())
+    if "eora" in names and "gptq" not in names and not asked:
         # Left out rather than refused: `--quant none` says that nothing is to be compensated.
-        if not any(key.startswith("eora.") and value is not None for key, value in flags.items()):
-            built = [entry for entry in built if entry[0] != "eora"]
-            notes.append("eora is left out: without gptq there is no quantisation error to compensate")
+        built = [entry for entry in built if entry[0] != "eora"]
+        notes.append("eora is left out: without gptq there is no quantisation error to compensate")
     if faults:
         raise RecipeError(faults)
     return Recipe(stages=tuple(built), notes=tuple(notes), **plain)
@@ -110,8 +110,8 @@ def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:
         if Path(name).name in (Path(name).stem, f"{Path(name).stem}.yaml") and candidate.is_file():
             text = candidate.read_text()
         else:
-            names = ", ".join(sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir() if p.name.endswith(".yaml")))
-            faults.append(f"there is no recipe '{name}': no such file; shipped are {names}")
+            names = sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir() if p.name.endswith(".yaml"))
+            faults.append(f"there is no recipe '{name}': no such file; shipped are {', '.join(names)}")
             return {}
     else:
         text = path.read_text()

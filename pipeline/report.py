@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,9 +24,9 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
     """The final table: what each stage did, and whether the result fits."""
     report = result.report
     first = report["baseline"]
-    table = Table(title=f"{report['model']}: perplexity, {first['protocol']}; {first['text']}", title_justify="left")
-    for column in ("stage", "perplexity", "parameters", "non-zero", "MiB", "N:M", "seconds", "peak MiB"):
-        table.add_column(column, justify="left" if column in ("stage", "N:M") else "right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("stage", "ppl", "params M", "non-zero M", "file MiB", "N:M kept", "seconds", "peak MiB"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     parameters = result.stages[0].checkpoint.parent().shape.parameters_total if result.stages else 0
     size = report["source"]["file_bytes"] / _MIB
     table.add_row("0 source", f"{first['perplexity']:.2f}", _millions(parameters), _millions(parameters), f"{size:.1f}")
@@ -37,11 +38,11 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
             _millions(stage["parameters_total"]),
             _millions(stage["parameters_nonzero"]),
             f"{stage['file_bytes'] / _MIB:.1f}",
-            f"{sparsity['pattern']} holds" if sparsity["pattern"] else "",
-            "store" if stage["reused"] else f"{stage['seconds']:.0f}",
+            sparsity["pattern"] or "",
+            f"{stage['seconds']:.0f}",
             f"{stage['peak_memory_bytes'] / _MIB:.0f}",
         )
-    console.print()
+    console.print(f"\n{report['model']}; ppl: {first['protocol']}; {first['text']}", highlight=False)
     console.print(table)
     console.print(report["hardware"]["summary"], highlight=False)
     console.print(f"Measured in {first['dtype']} on {_machine()}.", highlight=False)
@@ -56,9 +57,10 @@ def print_plan(
     console: Console, model: str, shape: ModelShape, stages: list[StagePlan], notes: tuple[str, ...], verdict: Verdict
 ) -> None:
     """The forecast as a table."""
-    table = Table(title=f"Plan for {model}", title_justify="left")
-    for column in ("stage", "blocks", "parameters", "non-zero", "MiB", "N:M", "bits", "peak MiB"):
-        table.add_column(column, justify="left" if column in ("stage", "N:M") else "right")
+    console.print(f"Plan for {model}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("stage", "blocks", "params M", "non-zero M", "file MiB", "N:M", "bits", "peak MiB"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
 
     def row(name: str, s: ModelShape, peak: str) -> None:
         bits = str(s.grid.bits) if s.grid else ""
@@ -73,12 +75,14 @@ def print_plan(
     for note in (*notes, *(remark for stage in stages for remark in stage.remarks)):
         console.print(f"  ! {note}", style="yellow", highlight=False)
     total = sum(stage.shape.file_bytes for stage in stages)
-    console.print(f"Disk: {total / _MIB:.1f} MiB for all stages (shards that do not change are shared).", highlight=False)
+    console.print(
+        f"Disk: {total / _MIB:.1f} MiB for all stages; shards that do not change are shared.", highlight=False
+    )
     console.print(verdict.summary, highlight=False)
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M"
+    return f"{count / 1e6:.2f}"
 
 
 def _machine() -> str:
@@ -87,4 +91,5 @@ def _machine() -> str:
 
     name = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
     memory = psutil.virtual_memory().total / 2**30
-    return f"{psutil.cpu_count()} cores ({name}), {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}"
+    where = f"{platform.system()}, Python {platform.python_version()}"
+    return f"{psutil.cpu_count()} cores ({name}), {memory:.0f} GiB, {where}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import platform
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -93,8 +92,10 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         reporter.note(note)
 
     before = baseline = _measured(source, calibration, protocol, runtime, store)
-    reporter.say(f"{_name(recipe)}: {_bytes(source.shape.file_bytes)}, perplexity {before['perplexity']:.2f} "
-                 f"({protocol}; {calibration.evaluation.name}; {before['dtype']})")
+    reporter.say(
+        f"{_name(recipe)}: {_bytes(source.shape.file_bytes)}, perplexity {before['perplexity']:.2f} "
+        f"({protocol}; {calibration.evaluation.name}; {before['dtype']})"
+    )
     current, results = source, []
     for position, (step, key) in enumerate(zip(plans, keys, strict=True), 1):
         folder = store.stage_folder(position, step.options.label, key)
@@ -113,7 +114,11 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         store.link_result(current.folder)
     report = {
         "model": _name(recipe),
-        "source": {"path": str(source.folder), "fingerprint": source.fingerprint, "file_bytes": source.shape.file_bytes},
+        "source": {
+            "path": str(source.folder),
+            "fingerprint": source.fingerprint,
+            "file_bytes": source.shape.file_bytes,
+        },
         "recipe": recipe.to_dict(),
         "baseline": baseline,
         "stages": [result.to_dict() for result in results],
@@ -131,11 +136,9 @@ def _compute(
     module = importlib.import_module(f"stages.{step.stage}")
     target = CheckpointWriter(folder, parent.shape.block_prefix)
     windows = calibration.windows(step.stage, step.options)
-    earlier = float(target.work.entries[-1].get("seconds", 0.0)) if target.work.entries else 0.0
     reset_peak()
-    began = time.monotonic()
     facts = module.run(parent, target, windows, step.options, runtime)
-    seconds, peak = earlier + time.monotonic() - began, peak_bytes()
+    seconds, peak = target.work.seconds, peak_bytes()
 
     result = Checkpoint(folder, None)
     counted = result.facts()
@@ -179,8 +182,9 @@ def _sparsity(shape: ModelShape, result: Checkpoint, parent: Checkpoint) -> dict
     facts = prove_pattern(result, shape.pattern, parent if inherited else None)
     if not facts["holds"]:
         raise NumericsError(
-            f"{result.folder}: of the {shape.pattern} pattern only {facts['kept_zeros']} of {facts['expected_zeros']} "
-            "zeros are left. The stage did not keep the mask; the folder is left unfinished and is not used"
+            f"{result.folder}: of the {shape.pattern} pattern {facts['kept_zeros']} of {facts['expected_zeros']} zeros "
+            f"are left, and {facts['refilled_zeros']} of the mask's zeros were filled. The stage did not keep its mask; "
+            "the folder is left unfinished and is not used"
         )
     return facts
 

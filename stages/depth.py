@@ -47,10 +47,10 @@ def run(
 ) -> dict[str, Any]:
     count = len(source.shape.blocks)
     if target.work.entries:
-        ranking = target.work.entries[0]
+        ranking = target.work.entries[0]["chosen"]
     else:
         ranking = choose(source, calibration, options, runtime)
-        target.work.append(ranking)
+        target.work.append({"chosen": ranking})
     removed = sorted(ranking["removed"])
     kept = [i for i in range(count) if i not in removed]
 
@@ -131,7 +131,8 @@ def taylor(
     with skeleton.head() as head:
         for states, ids in zip(inputs.pop(), chunks, strict=True):
             leaf = states.to(skeleton.device).requires_grad_()
-            (_nll(head(leaf), ids) / total).backward()
+            for row, targets in zip(torch.split(leaf, 1), torch.split(ids, 1), strict=True):
+                torch.autograd.backward(_nll(head(row), targets) / total)
             assert leaf.grad is not None
             gradients.append(leaf.grad)
     scores = {}
@@ -144,12 +145,11 @@ def taylor(
             backward = []
             for states, gradient in zip(inputs.pop(), gradients, strict=True):
                 leaf = states.to(skeleton.device).requires_grad_()
-                skeleton.call(block, skeleton.arguments(i, states), leaf).backward(gradient)  # type: ignore[no-untyped-call]
+                torch.autograd.backward(skeleton.call(block, skeleton.arguments(i, states), leaf), gradient)
                 assert leaf.grad is not None
                 backward.append(leaf.grad)
             gradients = backward
-            weights = [linear.weight for linear in linears.values()]
-            scores[i] = sum(float((w.detach().float() * w.grad.float()).abs().sum()) for w in weights if w.grad is not None)
+            scores[i] = sum(_weight_times_gradient(linear.weight) for linear in linears.values())
         runtime.progress.step(block=i)
     return {i: scores[i] for i in candidates}
 
@@ -193,6 +193,12 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def _weight_times_gradient(weight: Tensor) -> float:
+    """Sum of abs(W * dL/dW), float32."""
+    assert weight.grad is not None
+    return float((weight.detach().float() * weight.grad.float()).abs().sum())
+
+
 def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     """Summed negative log-likelihood in nats. logits (b, L, vocabulary), ids (b, L)."""
     targets = ids[:, 1:].to(logits.device)
@@ -200,7 +206,10 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _perplexity(head: Callable[[Tensor], Tensor], states: list[Tensor], chunks: list[Tensor]) -> float:
-    nll = sum(float(_nll(head(s), ids)) for s, ids in zip(states, chunks, strict=True))
+    # One sequence at a time: over 49,152 words, the logits of 128 tokens are 25 MB in float32.
+    nll = 0.0
+    for chunk, ids in zip(states, chunks, strict=True):
+        nll += sum(float(_nll(head(row), t)) for row, t in zip(torch.split(chunk, 1), torch.split(ids, 1), strict=True))
     return math.exp(nll / sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks))
 
 

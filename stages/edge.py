@@ -14,7 +14,8 @@ from torch import Tensor
 
 def quantise_outer(outer: Mapping[str, Tensor], bits: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The outer tensors with their matrices rounded, and the packed codes, one grid a row (a token)."""
-    rounded, packed = dict(outer), {}
+    rounded = dict(outer)
+    packed: dict[str, Tensor] = {}
     for name, tensor in outer.items():
         if tensor.dim() != 2:
             continue

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
+from checkpoints.quiet import quiet_import
 from checkpoints.runtime import Runtime
 from checkpoints.shape import LinearShape, ModelShape
 from checkpoints.tokens import TokenBatches
@@ -52,7 +53,8 @@ def run(
     for block in walk:
         wanted = {x.name: x for x in after.blocks[block.index].linears if x.adapter_rank}
         dense = reference.block(numbers[block.index])
-        adapter, facts = {}, {}
+        adapter: dict[str, Tensor] = {}
+        facts: dict[str, dict[str, float]] = {}
         for names, covariance in hessians(block).items():
             for name in (n for n in names if n in wanted):
                 linear = block.linears[name]
@@ -132,7 +134,8 @@ def compensate(error: Tensor, covariance: Tensor, rank: int) -> tuple[Tensor, Te
 
 def adapter_config(shape: ModelShape, options: Options) -> dict[str, Any]:
     """The adapter's description in PEFT's own words."""
-    from peft import LoraConfig
+    with quiet_import():
+        from peft import LoraConfig
 
     targets = sorted({x.name.rpartition(".")[2] for block in shape.blocks for x in block.linears if x.adapter_rank})
     config = LoraConfig(

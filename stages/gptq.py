@@ -135,7 +135,7 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
     GPTQ algorithm 1 with static groups: scales are fixed from the uncompensated weights in storage order, so
     columns can be taken by falling diagonal ("activation order") while groups stay contiguous in the file.
     """
-    out, columns = weight.shape
+    columns = weight.shape[1]
     group = columns if grid.group == -1 else grid.group
     H = hessian.clone()
     unused = H.diagonal() == 0

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
-from checkpoints.runtime import Progress, Runtime
+from checkpoints.quiet import quiet_import
+from checkpoints.runtime import Runtime
 from checkpoints.shape import ModelShape
 from checkpoints.tokens import TokenBatches
+from checkpoints.walk import Work
 from checkpoints.writer import CheckpointWriter
 from stages.options import Lora as Options
 
@@ -57,7 +58,8 @@ def target_names(shape: ModelShape, options: Options) -> list[str]:
 def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
-    from peft import LoraConfig, get_peft_model
+    with quiet_import():  # peft asks GPTQModel, which greets
+        from peft import LoraConfig, get_peft_model
 
     with own_random_state(int(runtime.generator("lora").initial_seed() % 2**31)):
         config = LoraConfig(
@@ -67,12 +69,14 @@ def run(
             target_modules=target_names(source.shape, options),
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(source.model(runtime.device, runtime.dtype), config)  # type: ignore[arg-type]
+        base = source.model(runtime.device, runtime.dtype)
+        with quiet_import():
+            model = get_peft_model(base, config)
         layers = adapted_layers(model)
         if source.shape.pattern is not None:
             for layer in layers.values():
                 train_through_mask(layer)
-        losses, seconds = train(model, calibration, options, runtime, target.work.folder)
+        losses = train(model, calibration, options, runtime, target.work)
 
     prefix = source.shape.block_prefix
     deltas = {name.removeprefix(prefix + "."): masked_delta(layer) for name, layer in layers.items()}
@@ -90,7 +94,7 @@ def run(
         "trainable_parameters": trainable,
         "steps": options.total_steps,
         "tokens": tokens,
-        "seconds_training": seconds,
+        "tokens_per_second": tokens / target.work.seconds,
         "losses": losses,
     }
 
@@ -137,14 +141,13 @@ def train_through_mask(layer: Any) -> None:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def train(
-    model: nn.Module, data: TokenBatches, options: Options, runtime: Runtime, work: Path
-) -> tuple[list[float], float]:
-    """Train with transformers' Trainer; loss at each step and seconds. Goes on from the last whole saved step."""
+def train(model: nn.Module, data: TokenBatches, options: Options, runtime: Runtime, work: Work) -> list[float]:
+    """Train with transformers' Trainer; the loss of each step. Goes on from the last whole saved step."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     arguments = TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(work.folder),
         max_steps=options.total_steps,
         per_device_train_batch_size=options.micro_batch,
         gradient_accumulation_steps=options.batch // options.micro_batch,
@@ -180,26 +183,21 @@ def train(
                 progress.step(step=f"{state.global_step}/{state.max_steps}", loss=f"{loss:.3f}")
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (work / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            (work.folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            work.append({"step": state.global_step})
 
-    class Quiet(Trainer):
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            """Keep the log and call the callbacks, print nothing: output is the progress bar's."""
-            super().log(logs, *args, **kwargs)
-
-    trainer = Quiet(
-        model=model,  # type: ignore[arg-type]
+    trainer = Trainer(
+        model=model,
         args=arguments,
-        train_dataset=_Windows(data.ids),  # type: ignore[arg-type]
-        data_collator=partial(_collate),
+        train_dataset=_Windows(data.ids),
+        data_collator=_collate,
         callbacks=[Report()],
     )
-    _remove_printing(trainer)
-    saved = last_whole_step(work)
+    trainer.remove_callback(PrinterCallback)  # output is the progress bar's
+    saved = last_whole_step(work.folder)
     progress.start("lora", options.total_steps - (int(saved.name.split("-")[1]) if saved else 0))
-    result = trainer.train(resume_from_checkpoint=str(saved) if saved else None)
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return losses, float(result.metrics["train_runtime"])
+    trainer.train(resume_from_checkpoint=str(saved) if saved else None)
+    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def last_whole_step(work: Path) -> Path | None:
@@ -210,12 +208,6 @@ def last_whole_step(work: Path) -> Path | None:
             shutil.rmtree(path)
     whole = [path for path in steps if path.is_dir()]
     return whole[-1] if whole else None
-
-
-def _remove_printing(trainer: Any) -> None:
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
 
 
 class _Windows(torch.utils.data.Dataset[Tensor]):

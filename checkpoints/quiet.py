@@ -1,0 +1,27 @@
+"""Silence for libraries that print banners when they are imported; what they raise still comes through."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Around an import or call that prints on standard output. Sets what GPTQModel needs on two cores.
+
+    GPTQModel 7.7 asks for two loader threads and refuses to start on machines with fewer than three cores
+    unless told how many to use.
+    """
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
