@@ -14,17 +14,18 @@ from checkpoints.shape import BlockShape, LinearShape, ModelShape, TensorShape
 
 _TORCH_TO_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-# What distinguishes the families: which linears carry a bias, which norms a block has, what is fused.
+# What distinguishes the families: which linears carry a bias, and which settings for it they heed at all; which
+# norms a block has; what is fused; whether the head is tied where the configuration is silent.
 _LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 _GEMMA_NORMS = (*_LLAMA_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
+    "llama": {"may_bias": ("attention_bias", "mlp_bias")},
     "mistral": {},
-    "smollm3": {},
+    "smollm3": {"may_bias": ("attention_bias", "mlp_bias"), "tied": True},
     "qwen2": {"qkv_bias": True},
-    "qwen3": {"head_norms": True},
-    "gemma2": {"norms": _GEMMA_NORMS, "tied": True},
-    "gemma3_text": {"norms": _GEMMA_NORMS, "head_norms": True, "tied": True},
+    "qwen3": {"may_bias": ("attention_bias",), "head_norms": True},
+    "gemma2": {"may_bias": ("attention_bias",), "norms": _GEMMA_NORMS, "tied": True},
+    "gemma3_text": {"may_bias": ("attention_bias",), "norms": _GEMMA_NORMS, "head_norms": True, "tied": True},
     "phi3": {"fused": True},
 }
 
@@ -62,9 +63,10 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     def linear(name: str, out_features: int, in_features: int, bias: bool = False) -> LinearShape:
         return LinearShape(name, out_features, in_features, dtype, bias)
 
-    any_bias = bool(config.get("attention_bias", False)) and not traits.get("fused")
+    may_bias = traits.get("may_bias", ())
+    any_bias = "attention_bias" in may_bias and bool(config.get("attention_bias", False))
     qkv_bias = any_bias or bool(traits.get("qkv_bias"))
-    mlp_bias = bool(config.get("mlp_bias", False)) and family in ("llama", "smollm3")
+    mlp_bias = "mlp_bias" in may_bias and bool(config.get("mlp_bias", False))
     linears: tuple[LinearShape, ...]
     if traits.get("fused"):
         linears = (

@@ -27,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # neither JSON nor, perhaps, text at all
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a configuration")
@@ -60,8 +60,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
+            names: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from None
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:

@@ -18,6 +18,7 @@ from checkpoints.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PARTIAL = ".partial"  # ends the name of a file being written, which a kill may leave behind
 WORK = ".work"  # a stage's durable progress, gone once the manifest is there
 
 
@@ -61,7 +62,7 @@ class Manifest:
             if data["format"] != FORMAT:
                 raise CheckpointError(f"{path} has format {data['format']}; this version reads format {FORMAT}")
             return cls(**data)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); move the folder away to compute it again") from None
 
 
@@ -79,11 +80,14 @@ def sha256_file(path: Path) -> str:
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of a checkpoint, the manifest and work in progress left out."""
+    """Size and hash of every file of a checkpoint, the manifest, work in progress and cut writes left out."""
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and path.relative_to(folder).parts[0] != WORK
+        if path.is_file()
+        and path.name != MANIFEST
+        and path.suffix != PARTIAL
+        and path.relative_to(folder).parts[0] != WORK
     }
 
 
@@ -111,7 +115,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write atomically: whoever looks sees the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

@@ -44,14 +44,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int, rows: int) -> Tensor:
     """The inverse of `pack`: codes (rows, columns) as int32."""
     columns = words.shape[1]
-    wide = words.to(torch.int64) & 0xFFFFFFFF
+    wide: Tensor = words.to(torch.int64) & 0xFFFFFFFF
     if WORD % bits == 0:
         shifts = torch.arange(0, WORD, bits, device=words.device).view(1, -1, 1)
-        codes = wide.unsqueeze(1) >> shifts & (2**bits - 1)
+        codes: Tensor = wide.unsqueeze(1) >> shifts & (2**bits - 1)
         return codes.reshape(rows, columns).to(torch.int32)
     stream = wide.unsqueeze(1) >> torch.arange(WORD, device=words.device).view(1, -1, 1) & 1
     places = torch.arange(bits, device=words.device).view(1, bits, 1)
-    return (stream.reshape(rows, bits, columns) << places).sum(dim=1).to(torch.int32)
+    joined: Tensor = (stream.reshape(rows, bits, columns) << places).sum(dim=1)
+    return joined.to(torch.int32)
 
 
 def pack_linear(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, bits: int) -> dict[str, Tensor]:

@@ -14,10 +14,9 @@ from typing import Any
 
 from checkpoints.errors import PlanError
 
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-
-# Safetensors stores tensors by falling alignment, then by name; the header's length depends on the order.
-_ALIGNMENT_ORDER = {dtype: -size for dtype, size in DTYPE_BYTES.items()}
+# In the order in which safetensors stores them (its Dtype enum, falling); the header's length depends on it.
+DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FILE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def safetensors_bytes(tensors: list[TensorShape]) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for t in sorted(tensors, key=lambda t: (_ALIGNMENT_ORDER[t.dtype], t.name)):
+    for t in sorted(tensors, key=lambda t: (_FILE_ORDER[t.dtype], t.name)):
         header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
         offset += t.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

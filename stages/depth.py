@@ -30,6 +30,8 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape after removal (which blocks go makes no difference to it). Raises PlanError."""
     from dataclasses import replace
 
+    if shape.grid is not None:
+        raise PlanError("depth needs dense weights; this checkpoint is already quantised. Put depth before gptq")
     count = len(shape.blocks)
     free = count - options.protect_first - options.protect_last
     if options.remove > free:

@@ -155,7 +155,7 @@ def train(model: nn.Module, data: TokenBatches, options: Options, runtime: Runti
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         weight_decay=0.0,
-        gradient_checkpointing=options.checkpointing,
+        activation_checkpointing=options.checkpointing,
         train_sampling_strategy="sequential",  # the windows were shuffled by the stage's own generator
         logging_steps=1,
         save_strategy="steps",

@@ -1,0 +1,141 @@
+"""A tiny LLaMA with random weights that every stage can work on, and a way to run the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# Every stage with budgets of seconds. Rank 4 fits the 32 rows of k_proj.
+QUICK = [
+    *("--data", "embedded", "--window", "64", "--tokens", "1024", "--protect-first", "1", "--protect-last", "1"),
+    *("--depth-samples", "4", "--depth-length", "32", "--wanda-samples", "4", "--wanda-length", "64"),
+    *("--lora-samples", "16", "--lora-length", "64", "--lora-steps", "4", "--lora-batch", "4", "--lora-rank", "4"),
+    *("--lora-save-steps", "1", "--quant-samples", "4", "--quant-length", "64", "--group", "32"),
+    *("--eora", "4", "--eora-samples", "4", "--eora-length", "64"),
+]
+
+
+def save_tiny(folder: Path, blocks: int = 6, **more: object) -> Path:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        **more,  # type: ignore[arg-type]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 512 entries, trained on the prose that Python carries."""
+    from eval.text import load_text
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(load_text("embedded", "whole").documents[:20], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def compress() -> Command:
+    """Run the command as a person would; returns code, output and errors."""
+
+    def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=cwd,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def quick() -> list[str]:
+    return QUICK
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., Path]:
+    return save_tiny
+
+
+@pytest.fixture(scope="session")
+def run_recipe() -> Callable[..., Any]:
+    """Run a recipe in this process: run_recipe(out, model, depth__remove=1, …) -> RunResult."""
+    from rich.console import Console
+
+    from pipeline.progress import Reporter
+    from pipeline.recipe import build
+    from pipeline.run import run
+    from pipeline.store import Store
+
+    values = _quick_values()
+
+    def call(out: Path, model: Path, recipe: str | None = None, skip: str = "", **flags: object) -> Any:
+        given = values | {"model": str(model)} | {key.replace("__", "."): value for key, value in flags.items()}
+        with Store(out).opened(), Reporter(Console(), quiet=True) as reporter:
+            return run(build(recipe, given, skip), out, reporter)
+
+    return call
+
+
+def _quick_values() -> dict[str, Any]:
+    """QUICK as recipe keys."""
+    from dataclasses import fields
+
+    from stages.options import STAGES
+
+    keys = {f.metadata["flag"]: f"{stage}.{f.name}" for stage, o in STAGES.items() for f in fields(o)}
+    pairs = zip(QUICK[::2], QUICK[1::2], strict=True)
+    return {keys.get(flag, flag.removeprefix("--")): int(v) if v.isdigit() else v for flag, v in pairs}
+
+
+@pytest.fixture(scope="session")
+def weight_hashes() -> Callable[[Path], dict[str, str]]:
+    """Sha256 of every safetensors file of every stage folder, by path within the store."""
+    from checkpoints.manifest import sha256_file
+
+    def call(out: Path) -> dict[str, str]:
+        return {str(p.relative_to(out)): sha256_file(p) for p in sorted(out.glob("[1-5]-*/**/*.safetensors"))}
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, run_recipe: Callable[..., Any]) -> Path:
+    """An undisturbed run of all five stages; tests must not change it."""
+    out: Path = tmp_path_factory.mktemp("chain") / "out"
+    run_recipe(out, tiny_llama)
+    return out

@@ -1,0 +1,247 @@
+"""A tiny LLaMA through all five stages: what lies on disk, what is reused, what the report says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError, NumericsError, PlanError, RecipeError, TextError
+from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.verify import prove_pattern, verify
+from pipeline.plan import plan
+from pipeline.recipe import build
+
+pytestmark = pytest.mark.pipeline
+
+Run = Callable[..., Any]
+
+
+def stage_folders(out: Path) -> list[Path]:
+    return sorted(p for p in out.iterdir() if p.name[0].isdigit())
+
+
+def test_five_folders_a_link_and_a_report_of_the_documented_form(chain: Path) -> None:
+    folders = stage_folders(chain)
+    assert [p.name.rsplit("-", 1)[0] for p in folders] == ["1-depth-2", "2-wanda-1of8", "3-lora-r8".replace("r8", "r4"),
+                                                           "4-gptq4", "5-eora-r4"]  # fmt: skip
+    assert (chain / "result").resolve() == folders[-1].resolve()
+    report = json.loads((chain / "report.json").read_text())
+    assert set(report) >= {"model", "stages", "hardware"}
+    for stage, folder in zip(report["stages"], folders, strict=True):
+        assert set(stage) >= {
+            "stage", "path", "fingerprint", "seconds", "peak_memory_bytes", "file_bytes",
+            "parameters_total", "parameters_nonzero", "sparsity", "perplexity",
+        }  # fmt: skip
+        assert set(stage["perplexity"]) == {"before", "after", "protocol", "text"}
+        assert stage["path"] == str(folder)
+        assert stage["file_bytes"] == sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
+        assert not (folder / ".work").exists()
+    assert [s["sparsity"]["pattern"] for s in report["stages"]] == [None, "1:8", "1:8", "1:8", "1:8"]
+    assert all(s["sparsity"]["holds"] for s in report["stages"][1:])
+    assert [s["perplexity"]["before"] for s in report["stages"][1:]] == [
+        s["perplexity"]["after"] for s in report["stages"][:-1]
+    ]
+
+
+def test_the_files_have_exactly_the_bytes_and_parameters_that_plan_predicts(chain: Path, tiny_llama: Path) -> None:
+    flags = {"model": str(tiny_llama), "gptq.group": 32, "eora.rank": 4, "depth.protect_first": 1}
+    planned = plan(build(None, flags), Checkpoint.open(tiny_llama).shape)
+    report = json.loads((chain / "report.json").read_text())["stages"]
+    assert [p.shape.file_bytes for p in planned] == [s["file_bytes"] for s in report]
+    assert [p.shape.parameters_total for p in planned] == [s["parameters_total"] for s in report]
+
+
+def test_every_stage_verifies_and_the_mask_of_wanda_lives_to_the_end(chain: Path) -> None:
+    folders = stage_folders(chain)
+    for folder in folders:
+        assert any("sha256" in line for line in verify(Checkpoint.open(folder)))
+    pruned, last = Checkpoint.open(folders[1]), Checkpoint.open(folders[4])
+    pattern = pruned.shape.pattern
+    assert pattern is not None
+    facts = prove_pattern(last, pattern, pruned)
+    assert facts["holds"]
+    assert (
+        facts["kept_zeros"]
+        == facts["expected_zeros"]
+        == sum(x.weights // 8 for block in last.shape.blocks for x in block.linears)
+    )
+
+
+def test_second_run_computes_nothing_and_changes_nothing(
+    chain: Path, tiny_llama: Path, run_recipe: Run, tmp_path: Path
+) -> None:
+    out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
+    before = {p: p.stat().st_mtime_ns for p in out.glob("[1-5]-*/**/*") if p.is_file()}
+    result = run_recipe(out, tiny_llama)
+    assert result.computed == 0
+    assert all(stage.reused for stage in result.stages)
+    assert {p: p.stat().st_mtime_ns for p in out.glob("[1-5]-*/**/*") if p.is_file()} == before
+
+
+def test_changing_only_quant_recomputes_only_the_last_two_stages(
+    chain: Path, tiny_llama: Path, run_recipe: Run, tmp_path: Path
+) -> None:
+    out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
+    result = run_recipe(out, tiny_llama, gptq__quant="gptq8")
+    assert [stage.reused for stage in result.stages] == [True, True, True, False, False]
+    # both variants live side by side
+    assert len(stage_folders(out)) == 7
+
+
+def test_same_inputs_give_the_same_bytes_in_another_folder(
+    chain: Path, tiny_llama: Path, run_recipe: Run, tmp_path: Path, weight_hashes: Callable[[Path], dict[str, str]]
+) -> None:
+    run_recipe(tmp_path / "out", tiny_llama)
+    assert weight_hashes(tmp_path / "out") == weight_hashes(chain)
+
+
+def test_another_seed_gives_other_fingerprints(chain: Path, tiny_llama: Path, run_recipe: Run, tmp_path: Path) -> None:
+    result = run_recipe(tmp_path / "out", tiny_llama, skip="lora,gptq,eora", seed=1)
+    first = json.loads((chain / "report.json").read_text())["stages"][0]["fingerprint"]
+    assert result.stages[0].checkpoint.fingerprint != first
+
+
+def test_skip_and_stage_order_come_from_the_recipe(tiny_llama: Path, run_recipe: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "early.yaml"
+    recipe.write_text("stages:\n  - depth: {remove: 1}\n  - lora\n  - wanda: {pattern: '2:4'}\n  - gptq\n  - eora\n")
+    result = run_recipe(tmp_path / "out", tiny_llama, recipe=str(recipe), skip="eora")
+    report = result.report["stages"]
+    assert [s["stage"] for s in report] == ["depth", "lora", "wanda", "gptq"]
+    assert [s["sparsity"]["pattern"] for s in report] == [None, None, "2:4", "2:4"]
+
+
+def test_quant_none_leaves_eora_out_and_says_so() -> None:
+    recipe = build(None, {"gptq.quant": "none"})
+    assert [stage for stage, _ in recipe.stages] == ["depth", "wanda", "lora"]
+    assert any("eora is left out" in note for note in recipe.notes)
+    # asked for by name, it is a contradiction that planning refuses
+    asked = build(None, {"gptq.quant": "none", "eora.rank": 8})
+    with pytest.raises(RecipeError, match="nothing is quantised"):
+        plan(asked, shape_from_config(PRESETS["smollm2-135m"]))
+
+
+def test_wanda_none_measures_exactly_what_depth_gave(
+    chain: Path, tiny_llama: Path, run_recipe: Run, tmp_path: Path
+) -> None:
+    result = run_recipe(tmp_path / "out", tiny_llama, skip="lora,gptq,eora", wanda__pattern="none")
+    first = json.loads((chain / "report.json").read_text())["stages"][0]
+    assert result.report["stages"][-1]["perplexity"]["after"] == first["perplexity"]["after"]
+
+
+def test_packed_embedding_lies_beside_and_is_what_the_model_computes_with(
+    tiny_llama: Path, run_recipe: Run, tmp_path: Path
+) -> None:
+    result = run_recipe(tmp_path / "out", tiny_llama, skip="depth,lora,eora", gptq__quant_embeddings=8)
+    checkpoint = result.stages[-1].checkpoint
+    assert checkpoint.shape.embedding_bits == 8
+    table = checkpoint.outer()["model.embed_tokens.weight"].float()
+    original = Checkpoint.open(tiny_llama).outer()["model.embed_tokens.weight"].float()
+    step = (original.amax(1) - original.amin(1)) / 255
+    # half a step of rounding, and the 16-bit storage of scale, minimum and result
+    assert ((table - original).abs().amax(1) <= 0.5 * step + 2**-8 * original.abs().amax(1)).all()
+    assert result.report["stages"][-1]["file_bytes"] == checkpoint.shape.file_bytes
+
+
+def test_text_the_model_writes_itself_is_sampled_once(tiny_llama: Path, run_recipe: Run, tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    options = {"skip": "depth,lora,gptq,eora", "data": "self", "text": "embedded"}
+    run_recipe(tmp_path / "out", tiny_llama, **options)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    (kept,) = (tmp_path / "out" / "calibration").iterdir()
+    written = kept.stat().st_mtime_ns
+    assert run_recipe(tmp_path / "out", tiny_llama, **options).computed == 0
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_a_damaged_checkpoint_is_named_and_neither_reused_nor_removed(
+    chain: Path, tiny_llama: Path, run_recipe: Run, tmp_path: Path
+) -> None:
+    out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
+    folder = stage_folders(out)[1]
+    shard = folder / "block-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=folder.name) as caught:
+        run_recipe(out, tiny_llama)
+    assert "block-00001.safetensors" in str(caught.value)
+    assert shard.read_bytes() == bytes(data)
+
+
+def test_a_foreign_checkpoint_in_a_stage_s_place_is_named(
+    chain: Path, tiny_llama: Path, run_recipe: Run, tmp_path: Path
+) -> None:
+    out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
+    first, second = stage_folders(out)[:2]
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        run_recipe(out, tiny_llama)
+    assert (second / "manifest.json").is_file()
+
+
+def test_a_stage_that_fills_the_mask_stops_the_run(
+    tiny_llama: Path, run_recipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stages.gptq
+
+    solve = stages.gptq.solve
+    monkeypatch.setattr(stages.gptq, "solve", lambda w, h, mask, *rest: solve(w, h, None, *rest))
+    with pytest.raises(NumericsError, match="did not keep its mask"):
+        run_recipe(tmp_path / "out", tiny_llama, skip="depth,lora,eora")
+    (unfinished,) = (tmp_path / "out").glob("2-gptq4-*")
+    assert not (unfinished / "manifest.json").exists()
+
+
+def test_weights_that_are_not_finite_are_named_before_any_stage_runs(
+    tiny_llama: Path, run_recipe: Run, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][2, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
+        run_recipe(tmp_path / "out", model)
+    assert not stage_folders(tmp_path / "out")
+
+
+def test_calibration_text_too_short(tiny_llama: Path, run_recipe: Run, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("one line\n" * 40)
+    with pytest.raises(TextError, match="windows of"):
+        run_recipe(tmp_path / "out", tiny_llama, data=str(short), text="embedded")
+    assert not stage_folders(tmp_path / "out")
+
+
+def test_text_that_would_calibrate_and_be_measured(tiny_llama: Path, run_recipe: Run, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(f"the line with the number {i}" for i in range(3000)))
+    copy = shutil.copy(text, tmp_path / "b.jsonl")
+    Path(copy).write_text("".join(json.dumps({"text": d}) + "\n" for d in [text.read_text()]))
+    run_recipe(tmp_path / "out", tiny_llama, skip="depth,lora,gptq,eora", data=str(text))  # held-out fifth
+    with pytest.raises(PlanError, match="choose another with -o"):
+        run_recipe(tmp_path, tiny_llama)
+
+
+def test_forecast_beyond_memory_or_disk_is_refused(
+    tiny_llama: Path, run_recipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.run
+
+    monkeypatch.setattr(pipeline.run, "available_bytes", lambda: 1000)
+    with pytest.raises(PlanError, match="memory by the forecast"):
+        run_recipe(tmp_path / "out", tiny_llama)
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline.run.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    with pytest.raises(PlanError, match="are free"):
+        run_recipe(tmp_path / "out", tiny_llama)
+    assert not stage_folders(tmp_path / "out")

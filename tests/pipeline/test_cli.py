@@ -1,0 +1,141 @@
+"""The command line: what a mistake gets, what --json prints, how soon --help answers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoints.errors import RecipeError
+from pipeline.recipe import build
+
+pytestmark = pytest.mark.pipeline
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_help_answers_without_importing_torch(compress: Command) -> None:
+    began = time.monotonic()
+    done = compress("--help")
+    assert done.returncode == 0
+    assert "--wanda" in done.stdout
+    code = "import sys, pipeline.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    # generous: the machine is shared; a torch import alone would take several seconds here
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "no/such/folder"], "there is no model 'no/such/folder'"),
+        (["--wanda", "1-8"], "not an N:M pattern"),
+        (["--wanda", "8:8"], "N must be at least 1 and below M"),
+        (["--wanda", "1:7"], "self_attn.q_proj (64)"),
+        (["--depth", "9"], "at most 4 can go"),
+        (["--metric", "luck"], "perplexity, taylor, magnitude, influence"),
+        (["--skip", "lora,loro"], "no such stage"),
+        (["--quant", "int4"], "gptq4, gptq3, gptq8"),
+        (["--lora-targets", "w1"], "blocks have"),
+        (["--eora", "64"], "the smallest quantised layer has rank 32"),
+        (["--data", "no-such.txt"], "there is no text"),
+        (["--device", "tpu"], "auto, cpu and cuda"),
+        (["--recipe", "nowhere"], "shipped are"),
+        (["--soc", "nochip"], "siracusa"),
+        (["--protocol", "magic"], "windows and rows"),
+    ],
+)
+def test_a_mistake_gets_one_message_and_code_2(
+    compress: Command, quick: list[str], tiny_llama: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    done = compress("--model", tiny_llama, *quick, *arguments, "-o", tmp_path / "out")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("[0-9]-*"))
+
+
+def test_all_faults_of_a_recipe_come_at_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "modle: x\nseed: one\nskip: lara\nstages:\n  - depth: {remove: -1}\n  - wonda\n  - lora: {rank: 8, rnak: 8}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        build(str(recipe), {})
+    text = str(caught.value)
+    for word in ("modle", "seed", "lara", "--depth -1", "wonda", "rnak"):
+        assert word in text
+    assert len(caught.value.faults) == 6
+
+
+@pytest.mark.parametrize("name", [p.stem for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml")])
+def test_every_shipped_recipe_plans(name: str) -> None:
+    from checkpoints.families import PRESETS, shape_from_config
+    from pipeline.plan import plan
+
+    assert plan(build(name, {}), shape_from_config(PRESETS["llama-3.2-1b"]))
+
+
+def test_plan_prints_json_from_presets_and_config_json(compress: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    done = compress("plan", "--model", "llama-3.2-1b", "--json")
+    stages = json.loads(done.stdout)["stages"]
+    assert [s["stage"] for s in stages] == ["depth", "wanda", "lora", "gptq", "eora"]
+    assert all(s["file_bytes"] > 0 and s["peak_memory_bytes"] > 0 for s in stages)
+    # table A.1 of the thesis: depth 2 leaves 1114.2 M, with width 1:8 1007.7 M non-zero
+    assert round(stages[0]["parameters_total"] / 1e6, 1) == 1114.2
+    assert round(stages[1]["parameters_nonzero"] / 1e6, 1) == 1007.7
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((tiny_llama / "config.json").read_text())
+    bare = compress(
+        "plan", "--model", tmp_path / "bare", "--wanda", "1:8", "--eora", "4", "--protect-first", "1", "--json"
+    )
+    assert bare.returncode == 0, bare.stderr
+    assert json.loads(bare.stdout)["stages"][0]["blocks"] == 4
+
+
+def test_an_unreachable_hub_names_the_local_way(compress: Command, tmp_path: Path) -> None:
+    done = compress("--model", "someone/something", "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "--model ./folder" in done.stderr
+
+
+def test_options_before_a_command_are_refused(compress: Command) -> None:
+    done = compress("--depth", "2", "plan")
+    assert done.returncode == 2
+    assert "options go behind the command" in done.stderr
+
+
+def test_check_exits_3_when_it_does_not_fit_and_0_when_it_does(compress: Command, chain: Path) -> None:
+    assert compress("check", "smollm2-135m").returncode == 3
+    done = compress("check", chain / "result", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"] is True
+
+
+def test_eval_json_has_the_documented_keys_and_agrees_with_the_report(compress: Command, chain: Path) -> None:
+    done = compress("eval", chain / "result", "--text", "embedded", "--window", 64, "--tokens", 1024, "--json")
+    result = json.loads(done.stdout)
+    assert set(result) >= {"perplexity", "tokens", "protocol"}
+    report = json.loads((chain / "report.json").read_text())
+    assert result["perplexity"] == report["stages"][-1]["perplexity"]["after"]
+    assert result["tokens"] == 1024
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_llama: Path, quick: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "--model", str(tiny_llama), "-o", str(tmp_path / "out"), *quick]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "compress.log"
+    while not (log.is_file() and "1/5 depth" in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "the same command goes on" in stdout
+    assert "Traceback" not in stderr
