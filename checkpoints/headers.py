@@ -10,7 +10,7 @@ from typing import Any
 
 from checkpoints.errors import CheckpointError
 from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.shape import BlockShape, Grid, LinearShape, ModelShape, Pattern, TensorShape
+from checkpoints.shape import BlockShape, Grid, LinearShape, ModelShape, Sparsity, TensorShape, parse_sparsity
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -125,7 +125,7 @@ def shape_from_folder(folder: Path) -> ModelShape:
 
 
 def _block(
-    members: dict[str, TensorShape], grid: Grid | None, pattern: Pattern | None, ranks: dict[str, tuple[int, str]]
+    members: dict[str, TensorShape], grid: Grid | None, pattern: Sparsity | None, ranks: dict[str, tuple[int, str]]
 ) -> BlockShape:
     linears, others = [], []
     dtypes = Counter(t.dtype for t in members.values() if t.dtype in ("F32", "F16", "BF16"))
@@ -161,11 +161,11 @@ def _grid(config: dict[str, Any]) -> Grid | None:
     return Grid(int(quantization["bits"]), int(quantization["group_size"]), bool(quantization.get("sym", False)))
 
 
-def _pattern(folder: Path) -> Pattern | None:
+def _pattern(folder: Path) -> Sparsity | None:
     if not (folder / MANIFEST).is_file():
         return None
     sparsity = Manifest.read(folder).sparsity
-    return Pattern.parse(sparsity["pattern"]) if sparsity else None
+    return parse_sparsity(sparsity["pattern"]) if sparsity else None
 
 
 def _adapter_ranks(folder: Path, prefix: str) -> dict[int, dict[str, tuple[int, str]]]:

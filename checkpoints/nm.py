@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import NumericsError, PlanError
-from checkpoints.shape import Pattern
+from checkpoints.shape import Sparsity
 
 
 def group_zeros(weight: Tensor, m: int) -> Tensor:
@@ -20,16 +20,17 @@ def group_zeros(weight: Tensor, m: int) -> Tensor:
     return (weight == 0).view(rows, columns // m, m).sum(dim=-1)
 
 
-def holds(weight: Tensor, pattern: Pattern) -> bool:
+def holds(weight: Tensor, pattern: Sparsity) -> bool:
     """Whether every group of M has at least N zeros."""
-    return bool((group_zeros(weight, pattern.of) >= pattern.removed).all())
+    nm = pattern.on(weight.shape[1])
+    return bool((group_zeros(weight, nm.of) >= nm.removed).all())
 
 
 @dataclass
 class MaskProof:
     """Counts over many layers: zeros the pattern asks for, how many are there, and mask positions lost."""
 
-    pattern: Pattern
+    pattern: Sparsity
     expected: int = 0
     kept: int = 0
     refilled: int = 0
@@ -39,8 +40,9 @@ class MaskProof:
 
         N zeros are asked of every group of M; with a mask also that each of its zeros is still one.
         """
-        zeros = group_zeros(weight, self.pattern.of).clamp(max=self.pattern.removed)
-        self.expected += zeros.numel() * self.pattern.removed
+        nm = self.pattern.on(weight.shape[1])
+        zeros = group_zeros(weight, nm.of).clamp(max=nm.removed)
+        self.expected += zeros.numel() * nm.removed
         self.kept += int(zeros.sum())
         if mask is not None:
             self.refilled += int(((weight != 0) & ~mask).sum())

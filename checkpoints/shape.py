@@ -31,7 +31,7 @@ class Pattern:
         """Read `N:M`, the number removed before the group's size. Raises PlanError for anything else."""
         match = re.fullmatch(r"(\d+):(\d+)", text.strip())
         if not match:
-            raise PlanError(f"'{text}' is not an N:M pattern; write e.g. 1:8 (removes 1 of every 8) or none")
+            raise PlanError(f"'{text}' is not an N:M pattern; write e.g. 1:8 (removes 1 of every 8), 0.5 or none")
         removed, of = int(match[1]), int(match[2])
         if not 0 < removed < of:
             raise PlanError(f"{text} removes {removed} of every {of}; N must be at least 1 and below M, e.g. 1:8")
@@ -40,9 +40,39 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.removed}:{self.of}"
 
-    @property
-    def kept(self) -> float:
-        return 1 - self.removed / self.of
+    def on(self, width: int) -> Pattern:
+        """The pattern of a row of this width: itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A fraction of every row is zero, wherever in the row."""
+
+    fraction: float
+
+    def __str__(self) -> str:
+        return str(self.fraction)  # all digits: the manifest's text is read back
+
+    def on(self, width: int) -> Pattern:
+        """The same as an N:M pattern whose group is the whole row."""
+        return Pattern(int(self.fraction * width), width)
+
+
+Sparsity = Pattern | Unstructured
+
+
+def parse_sparsity(text: str) -> Sparsity:
+    """Read `N:M`, or a fraction such as 0.5. Raises PlanError for anything else."""
+    if ":" in text:
+        return Pattern.parse(text)
+    try:
+        fraction = float(text)
+    except ValueError:
+        return Pattern.parse(text)
+    if not 0 < fraction < 1:
+        raise PlanError(f"a fraction of {text} cannot be removed; it must be between 0 and 1, e.g. 0.5")
+    return Unstructured(fraction)
 
 
 @dataclass(frozen=True)
@@ -87,7 +117,7 @@ class LinearShape:
     in_features: int
     dtype: str
     bias: bool = False
-    pattern: Pattern | None = None
+    pattern: Sparsity | None = None
     grid: Grid | None = None
     adapter_rank: int = 0
     adapter_dtype: str = "BF16"
@@ -101,7 +131,8 @@ class LinearShape:
         """Weights left by the N:M pattern (a quantiser may round some of them to zero as well)."""
         if self.pattern is None:
             return self.weights
-        return self.weights // self.pattern.of * (self.pattern.of - self.pattern.removed)
+        pattern = self.pattern.on(self.in_features)
+        return self.weights // pattern.of * (pattern.of - pattern.removed)
 
     @property
     def adapter_parameters(self) -> int:
@@ -171,7 +202,7 @@ class ModelShape:
         return self.parameters_total - sum(x.weights - x.nonzero for block in self.blocks for x in block.linears)
 
     @property
-    def pattern(self) -> Pattern | None:
+    def pattern(self) -> Sparsity | None:
         found = {x.pattern for block in self.blocks for x in block.linears if x.pattern}
         return found.pop() if len(found) == 1 else None
 

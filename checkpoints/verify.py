@@ -8,10 +8,10 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError
 from checkpoints.manifest import check_files
 from checkpoints.nm import MaskProof
-from checkpoints.shape import Pattern
+from checkpoints.shape import Sparsity, parse_sparsity
 
 
-def prove_pattern(checkpoint: Checkpoint, pattern: Pattern, masks_from: Checkpoint | None = None) -> dict[str, Any]:
+def prove_pattern(checkpoint: Checkpoint, pattern: Sparsity, masks_from: Checkpoint | None = None) -> dict[str, Any]:
     """Count, over all linear layers of all blocks, the zeros expected and kept.
 
     masks_from: a checkpoint with the same blocks whose zeros must all still be zeros; without it the pattern
@@ -38,7 +38,7 @@ def verify(checkpoint: Checkpoint) -> list[str]:
         checkpoint.block(index)  # raises NumericsError naming what is not finite
     found.append(f"{len(checkpoint.shape.blocks)} blocks, embedding and head are finite")
     if manifest.sparsity is not None:
-        facts = prove_pattern(checkpoint, Pattern.parse(manifest.sparsity["pattern"]))
+        facts = prove_pattern(checkpoint, parse_sparsity(manifest.sparsity["pattern"]))
         if not facts["holds"]:
             raise CheckpointError(
                 f"{checkpoint.folder} claims {facts['pattern']} but holds {facts['kept_zeros']} of "

@@ -29,6 +29,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, NumericsError
 from checkpoints.runtime import Runtime
 from checkpoints.skeleton import Skeleton
+from checkpoints.states import Scratch, States
 
 Observer = Callable[[tuple[str, ...], Tensor], None]
 
@@ -73,30 +74,6 @@ class Work:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class States:
-    """Hidden states of several chunks, each (b, L, d): in memory, or in a file that survives a kill."""
-
-    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, path: Path | None = None) -> None:
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        total = sum(sizes)
-        self._flat = (
-            torch.from_file(str(path), shared=True, size=total, dtype=dtype)
-            if path
-            else torch.empty(total, dtype=dtype)
-        )
-        self.path = path
-        parts = torch.split(self._flat, sizes)
-        self.chunks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    def flush(self) -> None:
-        if self.path is not None:
-            handle = os.open(self.path, os.O_RDWR)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 @dataclass
@@ -169,13 +146,14 @@ class Walk:
         self._ids = chunks
         self._shapes = [(*ids.shape, source.shape.hidden_size) for ids in chunks]
         self._next = len(work.entries) if work else 0
+        # Without `work` two sets of states take turns, in memory or spilled; with it, two files that last.
+        self._scratch = Scratch(runtime.spill_bytes)
+        self._turns = [] if work else [self._scratch.states(self._shapes, runtime.dtype) for _ in range(2)]
         embedded = self.skeleton.embed(chunks)
         self.states = self._states(self._next)
         if self._next == 0:
-            for target, states in zip(self.states.chunks, embedded, strict=True):
-                target.copy_(states)
-        elif work and not self.states.path:
-            raise CheckpointError(f"{work.folder} has no hidden states to resume from")
+            for index, states in enumerate(embedded):
+                self.states.write(index, states)
 
     @property
     def facts(self) -> list[dict[str, Any]]:
@@ -196,10 +174,11 @@ class Walk:
     def advance(self, visit: BlockVisit, facts: dict[str, Any]) -> None:
         if visit.index + 1 < visit.count or self._last_outputs:
             following = self._states(visit.index + 1)
-            for before, after in zip(self.states.chunks, following.chunks, strict=True):
-                after.copy_(self.skeleton.run(visit.module, visit.index, before))
+            for number, before in enumerate(self.states.chunks):
+                after = self.skeleton.run(visit.module, visit.index, before)
                 if not bool(torch.isfinite(after).all()):
                     raise NumericsError(f"the hidden states after block {visit.index} are not finite")
+                following.write(number, after)
             following.flush()
             self.states = following
         if self.work:
@@ -208,10 +187,17 @@ class Walk:
         self.runtime.progress.step(block=f"{visit.index + 1}/{visit.count}")
 
     def _states(self, index: int) -> States:
-        path = self.work.folder / f"states-{index % 2}.bin" if self.work else None
-        if self.work and path and index == self._next and index > 0 and not path.is_file():
+        if self.work is None:
+            return self._turns[index % 2]
+        path = self.work.folder / f"states-{index % 2}.bin"
+        resumed = 0 < index == self._next and (index < len(self.skeleton.blocks) or self._last_outputs)
+        if resumed and not (path.is_file() and path.stat().st_size == self._states_bytes):
             raise CheckpointError(f"{self.work.folder} has lost the hidden states of block {index}; move it away")
         return States(self._shapes, self.runtime.dtype, path)
+
+    @property
+    def _states_bytes(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self._shapes) * self.runtime.dtype.itemsize
 
 
 def _remember(arriving: list[tuple[str, Tensor]], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -73,7 +73,8 @@ def measure(checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Run
     nll, scored = negative_log_likelihood(checkpoint, batches, runtime)
     rows = [row[row != _IGNORED] for batch in batches for row in batch.targets]
     read = sum(row.numel() for row in rows)
-    size = sum(len(str(tokenizer.decode(row)).encode()) for row in rows)
+    # Bytes of what was predicted: the first token of each row is context only.
+    size = sum(len(str(tokenizer.decode(row)).encode()) - len(str(tokenizer.decode(row[:1])).encode()) for row in rows)
     return Perplexity(
         perplexity=math.exp(nll / scored),
         tokens=read,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,7 +120,7 @@ def read_file(path: Path) -> Text:
             return Text(
                 path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],)
             )
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:  # undecodable bytes, JSON, and pyarrow's own are all ValueErrors
         raise TextError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from None
     if not isinstance(rows, list):
         raise TextError(f"{path} must hold a list of rows")
@@ -145,17 +146,36 @@ def _row_text(path: Path, number: int, row: Any) -> str:
 
 
 def _embedded(use: Use) -> Text:
-    """The topics that pydoc's help() prints, by name; even ones to calibrate, odd ones to measure."""
+    """The topics that pydoc's help() prints, in two halves of nearly equal size that share no paragraph."""
     topics = importlib.import_module("pydoc_data.topics").topics
-    ordered = [topics[name] for name in sorted(topics)]
+    documents = without_repeats(sorted(set(topics.values()), key=lambda text: (-len(text), text)))
     if use == "whole":
-        return Text("embedded", tuple(ordered))
-    # Halves of nearly equal size: each topic, the longest first, goes to the shorter half.
+        return Text("embedded", tuple(documents))
     halves: tuple[list[str], list[str]] = ([], [])
-    for document in sorted(ordered, key=len, reverse=True):
+    for document in documents:  # the longest first, each to the shorter half
         min(halves, key=lambda half: sum(map(len, half))).append(document)
     first = use == "calibrate"
     return Text(f"embedded ({'calibration' if first else 'held-out'} half)", tuple(halves[0 if first else 1]))
+
+
+def without_repeats(documents: Sequence[str]) -> list[str]:
+    """Documents without the paragraphs that an earlier one has already.
+
+    Many help topics are sections of longer ones, word for word: split as they are, the half to measure on would
+    repeat what the other half calibrated on. Paragraphs under 40 characters, headings mostly, may recur.
+    """
+    seen: set[str] = set()
+    kept = []
+    for document in documents:
+        paragraphs = []
+        for paragraph in re.split(r"\n\s*\n", document):
+            words = " ".join(paragraph.split())
+            if len(words) < 40 or words not in seen:
+                paragraphs.append(paragraph)
+            seen.add(words)
+        if sum(map(len, paragraphs)) >= 200:  # less is a heading whose text is gone
+            kept.append("\n\n".join(paragraphs))
+    return kept
 
 
 def _wikitext2(use: Use) -> Text:

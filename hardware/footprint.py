@@ -87,8 +87,8 @@ def packed_bits(linear: LinearShape) -> int:
     """Bits of a layer's N:M kept values with their index; a layer without pattern has all its weights, no index."""
     if linear.pattern is None:
         return linear.weights * _width(linear)
-    groups = linear.weights // linear.pattern.of
-    return linear.nonzero * _width(linear) + groups * index_bits(linear.pattern)
+    pattern = linear.pattern.on(linear.in_features)
+    return linear.nonzero * _width(linear) + linear.weights // pattern.of * index_bits(pattern)
 
 
 def index_bits(pattern: Pattern) -> int:

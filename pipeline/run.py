@@ -183,8 +183,8 @@ def _sparsity(shape: ModelShape, result: Checkpoint, parent: Checkpoint) -> dict
     if not facts["holds"]:
         raise NumericsError(
             f"{result.folder}: of the {shape.pattern} pattern {facts['kept_zeros']} of {facts['expected_zeros']} zeros "
-            f"are left, and {facts['refilled_zeros']} of the mask's zeros were filled. The stage did not keep its mask; "
-            "the folder is left unfinished and is not used"
+            f"are left, and {facts['refilled_zeros']} of the mask's zeros were filled. The stage did not keep its "
+            "mask; the folder is left unfinished and is not used"
         )
     return facts
 

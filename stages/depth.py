@@ -7,18 +7,20 @@ first-order Taylor estimate, or by weight magnitude; block influence is ShortGPT
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.runtime import Runtime
 from checkpoints.shape import ModelShape
 from checkpoints.skeleton import Skeleton
+from checkpoints.states import Scratch, States
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
 from stages.options import Depth as Options
@@ -28,11 +30,14 @@ VERSION = 1
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape after removal (which blocks go makes no difference to it). Raises PlanError."""
-    from dataclasses import replace
-
     if shape.grid is not None:
         raise PlanError("depth needs dense weights; this checkpoint is already quantised. Put depth before gptq")
     count = len(shape.blocks)
+    if options.layers:
+        if unknown := sorted({i for i in options.sequence if i >= count}):
+            raise PlanError(f"--layers names block {unknown[0]}; this model has 0 to {count - 1}")
+        blocks = tuple(shape.blocks[i] for i in options.sequence)
+        return replace(shape, blocks=blocks, config=cut_config(dict(shape.config), options.sequence, count))
     free = count - options.protect_first - options.protect_last
     if options.remove > free:
         raise PlanError(
@@ -48,13 +53,13 @@ def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
     count = len(source.shape.blocks)
-    if target.work.entries:
-        ranking = target.work.entries[0]["chosen"]
+    if options.layers:
+        kept, facts = options.sequence, {"layers": options.layers}
     else:
-        ranking = choose(source, calibration, options, runtime)
-        target.work.append({"chosen": ranking})
-    removed = sorted(ranking["removed"])
-    kept = [i for i in range(count) if i not in removed]
+        if not target.work.entries:
+            target.work.append({"chosen": choose(source, calibration, options, runtime)})
+        facts = target.work.entries[0]["chosen"] | {"metric": options.metric}
+        kept = [i for i in range(count) if i not in facts["removed"]]
 
     runtime.progress.start("writing blocks", len(kept))
     for new, old in enumerate(kept):
@@ -63,7 +68,7 @@ def run(
     target.copy_outer(source)
     full = source.hf_config().to_dict() if any(isinstance(v, list) for v in source.config.values()) else source.config
     target.finish(cut_config(dict(full), kept, count), source)
-    return {**ranking, "metric": options.metric, "kept_blocks": kept}
+    return {**facts, "kept_blocks": kept}
 
 
 def choose(source: Checkpoint, calibration: TokenBatches, options: Options, runtime: Runtime) -> dict[str, Any]:
@@ -102,18 +107,32 @@ def perplexity(
     At block i there is one hidden state for the intact model and one for every candidate j < i already
     skipped, so each block is loaded once and a candidate costs only the blocks behind it.
     """
-    intact = skeleton.embed(chunks)
-    without: dict[int, list[Tensor]] = {}
-    runtime.progress.start("ranking blocks", len(order))
-    for i in order:
-        with skeleton.block(i) as block:
-            without = {j: [skeleton.run(block, i, s) for s in states] for j, states in without.items()}
-            if i in candidates:
-                without[i] = intact
-            intact = [skeleton.run(block, i, s) for s in intact]
-        runtime.progress.step(block=i)
-    with skeleton.head() as head, torch.no_grad():
-        return {j: _perplexity(head, states, chunks) for j, states in without.items()}
+    shapes = [(*ids.shape, skeleton.checkpoint.shape.hidden_size) for ids in chunks]
+    with Scratch(runtime.spill_bytes) as scratch:
+        intact = scratch.states(shapes, runtime.dtype)
+        for number, states in enumerate(skeleton.embed(chunks)):
+            intact.write(number, states)
+        without: dict[int, States] = {}
+        runtime.progress.start("ranking blocks", len(order))
+        for i in order:
+            with skeleton.block(i) as block:
+                for skipped in without.values():
+                    _advance(skeleton, block, i, skipped)
+                if i in candidates:
+                    without[i] = scratch.states(shapes, runtime.dtype, like=intact)
+                _advance(skeleton, block, i, intact)
+            runtime.progress.step(block=i)
+        with skeleton.head() as head, torch.no_grad():
+            return {j: _perplexity(head, skipped.chunks, chunks) for j, skipped in without.items()}
+
+
+def _advance(skeleton: Skeleton, block: nn.Module, index: int, states: States) -> None:
+    """Carry states through a block, in place. Raises NumericsError naming a block whose output is not finite."""
+    for number, before in enumerate(states.chunks):
+        after = skeleton.run(block, index, before)
+        if not bool(torch.isfinite(after).all()):
+            raise NumericsError(f"the hidden states after block {index} are not finite")
+        states.write(number, after)
 
 
 def taylor(
@@ -124,14 +143,19 @@ def taylor(
     The gradient is carried backwards one block at a time from the stored inputs of each block, so memory
     stays at one block with its gradient plus the hidden states.
     """
-    inputs = [skeleton.embed(chunks)]
+    shapes = [(*ids.shape, skeleton.checkpoint.shape.hidden_size) for ids in chunks]
+    scratch = Scratch(runtime.spill_bytes)
+    inputs = [scratch.states(shapes, runtime.dtype)]
+    for number, states in enumerate(skeleton.embed(chunks)):
+        inputs[0].write(number, states)
     for i in order:
+        inputs.append(scratch.states(shapes, runtime.dtype, like=inputs[-1]))
         with skeleton.block(i) as block:
-            inputs.append([skeleton.run(block, i, s) for s in inputs[-1]])
+            _advance(skeleton, block, i, inputs[-1])
     total = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
     gradients = []
     with skeleton.head() as head:
-        for states, ids in zip(inputs.pop(), chunks, strict=True):
+        for states, ids in zip(inputs.pop().chunks, chunks, strict=True):
             leaf = states.to(skeleton.device).requires_grad_()
             for row, targets in zip(torch.split(leaf, 1), torch.split(ids, 1), strict=True):
                 torch.autograd.backward(_nll(head(row), targets) / total)
@@ -145,7 +169,7 @@ def taylor(
             for linear in linears.values():
                 linear.weight.requires_grad_()
             backward = []
-            for states, gradient in zip(inputs.pop(), gradients, strict=True):
+            for states, gradient in zip(inputs.pop().chunks, gradients, strict=True):
                 leaf = states.to(skeleton.device).requires_grad_()
                 torch.autograd.backward(skeleton.call(block, skeleton.arguments(i, states), leaf), gradient)
                 assert leaf.grad is not None
@@ -153,6 +177,7 @@ def taylor(
             gradients = backward
             scores[i] = sum(_weight_times_gradient(linear.weight) for linear in linears.values())
         runtime.progress.step(block=i)
+    scratch.close()
     return {i: scores[i] for i in candidates}
 
 
@@ -207,7 +232,7 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def _perplexity(head: Callable[[Tensor], Tensor], states: list[Tensor], chunks: list[Tensor]) -> float:
+def _perplexity(head: Callable[[Tensor], Tensor], states: Sequence[Tensor], chunks: list[Tensor]) -> float:
     # One sequence at a time: over 49,152 words, the logits of 128 tokens are 25 MB in float32.
     nll = 0.0
     for chunk, ids in zip(states, chunks, strict=True):

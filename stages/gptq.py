@@ -82,7 +82,10 @@ def run(
                     continue
                 linear = block.linears[name]
                 weight = linear.weight.float()
-                solved = solve(weight, hessian, (weight != 0) if masked else None, grid, options)
+                try:
+                    solved = solve(weight, hessian, (weight != 0) if masked else None, grid, options)
+                except NumericsError as error:
+                    raise NumericsError(f"{source.shape.block_prefix}.{block.index}.{name}: {error}") from None
                 linear.weight.copy_(solved.weight)
                 del tensors[f"{name}.weight"]
                 packed = pack_linear(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), grid.group, grid.bits)
@@ -139,7 +142,8 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
     group = columns if grid.group == -1 else grid.group
     H = hessian.clone()
     unused = H.diagonal() == 0
-    H.diagonal()[unused] = 1  # a feature that calibration never used is rounded on its own
+    # A feature that calibration never used is rounded on its own, and counts in its group like an average one.
+    H.diagonal()[unused] = 1 if bool(unused.all()) else H.diagonal()[~unused].mean()
     importance = H.diagonal().clone()
     scales, zeros = fit_grid(weight, importance, grid, options.scale_search)
 

@@ -158,6 +158,7 @@ def train(model: nn.Module, data: TokenBatches, options: Options, runtime: Runti
         activation_checkpointing=options.checkpointing,
         train_sampling_strategy="sequential",  # the windows were shuffled by the stage's own generator
         logging_steps=1,
+        logging_nan_inf_filter=False,  # else the Trainer logs an average in place of a NaN, and nobody sees it
         save_strategy="steps",
         save_steps=options.save_steps,
         save_total_limit=2,
@@ -175,11 +176,12 @@ def train(model: nn.Module, data: TokenBatches, options: Options, runtime: Runti
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
                 loss = float(logs["loss"])
-                if not np.isfinite(loss):
-                    raise NumericsError(
-                        f"the training loss became {loss} at step {state.global_step}; the last saved step is kept. "
-                        "Lower --lora-lr"
-                    )
+                for what, value in (("loss", loss), ("gradient", float(logs.get("grad_norm", 0)))):
+                    if not np.isfinite(value):
+                        raise NumericsError(
+                            f"the training {what} became {value} at step {state.global_step}; "
+                            "the last saved step is kept. Lower --lora-lr"
+                        )
                 progress.step(step=f"{state.global_step}/{state.max_steps}", loss=f"{loss:.3f}")
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,11 +6,12 @@ work raise PlanError at once; what depends on the model is checked by the stage'
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import Pattern
+from checkpoints.shape import parse_sparsity
 
 
 def option(default: Any, flag: str, text: str) -> Any:
@@ -31,6 +32,7 @@ class Depth:
     """Which blocks go (Shortened LLaMA, arXiv 2402.02834)."""
 
     remove: int = option(2, "--depth", "Blocks to remove; 0 skips the stage.")
+    layers: str = option("", "--layers", "Blocks to run instead of a ranking, with repeats: 0-22,28-31.")
     metric: str = option("perplexity", "--metric", "Ranking: perplexity, taylor, magnitude or influence.")
     protect_first: int = option(4, "--protect-first", "First blocks that always stay.")
     protect_last: int = option(2, "--protect-last", "Last blocks that always stay.")
@@ -42,28 +44,42 @@ class Depth:
         _require(self.remove >= 0, f"--depth {self.remove}: the number of blocks to remove cannot be negative")
         _require(self.metric in METRICS, f"--metric {self.metric}: there are {', '.join(METRICS)}")
         _require(min(self.protect_first, self.protect_last) >= 0, "protected blocks cannot be negative")
+        _require(not self.layers or bool(self.sequence), "--layers names no block")
         _windows("depth", self.samples, self.length)
 
     @property
     def skipped(self) -> bool:
-        return self.remove == 0
+        return self.remove == 0 and not self.layers
 
     @property
     def label(self) -> str:
-        return f"depth-{self.remove}"
+        return f"depth-{self.remove}" if not self.layers else f"layers-{len(self.sequence)}"
+
+    @property
+    def sequence(self) -> list[int]:
+        """The blocks that `layers` names, in order; empty without it."""
+        blocks: list[int] = []
+        for part in filter(None, self.layers.replace(" ", "").split(",")):
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            _require(first <= last, f"--layers: '{part}' is not a block or a range of blocks, e.g. 0-22,28-31")
+            blocks += range(first, last + 1)
+        return blocks
 
 
 @dataclass(frozen=True)
 class Wanda:
     """Zeroes N of every M weights of a row (WANDA, arXiv 2306.11695)."""
 
-    pattern: str = option("1:8", "--wanda", "N:M removes N of every M consecutive weights of a row; none skips.")
+    pattern: str = option(
+        "1:8", "--wanda", "N:M removes N of every M consecutive weights of a row, 0.5 half of each row; none skips."
+    )
     samples: int = option(32, "--wanda-samples", "Calibration windows.")
     length: int = option(512, "--wanda-length", "Tokens per calibration window.")
 
     def __post_init__(self) -> None:
         if not self.skipped:
-            Pattern.parse(self.pattern)
+            parse_sparsity(self.pattern)
         _windows("wanda", self.samples, self.length)
 
     @property
@@ -84,7 +100,7 @@ class Lora:
     dropout: float = option(0.1, "--lora-dropout", "Dropout on the adapters' inputs.")
     targets: str = option(ATTENTION, "--lora-targets", "Linear layers to adapt, comma-separated, or all.")
     data: str = option("", "--lora-data", "Training text, as for --data; default: the same text.")
-    samples: int = option(96, "--lora-samples", "Training windows (the thesis: 8192).")
+    samples: int = option(80, "--lora-samples", "Training windows (the thesis: 8192).")
     length: int = option(512, "--lora-length", "Tokens per training window.")
     batch: int = option(8, "--lora-batch", "Windows per optimiser step.")
     micro_batch: int = option(2, "--lora-micro-batch", "Windows that go through the model at once.")

@@ -16,7 +16,7 @@ TinyModel = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    """tiny_model(family="llama", seed=0, **config overrides) -> the folder of a saved model. Made once: never change it.
+    """tiny_model(family="llama", seed=0, **config overrides): the folder of a saved model, made once; never change it.
 
     Float32, hidden 64, 6 blocks, 512 tokens, random weights, with a tokenizer; families as in tests/models.py.
     """

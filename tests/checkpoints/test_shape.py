@@ -21,7 +21,9 @@ from checkpoints.shape import (
     ModelShape,
     Pattern,
     TensorShape,
+    Unstructured,
     largest_group,
+    parse_sparsity,
     safetensors_bytes,
 )
 
@@ -83,9 +85,18 @@ def test_largest_group(widths: set[int], wanted: int, group: int) -> None:
 
 @pytest.mark.parametrize("text", ["1:8", " 2:4 ", "4:16"])
 def test_pattern_reads_what_it_prints(text: str) -> None:
-    pattern = Pattern.parse(text)
-    assert str(pattern) == text.strip()
-    assert pattern.kept == 1 - int(text.split(":")[0]) / int(text.split(":")[1])
+    pattern = parse_sparsity(text)
+    assert isinstance(pattern, Pattern)
+    assert f"{pattern.removed}:{pattern.of}" == str(pattern) == text.strip()
+    assert pattern.on(64) == pattern
+
+
+@given(st.floats(0, 1, exclude_min=True, exclude_max=True), st.integers(1, 20000))
+def test_fraction_survives_the_manifest(fraction: float, width: int) -> None:
+    sparsity = Unstructured(fraction)
+    again = parse_sparsity(str(sparsity))
+    assert again == sparsity
+    assert again.on(width) == Pattern(int(fraction * width), width)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +113,15 @@ def test_pattern_reads_what_it_prints(text: str) -> None:
     ],
 )
 def test_impossible_patterns(text: str, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        Pattern.parse(text)
+    for read in (Pattern.parse, parse_sparsity):
+        with pytest.raises(PlanError, match=message):
+            read(text)
+
+
+@pytest.mark.parametrize("text", ["0", "1", "1.0", "-0.5", "50", "nan", "inf"])
+def test_impossible_fractions(text: str) -> None:
+    with pytest.raises(PlanError, match=f"a fraction of {text} cannot be removed; it must be between 0 and 1"):
+        parse_sparsity(text)
 
 
 # ------------------------------------------------------------------ the thesis, chapter 4
@@ -148,6 +166,9 @@ def test_parameters_by_hand(shape: ModelShape) -> None:
     assert pruned.parameters_total == shape.parameters_total
     assert pruned.parameters_nonzero == shape.parameters_total - 5 * (attention + 3 * 64 * 172) // 4
     assert pruned.pattern == Pattern(1, 4)
+    scattered = linears(shape, pattern=Unstructured(0.3))
+    gone = 5 * (int(0.3 * 64) * (64 + 32 + 32 + 64 + 172 + 172) + int(0.3 * 172) * 64)
+    assert scattered.parameters_nonzero == shape.parameters_total - gone
 
 
 def test_adapter_and_bias_count(shape: ModelShape) -> None:

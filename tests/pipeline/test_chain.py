@@ -194,7 +194,7 @@ def test_a_stage_that_fills_the_mask_stops_the_run(
 
     solve = stages.gptq.solve
     monkeypatch.setattr(stages.gptq, "solve", lambda w, h, mask, *rest: solve(w, h, None, *rest))
-    with pytest.raises(NumericsError, match="did not keep its mask"):
+    with pytest.raises(NumericsError, match="did not keep its"):
         run_recipe(tmp_path / "out", tiny_llama, skip="depth,lora,eora")
     (unfinished,) = (tmp_path / "out").glob("2-gptq4-*")
     assert not (unfinished / "manifest.json").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,5 +144,5 @@ def masked(build: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def writer(tmp_path: Path) -> Iterator[CheckpointWriter]:
-    yield CheckpointWriter(tmp_path / "out")
+def writer(tmp_path: Path) -> CheckpointWriter:
+    return CheckpointWriter(tmp_path / "out")

@@ -34,10 +34,13 @@ def whole(checkpoint: Checkpoint) -> Any:
 
 
 def without(model: Any, gone: list[int]) -> Any:
-    """A new model, built by transformers from a configuration cut by hand, with the other blocks' weights."""
+    return rebuilt(model, [i for i in range(model.config.num_hidden_layers) if i not in gone])
+
+
+def rebuilt(model: Any, kept: list[int]) -> Any:
+    """A new model, built by transformers from a configuration cut by hand, with these blocks' weights."""
     from transformers import AutoModelForCausalLM
 
-    kept = [i for i in range(model.config.num_hidden_layers) if i not in gone]
     values = model.config.to_dict()
     for key in PER_BLOCK:
         if values.get(key):
@@ -106,7 +109,9 @@ def test_magnitude_equals_the_sum_over_linear_layers(
     found = scores_of(checkpoint, tokens(), metric="magnitude")
     layers = whole(checkpoint).model.layers
     expected = {
-        i: sum(float(p.double().abs().sum()) for n, p in layers[i].named_parameters() if n.endswith("proj.weight"))
+        i: sum(
+            float(p.detach().double().abs().sum()) for n, p in layers[i].named_parameters() if n.endswith("proj.weight")
+        )
         for i in range(1, 5)
     }
     assert found == pytest.approx(expected, rel=1e-5)
@@ -214,7 +219,9 @@ def test_output_is_the_model_pruned_by_hand(
     checkpoint, ids = build(family), tokens()
     # magnitude says which blocks go, so that their number is known here without asking the stage
     layers = whole(checkpoint).model.layers
-    weights = [sum(float(p.abs().sum()) for n, p in x.named_parameters() if n.endswith("proj.weight")) for x in layers]
+    weights = [
+        sum(float(p.detach().abs().sum()) for n, p in x.named_parameters() if n.endswith("proj.weight")) for x in layers
+    ]
     gone = sorted(sorted(range(1, 5), key=weights.__getitem__)[:2])
     options = Depth(remove=2, metric="magnitude", protect_first=1, protect_last=1)
     facts = depth.run(checkpoint, writer, ids, options, RUNTIME)
@@ -241,6 +248,30 @@ def test_output_is_the_model_pruned_by_hand(
     planned = depth.plan(checkpoint.shape, options)
     assert planned.parameters_total == pruned.shape.parameters_total
     assert planned.file_bytes == pruned.shape.file_bytes
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize(("layers", "order"), [("0-1,4-5", [0, 1, 4, 5]), ("0-3, 2, 2-5", [0, 1, 2, 3, 2, 2, 3, 4, 5])])
+def test_blocks_named_by_hand_run_in_that_order(
+    layers: str,
+    order: list[int],
+    family: str,
+    build: Callable[..., Checkpoint],
+    tokens: Callable[..., TokenBatches],
+    writer: CheckpointWriter,
+    seal: Callable[..., Checkpoint],
+) -> None:
+    checkpoint, ids, options = build(family), tokens(), Depth(layers=layers)
+    assert depth.run(checkpoint, writer, ids, options, RUNTIME)["kept_blocks"] == order
+    result, model = seal(writer, checkpoint), whole(checkpoint)
+    expected = rebuilt(model, order)
+    with torch.no_grad():
+        assert torch.equal(whole(result)(input_ids=ids.ids).logits, expected(input_ids=ids.ids).logits)
+    planned = depth.plan(checkpoint.shape, options)
+    assert planned.parameters_total == result.shape.parameters_total
+    assert planned.file_bytes == result.shape.file_bytes
+    with pytest.raises(PlanError, match="--layers names block 6; this model has 0 to 5"):
+        depth.plan(checkpoint.shape, Depth(layers="0-7"))
 
 
 def test_a_resumed_run_does_not_rank_again(

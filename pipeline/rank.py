@@ -1,0 +1,97 @@
+"""`compress rank`: what each block is worth, as a table, a picture and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from checkpoints.errors import PlanError
+from checkpoints.manifest import write_json
+from checkpoints.runtime import Runtime, choose_device, choose_dtype
+from checkpoints.sources import open_source
+from pipeline.calibration import Calibration
+from pipeline.plan import plan
+from pipeline.progress import Reporter
+from pipeline.recipe import Recipe
+from stages.depth import choose
+from stages.options import Depth
+
+_MEANING = {
+    "perplexity": "perplexity of the model without the block",
+    "taylor": "sum of |W · dL/dW| over the block",
+    "magnitude": "sum of |W| over the block",
+    "influence": "1 − cosine of the block's input and output",
+}
+
+
+def rank_blocks(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+    """The ranking of the recipe's depth stage: scores by block, the order of removal, and how it was made."""
+    options = next((o for _, o in recipe.stages if isinstance(o, Depth)), None)
+    if options is None:
+        raise PlanError("the recipe has no depth stage to rank for")
+    source = open_source(recipe.model)
+    plan(Recipe(model=recipe.model, stages=(("depth", options),)), source.shape)
+    device = choose_device(recipe.device)
+    dtype = choose_dtype(recipe.dtype, device, source.shape.blocks[0].linears[0].dtype)
+    runtime = Runtime(device, dtype, recipe.seed, reporter)
+    windows = Calibration(recipe, source, Path(), runtime).windows("depth", options)
+    scores = {int(i): s for i, s in choose(source, windows, options, runtime)["ranking"][0].items()}
+    return {
+        "model": recipe.model or "smollm2-135m-instruct",
+        "metric": options.metric,
+        "meaning": _MEANING[options.metric],
+        "calibration": windows.facts(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "scores": {str(i): scores[i] for i in sorted(scores)},
+        "order": sorted(scores, key=lambda i: (scores[i], i)),
+    }
+
+
+def print_ranking(console: Console, ranking: dict[str, Any], out: Path | None) -> None:
+    """One line a block with a bar; the place in the order of removal beside it."""
+    scores = ranking["scores"]
+    low, high = min(scores.values()), max(scores.values())
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("block", "removed", ranking["metric"]):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for block, score in scores.items():
+        place = ranking["order"].index(int(block)) + 1
+        width = round(40 * (score - low) / (high - low)) if high > low else 0
+        table.add_row(block, f"{place}.", f"{score:.5g}", "█" * max(width, 1))
+    console.print(f"{ranking['model']}: {ranking['meaning']}; the lowest goes first", highlight=False)
+    console.print(table)
+    if out is not None:
+        console.print(
+            f"Written: {out.with_suffix('.png')}, {out.with_suffix('.json')}", highlight=False, soft_wrap=True
+        )
+
+
+def write_ranking(ranking: dict[str, Any], out: Path) -> None:
+    """OUT.json and OUT.png, a bar for each block; the five that would go first stand out."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out.with_suffix(".json"), ranking)
+    blocks = [int(block) for block in ranking["scores"]]
+    scores = list(ranking["scores"].values())
+    first = set(ranking["order"][:5])
+    figure, axes = pyplot.subplots(figsize=(max(6, 0.28 * len(blocks)), 3.6), layout="constrained")
+    axes.bar(blocks, scores, color=["#d1495b" if b in first else "#30638e" for b in blocks])
+    # One block that the model cannot do without can be a thousand times the rest.
+    if ranking["metric"] != "influence" and min(scores) > 0 and max(scores) > 20 * min(scores):
+        axes.set_yscale("log")
+    axes.set_xticks(blocks, [str(b) for b in blocks], fontsize=8)
+    axes.set_xlabel("block (red: the five that would be removed first)")
+    axes.set_ylabel(ranking["metric"])
+    axes.set_title(f"{ranking['model']}: {ranking['meaning']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out.with_suffix(".png"), dpi=130)
+    pyplot.close(figure)

