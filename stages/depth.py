@@ -66,8 +66,10 @@ def run(
         target.copy_block(new, source, old)
         runtime.progress.step(block=f"{new + 1}/{len(kept)}")
     target.copy_outer(source)
-    full = source.hf_config().to_dict() if any(isinstance(v, list) for v in source.config.values()) else source.config
-    target.finish(cut_config(dict(full), kept, count), source)
+    # A family may derive a per-block list from a pattern; what it derived for the whole model is what is cut.
+    resolved = source.hf_config().to_dict()
+    derived = {key: value for key, value in resolved.items() if isinstance(value, list) and len(value) == count}
+    target.finish(cut_config(dict(source.config) | derived, kept, count), source)
     return {**facts, "kept_blocks": kept}
 
 
