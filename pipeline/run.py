@@ -83,7 +83,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
     source = open_source(recipe.model)
     plans = plan(recipe, source.shape)
     dtype = choose_dtype(recipe.dtype, device, source.shape.blocks[0].linears[0].dtype)
-    runtime = Runtime(device, dtype, recipe.seed, reporter)
+    runtime = Runtime(device, dtype, recipe.seed, reporter, spill_bytes=recipe.spill_mib * 2**20)
     calibration = Calibration(recipe, source, out, runtime)
 
     keys = _fingerprints(recipe, source, plans, calibration, runtime)

@@ -1,0 +1,72 @@
+"""Peak resident size of depth and wanda, each in a process of its own, against the number of blocks.
+
+Goals: 30, 60 and 120 blocks of SmolLM2's shape within 5 % of each other; Llama-3.2-1B's shape (2.3 GiB) under
+3 GiB; the plan's forecast within 20 %. Random weights, 16 x 256 calibration tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.shapes import write_random
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.runtime import Runtime
+from checkpoints.tokens import TokenBatches
+from checkpoints.writer import CheckpointWriter
+from pipeline.memory import peak_bytes
+from pipeline.plan import forecast_memory
+from stages import depth, wanda
+from stages.options import Depth, Wanda
+
+GIB = 2**30
+
+
+def child(model: Path, stage: str) -> None:
+    """Run one stage and print the process's peak and the forecast, in bytes."""
+    source = Checkpoint.open(model)
+    ids = torch.randint(source.shape.vocabulary // 2, (16, 256), generator=torch.Generator().manual_seed(0))
+    runtime = Runtime(dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory(dir=model.parent) as folder:
+        target, batches = CheckpointWriter(Path(folder) / "out"), TokenBatches("random", ids)
+        if stage == "depth":
+            # influence ranks in one pass; perplexity's states grow with the candidates, by 16 x 256 tokens each
+            options: Depth | Wanda = Depth(remove=2, samples=16, length=256)
+            depth.run(source, target, batches, options, runtime)  # type: ignore[arg-type]
+        else:
+            options = Wanda("2:4", samples=16, length=256)
+            wanda.run(source, target, batches, options, runtime)
+        print(peak_bytes(), forecast_memory(stage, options, source.shape))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--child", nargs=2, metavar=("MODEL", "STAGE"))
+    parser.add_argument("--big", action="store_true", help="Llama-3.1-8B's shape as well: 15 GiB of disk, 15 minutes")
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(Path(arguments.child[0]), arguments.child[1])
+        return
+    cases = [("smollm2-135m", 30), ("smollm2-135m", 60), ("smollm2-135m", 120), ("llama-3.2-1b", 16)]
+    if arguments.big:
+        cases.append(("llama-3.1-8b", 32))
+    print(f"{'model':<14} {'blocks':>6} {'weights GiB':>11} {'stage':<6} {'peak GiB':>8} {'forecast':>8} {'ratio':>6}")
+    with tempfile.TemporaryDirectory() as home:
+        for preset, blocks in cases:
+            model = write_random(Path(home) / f"{preset}-{blocks}", preset, blocks)
+            size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / GIB
+            for stage in ("depth", "wanda"):
+                command = [sys.executable, "-m", "benchmarks.peak_memory", "--child", str(model), stage]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                peak, forecast = (int(word) / GIB for word in output.split()[-2:])
+                row = f"{preset:<14} {blocks:>6} {size:11.2f} {stage:<6} {peak:8.2f} {forecast:8.2f}"
+                print(f"{row} {forecast / peak:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
