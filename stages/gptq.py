@@ -36,7 +36,7 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     fitting = [x for block in shape.blocks for x in block.linears if packable(x.out_features, x.in_features)]
     if not fitting:
         raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
-    grid = Grid(options.bits, largest_group({x.in_features for x in fitting}, options.group), options.symmetric)
+    grid = Grid(options.bits, largest_group({x.in_features for x in fitting}, options.wanted_group), options.symmetric)
 
     def quantised(linear: LinearShape) -> LinearShape:
         return replace(linear, grid=grid) if packable(linear.out_features, linear.in_features) else linear
@@ -51,8 +51,8 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
     said = []
     grid = plan(shape, options).grid
-    if grid is not None and grid.group != options.group:
-        said.append(f"gptq: groups of {grid.group}, not {options.group}: {options.group} does not divide every layer")
+    if grid is not None and grid.group != options.wanted_group:
+        said.append(f"gptq: groups of {grid.group}: {options.group} does not divide every layer")
     if dense := left_dense(shape):
         said.append(
             f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
@@ -76,7 +77,8 @@ def run(
         if source.shape.pattern is not None:
             for layer in layers.values():
                 train_through_mask(layer)
-        losses = train(model, calibration, options, runtime, target.work)
+        teacher = _teacher(source, runtime) if options.distill else None
+        curve = train(model, calibration, options, runtime, target.work, teacher)
 
     prefix = source.shape.block_prefix
     deltas = {name.removeprefix(prefix + "."): masked_delta(layer) for name, layer in layers.items()}
@@ -89,14 +91,21 @@ def run(
     target.copy_outer(source)
     target.finish(source.config, source)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = options.total_steps * options.batch * options.length
+    tokens = curve["steps"] * options.batch * options.length
     return {
         "trainable_parameters": trainable,
-        "steps": options.total_steps,
         "tokens": tokens,
         "tokens_per_second": tokens / target.work.seconds,
-        "losses": losses,
+        **curve,
     }
+
+
+def _teacher(source: Checkpoint, runtime: Runtime) -> nn.Module:
+    """The uncompressed model at the root of the chain, whole in memory."""
+    *_, root = source.ancestors()
+    if root.shape.vocabulary != source.shape.vocabulary:
+        raise PlanError("--distill needs a teacher with the same vocabulary")
+    return root.model(runtime.device, runtime.dtype)
 
 
 # --- the adapter and the mask ---------------------------------------------------------------------------------------
@@ -141,11 +150,23 @@ def train_through_mask(layer: Any) -> None:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def train(model: nn.Module, data: TokenBatches, options: Options, runtime: Runtime, work: Work) -> list[float]:
-    """Train with transformers' Trainer; the loss of each step. Goes on from the last whole saved step."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+def train(
+    model: nn.Module, data: TokenBatches, options: Options, runtime: Runtime, work: Work, teacher: nn.Module | None
+) -> dict[str, Any]:
+    """Train with transformers' Trainer: steps taken, loss of each, held-out losses, and the step that was kept.
+
+    Goes on from the last whole saved step. With held-out windows, training stops when their loss has not
+    improved for `patience` checks, and the adapter of the best check is the one that is merged.
+    """
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
+    with quiet_import():
+        from peft import set_peft_model_state_dict
+
+    training, held_out = data.ids, data.ids[:0]
+    if options.held_out:
+        training, held_out = data.ids[: -options.held_out], data.ids[-options.held_out :]
     arguments = TrainingArguments(
         output_dir=str(work.folder),
         max_steps=options.total_steps,
@@ -162,6 +183,15 @@ def train(model: nn.Module, data: TokenBatches, options: Options, runtime: Runti
         save_strategy="steps",
         save_steps=options.save_steps,
         save_total_limit=2,
+        eval_strategy="steps" if options.held_out else "no",
+        eval_steps=options.save_steps,
+        per_device_eval_batch_size=options.micro_batch,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        load_best_model_at_end=bool(options.held_out),
+        metric_for_best_model="eval_loss" if options.held_out else None,
+        greater_is_better=False if options.held_out else None,
+        restore_callback_states_from_checkpoint=True,  # or a resumed run would forget how long it has been patient
         report_to="none",
         disable_tqdm=True,
         use_cpu=runtime.device.type == "cpu",
@@ -188,18 +218,65 @@ def train(model: nn.Module, data: TokenBatches, options: Options, runtime: Runti
             (work.folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
             work.append({"step": state.global_step})
 
-    trainer = Trainer(
+    class Distilling(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            """The ordinary loss, mixed with KL(teacher || student) over the same tokens."""
+            if teacher is None:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            loss, outputs = super().compute_loss(model, inputs, *args, **(kwargs | {"return_outputs": True}))
+            with torch.no_grad():
+                wanted = teacher(input_ids=inputs["input_ids"]).logits[:, :-1]
+            kl = token_divergence(outputs["logits"][:, :-1], wanted)
+            count = kwargs.get("num_items_in_batch")
+            mixed = (1 - options.distill) * loss + options.distill * (kl.mean() if count is None else kl.sum() / count)
+            return (mixed, outputs) if kwargs.get("return_outputs") else mixed
+
+    trainer = Distilling(
         model=model,
         args=arguments,
-        train_dataset=_Windows(data.ids),
+        train_dataset=_Windows(training),
+        eval_dataset=_Windows(held_out) if options.held_out else None,
         data_collator=_collate,
-        callbacks=[Report()],
+        callbacks=[Report(), *([EarlyStoppingCallback(options.patience)] if options.held_out else [])],
     )
     trainer.remove_callback(PrinterCallback)  # output is the progress bar's
     saved = last_whole_step(work.folder)
-    progress.start("lora", options.total_steps - (int(saved.name.split("-")[1]) if saved else 0))
-    trainer.train(resume_from_checkpoint=str(saved) if saved else None)
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    state = settled(saved, options) if saved else None
+    progress.start("lora", 0 if state else options.total_steps - (int(saved.name.split("-")[1]) if saved else 0))
+    if state is not None:
+        # Killed between the last step and the merge: the Trainer would take one step too many.
+        kept = Path(state.best_model_checkpoint).name if options.held_out else saved.name  # type: ignore[union-attr]
+        set_peft_model_state_dict(model, load_file(work.folder / kept / "adapter_model.safetensors"))
+    else:
+        trainer.train(resume_from_checkpoint=str(saved) if saved else None)
+        state = trainer.state
+    history = state.log_history
+    checks = {str(e["step"]): float(e["eval_loss"]) for e in history if "eval_loss" in e}
+    best = min(checks, key=lambda step: checks[step]) if checks else str(state.global_step)
+    if state.global_step < options.total_steps:
+        progress.note(f"lora stopped at step {state.global_step}: the held-out loss no longer falls")
+    return {
+        "steps": state.global_step,
+        "kept_step": int(best),
+        "losses": [float(entry["loss"]) for entry in history if "loss" in entry],
+        "held_out_losses": checks,
+    }
+
+
+def token_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of each token in nats, float32: (b, L) from logits (b, L, vocabulary)."""
+    p, q = teacher.float().log_softmax(dim=-1), student.float().log_softmax(dim=-1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1)
+
+
+def settled(saved: Path, options: Options) -> Any:
+    """The Trainer's state at a saved step if training was over there, else None."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(saved / "trainer_state.json"))
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    impatient = stopping.get("early_stopping_patience_counter", 0) >= options.patience
+    return state if state.global_step >= options.total_steps or impatient else None
 
 
 def last_whole_step(work: Path) -> Path | None:

@@ -23,6 +23,7 @@ def _require(holds: bool, message: str) -> None:
         raise PlanError(message)
 
 
+QUANTS = ("gptq4", "gptq3", "gptq8", "gptq4-channel", "gptq8-channel", "none")
 METRICS = ("perplexity", "taylor", "magnitude", "influence")
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 
@@ -107,7 +108,10 @@ class Lora:
     steps: int = option(24, "--lora-steps", "Optimiser steps; 0 is one pass over the training windows.")
     learning_rate: float = option(1e-3, "--lora-lr", "Peak learning rate of AdamW; cosine with warm-up.")
     checkpointing: bool = option(False, "--lora-checkpointing", "Recompute activations to save memory.")
-    save_steps: int = option(4, "--lora-save-steps", "Optimiser steps between durable points to resume from.")
+    save_steps: int = option(6, "--lora-save-steps", "Optimiser steps between durable points and held-out checks.")
+    held_out: int = option(4, "--lora-held-out", "Training windows kept back to see when to stop; 0 does not look.")
+    patience: int = option(2, "--lora-patience", "Stop after this many held-out checks in a row without a new best.")
+    distill: float = option(0.0, "--distill", "Share of the loss that is KL to the uncompressed model, 0 to 1.")
 
     def __post_init__(self) -> None:
         _require(self.rank > 0, f"--lora-rank {self.rank}: must be positive; use --skip lora to leave the stage out")
@@ -121,10 +125,14 @@ class Lora:
         _require(self.steps >= 0, f"--lora-steps {self.steps}: cannot be negative")
         _require(self.learning_rate > 0, f"--lora-lr {self.learning_rate}: must be positive")
         _require(self.save_steps > 0, f"--lora-save-steps {self.save_steps}: must be positive")
+        _require(0 <= self.distill <= 1, f"--distill {self.distill}: must be in [0, 1]")
+        _require(self.held_out >= 0, f"--lora-held-out {self.held_out}: cannot be negative")
+        _require(self.patience > 0, f"--lora-patience {self.patience}: must be positive")
         _windows("lora", self.samples, self.length)
         _require(
-            self.samples >= self.batch,
-            f"--lora-samples {self.samples} fill no batch of {self.batch}; lower --lora-batch or raise the samples",
+            self.samples - self.held_out >= self.batch,
+            f"--lora-samples {self.samples}, less {self.held_out} held out, fill no batch of {self.batch}; "
+            "lower --lora-batch or raise the samples",
         )
 
     @property
@@ -137,14 +145,16 @@ class Lora:
 
     @property
     def total_steps(self) -> int:
-        return self.steps or self.samples // self.batch
+        return self.steps or (self.samples - self.held_out) // self.batch
 
 
 @dataclass(frozen=True)
 class Gptq:
     """Low-bit weights, error-compensated column by column (GPTQ, arXiv 2210.17323)."""
 
-    quant: str = option("gptq4", "--quant", "gptq4, gptq3, gptq8, or none to skip the stage.")
+    quant: str = option(
+        "gptq4", "--quant", "gptq4, gptq3 or gptq8, with -channel one scale a row (N-EUREKA); none skips."
+    )
     group: int = option(128, "--group", "Weights that share a scale; the largest that fits all layers is used.")
     symmetric: bool = option(False, "--symmetric", "Fix the zero point in the middle of the grid.")
     activation_order: bool = option(True, "--activation-order", "Quantise the most used columns first.")
@@ -155,8 +165,7 @@ class Gptq:
     length: int = option(512, "--quant-length", "Tokens per calibration window.")
 
     def __post_init__(self) -> None:
-        kinds = ("gptq4", "gptq3", "gptq8", "none")
-        _require(self.quant in kinds, f"--quant {self.quant}: there are {', '.join(kinds)}")
+        _require(self.quant in QUANTS, f"--quant {self.quant}: there are {', '.join(QUANTS)}")
         _require(self.group == -1 or self.group >= 32, f"--group {self.group}: at least 32, or -1 for whole rows")
         _require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
         _require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
@@ -168,7 +177,12 @@ class Gptq:
 
     @property
     def bits(self) -> int:
-        return int(self.quant.removeprefix("gptq"))
+        return int(self.quant.removeprefix("gptq").removesuffix("-channel"))
+
+    @property
+    def wanted_group(self) -> int:
+        """The group asked for; -1 is one scale for each output channel."""
+        return -1 if self.quant.endswith("-channel") else self.group
 
     @property
     def label(self) -> str:

@@ -354,10 +354,88 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_names_the_step(
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", spoilt)
     with pytest.raises(NumericsError, match=f"training {what} became nan at step 6; the last saved step is kept"):
-        lora.run(masked, writer, text(), options(), RUNTIME)
+        lora.run(masked, writer, text(), options(held_out=0), RUNTIME)
     saved = lora.last_whole_step(writer.work.folder)
     assert saved is not None
     assert saved.name == "checkpoint-3"
+
+
+def test_it_stops_when_the_held_out_loss_rises_and_merges_the_best_step(
+    masked: Checkpoint, writer: CheckpointWriter, seal: Callable[..., Checkpoint]
+) -> None:
+    # Twelve windows to learn by heart, four of noise that learning them cannot help.
+    noise = torch.randint(3, 500, (4, 16), generator=torch.Generator().manual_seed(8))
+    windows = TokenBatches("mixed", torch.cat([text(12).ids, noise]))
+    chosen = options(steps=60, learning_rate=3e-2, save_steps=2, held_out=4, patience=2, dropout=0.0)
+    facts = lora.run(masked, writer, windows, chosen, RUNTIME)
+    checks = {int(step): loss for step, loss in facts["held_out_losses"].items()}
+    assert facts["steps"] < 60
+    assert facts["kept_step"] == min(checks, key=lambda step: checks[step])
+    assert [step for step in checks if step > facts["kept_step"]] == [facts["steps"] - 2, facts["steps"]]
+    merged = seal(writer, masked, pattern="2:4")
+    assert mean_loss(merged, noise) == pytest.approx(checks[facts["kept_step"]], rel=1e-4)
+
+
+def test_killed_after_it_stopped_early_the_best_step_is_merged_all_the_same(
+    masked: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = torch.randint(3, 500, (4, 16), generator=torch.Generator().manual_seed(8))
+    windows = TokenBatches("mixed", torch.cat([text(12).ids, noise]))
+    chosen = options(steps=60, learning_rate=3e-2, save_steps=2, held_out=4, patience=2)
+    whole = CheckpointWriter(tmp_path / "whole")
+    facts = lora.run(masked, whole, windows, chosen, RUNTIME)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    broken = CheckpointWriter(tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lora.run(masked, broken, windows, chosen, RUNTIME)
+    again = lora.run(masked, CheckpointWriter(broken.folder), windows, chosen, RUNTIME)
+    assert again["kept_step"] == facts["kept_step"] and again["steps"] == facts["steps"]
+    assert weights(broken.folder) == weights(whole.folder)
+
+
+def test_token_divergence_is_the_textbook_sum() -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    for b in range(2):
+        for t in range(3):
+            p, q = teacher[b, t].double().softmax(0), student[b, t].double().softmax(0)
+            expected = sum(float(p[i]) * float(torch.log(p[i] / q[i])) for i in range(5))
+            assert float(lora.token_divergence(student, teacher)[b, t]) == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def divergence_from_root(checkpoint: Checkpoint, ids: Tensor) -> float:
+    *_, root = checkpoint.ancestors()
+    p = root.model()(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    q = checkpoint.model()(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_distillation_trains_on_the_divergence_from_the_uncompressed_model(
+    masked: Checkpoint, writer: CheckpointWriter, seal: Callable[..., Checkpoint]
+) -> None:
+    before = divergence_from_root(masked, text().ids)
+    assert before > 0.1, "the fixture's parent must be another model"
+    chosen = options(distill=1.0, dropout=0.0, held_out=0, learning_rate=2e-2, steps=16)
+    pure = lora.run(masked, writer, text(), chosen, RUNTIME)
+    assert pure["losses"][0] == pytest.approx(divergence_from_root(masked, text().ids[:4]), rel=1e-3)
+    assert divergence_from_root(seal(writer, masked, pattern="2:4"), text().ids) < 0.8 * before
+    mixed, plain = (
+        lora.run(
+            masked,
+            CheckpointWriter(writer.folder.with_name(f"share-{share}")),
+            text(),
+            options(distill=share, dropout=0.0, held_out=0, steps=1),
+            RUNTIME,
+        )["losses"][0]
+        for share in (0.25, 0.0)
+    )
+    assert mixed == pytest.approx(0.75 * plain + 0.25 * pure["losses"][0], rel=1e-3)
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
