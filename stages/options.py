@@ -105,7 +105,7 @@ class Lora:
     length: int = option(512, "--lora-length", "Tokens per training window.")
     batch: int = option(8, "--lora-batch", "Windows per optimiser step.")
     micro_batch: int = option(2, "--lora-micro-batch", "Windows that go through the model at once.")
-    steps: int = option(24, "--lora-steps", "Optimiser steps; 0 is one pass over the training windows.")
+    steps: int = option(18, "--lora-steps", "Optimiser steps; 0 is one pass over the training windows.")
     learning_rate: float = option(1e-3, "--lora-lr", "Peak learning rate of AdamW; cosine with warm-up.")
     checkpointing: bool = option(False, "--lora-checkpointing", "Recompute activations to save memory.")
     save_steps: int = option(6, "--lora-save-steps", "Optimiser steps between durable points and held-out checks.")

@@ -1,0 +1,95 @@
+"""GPTQ on dense SmolLM2-135M: perplexity and seconds of every grid, order and damping, beside GPTQModel's own.
+
+32 x 512 calibration tokens and the first 16,384 tokens of the text in windows of 512, both from files:
+
+    .venv/bin/python -m benchmarks.gptq wiki.valid.raw wiki.test.raw [--library] [--only NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.quiet import quiet_import
+from checkpoints.runtime import Runtime, choose_dtype
+from checkpoints.sources import open_source
+from checkpoints.tokens import TokenBatches, sample_windows
+from checkpoints.writer import CheckpointWriter
+from eval.perplexity import Protocol, measure
+from eval.text import Text, load_text
+from stages import gptq
+from stages.options import Gptq
+
+OURS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "symmetric": {"symmetric": True},
+    "no scale search": {"scale_search": False},
+    "storage order": {"activation_order": False},
+    "storage order, no search": {"activation_order": False, "scale_search": False},
+    "damping 0.001": {"damping": 0.001},
+    "damping 0.05": {"damping": 0.05},
+    "damping 0.1": {"damping": 0.1},
+    "group 32": {"group": 32},
+    "8 bits": {"quant": "gptq8"},
+    "3 bits": {"quant": "gptq3"},
+    "one scale a row": {"quant": "gptq4-channel"},
+}
+
+
+def ours(source: Checkpoint, windows: TokenBatches, text: Text, options: Gptq, runtime: Runtime) -> tuple[float, float]:
+    """Perplexity and the stage's seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = CheckpointWriter(Path(folder) / "out")
+        began = time.perf_counter()
+        gptq.run(source, target, windows, options, runtime)
+        seconds = time.perf_counter() - began
+        return measure(Checkpoint(target.folder, None), text, Protocol(), runtime).perplexity, seconds
+
+
+def library(source: Checkpoint, windows: TokenBatches, text: Text, runtime: Runtime, **more: Any) -> tuple[float, float]:
+    """GPTQModel's own solver on the same tokens; perplexity by our walk on what it saved."""
+    with quiet_import():
+        from gptqmodel import GPTQModel, QuantizeConfig
+    config = QuantizeConfig(bits=4, group_size=64, device="cpu", **more)
+    with tempfile.TemporaryDirectory() as folder:
+        model = GPTQModel.load(str(source.folder), config)
+        rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows.ids]
+        began = time.perf_counter()
+        model.quantize(rows, batch_size=1)
+        seconds = time.perf_counter() - began
+        model.save(folder)
+        source.tokenizer().save_pretrained(folder)
+        return measure(Checkpoint(Path(folder), None), text, Protocol(), runtime).perplexity, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("calibration")
+    parser.add_argument("text")
+    parser.add_argument("--library", action="store_true", help="GPTQModel's solver as well")
+    parser.add_argument("--only", nargs="*", default=list(OURS))
+    arguments = parser.parse_args()
+    source = open_source(None)
+    runtime = Runtime(dtype=choose_dtype("auto", torch.device("cpu"), "BF16"))
+    text = load_text(arguments.text, "whole")
+    ids = load_text(arguments.calibration, "whole").token_ids(source.tokenizer())
+    windows = sample_windows("calibration", ids, 32, 512, torch.Generator().manual_seed(0))
+    print(f"{'settings':<40} {'perplexity':>10} {'seconds':>8}", flush=True)
+    print(f"{'dense':<40} {measure(source, text, Protocol(), runtime).perplexity:10.2f}", flush=True)
+    for name in arguments.only:
+        perplexity, seconds = ours(source, windows, text, Gptq(**({"group": 64} | OURS[name])), runtime)
+        print(f"{name:<40} {perplexity:10.2f} {seconds:8.1f}", flush=True)
+    if arguments.library:
+        for name, more in (("GPTQModel, default", {}), ("GPTQModel, asymmetric, act order", {"sym": False, "desc_act": True})):
+            perplexity, seconds = library(source, windows, text, runtime, **more)
+            print(f"{name:<40} {perplexity:10.2f} {seconds:8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
