@@ -52,7 +52,9 @@ def ours(source: Checkpoint, windows: TokenBatches, text: Text, options: Gptq, r
         return measure(Checkpoint(target.folder, None), text, Protocol(), runtime).perplexity, seconds
 
 
-def library(source: Checkpoint, windows: TokenBatches, text: Text, runtime: Runtime, **more: Any) -> tuple[float, float]:
+def library(
+    source: Checkpoint, windows: TokenBatches, text: Text, runtime: Runtime, **more: Any
+) -> tuple[float, float]:
     """GPTQModel's own solver on the same tokens; perplexity by our walk on what it saved."""
     with quiet_import():
         from gptqmodel import GPTQModel, QuantizeConfig
@@ -86,7 +88,10 @@ def main() -> None:
         perplexity, seconds = ours(source, windows, text, Gptq(**({"group": 64} | OURS[name])), runtime)
         print(f"{name:<40} {perplexity:10.2f} {seconds:8.1f}", flush=True)
     if arguments.library:
-        for name, more in (("GPTQModel, default", {}), ("GPTQModel, asymmetric, act order", {"sym": False, "desc_act": True})):
+        for name, more in (
+            ("GPTQModel, default", {}),
+            ("GPTQModel, asymmetric, act order", {"sym": False, "desc_act": True}),
+        ):
             perplexity, seconds = library(source, windows, text, runtime, **more)
             print(f"{name:<40} {perplexity:10.2f} {seconds:8.1f}", flush=True)
 

@@ -24,8 +24,8 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
     """The final table: what each stage did, and whether the result fits."""
     report = result.report
     first = report["baseline"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("stage", "ppl", "params M", "non-zero M", "file MiB", "N:M kept", "seconds", "peak MiB"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "ppl", "params M", "nonzero M", "MiB", "N:M", "sec", "peak MiB"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     parameters = result.stages[0].checkpoint.parent().shape.parameters_total if result.stages else 0
     size = report["source"]["file_bytes"] / _MIB
@@ -58,8 +58,8 @@ def print_plan(
 ) -> None:
     """The forecast as a table."""
     console.print(f"Plan for {model}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("stage", "blocks", "params M", "non-zero M", "file MiB", "N:M", "bits", "peak MiB"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "blocks", "params M", "nonzero M", "MiB", "N:M", "bits", "peak MiB"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
 
     def row(name: str, s: ModelShape, peak: str) -> None:
