@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -117,6 +118,7 @@ def compress(
 
     console = Console(stderr=as_json)
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
+        signal.signal(signal.SIGINT, reporter.interrupt)
         try:
             result = run(wanted, out, reporter)
         except KeyboardInterrupt:

@@ -24,6 +24,7 @@ class Reporter:
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._steps, self._done, self._spoken, self._began = "", 0, 0, 0.0, 0.0
+        self._interrupted = False
 
     def __enter__(self) -> Reporter:
         if self.console.is_terminal and not self.quiet:
@@ -45,6 +46,17 @@ class Reporter:
         if self._log:
             self._log.close()
 
+    def interrupt(self, *_: object) -> None:
+        """SIGINT's handler: stop at the next step, at once when asked twice.
+
+        Raised wherever the program happens to be, a KeyboardInterrupt can fall into a destructor, where Python
+        prints and drops it.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        self.say("  stopping after this step; Ctrl-C again stops at once")
+
     def start(self, task: str, steps: int) -> None:
         self._name, self._steps, self._done = task, steps, 0
         self._began = self._spoken = time.monotonic()
@@ -54,6 +66,8 @@ class Reporter:
             self._task = self._bars.add_task(task, total=steps, numbers="")
 
     def step(self, **numbers: float | str) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
         self._done += 1
         words = "  ".join(f"{key} {value}" for key, value in numbers.items())
         words += f"  {resident_bytes() / 2**30:.1f} GiB"

@@ -79,7 +79,7 @@ def test_every_shipped_recipe_plans(name: str) -> None:
     from checkpoints.families import PRESETS, shape_from_config
     from pipeline.plan import plan
 
-    assert plan(build(name, {}), shape_from_config(PRESETS["llama-3.2-1b"]))
+    assert plan(build(name, {}), shape_from_config(PRESETS["llama-3.1-8b"]))
 
 
 def test_plan_prints_json_from_presets_and_config_json(compress: Command, tiny_llama: Path, tmp_path: Path) -> None:

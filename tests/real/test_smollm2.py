@@ -37,7 +37,8 @@ if os.path.isdir(folder + "/adapter"):
     model = PeftModel.from_pretrained(model, folder + "/adapter")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
-print("TEXT", tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=False, no_repeat_ngram_size=3)[0]).replace("\\n", " "))
+output = model.generate(**inputs, max_new_tokens=24, do_sample=False, no_repeat_ngram_size=3)
+print("TEXT", tokenizer.decode(output[0]).replace("\\n", " "))
 """
 
 
