@@ -1,7 +1,8 @@
 """Peak resident size of depth and wanda, each in a process of its own, against the number of blocks.
 
 Goals: 30, 60 and 120 blocks of SmolLM2's shape within 5 % of each other; Llama-3.2-1B's shape (2.3 GiB) under
-3 GiB; the plan's forecast within 20 %. Random weights, 16 x 256 calibration tokens.
+3 GiB; the plan's forecast within 20 %. Random weights; the ranking's default 10 x 128 tokens, and 16 x 256 for
+wanda.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ GIB = 2**30
 def child(model: Path, stage: str) -> None:
     """Run one stage and print the process's peak and the forecast, in bytes."""
     source = Checkpoint.open(model)
-    ids = torch.randint(source.shape.vocabulary // 2, (16, 256), generator=torch.Generator().manual_seed(0))
+    windows = (10, 128) if stage == "depth" else (16, 256)
+    ids = torch.randint(source.shape.vocabulary // 2, windows, generator=torch.Generator().manual_seed(0))
     runtime = Runtime(dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         target, batches = CheckpointWriter(Path(folder) / "out"), TokenBatches("random", ids)
         if stage == "depth":
-            # influence ranks in one pass; perplexity's states grow with the candidates, by 16 x 256 tokens each
-            options: Depth | Wanda = Depth(remove=2, samples=16, length=256)
+            options: Depth | Wanda = Depth(remove=2)
             depth.run(source, target, batches, options, runtime)  # type: ignore[arg-type]
         else:
             options = Wanda("2:4", samples=16, length=256)
@@ -48,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "STAGE"))
     parser.add_argument("--big", action="store_true", help="Llama-3.1-8B's shape as well: 15 GiB of disk, 15 minutes")
+    parser.add_argument("--only", help="one preset")
     arguments = parser.parse_args()
     if arguments.child:
         child(Path(arguments.child[0]), arguments.child[1])
@@ -58,6 +60,8 @@ def main() -> None:
     print(f"{'model':<14} {'blocks':>6} {'weights GiB':>11} {'stage':<6} {'peak GiB':>8} {'forecast':>8} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as home:
         for preset, blocks in cases:
+            if arguments.only not in (None, preset):
+                continue
             model = write_random(Path(home) / f"{preset}-{blocks}", preset, blocks)
             size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / GIB
             for stage in ("depth", "wanda"):

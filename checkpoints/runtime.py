@@ -43,7 +43,7 @@ class Runtime:
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     chunk_tokens: int = 4096  # tokens that go through a block at once
-    spill_bytes: int = 2**30  # hidden states beyond this lie in a temporary file
+    spill_bytes: int = 64 * 2**20  # hidden states beyond this lie in a temporary file
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator of its own for each purpose; the global random state is never touched."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from checkpoints.allocator import give_back
 from checkpoints.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Skeleton:
         finally:
             block.to("meta")
             _restore_buffers(self.model, block)
+            own.clear()
+            give_back()
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, states: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 from pathlib import Path
 
 import psutil
+
+from checkpoints.allocator import give_back
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -19,8 +20,7 @@ def resident_bytes() -> int:
 def release() -> None:
     """Give back what the last stage left: reference cycles of its model, and the allocator's free pages."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back()
 
 
 def reset_peak() -> None:

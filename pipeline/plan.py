@@ -11,10 +11,11 @@ from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
 from stages.options import Options
 
-# Resident size of Python with torch, transformers and, for lora, peft and the Trainer imported, measured on
-# Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
-_BASE_BYTES = 560 * 2**20
+# Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
+# measured on Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
+_BASE_BYTES = 850 * 2**20
 _TRAINER_BYTES = 220 * 2**20
+_SPILL_BYTES = 64 * 2**20  # Runtime.spill_bytes
 _CHUNK_TOKENS = 4096  # Runtime.chunk_tokens
 
 
@@ -66,27 +67,29 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
     outer = sum(t.nbytes for t in before.outer)
     tokens = options.samples * options.length
     hidden, vocabulary = before.hidden_size, before.vocabulary
-    states = 2 * tokens * hidden * 2
+    states = min(2 * tokens * hidden * 2, _SPILL_BYTES)
     widest = max(x.in_features for b in before.blocks for x in b.linears)
     inner = max(x.out_features for b in before.blocks for x in b.linears)
-    working = 12 * min(tokens, _CHUNK_TOKENS) * max(widest, inner)
-    # A block is mapped from its file and copied to be edited; what is written is a third copy.
-    total = _BASE_BYTES + outer + 3 * block + states + working
+    if stage == "lora":
+        dense = outer + len(before.blocks) * block
+        live = options.micro_batch * options.length
+        activations = live * (len(before.blocks) * (14 * hidden + 4 * inner) * 2 + 3 * vocabulary * 4)
+        return int(_BASE_BYTES + _TRAINER_BYTES + (3 if options.distill else 2) * dense + activations)
+    # Either a block is on: mapped from its file, copied to be edited, and its activations; or the outer part is.
+    at_block = 3 * block + states + 12 * min(tokens, _CHUNK_TOKENS) * max(widest, inner)
+    at_ends = outer + states
     if stage == "depth":
         candidates = len(before.blocks) - options.protect_first - options.protect_last
         kept_states = {"perplexity": candidates, "taylor": len(before.blocks)}.get(options.metric, 2)
-        total += kept_states * tokens * hidden * 2 + 3 * min(tokens, _CHUNK_TOKENS) * vocabulary * 4
-    elif stage == "lora":
-        dense = sum(t.nbytes for t in before.outer) + len(before.blocks) * block
-        live = options.micro_batch * options.length
-        activations = live * (len(before.blocks) * (14 * hidden + 4 * inner) * 2 + 3 * vocabulary * 4)
-        total = _BASE_BYTES + _TRAINER_BYTES + 2 * dense + activations
+        held = min(kept_states * tokens * hidden * 2, _SPILL_BYTES)
+        gradients = 2 * block if options.metric == "taylor" else 0
+        at_block, at_ends = at_block + held + gradients, at_ends + held + options.length * vocabulary * 10
     elif stage in ("gptq", "eora"):
         inputs = {x.in_features for b in before.blocks for x in b.linears}
         biggest = max(x.weights for b in before.blocks for x in b.linears)
         # Hessians, their factor in float64, and a layer's weights in several float32 copies.
-        total += sum(2 * n * n * 4 for n in inputs) + 3 * widest * widest * 8 + 8 * biggest * 4
-    return int(total)
+        at_block += sum(2 * n * n * 4 for n in inputs) + 3 * widest * widest * 8 + 8 * biggest * 4
+    return int(_BASE_BYTES + max(at_block, at_ends))
 
 
 def _dense(shape: ModelShape) -> ModelShape:

@@ -44,7 +44,7 @@ class Recipe:
     device: str = "auto"
     dtype: str = "auto"
     soc: str = "siracusa"
-    spill_mib: int = 1024  # calibration states beyond this lie in a temporary file
+    spill_mib: int = 64  # calibration states beyond this lie in a temporary file
     stages: tuple[tuple[str, Options], ...] = tuple((name, options()) for name, options in STAGES.items())
     notes: tuple[str, ...] = ()  # what was left out and why
 
