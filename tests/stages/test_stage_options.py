@@ -52,8 +52,12 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Lora, {"save_steps": 0}, "--lora-save-steps 0"),
     (Lora, {"samples": 0}, "lora: 0 calibration windows"),
     (Lora, {"length": 1}, "lora: windows of 1 tokens"),
-    (Lora, {"samples": 7}, "--lora-samples 7 fill no batch of 8"),
-    (Gptq, {"quant": "gptq5"}, "--quant gptq5: there are gptq4, gptq3, gptq8, none"),
+    (Lora, {"samples": 7, "held_out": 0}, "--lora-samples 7, less 0 held out, fill no batch of 8"),
+    (Lora, {"samples": 11}, "--lora-samples 11, less 4 held out, fill no batch of 8"),
+    (Lora, {"held_out": -1}, "--lora-held-out -1"),
+    (Lora, {"patience": 0}, "--lora-patience 0"),
+    (Lora, {"distill": 1.5}, "--distill 1.5"),
+    (Gptq, {"quant": "gptq5"}, "--quant gptq5: there are gptq4, gptq3, gptq8, gptq4-channel, gptq8-channel, none"),
     (Gptq, {"group": 0}, "--group 0"),
     (Gptq, {"group": 16}, "--group 16: at least 32, or -1 for whole rows"),
     (Gptq, {"group": -2}, "--group -2"),
@@ -83,7 +87,19 @@ def test_impossible_values_raise(options: type, values: dict[str, Any], says: st
         (Depth, {"remove": 0, "protect_first": 0, "protect_last": 0, "samples": 1, "length": 2}),
         (Wanda, {"pattern": "none"}),
         (Wanda, {"pattern": "15:16"}),
-        (Lora, {"rank": 1, "alpha": 1, "dropout": 0.0, "batch": 1, "micro_batch": 1, "samples": 1, "steps": 0}),
+        (
+            Lora,
+            {
+                "rank": 1,
+                "alpha": 1,
+                "dropout": 0.0,
+                "batch": 1,
+                "micro_batch": 1,
+                "samples": 1,
+                "held_out": 0,
+                "steps": 0,
+            },
+        ),
         (Gptq, {"quant": "gptq3", "group": 32, "damping": 1e-6, "quant_embeddings": 8}),
         (Gptq, {"group": -1}),
         (Eora, {"rank": 0, "against": "dense"}),
@@ -111,7 +127,7 @@ def test_what_is_skipped_and_what_it_is_called() -> None:
         assert (options.skipped, options.label) == (skipped, label)
     assert [Gptq(quant=f"gptq{bits}").bits for bits in (3, 4, 8)] == [3, 4, 8]
     assert Lora(steps=5).total_steps == 5
-    assert Lora(steps=0, samples=50, batch=8).total_steps == 6
+    assert Lora(steps=0, samples=50, batch=8, held_out=2).total_steps == 6
 
 
 def test_every_field_has_a_flag_of_its_own_and_a_line_of_help() -> None:
