@@ -94,12 +94,17 @@ def prune_n_of_m(weight: Tensor, input_norm: Tensor, n: int, m: int) -> Tensor:
     if m > _FEW:
         dropped = score.argsort(dim=-1, stable=True)[:, :n]  # (out * groups, n)
         return torch.ones_like(score, dtype=torch.bool).scatter_(-1, dropped, False).view(rows, columns)
-    lanes = torch.stack(score.unbind(dim=1))  # (m, out * groups); transposing takes ten times as long
+    # m lanes of (out * groups,): whole lanes, stacked and unstacked, take a fraction of the time of short rows
+    lanes = torch.stack(score.unbind(dim=1))
     threshold = nth_smallest(lanes, n)
-    keep = score > threshold.unsqueeze(-1)
+    kept = [lane > threshold for lane in lanes]
+    keep = torch.stack(kept, dim=1)
     # Where several weights have the threshold's score, too many went: give back all but the first columns.
-    uneven = ((lanes > threshold).sum(dim=0, dtype=torch.uint8) != m - n).nonzero().squeeze(-1)
-    if len(uneven):
+    count = torch.zeros_like(threshold, dtype=torch.uint8)
+    for lane in kept:
+        count += lane
+    if bool((count != m - n).any()):
+        uneven = (count != m - n).nonzero().squeeze(-1)
         dropped = score[uneven].argsort(dim=-1, stable=True)[:, :n]
         keep[uneven] = torch.ones_like(keep[uneven]).scatter_(-1, dropped, False)
     return keep.view(rows, columns)
