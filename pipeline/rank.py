@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,15 @@ def rank_blocks(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
 def print_ranking(console: Console, ranking: dict[str, Any], out: Path | None) -> None:
     """One line a block with a bar; the place in the order of removal beside it."""
     scores = ranking["scores"]
-    low, high = min(scores.values()), max(scores.values())
+    heights = dict(zip(scores, map(math.log, scores.values()), strict=True)) if _skewed(scores) else scores
+    low, high = min(heights.values()), max(heights.values())
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("block", "removed", ranking["metric"]):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for block, score in scores.items():
         place = ranking["order"].index(int(block)) + 1
-        width = round(40 * (score - low) / (high - low)) if high > low else 0
+        width = round(40 * (heights[block] - low) / (high - low)) if high > low else 0
         table.add_row(block, f"{place}.", f"{score:.5g}", "█" * max(width, 1))
     console.print(f"{ranking['model']}: {ranking['meaning']}; the lowest goes first", highlight=False)
     console.print(table)
@@ -69,6 +71,11 @@ def print_ranking(console: Console, ranking: dict[str, Any], out: Path | None) -
         console.print(
             f"Written: {out.with_suffix('.png')}, {out.with_suffix('.json')}", highlight=False, soft_wrap=True
         )
+
+
+def _skewed(scores: dict[str, float]) -> bool:
+    """One block that the model cannot do without can be a thousand times the rest: draw logarithms."""
+    return min(scores.values()) > 0 and max(scores.values()) > 20 * min(scores.values())
 
 
 def write_ranking(ranking: dict[str, Any], out: Path) -> None:
@@ -85,8 +92,7 @@ def write_ranking(ranking: dict[str, Any], out: Path) -> None:
     first = set(ranking["order"][:5])
     figure, axes = pyplot.subplots(figsize=(max(6, 0.28 * len(blocks)), 3.6), layout="constrained")
     axes.bar(blocks, scores, color=["#d1495b" if b in first else "#30638e" for b in blocks])
-    # One block that the model cannot do without can be a thousand times the rest.
-    if ranking["metric"] != "influence" and min(scores) > 0 and max(scores) > 20 * min(scores):
+    if _skewed(ranking["scores"]):
         axes.set_yscale("log")
     axes.set_xticks(blocks, [str(b) for b in blocks], fontsize=8)
     axes.set_xlabel("block (red: the five that would be removed first)")
