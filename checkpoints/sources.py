@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -192,9 +191,3 @@ def _read_llama2c(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
     config, tensors = read_model(path)
     tokenizer = read_tokenizer(find_tokenizer(path), config.vocab_size)
     return config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}, tensors, tokenizer
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what interrupted conversions left in the cache."""
-    for left in folder.glob(".converting-*"):
-        shutil.rmtree(left, ignore_errors=True)

@@ -7,7 +7,7 @@ dataclass are the same thing under three names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -190,8 +190,3 @@ def _skipped(skip: str, faults: list[str]) -> set[str]:
     for name in sorted(names - set(STAGES)):
         faults.append(f"--skip {name}: there is no such stage; there are {', '.join(STAGES)}")
     return names & set(STAGES)
-
-
-def without(recipe: Recipe, *stages: str) -> Recipe:
-    """The recipe with some stages left out."""
-    return replace(recipe, stages=tuple(entry for entry in recipe.stages if entry[0] not in stages))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, NumericsError, PlanError
-from checkpoints.manifest import MANIFEST, Manifest, check_files, describe_files, fingerprint, write_json
+from checkpoints.errors import NumericsError, PlanError
+from checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, write_json
 from checkpoints.runtime import Runtime, choose_device, choose_dtype
 from checkpoints.shape import ModelShape
 from checkpoints.sources import open_source
@@ -280,6 +280,3 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
-
-
-__all__ = ["CheckpointError", "RunResult", "StageResult", "check_files", "run"]

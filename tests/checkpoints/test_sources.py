@@ -13,7 +13,7 @@ import torch
 from checkpoints import sources
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.sources import cache_folder, clear_unfinished, open_source, packaged_file
+from checkpoints.sources import cache_folder, open_source, packaged_file
 from checkpoints.verify import verify
 from tests.models import build_model, tiny_tokenizer
 
@@ -171,10 +171,3 @@ def test_two_commands_at_once(tmp_path: Path, cache: Path, reader: Reader, monke
     assert reader.asked == 2
     assert loser.folder == winner[0].folder
     assert [p.name for p in (cache / "sources").iterdir()] == [loser.folder.name]
-
-
-def test_interrupted_conversions_can_be_cleared(cache: Path) -> None:
-    for name in (".converting-abc", "finished"):
-        (cache / name / "inside").mkdir(parents=True)
-    clear_unfinished(cache)
-    assert [p.name for p in cache.iterdir()] == ["finished"]
