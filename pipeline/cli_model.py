@@ -1,0 +1,56 @@
+"""Commands that look into a model or checkpoint: rank, verify."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.flags import Json, quiet_libraries
+from pipeline.recipe import build
+
+
+def rank(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf or .bin; default: the packaged model.")] = "",
+    metric: Annotated[str, typer.Option(help="perplexity, taylor, magnitude or influence.")] = "perplexity",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 10,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    data: Annotated[str, typer.Option(help="Calibration text, as for compress --data.")] = "",
+    protect_first: Annotated[int, typer.Option(help="First blocks left out of the ranking.")] = 0,
+    protect_last: Annotated[int, typer.Option(help="Last blocks left out of the ranking.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration windows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write OUT.png and OUT.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rank a model's blocks by what each is worth; the lowest would be removed first."""
+    quiet_libraries()
+    from pipeline.progress import Reporter
+    from pipeline.rank import print_ranking, rank_blocks, write_ranking
+
+    flags = {"model": model or None, "data": data or None, "seed": seed, "device": device, "dtype": dtype}
+    options = {"metric": metric, "protect_first": protect_first, "protect_last": protect_last}
+    options |= {"samples": samples, "length": length, "remove": 1}
+    wanted = build(None, flags | {f"depth.{key}": value for key, value in options.items()})
+    with Reporter(Console(stderr=True), quiet=as_json) as reporter:
+        ranking = rank_blocks(wanted, reporter)
+    if out is not None:
+        write_ranking(ranking, out)
+    if as_json:
+        typer.echo(json.dumps(ranking, indent=2))
+    else:
+        print_ranking(Console(), ranking, out)
+
+
+def verify(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
+    """Re-check a checkpoint: every hash, the N:M pattern, finiteness, and the manifest's numbers."""
+    quiet_libraries()
+    from checkpoints.checkpoint import Checkpoint
+    from checkpoints.verify import verify as prove
+
+    for line in prove(Checkpoint.open(checkpoint)):
+        typer.echo(line)
