@@ -28,6 +28,7 @@ from stages.options import Gptq
 
 OURS: dict[str, dict[str, Any]] = {
     "default": {},
+    "effort high": {"effort": "high"},
     "symmetric": {"symmetric": True},
     "no scale search": {"scale_search": False},
     "storage order": {"activation_order": False},

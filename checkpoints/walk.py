@@ -17,13 +17,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, NumericsError
@@ -110,6 +111,19 @@ class BlockVisit:
             for name, x in arriving:
                 if name in groups:
                     observer(groups[name], x.reshape(-1, x.shape[-1]))
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        """The hidden states before this block, (b, L, d) each, in host memory."""
+        return self._walk.states.chunks
+
+    def forward(self, states: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """The output (b, L, d) with some weights in place of the block's own, differentiable in them."""
+        skeleton = self._walk.skeleton
+        arguments = skeleton.arguments(self.index, states)
+        output = functional_call(self.module, weights, (states.to(skeleton.device),), arguments)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     def weights(self) -> dict[str, Tensor]:
         """The block's tensors in host memory, in the checkpoint's stored precision."""

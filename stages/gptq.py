@@ -24,6 +24,7 @@ from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
 from stages import edge
 from stages.options import Gptq as Options
+from stages.refine import REFINE_TOKENS, DenseOutputs, Tuned, refine
 
 VERSION = 1
 COLUMNS = 128  # columns solved before their errors are applied to the rest: GPTQ's lazy batch
@@ -71,26 +72,37 @@ def run(
     after = plan(source.shape, options)
     grid, masked = after.grid, source.shape.pattern is not None
     assert grid is not None
-    walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task=options.quant)
+    refined = options.effort == "high"
+    chunks = calibration.chunks(REFINE_TOKENS if refined else runtime.chunk_tokens)
+    walk = Walk(source, chunks, runtime, target.work, task=options.quant)
+    dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
         quantised = {x.name for x in after.blocks[block.index].linears if x.grid is not None}
-        tensors = block.weights()
-        facts: dict[str, Any] = {}
+        solved: dict[str, Solution] = {}
         for names, hessian in hessians(block).items():
-            for name in names:
-                if name not in quantised:
-                    continue
-                linear = block.linears[name]
-                weight = linear.weight.float()
+            for name in (n for n in names if n in quantised):
+                weight = block.linears[name].weight.float()
                 try:
-                    solved = solve(weight, hessian, (weight != 0) if masked else None, grid, options)
+                    solved[name] = solve(weight, hessian, (weight != 0) if masked else None, grid, options)
                 except NumericsError as error:
                     raise NumericsError(f"{source.shape.block_prefix}.{block.index}.{name}: {error}") from None
-                linear.weight.copy_(solved.weight)
-                del tensors[f"{name}.weight"]
-                packed = pack_linear(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), grid.group, grid.bits)
-                tensors |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
-                facts[name] = {"error": solved.error, "damping": solved.damping, "float64": solved.float64}
+        facts: dict[str, Any] = {
+            name: {"error": s.error, "damping": s.damping, "float64": s.float64} for name, s in solved.items()
+        }
+        if dense is not None:
+            masks = {name: block.linears[name].weight != 0 if masked else None for name in solved}
+            layers = {n: Tuned.start(s.position, s.scales, s.zeros, masks[n], grid) for n, s in solved.items()}
+            generator = runtime.generator(f"refine block {block.index}")
+            facts["refined"] = refine(block, layers, dense.of(block.index), options.effort_steps, generator)
+            for name, layer in layers.items():
+                codes, scales, weight = layer.result()
+                solved[name] = replace(solved[name], codes=codes, scales=scales, weight=weight)
+        for name, solution in solved.items():
+            block.linears[name].weight.copy_(solution.weight)
+        tensors = {n: t for n, t in block.weights().items() if n.removesuffix(".weight") not in solved}
+        for name, s in solved.items():
+            packed = pack_linear(s.codes.cpu(), s.scales.cpu(), s.zeros.cpu(), grid.group, grid.bits)
+            tensors |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
         target.write_block(block.index, tensors)
         block.done(facts)
     target.copy_outer(source)
@@ -126,6 +138,7 @@ class Solution:
     scales: Tensor  # (out, groups) float32 holding float16 values
     zeros: Tensor  # (out, groups) int32, 1 … 2^bits - 1
     weight: Tensor  # (out, in) float32: scales * (codes - zeros)
+    position: Tensor  # (out, in) float32: the compensated weight in units of codes, at most half a code away
     error: float  # tr(dW H dW^T) / tr(W H W^T): relative squared error of the layer's output
     damping: float  # share of the mean diagonal that the factorisation needed
     float64: bool
@@ -154,7 +167,7 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
     keep = mask[:, order] if mask is not None else None
     group_of = (torch.arange(columns, device=weight.device) // group)[order]
     S, Z = scales[:, group_of], zeros[:, group_of].float()  # (out, in) in solving order
-    Q = torch.empty_like(W)
+    Q, P = torch.empty_like(W), torch.empty_like(W)
     top = 2**grid.bits - 1
 
     for start in range(0, columns, COLUMNS):
@@ -162,10 +175,11 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
         W1, E1 = W[:, start:end], torch.empty_like(W[:, start:end])
         for j in range(end - start):
             c = start + j
-            q = (torch.round(W1[:, j] / S[:, c]) + Z[:, c]).clamp_(0, top)
+            p = W1[:, j] / S[:, c] + Z[:, c]
+            q = p.round().clamp_(0, top)
             if keep is not None:
                 q = torch.where(keep[:, c], q, Z[:, c])
-            Q[:, c] = q
+            Q[:, c], P[:, c] = q, p.clamp(q - 0.5, q + 0.5)
             e = (W1[:, j] - S[:, c] * (q - Z[:, c])) / U[c, c]
             W1[:, j + 1 :] -= torch.outer(e, U[c, c + 1 : end])
             E1[:, j] = e
@@ -174,9 +188,8 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
     codes = Q[:, inverse]
     quantised = scales[:, torch.arange(columns, device=weight.device) // group]
     quantised = quantised * (codes - Z[:, inverse])
-    return Solution(
-        codes.to(torch.int32), scales, zeros, quantised, output_error(weight, quantised, hessian), damping, float64
-    )
+    error = output_error(weight, quantised, hessian)
+    return Solution(codes.to(torch.int32), scales, zeros, quantised, P[:, inverse], error, damping, float64)
 
 
 def fit_grid(weight: Tensor, importance: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Tensor]:

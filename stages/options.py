@@ -160,6 +160,8 @@ class Gptq:
     activation_order: bool = option(True, "--activation-order", "Quantise the most used columns first.")
     scale_search: bool = option(True, "--scale-search", "Search each group's scale for the least error.")
     damping: float = option(0.01, "--damping", "Share of the mean diagonal added to the Hessian.")
+    effort: str = option("normal", "--quant-effort", "normal, or high: then tune each block's output by gradient.")
+    effort_steps: int = option(60, "--quant-steps", "Gradient steps a block of --quant-effort high.")
     quant_embeddings: int = option(0, "--quant-embeddings", "Also pack embedding and head at 8 or 4 bits; 0 does not.")
     samples: int = option(32, "--quant-samples", "Calibration windows.")
     length: int = option(512, "--quant-length", "Tokens per calibration window.")
@@ -168,6 +170,8 @@ class Gptq:
         _require(self.quant in QUANTS, f"--quant {self.quant}: there are {', '.join(QUANTS)}")
         _require(self.group == -1 or self.group >= 32, f"--group {self.group}: at least 32, or -1 for whole rows")
         _require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
+        _require(self.effort in ("normal", "high"), f"--quant-effort {self.effort}: there are normal and high")
+        _require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
         _require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
         _windows("gptq", self.samples, self.length)
 
