@@ -25,7 +25,7 @@ class Weights:
         """Bytes with codes packed without gaps, scales, zero points and bias included."""
         return bytes_of(self.rows * (self.columns * self.bits + self.row_bits))
 
-    def slottedbytes_of(self, slot_bits: int, input_block: int) -> int:
+    def slotted_bytes(self, slot_bits: int, input_block: int) -> int:
         """Bytes with each weight in a slot of `slot_bits`, inputs padded to `input_block`; scales as in `nbytes`."""
         padded = -(-self.columns // input_block) * input_block
         return bytes_of(self.rows * (padded * max(slot_bits, self.bits) + self.row_bits))

@@ -221,7 +221,7 @@ def _row_candidates(space: Space) -> Iterator[int]:
 
 
 def _most_columns(space: Space, rows: int, buffers: int, room: int) -> int:
-    """The most columns, a multiple of the step or all, with which a tile of `rows` fits; 0 if not even one step does."""
+    """The most columns, a multiple of the step or all, with which a tile of `rows` fits; 0 if not even one fits."""
     if space.bytes(rows, space.columns, buffers) <= room:
         return space.columns
     low, high = 0, -(-space.columns // space.step) - 1  # in steps; the need never falls with more columns
