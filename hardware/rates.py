@@ -144,7 +144,7 @@ def rates(soc: Soc, corner: str) -> Rates:
         block_cycles=cost("linear_block_cycles") if accelerated else 0,
         fixed_cycles=cost("linear_fixed_cycles") if accelerated else 0,
         launch=cost("linear_launch_cycles") if accelerated else 0,
-        cache_copied=corner == HIGH and (soc.count("kv_cache_copies") or 1) > 1,
+        cache_copied=corner == HIGH and "kv_cache_copies" in soc.constants and _at(soc, "kv_cache_copies", "high") > 1,
         power=maybe("active_power"),
         off_chip_energy=None if energy is None else energy * 1e-12,
         efficiency=speed("linear_efficiency") if "linear_efficiency" in soc.constants else None,

@@ -86,49 +86,79 @@ class Work:
         return {LAUNCH: launch, ARITHMETIC: arithmetic, **paths}
 
 
-def work_of(operator: Operator, soc: Soc, where: Mapping[str, Memory]) -> Work:
-    """Place and tile one operator. `where` has a memory for each constant, the KV cache and the activations."""
+@dataclass(frozen=True)
+class Share:
+    """The part of a tensor that lies in one memory; a tensor's shares add up to 1."""
+
+    memory: Memory
+    fraction: float
+
+
+Places = Mapping[str, tuple[Share, ...]]  # by the names of `operators.weights_read`, `kv_cache_of` and ACTIVATIONS
+
+
+def kv_cache_of(block: int) -> str:
+    """The name of one block's KV cache in a placement."""
+    return f"{KV_CACHE} {block}"
+
+
+def work_of(operator: Operator, soc: Soc, where: Places) -> Work:
+    """Place and tile one operator. `where` has a place for each constant, each KV cache and the activations."""
     engine, x = engine_of(operator, soc), operator
-    home = None if x.weights is None else where[x.weights.name]
-    path = "" if home is None else _path(home, soc, engine)
-    tiling = tile(x, soc, weights_in_l1=path != LINK)
-    cache, activations = where[KV_CACHE], where[ACTIVATIONS]
-    cache_path, activation_path = _path(cache, soc, ""), _path(activations, soc, "")
-    kv = Traffic(cache.name, cache_path, x.kv_read + x.kv_write)
-    floor, moved = [kv], [kv]
-    taken, given = _activation_bytes(x)
-    row_tiles, column_tiles = max(tiling.row_tiles, 1), max(tiling.column_tiles, 1)
-    if home is not None:
-        floor.append(Traffic(home.name, path, x.weight_bytes))
-        weights = stored_bytes(x, soc)
-        if x.kind == "linear" and path in (DMA, OFF_CHIP) and row_tiles > 1 and column_tiles > 1:
-            # Either the weights come again for every tile of rows, or the inputs for every tile of columns.
-            again = weights * (row_tiles - 1), taken * (column_tiles - 1)
-            speed = _relative_speed(soc) if path == OFF_CHIP else 1.0
-            weights, taken = (
-                (weights + again[0], taken) if again[0] / speed <= again[1] else (weights, taken + again[1])
-            )
-        elif x.kind == "linear":
-            weights *= row_tiles
-        moved.append(Traffic(home.name, path, weights))
-    # Scales and biases count with the weights: the 125 cycles of DMA that Deeploy's trace has before a job of 256
-    # outputs have no room for 2 KiB of them.
-    moved.append(Traffic(activations.name, activation_path, taken + given))
-    copied = (Traffic(cache.name, cache_path, 2 * x.kv_held),) if x.kv_held else ()
+    home = () if x.weights is None else where[x.weights.name]
+    paths = {_path(share.memory, soc, engine) for share in home}
+    tiling = tile(x, soc, weights_in_l1=paths != {LINK})
+    floor, moved, copied = [], [], []
+    if x.kv_read or x.kv_write:
+        assert x.block is not None
+        cache = where[kv_cache_of(x.block)]
+        floor = moved = _spread(x.kv_read + x.kv_write, cache, soc, "")
+        copied = _spread(2 * x.kv_held, cache, soc, "")
+    weights, again = stored_bytes(x, soc) if x.weights is not None else 0, 0
+    if x.kind == "linear":
+        weights, again = _read_again(x, soc, tiling, weights, OFF_CHIP in paths)
+    floor = [*floor, *_spread(x.weight_bytes, home, soc, engine)]
+    moved = [*moved, *_spread(weights, home, soc, engine)]
+    moved += _spread(_activation_bytes(x) + again, where[ACTIVATIONS], soc, "")
     jobs = corrections = 0
     if engine == ACCELERATOR and x.weights is not None and soc.accelerator is not None:
         groups = 1 if soc.accelerator.group_scales else x.weights.groups
         jobs = max(tiling.tiles, 1) * groups
         if groups > 1 or (x.weights.offsets and not soc.accelerator.group_scales):
             corrections = x.rows * x.columns * groups
-    return Work(x, engine, tiling, _filled(floor), _filled(moved), copied, jobs, corrections)
+    return Work(x, engine, tiling, tuple(floor), tuple(moved), tuple(copied), jobs, corrections)
 
 
-def _activation_bytes(x: Operator) -> tuple[int, int]:
+def _read_again(x: Operator, soc: Soc, tiling: Tiling, weights: int, off_chip: bool) -> tuple[int, int]:
+    """Bytes of weights moved in all, and of inputs moved more than once.
+
+    With several tiles both ways, either the weights come again for every tile of rows, or the inputs for every tile
+    of columns, whichever takes less time.
+    """
+    more_weights = weights * (max(tiling.row_tiles, 1) - 1)
+    inputs = sum(b.nbytes for b in x.reads) * (max(tiling.column_tiles, 1) - 1)
+    constants = soc.constants
+    speed = constants["dma"].value * constants["clock"].value
+    weight_speed = constants["off_chip_bandwidth"].value if off_chip else speed
+    return (weights + more_weights, 0) if more_weights / weight_speed <= inputs / speed else (weights, inputs)
+
+
+def _spread(nbytes: int, shares: tuple[Share, ...], soc: Soc, engine: str) -> list[Traffic]:
+    """Bytes by memory; the last share takes what rounding leaves, so that nothing is lost."""
+    found, left = [], nbytes
+    for i, share in enumerate(shares):
+        size = left if i == len(shares) - 1 else min(left, round(nbytes * share.fraction))
+        left -= size
+        if size:
+            found.append(Traffic(share.memory.name, _path(share.memory, soc, engine), size))
+    return found
+
+
+def _activation_bytes(x: Operator) -> int:
     taken, given = sum(b.nbytes for b in x.reads), sum(b.nbytes for b in x.writes)
     if x.kind == "norm":  # the last one reads a single token's row of the residual
         taken = min(taken, bytes_of(x.rows * x.columns * x.activation_bits))
-    return taken, given
+    return taken + given
 
 
 def _path(memory: Memory, soc: Soc, engine: str) -> str:
@@ -140,12 +170,6 @@ def _path(memory: Memory, soc: Soc, engine: str) -> str:
     return LINK if linked else DMA
 
 
-def _relative_speed(soc: Soc) -> float:
-    """Off-chip bandwidth as a fraction of the DMA's."""
-    constants = soc.constants
-    return constants["off_chip_bandwidth"].value / constants["clock"].value / constants["dma"].value
-
-
 def _path_cycles(traffic: tuple[Traffic, ...], r: Rates) -> dict[str, float]:
     speeds = {LINK: r.link, DMA: r.dma, OFF_CHIP: r.off_chip}
     found = dict.fromkeys(speeds, 0.0)
@@ -154,10 +178,6 @@ def _path_cycles(traffic: tuple[Traffic, ...], r: Rates) -> dict[str, float]:
         if speed is not None:
             found[x.path] += x.nbytes / speed
     return found
-
-
-def _filled(traffic: list[Traffic]) -> tuple[Traffic, ...]:
-    return tuple(x for x in traffic if x.nbytes)
 
 
 def bytes_on(path: str, traffic: tuple[Traffic, ...]) -> int:

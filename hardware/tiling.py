@@ -8,8 +8,8 @@ N-EUREKA and of 16 on the cores' matrix product, unless the layer has fewer. Wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hardware.matrices import bytes_of
@@ -142,6 +142,21 @@ def tile(operator: Operator, soc: Soc, *, working_bytes: int | None = None, weig
     return Tiling(
         operator.label, engine, rows, columns, row_tiles, per_repeat // row_tiles, tiles, buffers, used, parts, smallest
     )
+
+
+def tilings(operators: Iterable[Operator], soc: Soc, direct: Container[str] = ()) -> list[Tiling]:
+    """Tiles of every operator of a pass, equal operators once (the label is the first one's).
+
+    `direct` holds the names of weights that the accelerator reads where they lie (a memory on its own link).
+    """
+    found: dict[tuple[Any, ...], Tiling] = {}
+    for x in operators:
+        weights = None if x.weights is None else replace(x.weights, name="")
+        in_l1 = x.weights is None or x.weights.name not in direct
+        key = (x.name, x.rows, x.columns, x.depth, x.repeats, len(x.reads), weights, in_l1)
+        if key not in found:
+            found[key] = tile(x, soc, weights_in_l1=in_l1)
+    return list(found.values())
 
 
 def space_of(operator: Operator, soc: Soc, weights_in_l1: bool = True) -> Space:

@@ -18,13 +18,16 @@ from hardware.operators import Operator, forward, weights_read
 from hardware.passes import OperatorTime, PassTime, Point, Timing
 from hardware.rates import CORNERS, DEFAULT, FITS, Range, Rates, rates
 from hardware.soc import Memory, Soc
-from hardware.steps import ACTIVATIONS, KV_CACHE, OFF_CHIP, Work, bytes_on, work_of
+from hardware.steps import ACTIVATIONS, KV_CACHE, OFF_CHIP, Places, Share, Work, bytes_on, kv_cache_of, work_of
+
+# Where each tensor lies: a memory's name, or several with the bytes (any common unit) in each.
+Placement = Mapping[str, str | Mapping[str, float]]
 
 
 def time_model(
     shape: ModelShape,
     soc: Soc,
-    placement: Mapping[str, str],
+    placement: Placement,
     *,
     context: int = 256,
     prefill_chunk: int | None = None,
@@ -33,11 +36,11 @@ def time_model(
 ) -> Timing:
     """Time and energy of decoding and prefill on a chip.
 
-    `placement` says in which memory each constant lies (names as `operators.weights_read` lists them, with or without
-    `.weight`); what it does not name streams from off-chip in every pass. "KV cache" and "activations" may be
-    placed too; they lie in the first memory with the role tiles otherwise. Raises PlanError, all faults at once,
-    for names and memories that do not exist, for off-chip streams without such a memory, and for a chip whose file
-    lacks a constant that time needs.
+    `placement` says in which memory each constant lies, or how it is spread over several (names as
+    `operators.weights_read` lists them, with or without `.weight`); what it does not name streams from off-chip in
+    every pass. "KV cache" (or "KV cache 3", a block's own) and "activations" may be placed too; they lie in the first
+    memory with the role tiles otherwise. Raises PlanError, all faults at once, for names and memories that do not
+    exist, for off-chip streams without such a memory, and for a chip whose file lacks a constant that time needs.
     """
     chunk = min(prefill_chunk or context, context)
     if chunk < 1:
@@ -51,31 +54,45 @@ def time_model(
     return Timing(curve[-1], prefill, points, fitted)
 
 
-def resolve(shape: ModelShape, soc: Soc, placement: Mapping[str, str]) -> dict[str, Memory]:
-    """The memory of every constant, of the KV cache and of the activations. Raises PlanError for what cannot be."""
-    memories, faults = {memory.name: memory for memory in soc.memories}, []
-    given = {name.removesuffix(".weight").removesuffix(".qweight"): memory for name, memory in placement.items()}
-    needed = weights_read(shape)
-    off_chip = next(iter(soc.with_role("off_chip")), None)
-    tiles = soc.with_role("tiles")[0]
-    unknown = sorted(set(given) - set(needed) - {KV_CACHE, ACTIVATIONS})
+def resolve(shape: ModelShape, soc: Soc, placement: Placement) -> dict[str, tuple[Share, ...]]:
+    """The memories of every constant, every KV cache and the activations. Raises PlanError for what cannot be."""
+    memories, needed = {memory.name: memory for memory in soc.memories}, weights_read(shape)
+    off_chip, tiles = soc.with_role("off_chip")[:1], soc.with_role("tiles")[:1]
+    caches = [kv_cache_of(i) for i in range(len(shape.blocks))]
+    home = (*caches, ACTIVATIONS)
+    given = {name.removesuffix(".weight"): place for name, place in placement.items()}
+    everywhere = given.pop(KV_CACHE, None)
+    if everywhere is not None:
+        given = {**dict.fromkeys(caches, everywhere), **given}
+    faults = []
+    unknown = sorted(set(given) - set(needed) - set(home))
     if unknown:
-        faults.append(f"the placement names what the model does not read: {', '.join(unknown[:5])}")
-    strange = sorted(set(given.values()) - set(memories))
-    if strange:
-        faults.append(f"{soc.name} has no memory {', '.join(strange)}; it has {', '.join(memories)}")
-    homeless = [name for name in needed if name not in given]
-    if homeless and off_chip is None:
-        faults.append(
-            f"{len(homeless)} matrices have no place and {soc.name} has no off-chip memory to stream them from"
-        )
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        faults.append(f"the placement names what the model does not read: {', '.join(unknown[:5])}{more}")
+    used = {name for place in given.values() for name in ([place] if isinstance(place, str) else place)}
+    if used - set(memories):
+        strange = ", ".join(sorted(used - set(memories)))
+        faults.append(f"{soc.name} has no memory {strange}; it has {', '.join(memories)}")
+    empty = sorted(name for name, place in given.items() if not isinstance(place, str) and sum(place.values()) <= 0)
+    if empty:
+        faults.append(f"the shares of {', '.join(empty[:5])} add up to nothing")
+    missing = [name for name in needed if name not in given]
+    if missing and not off_chip:
+        faults.append(f"{len(missing)} matrices have no place and {soc.name} no off-chip memory to stream them from")
     if faults:
         raise PlanError("; ".join(faults))
-    default = {
-        **dict.fromkeys((KV_CACHE, ACTIVATIONS), tiles),
-        **{name: off_chip for name in needed if off_chip is not None},
+    default = {**dict.fromkeys(needed, off_chip), **dict.fromkeys(home, tiles)}
+    return {
+        name: _shares(given[name], memories) if name in given else tuple(Share(m, 1.0) for m in memory)
+        for name, memory in default.items()
     }
-    return {**default, **{name: memories[memory] for name, memory in given.items()}}
+
+
+def _shares(place: str | Mapping[str, float], memories: Mapping[str, Memory]) -> tuple[Share, ...]:
+    if isinstance(place, str):
+        return (Share(memories[place], 1.0),)
+    total = sum(place.values())
+    return tuple(Share(memories[name], part / total) for name, part in place.items() if part)
 
 
 def _contexts(context: int) -> list[int]:
@@ -89,7 +106,7 @@ class _Timer:
 
     shape: ModelShape
     soc: Soc
-    where: Mapping[str, Memory]
+    where: Places
     kv_bits: int
     activation_bits: int
     known: dict[tuple[Any, ...], tuple[Work, OperatorTime]] = field(default_factory=dict)
@@ -151,10 +168,24 @@ class _Timer:
         )  # fmt: skip
 
     def _operator(self, x: Operator) -> tuple[Work, OperatorTime]:
-        home = None if x.weights is None else self.where[x.weights.name].name
+        home = None if x.weights is None else self.where[x.weights.name]
+        cache = None if x.block is None else self.where[kv_cache_of(x.block)]
         weights = None if x.weights is None else replace(x.weights, name="")
         sizes = tuple(b.nbytes for b in x.reads), tuple(b.nbytes for b in x.writes)
-        key = (x.name, x.kind, x.rows, x.columns, x.depth, x.repeats, sizes, x.kv_read, x.kv_held, weights, home)
+        key = (
+            x.name,
+            x.rows,
+            x.columns,
+            x.depth,
+            x.repeats,
+            sizes,
+            x.kv_read,
+            x.kv_held,
+            x.needed,
+            weights,
+            home,
+            cache,
+        )
         if key not in self.known:
             work = work_of(x, self.soc, self.where)
             self.known[key] = work, _row(work, self.corners)
