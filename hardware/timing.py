@@ -42,9 +42,9 @@ def time_model(
     memory with the role tiles otherwise. Raises PlanError, all faults at once, for names and memories that do not
     exist, for off-chip streams without such a memory, and for a chip whose file lacks a constant that time needs.
     """
-    chunk = min(prefill_chunk or context, context)
+    chunk = context if prefill_chunk is None else min(prefill_chunk, context)
     if chunk < 1:
-        raise PlanError(f"a prefill chunk of {chunk} tokens cannot be; it must be at least 1")
+        raise PlanError(f"a context of {context} in chunks of {chunk} tokens: both must be at least 1")
     timer = _Timer(shape, soc, resolve(shape, soc, placement), kv_bits, activation_bits)
     prefill = add_up("prefill", [(timer.run(tokens, end), times) for tokens, end, times in chunks(context, chunk)])
     curve = [timer.run(1, seen) for seen in _contexts(context)]
@@ -165,20 +165,8 @@ class _Timer:
         cache = None if x.block is None else self.where[kv_cache_of(x.block)]
         weights = None if x.weights is None else replace(x.weights, name="")
         sizes = tuple(b.nbytes for b in x.reads), tuple(b.nbytes for b in x.writes)
-        key = (
-            x.name,
-            x.rows,
-            x.columns,
-            x.depth,
-            x.repeats,
-            sizes,
-            x.kv_read,
-            x.kv_held,
-            x.needed,
-            weights,
-            home,
-            cache,
-        )
+        size = (x.rows, x.columns, x.depth, x.repeats, *sizes, x.kv_read, x.kv_held, x.needed)
+        key = (x.name, size, weights, home, cache)
         if key not in self.known:
             work = work_of(x, self.soc, self.where)
             self.known[key] = work, _row(work, self.corners)

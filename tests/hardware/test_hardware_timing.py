@@ -276,6 +276,12 @@ def test_a_bad_placement_is_told_at_once(soc: Soc, make: Make) -> None:
         time_model(shape, inside, {})
 
 
+@pytest.mark.parametrize(("context", "chunk"), [(0, None), (8, 0), (8, -1)])
+def test_an_impossible_context_or_chunk(soc: Soc, make: Make, context: int, chunk: int | None) -> None:
+    with pytest.raises(PlanError, match="both must be at least 1"):
+        time_model(make("stories260k"), soc, {}, context=context, prefill_chunk=chunk)
+
+
 def test_everything_as_json(soc: Soc, make: Make) -> None:
     shape = make("stories260k", embedding_bits=8, grid=INT8)
     found = json.loads(json.dumps(time_model(shape, soc, resident(shape), context=8).to_dict()))
