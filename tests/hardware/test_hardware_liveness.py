@@ -8,7 +8,6 @@ from itertools import combinations
 import pytest
 
 from checkpoints.families import PRESETS, shape_from_config
-from hardware.footprint import activation_peak
 from hardware.liveness import AddressPlan, Lifetime, address_plan, alive_bytes, assign_addresses, lifetimes
 from hardware.operators import Operator, forward
 from tests.models import FAMILIES, tiny_config
@@ -52,11 +51,20 @@ def test_alive_bytes_are_those_of_a_simulated_allocator(family: str, tokens: int
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize(("tokens", "context", "bits"), [(1, 64, 8), (64, 64, 8), (16, 200, 16)])
-def test_peak_is_the_footprints(preset: str, tokens: int, context: int, bits: int) -> None:
-    """Two independent ways to the same number: steps backwards over one block there, the whole pass here."""
-    shape = shape_from_config(PRESETS[preset])
-    operators = forward(shape, tokens=tokens, context=context, activation_bits=bits)
-    assert max(alive_bytes(operators)) == activation_peak(shape, tokens, context, bits).nbytes
+def test_peak_by_hand(preset: str, tokens: int, context: int, bits: int) -> None:
+    """A LLaMA's fullest moments, written down from its block: at v, at the scores, at the MLP, at the head."""
+    config = PRESETS[preset]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    q, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
+    moments = [
+        tokens * (2 * hidden + q + 2 * kv),  # residual, normed, q, k, v
+        tokens * (hidden + q + heads * context),  # residual, q (then mixed), scores
+        tokens * (2 * hidden + 2 * config["intermediate_size"]),  # residual, normed, gate, up
+        hidden + config["vocab_size"],  # one token's normed row and its logits
+    ]
+    operators = forward(shape_from_config(config), tokens=tokens, context=context, activation_bits=bits)
+    assert max(alive_bytes(operators)) == max(moments) * bits // 8
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
