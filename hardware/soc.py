@@ -39,6 +39,13 @@ CONSTANT_UNITS = {
     "dma_launch_cycles": "cycles",
     "cluster_operator_cycles": "cycles",
     "active_power": "W",
+    "linear_macs": "MAC/cycle",
+    "linear_pixels": "tokens",
+    "linear_fixed_cycles": "cycles",
+    "linear_efficiency": "Op/J",
+    "cluster_macs": "MAC/cycle",
+    "cluster_efficiency": "fraction",
+    "off_chip_energy": "pJ/B",
 }
 _COUNTS = {"channels", "buffers", "copies", "bit", "B"}  # units in which a fraction makes no sense
 
