@@ -62,7 +62,8 @@ class Curve:
         drawn = []
         for row, signs in enumerate(grid):
             loss = high - (high - low) * row / (height - 1)
-            label = f"{loss:.{digits}f}" if row in (0, height // 2, height - 1) else ""
+            named = (0, (height - 1) // 2, height - 1) if high > low else (round(0.5 * (height - 1)),)
+            label = f"{loss:.{digits}f}" if row in named else ""
             drawn.append(f"{label:>{_LABEL - 2}} ┤" + "".join(signs).rstrip())
         drawn.append(" " * (_LABEL - 1) + "└" + "─" * columns)
         last = f"step {steps}"
@@ -94,5 +95,3 @@ class Curve:
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})  # its version has no place in a hashed file
         return file.getvalue()
-
-

@@ -206,12 +206,14 @@ class Eora:
 
     rank: int = option(32, "--eora", "Rank of the compensation; 0 skips the stage.")
     against: str = option("parent", "--eora-against", "Error against the checkpoint before quantisation, or dense.")
+    bits: int = option(16, "--eora-bits", "16, or 8 to round the adapter to packed 8-bit codes.")
     samples: int = option(64, "--eora-samples", "Calibration windows.")
     length: int = option(512, "--eora-length", "Tokens per calibration window.")
 
     def __post_init__(self) -> None:
         _require(self.rank >= 0, f"--eora {self.rank}: the rank cannot be negative")
         _require(self.against in ("parent", "dense"), f"--eora-against {self.against}: there are parent and dense")
+        _require(self.bits in (8, 16), f"--eora-bits {self.bits}: 8 or 16")
         _windows("eora", self.samples, self.length)
 
     @property
@@ -220,7 +222,7 @@ class Eora:
 
     @property
     def label(self) -> str:
-        return f"eora-r{self.rank}"
+        return f"eora-r{self.rank}" + ("-8bit" if self.bits == 8 else "")
 
 
 Options = Depth | Wanda | Lora | Gptq | Eora

@@ -174,7 +174,11 @@ def _report(progress: Progress, work: Work) -> Any:
     class Report(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             logs = logs or {}
-            for what, key in (("training loss", "loss"), ("training gradient", "grad_norm"), ("held-out loss", "eval_loss")):
+            for what, key in (
+                ("training loss", "loss"),
+                ("training gradient", "grad_norm"),
+                ("held-out loss", "eval_loss"),
+            ):
                 value = float(logs.get(key, 0))
                 if not math.isfinite(value):
                     raise NumericsError(f"the {what} became {value} at step {state.global_step}; {_kept(work.folder)}")

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.runtime import Runtime
 from checkpoints.writer import CheckpointWriter
+from pipeline.plan import forecast_memory
 from stages import distill, lora
+from stages.options import Lora
 from tests.stages.lora_help import Watcher, options, text, weights
 
 pytestmark = pytest.mark.unit
@@ -59,3 +62,104 @@ def test_distillation_trains_on_the_divergence_from_the_uncompressed_model(
         for share in (0.25, 0.0)
     )
     assert mixed == pytest.approx(0.75 * plain + 0.25 * pure["losses"][0], rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_streamed_teacher_gives_the_held_ones_logits(masked: Checkpoint, writer: CheckpointWriter) -> None:
+    ids, runtime = text().ids, Runtime(chunk_tokens=48)
+    logits = {}
+    for kind in ("held", "streamed"):
+        chosen = options(distill=1.0, teacher=kind)
+        with distill.teacher(masked, ids, chosen, runtime, writer.work) as teacher:
+            assert teacher is not None
+            picked = torch.tensor([9, 0, 15])  # training windows out of order, and the last one held out
+            logits[kind] = teacher(ids[picked], picked)
+    torch.testing.assert_close(logits["streamed"], logits["held"], rtol=1e-4, atol=1e-4)
+    *_, root = masked.ancestors()
+    torch.testing.assert_close(logits["held"], root.model()(input_ids=ids[picked]).logits)
+
+
+def test_only_windows_that_are_read_are_streamed() -> None:
+    assert distill.visited(16, options(steps=2)) == [*range(8), *range(12, 16)]
+    assert distill.visited(16, options(steps=60)) == [*range(16)]
+    assert distill.visited(16, options(steps=3, held_out=0)) == [*range(12)]
+
+
+def test_without_distillation_there_is_no_teacher(masked: Checkpoint, writer: CheckpointWriter) -> None:
+    with distill.teacher(masked, text().ids, options(), RUNTIME, writer.work) as teacher:
+        assert teacher is None
+    assert not (writer.work.folder / "teacher").exists()
+
+
+class Dies(Watcher):
+    """Raises at a step of a task, counted from one."""
+
+    def __init__(self, task: str, step: int) -> None:
+        super().__init__()
+        self.task, self.left = task, step
+
+    def step(self, **numbers: float | str) -> None:
+        if self.planned[-1][0] == self.task:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def streamed(masked: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    target = CheckpointWriter(tmp_path_factory.mktemp("streamed"))
+    return target.folder, lora.run(masked, target, text(), options(distill=0.5, teacher="streamed"), RUNTIME)
+
+
+def test_streamed_and_held_train_alike(
+    masked: Checkpoint, streamed: tuple[Path, dict[str, Any]], writer: CheckpointWriter
+) -> None:
+    held = lora.run(masked, writer, text(), options(distill=0.5, teacher="held"), RUNTIME)
+    assert streamed[1]["losses"] == pytest.approx(held["losses"], rel=1e-3)
+    assert streamed[1]["held_out_losses"] == pytest.approx(held["held_out_losses"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("task", "step"), [("teacher", 2), ("lora", 1), ("lora", 5)])
+def test_an_interrupted_streamed_run_goes_on_to_the_same_bytes(
+    task: str, step: int, masked: Checkpoint, streamed: tuple[Path, dict[str, Any]], writer: CheckpointWriter
+) -> None:
+    chosen = options(distill=0.5, teacher="streamed")
+    with pytest.raises(KeyboardInterrupt):
+        lora.run(masked, writer, text(), chosen, Runtime(progress=Dies(task, step)))
+    watcher = Watcher()
+    facts = lora.run(masked, CheckpointWriter(writer.folder), text(), chosen, Runtime(progress=watcher))
+    assert watcher.planned[0] == ("teacher", 3 - step if task == "teacher" else 0)
+    assert facts["losses"] == streamed[1]["losses"]
+    assert weights(writer.folder) == weights(streamed[0])
+
+
+def test_the_students_memory_holds_no_second_model(
+    masked: Checkpoint, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, real = [], Checkpoint.model
+    monkeypatch.setattr(Checkpoint, "model", lambda self, *a: loaded.append(self.folder) or real(self, *a))
+    lora.run(masked, writer, text(), options(distill=0.5, steps=1, teacher="streamed"), RUNTIME)
+    assert loaded == [masked.folder]
+    (kept,) = (writer.work.folder / "teacher").glob("states-*.bin")
+    assert kept.stat().st_size == (4 + 4) * 16 * 64 * 4  # one step's windows and the held-out ones, float32
+
+
+def test_auto_streams_what_a_disk_can_take() -> None:
+    small = shape_from_config(PRESETS["smollm2-135m"])
+    large = shape_from_config(PRESETS["llama-3.1-8b"])
+    assert distill.teacher_kind(small, Lora(distill=0.5)) == "streamed"
+    assert distill.teacher_kind(small, Lora()) == "none"
+    assert distill.teacher_kind(small, Lora(distill=0.5, teacher="held")) == "held"
+    assert distill.teacher_kind(large, Lora(distill=0.5, samples=8192)) == "held"
+    assert distill.teacher_disk_bytes(small, Lora(distill=0.5)) == 2 * 80 * 512 * 576 * 2
+
+
+def test_the_memory_forecast_follows_the_teacher() -> None:
+    shape = shape_from_config(PRESETS["llama-3.2-1b"])
+    plain, held, streamed = (
+        forecast_memory("lora", Lora(distill=share, teacher=kind), shape)
+        for share, kind in ((0, "auto"), (0.5, "held"), (0.5, "streamed"))
+    )
+    model, outer = shape.parameters_total * 2, sum(t.nbytes for t in shape.outer)
+    assert held - plain == pytest.approx(model, rel=0.01)
+    assert streamed - plain == outer < model / 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, TextError
+from checkpoints.manifest import describe_files
 from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
@@ -132,11 +135,98 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_names_the_step(
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", spoilt)
-    with pytest.raises(NumericsError, match=f"training {what} became nan at step 6; the last saved step is kept"):
+    with pytest.raises(NumericsError) as caught:
         lora.run(masked, writer, text(), options(held_out=0), RUNTIME)
     saved = training.last_whole_step(writer.work.folder)
-    assert saved is not None
-    assert saved.name == "checkpoint-3"
+    assert saved == writer.work.folder / "checkpoint-3"
+    assert str(caught.value) == (
+        f"the training {what} became nan at step 6; the adapter of step 3, the last good one, is kept in {saved}. "
+        "Lower --lora-lr"
+    )
+    assert bool(load_file(saved / "adapter_model.safetensors"))
+    assert not list(writer.folder.glob("*.safetensors"))
+
+
+def test_a_loss_that_is_not_finite_before_any_saved_step(
+    masked: Checkpoint, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "token_divergence", lambda q, p: (q * float("nan")).sum(-1))
+    with pytest.raises(NumericsError, match="training loss became nan at step 1; no step was saved before it"):
+        lora.run(masked, writer, text(), options(distill=0.5), RUNTIME)
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_as_well(
+    masked: Checkpoint, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    real, checks = LlamaForCausalLM.forward, []
+
+    def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = real(self, *args, **kwargs)
+        if not self.training:
+            checks.append(0)
+            if len(checks) > 2:  # two micro-batches of the first check were fine
+                output["loss"] = output["loss"] * float("inf")
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spoilt)
+    with pytest.raises(
+        NumericsError, match=r"held-out loss became inf at step 6; the adapter of step 3, the last good"
+    ):
+        lora.run(masked, writer, text(), options(), RUNTIME)
+
+
+@pytest.mark.parametrize(("windows", "held_out"), [(7, 4), (3, 0)])
+def test_windows_that_yield_no_batch(windows: int, held_out: int, masked: Checkpoint, writer: CheckpointWriter) -> None:
+    with pytest.raises(TextError) as caught:
+        lora.run(masked, writer, text(windows), options(held_out=held_out), RUNTIME)
+    assert f"'counting' yields no batch: it has {windows} windows of 16 tokens" in str(caught.value)
+    assert f"--lora-batch 4 with {held_out} held out needs {4 + held_out}" in str(caught.value)
+    training.require_a_batch("just enough", 8, options(held_out=4))
+
+
+@pytest.mark.parametrize("windows", [8, 9, 12, 13])
+def test_fewer_windows_than_asked_for_make_fewer_steps_and_an_exact_count_of_tokens(
+    windows: int, masked: Checkpoint, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    real, seen = LlamaForCausalLM.forward, []
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            seen.append(kwargs["input_ids"].numel())
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    chosen = options(steps=0, epochs=2, samples=100, held_out=4)
+    facts = lora.run(masked, writer, text(windows), chosen, RUNTIME)
+    assert facts["steps"] == 2 * ((windows - 4) // 4)
+    assert facts["tokens"] == sum(seen)
+    assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / facts["training_seconds"])
+    assert 0 < facts["training_seconds"] < 60
+
+
+def test_the_curve_is_said_and_kept_beside_the_weights(masked: Checkpoint, tmp_path: Path) -> None:
+    from PIL import Image
+
+    watcher, target = Watcher(), CheckpointWriter(tmp_path / "a")
+    facts = lora.run(masked, target, text(), options(), Runtime(progress=watcher))
+    kept = json.loads((target.folder / "loss.json").read_text())
+    assert kept["training"] == facts["losses"]
+    assert kept["held_out"] == facts["held_out_losses"]
+    assert kept["kept_step"] == facts["kept_step"]
+    with Image.open(target.folder / "loss.png") as image:
+        assert image.size == (960, 540)
+    assert {"loss.json", "loss.png"} <= describe_files(target.folder).keys()
+    assert "held-out loss" in watcher.said[-2]
+    assert f"{facts['tokens']} tokens, {facts['tokens_per_second']:.0f} tokens/s" in watcher.said[-1]
+    assert f"step {facts['kept_step']} is merged" in watcher.said[-1]
+    again = CheckpointWriter(tmp_path / "b")
+    lora.run(masked, again, text(), options(), RUNTIME)
+    for name in ("loss.json", "loss.png"):
+        assert (again.folder / name).read_bytes() == (target.folder / name).read_bytes()
 
 
 def test_it_stops_when_the_held_out_loss_rises_and_merges_the_best_step(
