@@ -11,7 +11,8 @@ def require_dense(shape: ModelShape, stage: str) -> None:
     if shape.grid is not None:
         raise PlanError(
             f"{stage} needs dense weights; this checkpoint is already quantised ({shape.grid.bits} bits). "
-            f"Put {stage} before gptq, or give the checkpoint from before quantisation"
+            + ("Give" if stage == "gptq" else f"Put {stage} before gptq, or give")
+            + " the checkpoint from before quantisation"
         )
     rank = max(x.adapter_rank for block in shape.blocks for x in block.linears)
     if rank:

@@ -223,5 +223,8 @@ def test_targets() -> None:
 def test_plan_keeps_the_shape_and_refuses_quantised_weights() -> None:
     shape = shape_from_config(PRESETS["smollm2-135m"])
     assert lora.plan(shape, Lora()) == shape
+    assert not list(lora.remarks(shape, Lora(samples=8192, batch=8)))
+    (remark,) = lora.remarks(shape, Lora(samples=8192, batch=8, steps=18))
+    assert remark.startswith("lora: 18 steps of 8 see only 144 of 8188 training windows; --lora-steps 0")
     with pytest.raises(PlanError, match="Put lora before gptq"):
         lora.plan(gptq.plan(shape, Gptq()), Lora())
