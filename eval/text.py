@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -195,6 +196,8 @@ def _hub(
 ) -> list[dict[str, Any]]:  # fmt: skip
     from datasets import load_dataset
 
+    # Each of its retries would be two lines of warning; the error below says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         data = load_dataset(name, config, split=split, streaming=take is not None)
         if columns:
