@@ -27,11 +27,12 @@ class Calibration:
     def __init__(self, recipe: Recipe, source: Checkpoint, store: Path, runtime: Runtime) -> None:
         self._recipe, self._source, self._store, self._runtime = recipe, source, store, runtime
         self._tokenizer = source.tokenizer()
+        self._texts: dict[str, Text] = {}
         self._ids: dict[str, tuple[str, Tensor]] = {}
         self._short: set[str] = set()  # training texts whose lack of windows was told already
         self.evaluation = _evaluation_text(recipe)
         for spec in {recipe.calibration_text, *(o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data)}:
-            if spec != SELF and load_text(spec, "calibrate").sha256 == self.evaluation.sha256:
+            if spec != SELF and self._text(spec).sha256 == self.evaluation.sha256:
                 raise PlanError(
                     f"'{spec}' would both calibrate and be measured on; leave --text out to hold a part back, "
                     "or name another text"
@@ -44,7 +45,7 @@ class Calibration:
         if spec == SELF:
             return self._sampled(options.samples, options.length)
         if spec not in self._ids:
-            text = load_text(spec, "calibrate")
+            text = self._text(spec)
             self._ids[spec] = (text.name, text.token_ids(self._tokenizer))
         name, ids = self._ids[spec]
         samples = self._training_samples(name, ids, options) if isinstance(options, Lora) else options.samples
@@ -56,6 +57,12 @@ class Calibration:
             order = torch.randperm(samples, generator=generator)
             batches = TokenBatches(batches.name, batches.ids[order].contiguous())
         return batches
+
+    def _text(self, spec: str) -> Text:
+        """The part of a text that may calibrate, read once: on the hub lie sets of 100,000 rows."""
+        if spec not in self._texts:
+            self._texts[spec] = load_text(spec, "calibrate")
+        return self._texts[spec]
 
     def _training_samples(self, name: str, ids: Tensor, options: Lora) -> int:
         """Windows to train on: those asked for, or all that the text has if they fill a batch. Raises TextError."""
