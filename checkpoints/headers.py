@@ -14,13 +14,21 @@ from checkpoints.shape import BlockShape, Grid, LinearShape, ModelShape, Sparsit
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter/adapter_model.safetensors"
+ADAPTER_PACKED = "adapter/packed.safetensors"
 EDGE = "edge/embedding.safetensors"
+
+_Adapter = tuple[int, str, bool]  # rank, precision, whether packed codes lie beside it
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         beside = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        if "adapter_config.json" in beside:
+            raise CheckpointError(
+                f"{folder} is an adapter in PEFT's format, not a model. Give the model's folder: the one the adapter "
+                "was made for, or one with the adapter merged"
+            )
         raise CheckpointError(
             f"{folder} is not a model folder: it has no config.json"
             + (f" (it holds {', '.join(beside[:8])}{' …' if len(beside) > 8 else ''})" if beside else "")
@@ -125,21 +133,21 @@ def shape_from_folder(folder: Path) -> ModelShape:
 
 
 def _block(
-    members: dict[str, TensorShape], grid: Grid | None, pattern: Sparsity | None, ranks: dict[str, tuple[int, str]]
+    members: dict[str, TensorShape], grid: Grid | None, pattern: Sparsity | None, ranks: dict[str, _Adapter]
 ) -> BlockShape:
     linears, others = [], []
     dtypes = Counter(t.dtype for t in members.values() if t.dtype in ("F32", "F16", "BF16"))
     for name, tensor in members.items():
         base, _, kind = name.rpartition(".")
-        rank, adapter_dtype = ranks.get(base, (0, "BF16"))
+        adapter = ranks.get(base, (0, "BF16", False))
         bias = f"{base}.bias" in members
         if kind == "qweight":
             outs, ins = tensor.shape[1], members[f"{base}.g_idx"].elements
             dense = next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
-            linears.append(LinearShape(base, outs, ins, dense, bias, pattern, grid, rank, adapter_dtype))
+            linears.append(LinearShape(base, outs, ins, dense, bias, pattern, grid, *adapter))
         elif kind == "weight" and len(tensor.shape) == 2:
             outs, ins = tensor.shape
-            linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, pattern, None, rank, adapter_dtype))
+            linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, pattern, None, *adapter))
         elif kind not in ("qzeros", "scales", "g_idx") and not (kind == "bias" and _is_linear(base, members)):
             others.append(TensorShape(name, tensor.shape, tensor.dtype))
     return BlockShape(tuple(linears), tuple(others))
@@ -156,7 +164,8 @@ def _grid(config: dict[str, Any]) -> Grid | None:
         return None
     if quantization.get("quant_method") != "gptq":
         raise CheckpointError(
-            f"the weights are quantised by '{quantization.get('quant_method')}'; only GPTQ's format can be read back"
+            f"the weights are quantised by '{quantization.get('quant_method')}'; only GPTQ's format can be read back. "
+            "Give the checkpoint from before quantisation"
         )
     return Grid(int(quantization["bits"]), int(quantization["group_size"]), bool(quantization.get("sym", False)))
 
@@ -168,11 +177,11 @@ def _pattern(folder: Path) -> Sparsity | None:
     return parse_sparsity(sparsity["pattern"]) if sparsity else None
 
 
-def _adapter_ranks(folder: Path, prefix: str) -> dict[int, dict[str, tuple[int, str]]]:
-    ranks: dict[int, dict[str, tuple[int, str]]] = defaultdict(dict)
-    path = folder / ADAPTER
+def _adapter_ranks(folder: Path, prefix: str) -> dict[int, dict[str, _Adapter]]:
+    ranks: dict[int, dict[str, _Adapter]] = defaultdict(dict)
+    path, packed = folder / ADAPTER, (folder / ADAPTER_PACKED).is_file()
     if path.is_file():
         for name, tensor in read_header(path).items():
             if match := re.fullmatch(rf"base_model\.model\.{re.escape(prefix)}\.(\d+)\.(.+)\.lora_A\.weight", name):
-                ranks[int(match[1])][match[2]] = (tensor.shape[0], tensor.dtype)
+                ranks[int(match[1])][match[2]] = (tensor.shape[0], tensor.dtype, packed)
     return ranks

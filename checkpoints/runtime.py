@@ -22,6 +22,9 @@ class Progress(Protocol):
     def note(self, message: str) -> None:
         """Something a person should know now and find again in the log."""
 
+    def say(self, message: str) -> None:
+        """A result, as a line for the person and the log."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -33,6 +36,9 @@ class Silent:
         pass
 
     def note(self, message: str) -> None:
+        pass
+
+    def say(self, message: str) -> None:
         pass
 
 

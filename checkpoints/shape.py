@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,6 +121,7 @@ class LinearShape:
     grid: Grid | None = None
     adapter_rank: int = 0
     adapter_dtype: str = "BF16"
+    adapter_packed: bool = False  # 8-bit codes of the adapter lie beside it
 
     @property
     def weights(self) -> int:
@@ -156,6 +157,21 @@ class LinearShape:
             yield TensorShape(f"{self.name}.lora_A.weight", (self.adapter_rank, self.in_features), self.adapter_dtype)
             yield TensorShape(f"{self.name}.lora_B.weight", (self.out_features, self.adapter_rank), self.adapter_dtype)
 
+    def packed_adapter(self) -> Iterator[TensorShape]:
+        """The 8-bit codes of A and B with a scale for each rank, if the adapter was rounded to them."""
+        if self.adapter_packed:
+            for side, shape, scales in (
+                ("lora_A", (self.adapter_rank, self.in_features), (self.adapter_rank, 1)),
+                ("lora_B", (self.out_features, self.adapter_rank), (1, self.adapter_rank)),
+            ):
+                yield TensorShape(f"{self.name}.{side}.codes", shape, "I8")
+                yield TensorShape(f"{self.name}.{side}.scales", scales, "F32")
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapter a chip would hold: the packed codes where there are any."""
+        return sum(t.nbytes for t in (self.packed_adapter() if self.adapter_packed else self.adapter()))
+
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -170,6 +186,10 @@ class BlockShape:
     def adapter(self) -> Iterator[TensorShape]:
         for linear in self.linears:
             yield from linear.adapter()
+
+    def packed_adapter(self) -> Iterator[TensorShape]:
+        for linear in self.linears:
+            yield from linear.packed_adapter()
 
 
 @dataclass(frozen=True)
@@ -217,10 +237,17 @@ class ModelShape:
 
     def adapter_tensors(self) -> list[TensorShape]:
         """Names as PEFT stores them."""
+        return self._adapters(BlockShape.adapter)
+
+    def packed_adapter_tensors(self) -> list[TensorShape]:
+        """The 8-bit codes that `--eora-bits 8` writes beside the adapter, named alike."""
+        return self._adapters(BlockShape.packed_adapter)
+
+    def _adapters(self, tensors: Callable[[BlockShape], Iterator[TensorShape]]) -> list[TensorShape]:
         return [
             replace(t, name=f"base_model.model.{self.block_prefix}.{index}.{t.name}")
             for index, block in enumerate(self.blocks)
-            for t in block.adapter()
+            for t in tensors(block)
         ]
 
     def shard_bytes(self) -> list[int]:
@@ -230,13 +257,11 @@ class ModelShape:
     @property
     def file_bytes(self) -> int:
         """Bytes of all safetensors files of the checkpoint folder, exactly as they will lie on disk."""
-        adapter = self.adapter_tensors()
-        edge = self.edge_tensors()
+        beside = (self.adapter_tensors(), self.packed_adapter_tensors(), self.edge_tensors())
         return (
             sum(self.shard_bytes())
             + safetensors_bytes(list(self.outer))
-            + (safetensors_bytes(adapter) if adapter else 0)
-            + (safetensors_bytes(edge) if edge else 0)
+            + sum(safetensors_bytes(tensors) for tensors in beside if tensors)
         )
 
     def edge_tensors(self) -> list[TensorShape]:

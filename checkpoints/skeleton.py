@@ -46,10 +46,11 @@ class Skeleton:
     # --- one part at a time -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def embed(self, chunks: list[Tensor]) -> list[Tensor]:
-        """Hidden states (b, L, d) that enter the first block, for token ids (b, L) each."""
+    def embed(self, chunks: list[Tensor]) -> Iterator[Tensor]:
+        """Hidden states (b, L, d) that enter the first block, for token ids (b, L) each, one at a time."""
         with self._outer_weights(), self._blocks_replaced([_Recorder(block) for block in self.blocks]) as recorders:
-            return [self._record(ids, recorders) for ids in chunks]
+            for ids in chunks:
+                yield self._record(ids, recorders)
 
     def _record(self, ids: Tensor, recorders: list[Any]) -> Tensor:
         base = self.model.get_submodule(self._owner_name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from checkpoints.adapter_codes import differing
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError
+from checkpoints.headers import ADAPTER_PACKED
 from checkpoints.manifest import check_files
 from checkpoints.nm import MaskProof
 from checkpoints.shape import Sparsity, parse_sparsity
@@ -45,6 +47,10 @@ def verify(checkpoint: Checkpoint) -> list[str]:
                 f"{facts['expected_zeros']} zeros"
             )
         found.append(f"{facts['pattern']}: {facts['kept_zeros']} of {facts['expected_zeros']} zeros are there")
+    if (checkpoint.folder / ADAPTER_PACKED).is_file():
+        if wrong := differing(checkpoint.folder):
+            raise CheckpointError(f"{checkpoint.folder}: {wrong[0]} is not what its packed codes stand for")
+        found.append("the adapter is exactly what its 8-bit codes stand for")
     for key, value in checkpoint.facts().items():
         claimed = getattr(manifest, key)
         if claimed != value:

@@ -163,10 +163,9 @@ class Walk:
         # Without `work` two sets of states take turns, in memory or spilled; with it, two files that last.
         self._scratch = Scratch(runtime.spill_bytes)
         self._turns = [] if work else [self._scratch.states(self._shapes, runtime.dtype) for _ in range(2)]
-        embedded = self.skeleton.embed(chunks)
         self.states = self._states(self._next)
-        if self._next == 0:
-            for index, states in enumerate(embedded):
+        for index, states in enumerate(self.skeleton.embed(chunks)):  # to the end: it also learns the blocks' arguments
+            if self._next == 0:
                 self.states.write(index, states)
 
     @property

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.headers import ADAPTER, EDGE, INDEX, read_header
+from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
 from checkpoints.manifest import WORK, sync_folder, write_json
 from checkpoints.walk import Work
 
@@ -72,11 +72,14 @@ class CheckpointWriter:
         self._save(self.work.folder / f"adapter-{index:05d}.safetensors", full)
 
     def join_adapter(self, config: dict[str, Any]) -> None:
-        """All parts as one adapter in PEFT's format in `adapter/`."""
+        """All parts as one adapter in PEFT's format in `adapter/`, 8-bit codes in a file beside it."""
         joined: dict[str, Tensor] = {}
         for part in sorted(self.work.folder.glob("adapter-*.safetensors")):
             joined |= load_file(part)
-        self._save(self.folder / ADAPTER, joined)
+        packed = {name: tensor for name, tensor in joined.items() if name.endswith((".codes", ".scales"))}
+        if packed:
+            self._save(self.folder / ADAPTER_PACKED, packed)
+        self._save(self.folder / ADAPTER, {name: tensor for name, tensor in joined.items() if name not in packed})
         write_json(self.folder / "adapter" / "adapter_config.json", config)
 
     def write_edge(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,14 +1,14 @@
 """Text to calibrate, train and measure on; the two kinds never overlap.
 
-Sources: `embedded` (English prose that every Python has on disk), `wikitext2` and `c4` (from the hub),
-or a .txt, .raw, .jsonl, .json or .parquet file.
+Sources: `embedded` (English prose that every Python has on disk), `wikitext2` and `c4` (from the hub), the
+instruction data `trivia_qa` and `alpaca` (from the hub), or a .txt, .raw, .jsonl, .json or .parquet file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +20,18 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import TextError
+from eval.rows import FORMS_TEXT, file_texts, usable_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Use = Literal["calibrate", "evaluate", "whole"]
-NAMED = ("embedded", "wikitext2", "c4")
+# Instruction data on the hub: its name, configuration, split to train on, split to measure on if it has one, columns.
+INSTRUCTIONS: dict[str, tuple[str, str | None, str, str | None, list[str]]] = {
+    "trivia_qa": ("mandarjoshi/trivia_qa", "rc.nocontext", "train", "validation", ["question", "answer"]),
+    "alpaca": ("tatsu-lab/alpaca", None, "train", None, ["instruction", "input", "output"]),
+}
+NAMED = ("embedded", "wikitext2", "c4", *INSTRUCTIONS)
 END_OF_TEXT = "<|endoftext|>"  # separates stories in TinyStories' files
 _HELD_OUT = 5  # of a user's file, every last fifth is kept for measuring
 
@@ -36,6 +42,7 @@ class Text:
 
     name: str
     documents: tuple[str, ...]
+    exchanges: bool = False  # questions with answers: the tokenizer's end token closes each
 
     @cached_property
     def sha256(self) -> str:
@@ -52,8 +59,11 @@ class Text:
         # A text shorter than the model's positions is the exception here; transformers would warn each time.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         ids: list[int] = []
+        end = getattr(tokenizer, "eos_token_id", None) if self.exchanges else None
         for document in self.documents:
             ids += tokenizer(_enough(document, limit, len(ids)))["input_ids"]
+            if end is not None and ids and ids[-1] != end:  # some tokenizers add it themselves
+                ids.append(end)
             if limit is not None and len(ids) >= limit:
                 return torch.tensor(ids[:limit])
         if limit is not None:
@@ -74,8 +84,8 @@ def _enough(document: str, limit: int | None, have: int) -> str:
 def load_text(spec: str, use: Use) -> Text:
     """The text a user names, or the part of it for this use.
 
-    embedded: one half each. wikitext2: the training split, the test split. A file: its first four fifths,
-    its last fifth. Raises TextError saying what is there and what to pass instead.
+    embedded: one half each. wikitext2 and trivia_qa: the training split, the split to measure on. alpaca, which has
+    one split, and a file: the first four fifths, the last fifth. Raises TextError saying what to pass instead.
     """
     if spec == "embedded":
         return _embedded(use)
@@ -83,12 +93,17 @@ def load_text(spec: str, use: Use) -> Text:
         return _wikitext2(use)
     if spec == "c4":
         return _c4(use)
+    if spec in INSTRUCTIONS:
+        return _instructions(spec, use)
     path = Path(spec).expanduser()
     if not path.is_file():
         raise TextError(f"there is no text '{spec}': not one of {', '.join(NAMED)}, and not a file")
     text = read_file(path)
-    if use == "whole":
-        return text
+    return text if use == "whole" else _part(text, use, path)
+
+
+def _part(text: Text, use: Use, origin: Path | str) -> Text:
+    """The first four fifths of a text's documents, or of its lines where it has few documents; or the rest."""
     if len(text.documents) >= _HELD_OUT:
         cut = len(text.documents) * (_HELD_OUT - 1) // _HELD_OUT
         parts: Sequence[tuple[str, ...]] = (text.documents[:cut], text.documents[cut:])
@@ -96,53 +111,23 @@ def load_text(spec: str, use: Use) -> Text:
         whole = "\n".join(text.documents)
         cut = whole.find("\n", len(whole) * (_HELD_OUT - 1) // _HELD_OUT) + 1
         if cut == 0:
-            raise TextError(f"{path} has no line end in its last fifth to be split at; give --text as well as --data")
+            raise TextError(f"{origin} has no line end in its last fifth to be split at; give --text as well as --data")
         parts = ((whole[:cut],), (whole[cut:],))
     first = use == "calibrate"
-    return Text(f"{path.name} ({'first four fifths' if first else 'last fifth'})", parts[0 if first else 1])
+    name = f"{text.name} ({'first four fifths' if first else 'last fifth'})"
+    return Text(name, parts[0 if first else 1], text.exchanges)
 
 
 def read_file(path: Path) -> Text:
-    """A text file, JSON lines, JSON or parquet; rows need a `text`, or instruction and answer fields."""
+    """A text file, JSON lines, JSON or parquet; rows as in eval/rows.py. Raises TextError naming each bad row."""
     try:
-        if path.suffix == ".jsonl":
-            rows = [
-                _json_line(path, n, line) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()
-            ]
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text())
-        elif path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            rows = parquet.read_table(path).to_pylist()
-        else:
-            parts = path.read_text().split(END_OF_TEXT)
-            return Text(
-                path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],)
-            )
+        if path.suffix in (".jsonl", ".json", ".parquet"):
+            texts, exchanges = file_texts(path)
+            return Text(path.name, tuple(texts), exchanges)
+        parts = path.read_text().split(END_OF_TEXT)
+        return Text(path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],))
     except (ValueError, OSError) as error:  # undecodable bytes, JSON, and pyarrow's own are all ValueErrors
         raise TextError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from None
-    if not isinstance(rows, list):
-        raise TextError(f"{path} must hold a list of rows")
-    return Text(path.name, tuple(_row_text(path, n, row) for n, row in enumerate(rows, 1)))
-
-
-def _json_line(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from None
-
-
-def _row_text(path: Path, number: int, row: Any) -> str:
-    """A row's text: `text`, or what was asked and what was answered, one after the other."""
-    if isinstance(row, str):
-        return row
-    fields = ("text",), ("instruction", "input", "output"), ("prompt", "answer"), ("context", "answer")
-    for names in fields:
-        if isinstance(row, dict) and isinstance(row.get(names[0]), str):
-            return "\n".join(str(row[name]) for name in names if row.get(name))
-    raise TextError(f"{path}, row {number}: no text field; rows need one of {', '.join(f[0] for f in fields)}")
 
 
 def _embedded(use: Use) -> Text:
@@ -192,15 +177,36 @@ def _c4(use: Use) -> Text:
     return Text("c4 (train, first 4000 documents)", tuple(row["text"] for row in rows))
 
 
-def _hub(name: str, config: str, split: str, spec: str, take: int | None = None) -> list[dict[str, Any]]:
+def _instructions(spec: str, use: Use) -> Text:
+    """Questions and answers, or instructions and responses; rows that the hub has without an answer are left out."""
+    name, config, training, measuring, columns = INSTRUCTIONS[spec]
+    split = measuring if use == "evaluate" and measuring else training
+    rows = _hub(name, config, split, spec, columns=columns, instead=f"rows with the fields {FORMS_TEXT}")
+    texts, unusable = usable_texts(rows)
+    if not texts:
+        raise TextError(f"the data set '{spec}' has no row with a question and its answer")
+    left_out = f", {unusable} rows without an answer left out" if unusable else ""
+    whole = Text(f"{spec} ({split}{left_out})", tuple(texts), exchanges=True)
+    return whole if measuring or use == "whole" else _part(whole, use, spec)
+
+
+def _hub(
+    name: str, config: str | None, split: str, spec: str, take: int | None = None,
+    columns: list[str] | None = None, instead: str = "",
+) -> list[dict[str, Any]]:  # fmt: skip
     from datasets import load_dataset
 
+    # Each of its retries would be two lines of warning; the error below says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         data = load_dataset(name, config, split=split, streaming=take is not None)
+        if columns:
+            data = data.select_columns(columns)
         return list(data.take(take) if take is not None else data)
     except Exception as error:  # datasets raises its own, the hub's and the network's errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        form = f".jsonl, .json or .parquet, {instead}" if instead else ".txt, .raw, .jsonl, .json, .parquet"
         raise TextError(
             f"the data set '{spec}' could not be had from the hub: {reason}\n"
-            "Pass a local file instead (.txt, .raw, .jsonl, .json, .parquet), or 'embedded', which needs no network"
+            f"Pass a local file instead ({form}), or 'embedded', which needs no network"
         ) from None

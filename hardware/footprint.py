@@ -60,7 +60,7 @@ def weight_bytes(shape: ModelShape, *, packed: bool = False) -> WeightBytes:
                 codes += stored
                 scales += _bytes(linear.out_features * _scale_bits(linear))
             biases += linear.bias * linear.out_features * DTYPE_BYTES[linear.dtype]
-            adapters += sum(tensor.nbytes for tensor in linear.adapter())
+            adapters += linear.adapter_bytes
         for tensor in block.others:
             if tensor.name.endswith(".bias"):
                 biases += tensor.nbytes
@@ -269,9 +269,10 @@ def _linear_layers(x: LinearShape) -> Iterator[Layer]:
     scale_bits = 0 if x.grid is None else _scale_bits(x)
     bias_bits = x.bias * DTYPE_BYTES[x.dtype] * 8
     yield Layer(x.name, x.out_features, x.in_features, x.in_features * _width(x) + scale_bits + bias_bits)
-    for tensor in x.adapter():
+    codes = (t for t in x.packed_adapter() if t.name.endswith(".codes"))  # two scales a rank are no row's
+    for tensor in codes if x.adapter_packed else x.adapter():
         rows, columns = tensor.shape
-        yield Layer(tensor.name.removesuffix(".weight"), rows, columns, columns * DTYPE_BYTES[tensor.dtype] * 8)
+        yield Layer(tensor.name.rpartition(".")[0], rows, columns, columns * DTYPE_BYTES[tensor.dtype] * 8)
 
 
 def _width(linear: LinearShape) -> int:

@@ -16,6 +16,7 @@ from checkpoints.tokens import TokenBatches, sample_windows
 from eval.text import Text, load_text
 from pipeline.recipe import Recipe
 from stages.options import Lora, Options
+from stages.training import require_a_batch
 
 SELF = "self"
 
@@ -26,10 +27,12 @@ class Calibration:
     def __init__(self, recipe: Recipe, source: Checkpoint, store: Path, runtime: Runtime) -> None:
         self._recipe, self._source, self._store, self._runtime = recipe, source, store, runtime
         self._tokenizer = source.tokenizer()
+        self._texts: dict[str, Text] = {}
         self._ids: dict[str, tuple[str, Tensor]] = {}
+        self._short: set[str] = set()  # training texts whose lack of windows was told already
         self.evaluation = _evaluation_text(recipe)
         for spec in {recipe.calibration_text, *(o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data)}:
-            if spec != SELF and load_text(spec, "calibrate").sha256 == self.evaluation.sha256:
+            if spec != SELF and self._text(spec).sha256 == self.evaluation.sha256:
                 raise PlanError(
                     f"'{spec}' would both calibrate and be measured on; leave --text out to hold a part back, "
                     "or name another text"
@@ -42,17 +45,36 @@ class Calibration:
         if spec == SELF:
             return self._sampled(options.samples, options.length)
         if spec not in self._ids:
-            text = load_text(spec, "calibrate")
+            text = self._text(spec)
             self._ids[spec] = (text.name, text.token_ids(self._tokenizer))
         name, ids = self._ids[spec]
+        samples = self._training_samples(name, ids, options) if isinstance(options, Lora) else options.samples
         try:
-            batches = sample_windows(name, ids, options.samples, options.length, generator)
+            batches = sample_windows(name, ids, samples, options.length, generator)
         except TextError as error:
             raise TextError(f"{stage}: {error}") from None
         if isinstance(options, Lora):  # training wants its windows shuffled, not in the text's order
-            order = torch.randperm(options.samples, generator=generator)
+            order = torch.randperm(samples, generator=generator)
             batches = TokenBatches(batches.name, batches.ids[order].contiguous())
         return batches
+
+    def _text(self, spec: str) -> Text:
+        """The part of a text that may calibrate, read once: on the hub lie sets of 100,000 rows."""
+        if spec not in self._texts:
+            self._texts[spec] = load_text(spec, "calibrate")
+        return self._texts[spec]
+
+    def _training_samples(self, name: str, ids: Tensor, options: Lora) -> int:
+        """Windows to train on: those asked for, or all that the text has if they fill a batch. Raises TextError."""
+        there = ids.numel() // options.length
+        require_a_batch(name, there, options)
+        if there < options.samples and name not in self._short:
+            self._short.add(name)
+            self._runtime.progress.note(
+                f"lora: the training text '{name}' has {there} windows of {options.length} tokens, not the "
+                f"{options.samples} asked for; all of them are used"
+            )
+        return min(there, options.samples)
 
     def _sampled(self, samples: int, length: int) -> TokenBatches:
         """Text that the uncompressed model writes itself, kept in the store so that a rerun need not."""

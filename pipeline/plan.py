@@ -26,6 +26,7 @@ class StagePlan:
     shape: ModelShape  # what comes out
     peak_memory_bytes: int
     remarks: tuple[str, ...] = ()
+    scratch_bytes: int = 0  # of disk while the stage runs, given back when it is finished
 
     def to_dict(self) -> dict[str, Any]:
         pattern = self.shape.pattern
@@ -38,6 +39,7 @@ class StagePlan:
             "pattern": str(pattern) if pattern else None,
             "bits": self.shape.grid.bits if self.shape.grid else None,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "scratch_bytes": self.scratch_bytes,
             "remarks": list(self.remarks),
         }
 
@@ -50,7 +52,8 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
         try:
             after = module.plan(shape, options)
             remarks = tuple(module.remarks(shape, options)) if hasattr(module, "remarks") else ()
-            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks))
+            scratch = forecast_scratch(name, options, shape)
+            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks, scratch))
             shape = after
         except PlanError as error:
             faults.append(str(error))
@@ -63,6 +66,8 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
 
 def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
     """Forecast of the process's peak resident size in bytes while the stage runs."""
+    from stages.distill import teacher_kind
+
     block = max(sum(t.elements for t in b.stored()) for b in _dense(before).blocks) * 2
     outer = sum(t.nbytes for t in before.outer)
     tokens = options.samples * options.length
@@ -74,7 +79,9 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
         dense = outer + len(before.blocks) * block
         live = options.micro_batch * options.length
         activations = live * (len(before.blocks) * (14 * hidden + 4 * inner) * 2 + 3 * vocabulary * 4)
-        return int(_BASE_BYTES + _TRAINER_BYTES + (3 if options.distill else 2) * dense + activations)
+        # A held teacher is a second model; a streamed one keeps its embedding, norm and head to make logits with.
+        teacher = {"none": 0, "held": dense, "streamed": outer}[teacher_kind(before, options)]
+        return int(_BASE_BYTES + _TRAINER_BYTES + 2 * dense + teacher + activations)
     # Either a block is on: mapped from its file, copied to be edited, and its activations; or the outer part is.
     at_block = 3 * block + states + 12 * min(tokens, _CHUNK_TOKENS) * max(widest, inner)
     at_ends = outer + states
@@ -90,6 +97,17 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
         # Hessians, their factor in float64, and a layer's weights in several float32 copies.
         at_block += sum(2 * n * n * 4 for n in inputs) + 3 * widest * widest * 8 + 8 * biggest * 4
     return int(_BASE_BYTES + max(at_block, at_ends))
+
+
+def forecast_scratch(stage: str, options: Any, before: ModelShape) -> int:
+    """Bytes that the stage's unfinished folder takes for hidden states, before and after a block, in 16 bit."""
+    from stages.distill import teacher_disk_bytes, teacher_kind
+
+    if stage == "lora":
+        return teacher_disk_bytes(before, options) if teacher_kind(before, options) == "streamed" else 0
+    if stage == "depth":  # its states need not last; they lie in memory or a temporary folder
+        return 0
+    return int(2 * options.samples * options.length * before.hidden_size * 2)
 
 
 def _dense(shape: ModelShape) -> ModelShape:

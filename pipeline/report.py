@@ -75,8 +75,11 @@ def print_plan(
     for note in (*notes, *(remark for stage in stages for remark in stage.remarks)):
         console.print(f"  ! {note}", style="yellow", highlight=False)
     total = sum(stage.shape.file_bytes for stage in stages)
+    scratch = max((stage.scratch_bytes for stage in stages), default=0)
     console.print(
-        f"Disk: {total / _MIB:.1f} MiB for all stages; shards that do not change are shared.", highlight=False
+        f"Disk: {total / _MIB:.1f} MiB for all stages; shards that do not change are shared. "
+        f"Up to {scratch / _MIB:.1f} MiB more while a stage runs.",
+        highlight=False,
     )
     console.print(verdict.summary, highlight=False)
 

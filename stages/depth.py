@@ -23,6 +23,7 @@ from checkpoints.skeleton import Skeleton
 from checkpoints.states import Scratch, States
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
+from stages.dense import require_dense
 from stages.options import Depth as Options
 
 VERSION = 1
@@ -30,8 +31,7 @@ VERSION = 1
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape after removal (which blocks go makes no difference to it). Raises PlanError."""
-    if shape.grid is not None:
-        raise PlanError("depth needs dense weights; this checkpoint is already quantised. Put depth before gptq")
+    require_dense(shape, "depth")
     count = len(shape.blocks)
     if options.layers:
         if unknown := sorted({i for i in options.sequence if i >= count}):
@@ -200,7 +200,7 @@ def influence(
     skeleton: Skeleton, order: list[int], candidates: list[int], chunks: list[Tensor], runtime: Runtime
 ) -> dict[int, float]:
     """1 - cosine between a block's input and output, the mean over tokens."""
-    states = skeleton.embed(chunks)
+    states = list(skeleton.embed(chunks))
     scores = {}
     runtime.progress.start("ranking blocks", len(order))
     for i in order:

@@ -2,17 +2,20 @@
 
 EoRA (Liu et al., arXiv 2410.21271): the error dW is projected into the eigenspace of the layer's inputs,
 scaled by the square roots of the eigenvalues, and the best rank-r approximation is taken there, where it
-minimises the error of the layer's output instead of that of its weights.
+minimises the error of the layer's output instead of that of its weights. On request the adapter is rounded to 8-bit
+codes with one scale a rank, which lie beside it; its own 16-bit tensors are then what the codes stand for.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoints.adapter_codes import eight_bit, unpacked
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.quiet import quiet_import
@@ -21,7 +24,7 @@ from checkpoints.shape import LinearShape, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
-from stages.gptq import hessians, output_error
+from stages.gptq import hessians
 from stages.options import Eora as Options
 
 VERSION = 1
@@ -32,13 +35,16 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     if shape.grid is None:
         raise PlanError("eora compensates quantisation, and nothing is quantised before it; use --skip eora")
     if any(x.adapter_rank for block in shape.blocks for x in block.linears):
-        raise PlanError("this checkpoint already carries an adapter")
+        raise PlanError("eora: this checkpoint already carries an adapter; give the quantised one without it")
     limit = min(min(x.out_features, x.in_features) for block in shape.blocks for x in block.linears if x.grid)
     if options.rank > limit:
         raise PlanError(f"--eora {options.rank}: the smallest quantised layer has rank {limit}; choose at most that")
 
     def compensated(linear: LinearShape) -> LinearShape:
-        return replace(linear, adapter_rank=options.rank, adapter_dtype=linear.dtype) if linear.grid else linear
+        if linear.grid is None:
+            return linear
+        packed = options.bits == 8
+        return replace(linear, adapter_rank=options.rank, adapter_dtype=linear.dtype, adapter_packed=packed)
 
     blocks = tuple(replace(block, linears=tuple(map(compensated, block.linears))) for block in shape.blocks)
     return replace(shape, blocks=blocks)
@@ -60,15 +66,16 @@ def run(
                 linear = block.linears[name]
                 exact = dense[f"{name}.weight"].to(linear.weight.device).float()
                 present = linear.weight.float()
-                B, A = compensate(exact - present, covariance, options.rank)
-                A, B = A.to(source.stored_dtype), B.to(source.stored_dtype)
-                before = output_error(exact, present, covariance)
-                now = output_error(exact, present + B.float() @ A.float(), covariance)
-                if now > before:  # rounding can undo a correction that was tiny to begin with
-                    A, B, now = torch.zeros_like(A), torch.zeros_like(B), before
-                linear.weight.copy_(present + B.float() @ A.float())
-                adapter |= {f"{name}.lora_A.weight": A.cpu(), f"{name}.lora_B.weight": B.cpu()}
-                facts[name] = {"error_before": before, "error_after": now}
+                fit = fitted(exact - present, covariance, options, source.stored_dtype)
+                linear.weight.copy_(present + fit.delta)
+                adapter |= {f"{name}.{kind}": tensor.cpu() for kind, tensor in fit.tensors().items()}
+                energy = max(output_energy(exact, covariance), 1e-30)
+                facts[name] = {
+                    "error_before": fit.before / energy,
+                    "error_after": fit.after / energy,
+                    "output_energy": energy,
+                    "adapter_bytes": wanted[name].adapter_bytes,
+                }
         target.write_adapter_part(block.index, adapter)
         block.done(facts)
 
@@ -78,7 +85,15 @@ def run(
     target.copy_edge(source)
     target.join_adapter(adapter_config(after, options))
     target.finish(source.config, source)
-    return {"rank": options.rank, "against": options.against, "blocks": walk.facts}
+    total = bought([layer for block_facts in walk.facts for layer in block_facts.values()])
+    runtime.progress.say(f"  {in_words(total, options)}")
+    return {
+        "rank": options.rank,
+        "against": options.against,
+        "bits": options.bits,
+        "total": total,
+        "blocks": walk.facts,
+    }
 
 
 def reference_weights(source: Checkpoint, against: str) -> tuple[Checkpoint, list[int]]:
@@ -97,6 +112,101 @@ def reference_weights(source: Checkpoint, against: str) -> tuple[Checkpoint, lis
     if kept is None or len(kept) != count:
         raise CheckpointError(f"it is not recorded which blocks of {dense.folder} are left in {source.folder}")
     return dense, list(kept)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One layer's adapter in the stored precision, and its objective norm((dW - B A) X)^2 without and with it."""
+
+    B: Tensor  # (out, r)
+    A: Tensor  # (r, in)
+    before: float
+    after: float
+    packed: dict[str, Tensor]  # codes and scales of A and B, empty for 16 bits
+
+    @property
+    def delta(self) -> Tensor:
+        """B A (out, in) float32, as whoever loads the adapter computes it."""
+        return self.B.float() @ self.A.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B, **self.packed}
+
+
+def fitted(error: Tensor, covariance: Tensor, options: Options, dtype: torch.dtype) -> Fit:
+    """The adapter for error dW (out, in) on inputs with covariance X^T X (in, in), rounding included.
+
+    Rounding can undo a correction that was tiny to begin with: the adapter is zero where it would not help, so
+    the objective is never above that without an adapter.
+    """
+    B, A = compensate(error, covariance, options.rank)
+    before = output_energy(error, covariance)
+    nothing = stored(torch.zeros_like(B), torch.zeros_like(A), options.bits, dtype)
+    best = Fit(*nothing[:2], before, before, nothing[2])
+    for candidate in candidates(B, A, error, covariance, options.bits, dtype):
+        B, A, packed = stored(*candidate, options.bits, dtype)
+        after = output_energy(error - B.float() @ A.float(), covariance)
+        if after < best.after:
+            best = Fit(B, A, before, after, packed)
+    return best
+
+
+def candidates(
+    B: Tensor, A: Tensor, error: Tensor, covariance: Tensor, bits: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The optimum, and at 8 bits also the best B for the A that rounding leaves: least squares in B alone."""
+    yield B, A
+    if bits == 8:
+        _, A, _ = stored(B, A, bits, dtype)
+        AC = A.double() @ covariance.double()  # (r, in)
+        inverse = torch.linalg.pinv(AC @ A.double().T, hermitian=True, rtol=1e-9)
+        yield (error.double() @ AC.T @ inverse).float(), A.float()
+
+
+def stored(B: Tensor, A: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """B and A as the files hold them, and at 8 bits the codes that they are made of."""
+    if bits == 16:
+        return B.to(dtype), A.to(dtype), {}
+    packed = {}
+    for side, matrix, within in (("lora_A", A, 1), ("lora_B", B, 0)):
+        packed[f"{side}.codes"], packed[f"{side}.scales"] = eight_bit(matrix, within)
+    A, B = (unpacked(packed[f"{side}.codes"], packed[f"{side}.scales"], dtype) for side in ("lora_A", "lora_B"))
+    return B, A, packed
+
+
+def output_energy(matrix: Tensor, covariance: Tensor) -> float:
+    """norm(M X)^2 over the calibration tokens: matrix M (out, in), covariance X^T X (in, in)."""
+    return max(float(((matrix @ covariance) * matrix).sum()), 0.0)
+
+
+def bought(layers: list[dict[str, float]]) -> dict[str, float]:
+    """What the adapter did for all layers together: their summed objectives, relative to their outputs' energy.
+
+    bought: share of the quantisation error that is gone; bought_per_kib: that share for each KiB of adapter.
+    """
+    energy = sum(layer["output_energy"] for layer in layers)
+    before, after = (
+        sum(layer[f"error_{when}"] * layer["output_energy"] for layer in layers) for when in ("before", "after")
+    )
+    size = sum(layer["adapter_bytes"] for layer in layers)
+    share = (before - after) / before if before else 0.0
+    return {
+        "error_before": before / energy,
+        "error_after": after / energy,
+        "adapter_bytes": size,
+        "bought": share,
+        "bought_per_kib": share / (size / 1024),
+    }
+
+
+def in_words(total: dict[str, float], options: Options) -> str:
+    """The same in one line."""
+    return (
+        f"output error of the quantised layers {100 * total['error_before']:.3g} % -> "
+        f"{100 * total['error_after']:.3g} %: {100 * total['bought']:.1f} % of it bought back by "
+        f"{total['adapter_bytes'] / 1024:.1f} KiB of {options.bits}-bit adapter, "
+        f"{100 * total['bought_per_kib']:.2g} % a KiB"
+    )
 
 
 def compensate(error: Tensor, covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:

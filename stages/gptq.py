@@ -23,6 +23,7 @@ from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
 from stages import edge
+from stages.dense import require_dense
 from stages.options import Gptq as Options
 from stages.refine import REFINE_TOKENS, DenseOutputs, Tuned, refine
 
@@ -32,8 +33,7 @@ COLUMNS = 128  # columns solved before their errors are applied to the rest: GPT
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
-    if shape.grid is not None:
-        raise PlanError("gptq needs dense weights; this checkpoint is already quantised")
+    require_dense(shape, "gptq")
     fitting = [x for block in shape.blocks for x in block.linears if packable(x.out_features, x.in_features)]
     if not fitting:
         raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")

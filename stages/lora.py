@@ -7,40 +7,43 @@ the zeros stay zeros.
 
 from __future__ import annotations
 
-import random
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
+from checkpoints.errors import PlanError
 from checkpoints.quiet import quiet_import
 from checkpoints.runtime import Runtime
 from checkpoints.shape import ModelShape
 from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Work
 from checkpoints.writer import CheckpointWriter
+from stages.dense import require_dense
+from stages.distill import teacher
 from stages.options import Lora as Options
+from stages.training import own_random_state, require_a_batch, train
 
 VERSION = 1
-_COMPLETE = "complete"  # marks a saved step as whole: a kill can leave half of one
 
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
-    """The same shape: adapters are merged. Raises PlanError for unknown targets and quantised weights."""
-    if shape.grid is not None:
-        raise PlanError("lora merges into dense weights; this checkpoint is quantised. Put lora before gptq")
+    """The same shape: adapters are merged. Raises PlanError for unknown targets and weights that are not dense."""
+    require_dense(shape, "lora")
     target_names(shape, options)
     return shape
+
+
+def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
+    """What a person may not expect of these options."""
+    windows, seen = options.samples - options.held_out, options.total_steps * options.batch
+    if seen < windows:
+        yield (
+            f"lora: {options.total_steps} steps of {options.batch} see only {seen} of {windows} training windows; "
+            "--lora-steps 0 goes through all of them"
+        )
 
 
 def target_names(shape: ModelShape, options: Options) -> list[str]:
@@ -59,53 +62,58 @@ def target_names(shape: ModelShape, options: Options) -> list[str]:
 def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
+    require_a_batch(calibration.name, len(calibration.ids), options)
+    seed = int(runtime.generator("lora").initial_seed() % 2**31)
+    with (
+        own_random_state(seed),
+        teacher(source, calibration.ids, options, runtime, target.work) as taught,
+        own_random_state(seed),  # again: whether the teacher had to compute anything must make no difference
+    ):
+        model, layers = adapted(source, options, runtime)
+        training = train(model, calibration, options, runtime, target.work, taught)
+
+    training.curve.write(target.folder)
+    for line in (*training.curve.lines(), f"  {training.summary()}"):
+        runtime.progress.say(line)
+    deltas = {name: masked_delta(layer) for name, layer in layers.items()}
+    _write_merged(source, target, deltas)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trainable_parameters": trainable, **training.facts()}
+
+
+def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The model in memory with new adapters, trained through its mask if it has one; and the adapted layers."""
     with quiet_import():  # peft asks GPTQModel, which greets
         from peft import LoraConfig, get_peft_model
 
-    with own_random_state(int(runtime.generator("lora").initial_seed() % 2**31)):
-        config = LoraConfig(
-            r=options.rank,
-            lora_alpha=options.alpha,
-            lora_dropout=options.dropout,
-            target_modules=target_names(source.shape, options),
-            task_type="CAUSAL_LM",
-        )
-        base = source.model(runtime.device, runtime.dtype)
-        with quiet_import():
-            model = get_peft_model(base, config)
-        layers = adapted_layers(model)
-        if source.shape.pattern is not None:
-            for layer in layers.values():
-                train_through_mask(layer)
-        teacher = _teacher(source, runtime) if options.distill else None
-        curve = train(model, calibration, options, runtime, target.work, teacher)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=target_names(source.shape, options),
+        task_type="CAUSAL_LM",
+    )
+    base = source.model(runtime.device, runtime.dtype)
+    with quiet_import():
+        model = get_peft_model(base, config)
+    layers = adapted_layers(model)
+    if source.shape.pattern is not None:
+        for layer in layers.values():
+            train_through_mask(layer)
+    return model, layers
 
+
+def _write_merged(source: Checkpoint, target: CheckpointWriter, deltas: dict[str, Tensor]) -> None:
+    """W + s B A of each adapted layer in the stored precision, everything else as it is."""
     prefix = source.shape.block_prefix
-    deltas = {name.removeprefix(prefix + "."): masked_delta(layer) for name, layer in layers.items()}
     for index in range(len(source.shape.blocks)):
         tensors = dict(source.stored_block(index))
-        for name in [n for n in deltas if n.startswith(f"{index}.")]:
-            key = name.removeprefix(f"{index}.") + ".weight"
+        for name in [n for n in deltas if n.startswith(f"{prefix}.{index}.")]:
+            key = name.removeprefix(f"{prefix}.{index}.") + ".weight"
             tensors[key] = (tensors[key].float() + deltas[name].cpu()).to(tensors[key].dtype)
         target.write_block(index, tensors)
     target.copy_outer(source)
     target.finish(source.config, source)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = curve["steps"] * options.batch * options.length
-    return {
-        "trainable_parameters": trainable,
-        "tokens": tokens,
-        "tokens_per_second": tokens / target.work.seconds,
-        **curve,
-    }
-
-
-def _teacher(source: Checkpoint, runtime: Runtime) -> nn.Module:
-    """The uncompressed model at the root of the chain, whole in memory."""
-    *_, root = source.ancestors()
-    if root.shape.vocabulary != source.shape.vocabulary:
-        raise PlanError("--distill needs a teacher with the same vocabulary")
-    return root.model(runtime.device, runtime.dtype)
 
 
 # --- the adapter and the mask ---------------------------------------------------------------------------------------
@@ -145,177 +153,3 @@ def train_through_mask(layer: Any) -> None:
         return y + F.linear(dropout(x), delta)
 
     layer.forward = forward
-
-
-# --- training -------------------------------------------------------------------------------------------------------
-
-
-def train(
-    model: nn.Module, data: TokenBatches, options: Options, runtime: Runtime, work: Work, teacher: nn.Module | None
-) -> dict[str, Any]:
-    """Train with transformers' Trainer: steps taken, loss of each, held-out losses, and the step that was kept.
-
-    Goes on from the last whole saved step. With held-out windows, training stops when their loss has not
-    improved for `patience` checks, and the adapter of the best check is the one that is merged.
-    """
-    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
-    with quiet_import():
-        from peft import set_peft_model_state_dict
-
-    training, held_out = data.ids, data.ids[:0]
-    if options.held_out:
-        training, held_out = data.ids[: -options.held_out], data.ids[-options.held_out :]
-    arguments = TrainingArguments(
-        output_dir=str(work.folder),
-        max_steps=options.total_steps,
-        per_device_train_batch_size=options.micro_batch,
-        gradient_accumulation_steps=options.batch // options.micro_batch,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.0,
-        activation_checkpointing=options.checkpointing,
-        train_sampling_strategy="sequential",  # the windows were shuffled by the stage's own generator
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # else the Trainer logs an average in place of a NaN, and nobody sees it
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=2,
-        eval_strategy="steps" if options.held_out else "no",
-        eval_steps=options.save_steps,
-        per_device_eval_batch_size=options.micro_batch,
-        prediction_loss_only=True,
-        label_names=["labels"],
-        load_best_model_at_end=bool(options.held_out),
-        metric_for_best_model="eval_loss" if options.held_out else None,
-        greater_is_better=False if options.held_out else None,
-        restore_callback_states_from_checkpoint=True,  # or a resumed run would forget how long it has been patient
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=runtime.device.type == "cpu",
-        seed=int(torch.initial_seed() % 2**31),
-        dataloader_pin_memory=runtime.device.type == "cuda",
-        remove_unused_columns=False,
-    )
-
-    progress = runtime.progress
-
-    class Report(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                loss = float(logs["loss"])
-                for what, value in (("loss", loss), ("gradient", float(logs.get("grad_norm", 0)))):
-                    if not np.isfinite(value):
-                        raise NumericsError(
-                            f"the training {what} became {value} at step {state.global_step}; "
-                            "the last saved step is kept. Lower --lora-lr"
-                        )
-                progress.step(step=f"{state.global_step}/{state.max_steps}", loss=f"{loss:.3f}")
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (work.folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-            work.append({"step": state.global_step})
-
-    class Distilling(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            """The ordinary loss, mixed with KL(teacher || student) over the same tokens."""
-            if teacher is None:
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            loss, outputs = super().compute_loss(model, inputs, *args, **(kwargs | {"return_outputs": True}))
-            with torch.no_grad():
-                wanted = teacher(input_ids=inputs["input_ids"]).logits[:, :-1]
-            kl = token_divergence(outputs["logits"][:, :-1], wanted)
-            count = kwargs.get("num_items_in_batch")
-            mixed = (1 - options.distill) * loss + options.distill * (kl.mean() if count is None else kl.sum() / count)
-            return (mixed, outputs) if kwargs.get("return_outputs") else mixed
-
-    trainer = Distilling(
-        model=model,
-        args=arguments,
-        train_dataset=_Windows(training),
-        eval_dataset=_Windows(held_out) if options.held_out else None,
-        data_collator=_collate,
-        callbacks=[Report(), *([EarlyStoppingCallback(options.patience)] if options.held_out else [])],
-    )
-    trainer.remove_callback(PrinterCallback)  # output is the progress bar's
-    saved = last_whole_step(work.folder)
-    state = settled(saved, options) if saved else None
-    progress.start("lora", 0 if state else options.total_steps - (int(saved.name.split("-")[1]) if saved else 0))
-    if state is not None:
-        # Killed between the last step and the merge: the Trainer would take one step too many.
-        kept = Path(state.best_model_checkpoint).name if options.held_out else saved.name  # type: ignore[union-attr]
-        set_peft_model_state_dict(model, load_file(work.folder / kept / "adapter_model.safetensors"))
-    else:
-        trainer.train(resume_from_checkpoint=str(saved) if saved else None)
-        state = trainer.state
-    history = state.log_history
-    checks = {str(e["step"]): float(e["eval_loss"]) for e in history if "eval_loss" in e}
-    best = min(checks, key=lambda step: checks[step]) if checks else str(state.global_step)
-    if state.global_step < options.total_steps:
-        progress.note(f"lora stopped at step {state.global_step}: the held-out loss no longer falls")
-    return {
-        "steps": state.global_step,
-        "kept_step": int(best),
-        "losses": [float(entry["loss"]) for entry in history if "loss" in entry],
-        "held_out_losses": checks,
-    }
-
-
-def token_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of each token in nats, float32: (b, L) from logits (b, L, vocabulary)."""
-    p, q = teacher.float().log_softmax(dim=-1), student.float().log_softmax(dim=-1)
-    return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1)
-
-
-def settled(saved: Path, options: Options) -> Any:
-    """The Trainer's state at a saved step if training was over there, else None."""
-    from transformers import TrainerState
-
-    state = TrainerState.load_from_json(str(saved / "trainer_state.json"))
-    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
-    impatient = stopping.get("early_stopping_patience_counter", 0) >= options.patience
-    return state if state.global_step >= options.total_steps or impatient else None
-
-
-def last_whole_step(work: Path) -> Path | None:
-    """The newest saved step that was written completely; half-written ones are removed."""
-    steps = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for path in steps:
-        if not (path / _COMPLETE).is_file():
-            shutil.rmtree(path)
-    whole = [path for path in steps if path.is_dir()]
-    return whole[-1] if whole else None
-
-
-class _Windows(torch.utils.data.Dataset[Tensor]):
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return int(self.ids.shape[0])
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.ids[index]
-
-
-def _collate(windows: list[Tensor]) -> dict[str, Tensor]:
-    ids = torch.stack(windows)
-    return {"input_ids": ids, "labels": ids}
-
-
-@contextmanager
-def own_random_state(seed: int) -> Iterator[None]:
-    """A seeded global random state for the Trainer, which knows no other; the caller's comes back afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

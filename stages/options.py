@@ -25,6 +25,7 @@ def _require(holds: bool, message: str) -> None:
 
 QUANTS = ("gptq4", "gptq3", "gptq8", "gptq4-channel", "gptq8-channel", "none")
 METRICS = ("perplexity", "taylor", "magnitude", "influence")
+TEACHERS = ("auto", "held", "streamed")
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 
 
@@ -100,18 +101,22 @@ class Lora:
     alpha: int = option(16, "--lora-alpha", "Scale of the adapters is alpha / rank.")
     dropout: float = option(0.1, "--lora-dropout", "Dropout on the adapters' inputs.")
     targets: str = option(ATTENTION, "--lora-targets", "Linear layers to adapt, comma-separated, or all.")
-    data: str = option("", "--lora-data", "Training text, as for --data; default: the same text.")
+    data: str = option("", "--lora-data", "Training text: wikitext2, trivia_qa, alpaca or a file; default: --data's.")
     samples: int = option(80, "--lora-samples", "Training windows (the thesis: 8192).")
     length: int = option(512, "--lora-length", "Tokens per training window.")
     batch: int = option(8, "--lora-batch", "Windows per optimiser step.")
     micro_batch: int = option(2, "--lora-micro-batch", "Windows that go through the model at once.")
-    steps: int = option(18, "--lora-steps", "Optimiser steps; 0 is one pass over the training windows.")
+    steps: int = option(0, "--lora-steps", "Optimiser steps; 0 is --lora-epochs passes over the training windows.")
+    epochs: int = option(2, "--lora-epochs", "Passes over the training windows (the thesis: 1).")
     learning_rate: float = option(1e-3, "--lora-lr", "Peak learning rate of AdamW; cosine with warm-up.")
     checkpointing: bool = option(False, "--lora-checkpointing", "Recompute activations to save memory.")
     save_steps: int = option(6, "--lora-save-steps", "Optimiser steps between durable points and held-out checks.")
     held_out: int = option(4, "--lora-held-out", "Training windows kept back to see when to stop; 0 does not look.")
     patience: int = option(2, "--lora-patience", "Stop after this many held-out checks in a row without a new best.")
     distill: float = option(0.0, "--distill", "Share of the loss that is KL to the uncompressed model, 0 to 1.")
+    teacher: str = option(
+        "auto", "--distill-teacher", "held in memory, streamed to disk before training, or auto: streamed up to 16 GiB."
+    )
 
     def __post_init__(self) -> None:
         _require(self.rank > 0, f"--lora-rank {self.rank}: must be positive; use --skip lora to leave the stage out")
@@ -123,9 +128,11 @@ class Lora:
             f"--lora-batch {self.batch} is not a multiple of --lora-micro-batch {self.micro_batch}",
         )
         _require(self.steps >= 0, f"--lora-steps {self.steps}: cannot be negative")
+        _require(self.epochs > 0, f"--lora-epochs {self.epochs}: must be positive")
         _require(self.learning_rate > 0, f"--lora-lr {self.learning_rate}: must be positive")
         _require(self.save_steps > 0, f"--lora-save-steps {self.save_steps}: must be positive")
         _require(0 <= self.distill <= 1, f"--distill {self.distill}: must be in [0, 1]")
+        _require(self.teacher in TEACHERS, f"--distill-teacher {self.teacher}: there are {', '.join(TEACHERS)}")
         _require(self.held_out >= 0, f"--lora-held-out {self.held_out}: cannot be negative")
         _require(self.patience > 0, f"--lora-patience {self.patience}: must be positive")
         _windows("lora", self.samples, self.length)
@@ -145,7 +152,11 @@ class Lora:
 
     @property
     def total_steps(self) -> int:
-        return self.steps or (self.samples - self.held_out) // self.batch
+        return self.steps_over(self.samples)
+
+    def steps_over(self, windows: int) -> int:
+        """Optimiser steps with this many windows, those held out included: a text may have fewer than asked for."""
+        return self.steps or self.epochs * ((windows - self.held_out) // self.batch)
 
 
 @dataclass(frozen=True)
@@ -199,12 +210,14 @@ class Eora:
 
     rank: int = option(32, "--eora", "Rank of the compensation; 0 skips the stage.")
     against: str = option("parent", "--eora-against", "Error against the checkpoint before quantisation, or dense.")
+    bits: int = option(16, "--eora-bits", "16, or 8 to round the adapter to packed 8-bit codes.")
     samples: int = option(64, "--eora-samples", "Calibration windows.")
     length: int = option(512, "--eora-length", "Tokens per calibration window.")
 
     def __post_init__(self) -> None:
         _require(self.rank >= 0, f"--eora {self.rank}: the rank cannot be negative")
         _require(self.against in ("parent", "dense"), f"--eora-against {self.against}: there are parent and dense")
+        _require(self.bits in (8, 16), f"--eora-bits {self.bits}: 8 or 16")
         _windows("eora", self.samples, self.length)
 
     @property
@@ -213,7 +226,7 @@ class Eora:
 
     @property
     def label(self) -> str:
-        return f"eora-r{self.rank}"
+        return f"eora-r{self.rank}" + ("-8bit" if self.bits == 8 else "")
 
 
 Options = Depth | Wanda | Lora | Gptq | Eora

@@ -19,6 +19,7 @@ from checkpoints.shape import LinearShape, ModelShape, Pattern, Sparsity, parse_
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
+from stages.dense import require_dense
 from stages.options import Wanda as Options
 
 VERSION = 1
@@ -35,8 +36,7 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     if unfit and isinstance(pattern, Pattern):
         layers = ", ".join(f"{name} ({width})" for name, width in unfit.items())
         raise PlanError(f"--wanda {pattern} needs input widths divisible by {pattern.of}; these are not: {layers}")
-    if shape.grid is not None:
-        raise PlanError("wanda prunes dense weights; this checkpoint is already quantised. Put wanda before gptq")
+    require_dense(shape, "wanda")
 
     def pruned(linear: LinearShape) -> LinearShape:
         return replace(linear, pattern=pattern)

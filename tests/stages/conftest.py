@@ -12,6 +12,7 @@ import torch
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.manifest import Manifest, describe_files
 from checkpoints.nm import group_zeros
+from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
 
@@ -146,3 +147,13 @@ def masked(build: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def writer(tmp_path: Path) -> CheckpointWriter:
     return CheckpointWriter(tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def finished(masked: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An undisturbed run of LoRA: its folder and its facts."""
+    from stages import lora
+    from tests.stages.lora_help import options, text
+
+    target = CheckpointWriter(tmp_path_factory.mktemp("finished"))
+    return target.folder, lora.run(masked, target, text(), options(), Runtime())

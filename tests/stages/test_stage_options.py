@@ -57,6 +57,9 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Lora, {"held_out": -1}, "--lora-held-out -1"),
     (Lora, {"patience": 0}, "--lora-patience 0"),
     (Lora, {"distill": 1.5}, "--distill 1.5"),
+    (Lora, {"epochs": 0}, "--lora-epochs 0"),
+    (Lora, {"teacher": "near"}, "--distill-teacher near: there are auto, held, streamed"),
+    (Eora, {"bits": 4}, "--eora-bits 4: 8 or 16"),
     (Gptq, {"quant": "gptq5"}, "--quant gptq5: there are gptq4, gptq3, gptq8, gptq4-channel, gptq8-channel, none"),
     (Gptq, {"group": 0}, "--group 0"),
     (Gptq, {"group": 16}, "--group 16: at least 32, or -1 for whole rows"),
@@ -122,12 +125,16 @@ def test_what_is_skipped_and_what_it_is_called() -> None:
         (Gptq(quant="gptq3"), False, "gptq3"),
         (Eora(rank=0), True, "eora-r0"),
         (Eora(rank=8), False, "eora-r8"),
+        (Eora(rank=8, bits=8), False, "eora-r8-8bit"),
     ]
     for options, skipped, label in cases:
         assert (options.skipped, options.label) == (skipped, label)
     assert [Gptq(quant=f"gptq{bits}").bits for bits in (3, 4, 8)] == [3, 4, 8]
     assert Lora(steps=5).total_steps == 5
-    assert Lora(steps=0, samples=50, batch=8, held_out=2).total_steps == 6
+    assert Lora(epochs=1, samples=50, batch=8, held_out=2).total_steps == 6
+    assert Lora().total_steps == 18  # two passes over 76 windows
+    assert Lora(samples=8192, batch=8, epochs=1).total_steps == 1023  # the thesis, four windows held out
+    assert Lora(samples=8192).steps_over(100) == 24  # a text that has no more
 
 
 def test_every_field_has_a_flag_of_its_own_and_a_line_of_help() -> None:

@@ -199,5 +199,5 @@ def test_plan_names_every_layer_whose_width_does_not_fit() -> None:
 
 def test_plan_refuses_quantised_weights() -> None:
     quantised = gptq.plan(shape_from_config(PRESETS["smollm2-135m"]), Gptq())
-    with pytest.raises(PlanError, match=r"already quantised\. Put wanda before gptq"):
+    with pytest.raises(PlanError, match="Put wanda before gptq"):
         wanda.plan(quantised, Wanda(pattern="2:4"))

@@ -1,0 +1,188 @@
+"""Instruction rows as text: every form, both origins, and each fault with its place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints.errors import TextError
+from eval import text as texts
+from eval.rows import RowError, row_text
+from eval.text import load_text
+
+pytestmark = pytest.mark.unit
+
+DATA = Path(os.environ.get("EDGEPRESS_DATA") or Path(__file__).parents[3] / "shared" / "data")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("plain", ("plain", False)),
+        ({"text": "plain", "url": "x"}, ("plain", False)),
+        ({"text": ""}, ("", False)),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, ("Instruction: Add.\nInput: 1 2\nResponse: 3", True)),
+        ({"instruction": "Add.", "input": "", "output": " 3\n"}, ("Instruction: Add.\nResponse: 3", True)),
+        ({"instruction": "Add.", "output": "3", "text": "theirs"}, ("Instruction: Add.\nResponse: 3", True)),
+        ({"prompt": "### Response:", "answer": "3###eos_token###"}, ("### Response:\n3", True)),
+        ({"prompt": "Say: ", "answer": "3"}, ("Say: 3", True)),
+        ({"context": "Question: a?\nAnswer:", "answer": "b"}, ("Question: a?\nAnswer: b", True)),
+        ({"question": "a?", "answer": "b"}, ("Question: a?\nAnswer: b", True)),
+        ({"question": "a?", "answer": {"value": "b", "aliases": ["b", "c"]}}, ("Question: a?\nAnswer: b", True)),
+    ],
+)
+def test_every_form_of_a_row(row: Any, expected: tuple[str, bool]) -> None:
+    assert row_text(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (3, "int"),
+        ({"body": "x"}, "it has body"),
+        ({"prompt": "x"}, "it has prompt"),
+        ({"question": "x", "answer": ""}, "'answer' is empty"),
+        ({"question": " ", "answer": "x"}, "'question' is empty"),
+        ({"question": "x", "answer": {"aliases": []}}, "'answer' is not text"),
+        ({"prompt": "x", "answer": "###eos_token###"}, "'answer' is empty"),
+        ({"instruction": "x", "output": 3}, "'output' is not text"),
+    ],
+)
+def test_a_row_that_is_no_text(row: Any, says: str) -> None:
+    with pytest.raises(RowError, match=says):
+        row_text(row)
+
+
+def test_all_faults_of_a_file_come_with_their_lines(tmp_path: Path) -> None:
+    good = json.dumps({"question": "a\u2028?", "answer": "b"}, ensure_ascii=False)
+    bad = json.dumps({"question": "a", "answer": ""})
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([good, "", "{oops", bad, good, "[1]"]) + "\n\n")
+    with pytest.raises(TextError) as caught:
+        load_text(str(path), "whole")
+    message = str(caught.value)
+    for part in ("line 2: empty", "line 3: not JSON", "line 4: 'answer' is empty", "line 6: "):
+        assert part in message
+    assert "line 1" not in message and "line 5" not in message and "line 7" not in message
+    path.write_text("\n".join([bad] * 9))
+    with pytest.raises(TextError, match="and 4 more"):
+        load_text(str(path), "whole")
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n"), ("a.json", "[]")])
+def test_a_file_without_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TextError, match=r"line 1: empty|holds no text"):
+        load_text(str(tmp_path / name), "whole")
+
+
+class Words:
+    """A tokenizer of one token a character, whose end token is 0."""
+
+    eos_token_id = 0
+
+    def __init__(self) -> None:
+        self.deprecation_warnings: dict[str, bool] = {}
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_an_end_token_closes_each_exchange_and_no_prose(tmp_path: Path) -> None:
+    (tmp_path / "qa.json").write_text(json.dumps([{"question": "a", "answer": letter} for letter in "bc"]))
+    (tmp_path / "prose.json").write_text(json.dumps([{"text": "b"}, {"text": "c"}]))
+    qa, prose = (load_text(str(tmp_path / name), "whole").token_ids(Words()) for name in ("qa.json", "prose.json"))  # type: ignore[arg-type]
+    first = [ord(letter) for letter in "Question: a\nAnswer: "]
+    assert qa.tolist() == [*first, ord("b"), 0, *first, ord("c"), 0]
+    assert prose.tolist() == [ord("b"), ord("c")]
+
+
+class Hub:
+    """What datasets.load_dataset gives, for rows of ours."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows, self.asked = rows, []
+
+    def load(self, name: str, config: str | None, split: str, streaming: bool) -> Hub:
+        self.asked.append((name, config, split))
+        return self
+
+    def select_columns(self, columns: list[str]) -> Hub:
+        return Hub([{name: row[name] for name in columns} for row in self.rows])
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], Hub]:
+    def serve(rows: list[dict[str, Any]]) -> Hub:
+        import datasets
+
+        made = Hub(rows)
+        monkeypatch.setattr(datasets, "load_dataset", made.load)
+        return made
+
+    return serve
+
+
+def test_trivia_qa_from_the_hub_reads_like_its_local_file(hub: Callable[..., Hub], tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}?", "answer": {"value": f"a{i}"}, "search_results": {}} for i in range(6)]
+    served = hub([*rows, {"question": "unanswered", "answer": {"value": ""}, "search_results": {}}])
+    train, test = load_text("trivia_qa", "calibrate"), load_text("trivia_qa", "evaluate")
+    assert served.asked == [("mandarjoshi/trivia_qa", "rc.nocontext", split) for split in ("train", "validation")]
+    assert train.documents[0] == "Question: q0?\nAnswer: a0"
+    assert train.exchanges and "1 rows without an answer left out" in train.name
+    assert test.documents == train.documents  # the splits differ, this hub does not
+    local = [{"context": f"Question: q{i}?\nAnswer:", "answer": f"a{i}"} for i in range(6)]
+    (tmp_path / "local.jsonl").write_text("".join(json.dumps(row) + "\n" for row in local))
+    assert load_text(str(tmp_path / "local.jsonl"), "whole").documents == train.documents
+
+
+def test_alpaca_from_the_hub_in_our_own_form_with_a_fifth_held_back(hub: Callable[..., Hub]) -> None:
+    hub([{"instruction": f"i{n}", "input": "", "output": f"o{n}", "text": "theirs"} for n in range(10)])
+    train, test = load_text("alpaca", "calibrate"), load_text("alpaca", "evaluate")
+    assert train.documents == tuple(f"Instruction: i{n}\nResponse: o{n}" for n in range(8))
+    assert test.documents == tuple(f"Instruction: i{n}\nResponse: o{n}" for n in (8, 9))
+
+
+def test_a_hub_that_cannot_be_reached_names_the_files_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for spec in texts.INSTRUCTIONS:
+        with pytest.raises(TextError) as caught:
+            load_text(spec, "calibrate")
+        message = str(caught.value)
+        assert f"'{spec}' could not be had from the hub: no route\n" in message
+        for part in (".jsonl", "question, answer", "instruction, (input,) output", "prompt, answer", "context, answer"):
+            assert part in message
+    with pytest.raises(TextError, match=r"\.txt, \.raw"):
+        load_text("wikitext2", "calibrate")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "begins"),
+    [
+        ("instructions/alpaca_en_demo.json", 999, "Instruction: "),
+        ("instructions/dolly_151.jsonl", 151, "Below is"),
+        ("instructions/fireact_hotpotqa.json", 500, "Instruction: "),
+        ("triviaqa/closed_book_1000.jsonl", 1000, "Question: "),
+    ],
+)
+def test_the_files_kept_for_machines_without_a_hub(name: str, rows: int, begins: str) -> None:
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not there (EDGEPRESS_DATA names its folder)")
+    text = load_text(str(path), "whole")
+    assert (len(text.documents), text.exchanges) == (rows, True)
+    assert all(document.startswith(begins) for document in text.documents)
+    assert not any("eos_token" in document for document in text.documents)

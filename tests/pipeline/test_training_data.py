@@ -1,0 +1,102 @@
+"""LoRA's own training text through the pipeline: files of instructions, too little of it, and what a plan says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import RecipeError, TextError
+from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.runtime import Runtime, Silent
+from checkpoints.verify import verify
+from pipeline.calibration import Calibration
+from pipeline.plan import plan
+from pipeline.recipe import build
+from stages.options import Lora
+
+pytestmark = pytest.mark.pipeline
+
+Run = Callable[..., Any]
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    rows = ({"question": f"What is {i} and {i}?", "answer": {"value": str(2 * i)}} for i in range(400))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def training_windows(model: Path, data: Path, options: Lora, out: Path) -> tuple[Any, list[str]]:
+    listening = Listening()
+    recipe = build(None, {"model": str(model), "data": "embedded", "lora.data": str(data)})
+    calibration = Calibration(recipe, Checkpoint.open(model), out, Runtime(progress=listening))
+    windows = [calibration.windows("lora", options) for _ in range(2)]
+    assert windows[0].sha256 == windows[1].sha256
+    return windows[0], listening.notes
+
+
+def test_fewer_windows_than_asked_for_are_all_used_and_it_is_said_once(
+    tiny_llama: Path, questions: Path, tmp_path: Path
+) -> None:
+    options = Lora(data=str(questions), samples=8192, length=64, batch=8, held_out=4)
+    windows, notes = training_windows(tiny_llama, questions, options, tmp_path)
+    assert 12 <= len(windows.ids) < 8192
+    (note,) = notes
+    assert f"has {len(windows.ids)} windows of 64 tokens, not the 8192 asked for" in note
+    end = Checkpoint.open(tiny_llama).tokenizer().eos_token_id
+    tokens = windows.ids.flatten().tolist()
+    assert 310 <= tokens.count(end) <= 320  # one for each row of four fifths, but for those outside the last window
+
+
+def test_no_batch_is_an_error_that_says_what_is_there(tiny_llama: Path, questions: Path, tmp_path: Path) -> None:
+    options = Lora(data=str(questions), samples=8192, length=2048)
+    with pytest.raises(
+        TextError, match=r"yields no batch: it has \d windows of 2048 tokens, and --lora-batch 8 with 4"
+    ):
+        training_windows(tiny_llama, questions, options, tmp_path)
+
+
+def test_questions_train_the_stage_and_its_folder_verifies(
+    tiny_llama: Path, run_recipe: Run, questions: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    flags = {"lora__data": str(questions), "lora__steps": 0, "lora__epochs": 1, "lora__samples": 16}
+    result = run_recipe(tmp_path / "out", tiny_llama, skip="depth,gptq,eora", **flags)
+    checkpoint = result.stages[-1].checkpoint
+    assert checkpoint.manifest.facts["steps"] == 3
+    assert checkpoint.manifest.calibration["name"] == "questions.jsonl (first four fifths)"
+    assert {"loss.json", "loss.png"} <= checkpoint.manifest.files.keys()
+    assert verify(checkpoint)
+    assert AutoModelForCausalLM.from_pretrained(checkpoint.folder).config.num_hidden_layers == 6
+    damaged = shutil.copytree(checkpoint.folder, tmp_path / "damaged")
+    (damaged / "loss.json").write_text("{}")
+    with pytest.raises(Exception, match=r"loss\.json has"):
+        Checkpoint.open(damaged)
+
+
+def test_a_plan_counts_the_teachers_disk_and_every_fault_of_a_quantised_model() -> None:
+    shape = shape_from_config(PRESETS["smollm2-135m"])
+    steps = {step.stage: step for step in plan(build(None, {"lora.distill": 0.5}), shape)}
+    assert steps["lora"].scratch_bytes == 2 * 80 * 512 * 576 * 2
+    assert steps["gptq"].scratch_bytes == 2 * 32 * 512 * 576 * 2
+    assert next(s for s in plan(build(None, {}), shape) if s.stage == "lora").scratch_bytes == 0
+    with pytest.raises(RecipeError) as caught:
+        plan(build(None, {}), steps["gptq"].shape)
+    for stage in ("depth", "wanda", "lora", "gptq"):
+        assert f"{stage} needs dense weights" in str(caught.value)
