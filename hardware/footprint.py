@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape, Pattern
+from checkpoints.packed_sizes import is_head, packed_bits, value_bits
+from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape
 
 SCALE_BITS = 16  # scales, and the row minimum of a packed embedding, are float16 in the checkpoints
 
@@ -53,7 +54,7 @@ def weight_bytes(shape: ModelShape, *, packed: bool = False) -> WeightBytes:
     codes = scales = dense = adapters = norms = biases = 0
     for block in shape.blocks:
         for linear in block.linears:
-            stored = _bytes(packed_bits(linear) if packed else linear.weights * _width(linear))
+            stored = _bytes(packed_bits(linear) if packed else linear.weights * value_bits(linear))
             if linear.grid is None:
                 dense += stored
             else:
@@ -83,24 +84,6 @@ def weight_bytes(shape: ModelShape, *, packed: bool = False) -> WeightBytes:
     return WeightBytes(codes, scales, dense, adapters, embedding, head, norms, biases)
 
 
-def packed_bits(linear: LinearShape) -> int:
-    """Bits of a layer's N:M kept values with their index; a layer without pattern has all its weights, no index."""
-    if linear.pattern is None:
-        return linear.weights * _width(linear)
-    pattern = linear.pattern.on(linear.in_features)
-    return linear.nonzero * _width(linear) + linear.weights // pattern.of * index_bits(pattern)
-
-
-def index_bits(pattern: Pattern) -> int:
-    """Bits that say which weights of one group of M are kept.
-
-    The smaller of ceil(log2 M) bits for each kept weight, as NVIDIA's 2:4 stores them, and a bitmap of M
-    bits. Of 1:8 seven are kept: the bitmap, 8 bits, is smaller than 7 x 3.
-    """
-    kept = pattern.of - pattern.removed
-    return min(kept * (pattern.of - 1).bit_length(), pattern.of)
-
-
 def slotted_bytes(shape: ModelShape, slot_bits: int, input_block: int) -> int:
     """Bytes of the blocks' quantised linears when every weight of up to `slot_bits` bits takes a full slot.
 
@@ -113,11 +96,6 @@ def slotted_bytes(shape: ModelShape, slot_bits: int, input_block: int) -> int:
                 padded = -(-x.in_features // input_block) * input_block
                 total += _bytes(x.out_features * padded * max(slot_bits, x.grid.bits))
     return total
-
-
-def is_head(name: str) -> bool:
-    """Whether a matrix outside the blocks is the output head rather than an embedding."""
-    return _last(name.removesuffix(".weight")).endswith("head")
 
 
 # --- KV cache and activations ----------------------------------------------------------------------------------
@@ -268,15 +246,11 @@ def layers(shape: ModelShape) -> list[Layer]:
 def _linear_layers(x: LinearShape) -> Iterator[Layer]:
     scale_bits = 0 if x.grid is None else _scale_bits(x)
     bias_bits = x.bias * DTYPE_BYTES[x.dtype] * 8
-    yield Layer(x.name, x.out_features, x.in_features, x.in_features * _width(x) + scale_bits + bias_bits)
+    yield Layer(x.name, x.out_features, x.in_features, x.in_features * value_bits(x) + scale_bits + bias_bits)
     codes = (t for t in x.packed_adapter() if t.name.endswith(".codes"))  # two scales a rank are no row's
     for tensor in codes if x.adapter_packed else x.adapter():
         rows, columns = tensor.shape
         yield Layer(tensor.name.rpartition(".")[0], rows, columns, columns * DTYPE_BYTES[tensor.dtype] * 8)
-
-
-def _width(linear: LinearShape) -> int:
-    return DTYPE_BYTES[linear.dtype] * 8 if linear.grid is None else linear.grid.bits
 
 
 def _scale_bits(linear: LinearShape) -> int:
