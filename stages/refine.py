@@ -116,7 +116,7 @@ def refine(
     smooth = torch.optim.Adam(groups, betas=(0.9, 0.95))
     decay = torch.optim.lr_scheduler.LambdaLR(smooth, lambda step: 1 - step / steps)
     order: list[int] = []
-    for step in range(steps):
+    for _ in range(steps):
         if not order:
             order = torch.randperm(len(targets), generator=generator).tolist()
         number = order.pop()
