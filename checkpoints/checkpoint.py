@@ -20,6 +20,7 @@ from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_f
 from checkpoints.nm import require_finite
 from checkpoints.packing import dequantise
 from checkpoints.shape import LinearShape, ModelShape
+from checkpoints.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -180,13 +181,7 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises CheckpointError if the folder holds none."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.folder} holds no tokenizer that transformers can read: {error}") from None
-        return tokenizer
+        return load_tokenizer(self.folder)
 
     def model(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory with its effective dense weights; for training and generating."""

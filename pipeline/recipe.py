@@ -45,7 +45,9 @@ class Recipe:
     dtype: str = "auto"
     soc: str = "siracusa"
     spill_mib: int = 64  # calibration states beyond this lie in a temporary file
-    stages: tuple[tuple[str, Options], ...] = tuple((name, options()) for name, options in STAGES.items())
+    stages: tuple[tuple[str, Options], ...] = tuple(
+        (name, options()) for name, options in STAGES.items() if not options().skipped
+    )
     notes: tuple[str, ...] = ()  # what was left out and why
 
     @property
@@ -79,6 +81,8 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
             plain[key] = value
         elif stage in stages:
             stages[stage][name] = value
+        elif stage == "vocabulary":  # which tokens there are comes before everything, unless a recipe says otherwise
+            stages = {stage: {name: value}, **stages}
         else:
             flag = next(f.metadata["flag"] for f in fields(STAGES[stage]) if f.name == name)
             faults.append(f"{flag} belongs to the stage {stage}, which {file} leaves out")

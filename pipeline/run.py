@@ -56,6 +56,7 @@ class StageResult:
             "parameters_total": manifest.parameters_total,
             "parameters_nonzero": manifest.parameters_nonzero,
             "sparsity": sparsity,
+            "bits_per_byte": {"before": self.before["bits_per_byte"], "after": self.after["bits_per_byte"]},
             "perplexity": {
                 "before": self.before["perplexity"],
                 "after": self.after["perplexity"],
@@ -255,6 +256,9 @@ def _say_stage(reporter: Reporter, result: StageResult, parent: Checkpoint) -> N
     zeros = f", {kept['pattern']} holds: {kept['kept_zeros']} of {kept['expected_zeros']} zeros" if kept else ""
     reporter.say(f"  {_bytes(parent.shape.file_bytes)} -> {_bytes(manifest.file_bytes)}{zeros}")
     reporter.say(f"  perplexity {before:.2f} -> {after:.2f}")
+    if manifest.stage == "vocabulary":
+        bits = (result.before["bits_per_byte"], result.after["bits_per_byte"])
+        reporter.say(f"  other tokens count in it now: compare bits per byte, {bits[0]:.3f} -> {bits[1]:.3f}")
     if manifest.stage in _SHOULD_IMPROVE and after >= before:
         reporter.note(f"{manifest.stage} should have lowered the perplexity and did not")
 

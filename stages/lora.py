@@ -101,10 +101,11 @@ def run(
 
 
 def _teacher(source: Checkpoint, runtime: Runtime) -> nn.Module:
-    """The uncompressed model at the root of the chain, whole in memory."""
-    *_, root = source.ancestors()
-    if root.shape.vocabulary != source.shape.vocabulary:
-        raise PlanError("--distill needs a teacher with the same vocabulary")
+    """The uncompressed model, whole in memory: the oldest of the chain that has this vocabulary.
+
+    A trimmed vocabulary comes first in the chain, and changes no logit of the tokens that stay.
+    """
+    *_, root = (c for c in source.ancestors() if c.shape.vocabulary == source.shape.vocabulary)
     return root.model(runtime.device, runtime.dtype)
 
 
