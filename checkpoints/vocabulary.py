@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import write_json
+from checkpoints.manifest import write_bytes, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,16 +38,19 @@ class Trimmed:
     definition: dict[str, Any]  # tokenizer.json
     settings: dict[str, Any]  # tokenizer_config.json
     whole: bool  # every token that the text uses was kept
+    template: str | None = None  # for conversations
 
     @property
     def new_ids(self) -> dict[int, int]:
         return {old: new for new, old in enumerate(self.kept)}
 
     def write(self, folder: Path) -> None:
-        """The two files from which transformers reads the tokenizer."""
+        """The files from which transformers reads the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "tokenizer.json", self.definition)
         write_json(folder / "tokenizer_config.json", self.settings)
+        if self.template is not None:
+            write_bytes(folder / "chat_template.jinja", self.template.encode())
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -106,7 +109,8 @@ def trim(
     _renumber_processor(definition.get("post_processor"), new)
     if definition.get("padding"):
         definition["padding"]["pad_id"] = new.get(definition["padding"]["pad_id"], 0)
-    trimmed = Trimmed(order, definition, _settings(folder, tokenizer), whole)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    trimmed = Trimmed(order, definition, _settings(folder, tokenizer), whole, template)
     _prove_ids(trimmed, names)
     return trimmed
 

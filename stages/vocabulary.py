@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.headers import EDGE
-from checkpoints.manifest import write_bytes, write_json
+from checkpoints.manifest import write_json
 from checkpoints.reshape import vocabulary_tensors, with_vocabulary
 from checkpoints.runtime import Runtime
 from checkpoints.shape import ModelShape
@@ -25,6 +25,7 @@ from checkpoints.writer import CheckpointWriter
 from stages.options import Vocabulary as Options
 
 VERSION = 1
+GENERATION = "generation_config.json"
 
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
@@ -57,12 +58,8 @@ def run(
     target.copy_adapter(source)
 
     trimmed.write(target.folder)
-    for name in ("chat_template.jinja", "generation_config.json"):
-        if (path := source.folder / name).is_file():
-            if name.endswith(".json"):
-                write_json(target.folder / name, renumber_config(json.loads(path.read_text()), trimmed.new_ids))
-            else:
-                write_bytes(target.folder / name, path.read_bytes())
+    if (generation := source.folder / GENERATION).is_file():
+        write_json(target.folder / GENERATION, renumber_config(json.loads(generation.read_text()), trimmed.new_ids))
     # Not `source`: the other tokenizer files it may have number tokens as before.
     target.finish(renumber_config(source.config, trimmed.new_ids) | {"vocab_size": len(trimmed.kept)}, None)
     unused = len(trimmed.kept) - len(used.keys() & set(trimmed.kept))
