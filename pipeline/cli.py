@@ -114,6 +114,7 @@ for command in (
     cli_model.rank,
     cli_model.verify,
     cli_hardware.check,
+    cli_hardware.fit,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 

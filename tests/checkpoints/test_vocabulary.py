@@ -140,7 +140,9 @@ def test_added_tokens_and_the_chat_template_live_on(tmp_path: Path) -> None:
     assert "zebra-crossing" not in names  # no special token, and not in the corpus
     # The template's own text, "user: ", keeps its pieces though the corpus has none of them.
     talk = [{"role": "user", "content": CORPUS[0]}]
-    old, new = (t.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for t in (case.before, case.after))
+    old, new = (
+        t.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for t in (case.before, case.after)
+    )
     assert old == new
     assert [case.trimmed.kept[id] for id in case.after(new)["input_ids"]] == case.before(old)["input_ids"]
 

@@ -82,20 +82,22 @@ def test_nothing_is_done_twice_and_another_corpus_is_another_run(
     assert result.stages[0].checkpoint.fingerprint != first
 
 
-@pytest.mark.parametrize("order", [["depth", "vocabulary", "wanda"], ["gptq", "eora", "vocabulary"]])
+@pytest.mark.parametrize(
+    ("order", "skip"),
+    [
+        ("depth vocabulary wanda lora gptq eora", "lora,gptq,eora"),
+        ("depth wanda lora gptq eora vocabulary", "depth,wanda,lora"),
+    ],
+    ids=["after depth", "after eora"],
+)
 def test_it_may_stand_anywhere(
-    tiny_llama: Path, run_recipe: Run, corpus: Path, tmp_path: Path, order: list[str]
+    tiny_llama: Path, run_recipe: Run, corpus: Path, tmp_path: Path, order: str, skip: str
 ) -> None:
     recipe = tmp_path / "order.yaml"
-    recipe.write_text("stages:\n" + "".join(f"  - {name}: {{}}\n" for name in order))
-    text = recipe.read_text().replace("depth: {}", "depth: {remove: 1}")
-    recipe.write_text(text.replace("vocabulary: {}", f"vocabulary: {{corpus: '{corpus}'}}"))
-    flags = {"depth__remove": 1} if "depth" in order else {}
-    skipped = [name for name in ("depth", "wanda", "lora", "gptq", "eora") if name not in order]
-    result = _run_listed(run_recipe, tmp_path / "out", tiny_llama, str(recipe), order, skipped, flags)
-    at = order.index("vocabulary")
-    before = result.stages[at - 1].checkpoint
-    after = result.stages[at].checkpoint
+    recipe.write_text("stages:\n" + "".join(f"  - {name}\n" for name in order.split()))
+    result = run_recipe(tmp_path / "out", tiny_llama, recipe=str(recipe), skip=skip, vocabulary__corpus=str(corpus))
+    at = [s["stage"] for s in result.report["stages"]].index("vocabulary")
+    before, after = (result.stages[i].checkpoint for i in (at - 1, at))
     kept = _kept(before, after)
     ids = torch.tensor([after.tokenizer()(SHORT)["input_ids"][:32]])
     with torch.no_grad():
@@ -103,22 +105,6 @@ def test_it_may_stand_anywhere(
         got = after.model(dtype=torch.float32)(ids).logits
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
     assert result.report["stages"][at]["file_bytes"] == after.shape.file_bytes
-
-
-def _run_listed(
-    run: Run, out: Path, model: Path, recipe: str, order: list[str], skipped: list[str], flags: dict[str, Any]
-) -> Any:
-    """run_recipe gives budgets to every stage, which a recipe that leaves some out refuses."""
-    from rich.console import Console
-
-    from pipeline.progress import Reporter
-    from pipeline.run import run as run_stages
-    from pipeline.store import Store
-    from tests.pipeline.conftest import _quick_values
-
-    given = {k: v for k, v in _quick_values().items() if "." not in k or k.split(".")[0] in order}
-    with Store(out).opened(), Reporter(Console(), quiet=True) as reporter:
-        return run_stages(build(recipe, given | {"model": str(model)}), out, reporter)
 
 
 def _kept(before: Checkpoint, after: Checkpoint) -> torch.Tensor:
@@ -151,7 +137,11 @@ def test_bad_input(tiny_llama: Path, run_recipe: Run, corpus: Path, tmp_path: Pa
 
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
-    for name, says in (("missing.txt", "there is no text"), ("empty.txt", "is empty"), ("binary.txt", "cannot be read")):
+    for name, says in (
+        ("missing.txt", "there is no text"),
+        ("empty.txt", "is empty"),
+        ("binary.txt", "cannot be read"),
+    ):
         with pytest.raises(RecipeError, match=says):
             planned(vocabulary__corpus=str(tmp_path / name))
     with pytest.raises(RecipeError, match="special tokens, single bytes"):

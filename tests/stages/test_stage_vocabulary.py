@@ -57,7 +57,7 @@ def trimmed_model(folder: Path, target: Path, limit: int = 0) -> tuple[Checkpoin
     ],
     ids=["tied", "untied", "wide", "gemma3", "phi3"],
 )
-def test_logits_of_kept_tokens_are_the_original_s_to_the_bit(
+def test_logits_of_kept_tokens_are_the_original_s(
     tiny_model: Callable[..., Path], tmp_path: Path, family: str, more: dict[str, Any]
 ) -> None:
     folder = tiny_model(family, **more)
