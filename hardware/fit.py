@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from checkpoints.errors import PlanError
 from checkpoints.reshape import with_blocks, with_grid, with_pattern, with_vocabulary
 from checkpoints.shape import ModelShape, parse_sparsity
 from hardware.check import check
@@ -114,7 +115,7 @@ def search(
 
     removable: blocks that may go. vocabularies: sizes to choose from. patterns: N:M to try, used only where the
     chip's verdict counts fewer bytes for them. how: context, kv_bits and the like, for `check`. Where nothing fits,
-    the smallest of each way to quantise instead, those that lack least first.
+    the two smallest of different bits instead, what lacks least first, and the smallest with all of its blocks.
     """
     search_ = _Search(shape, soc, loss, how)
     sizes = sorted({size for size in vocabularies if size < shape.vocabulary} | {shape.vocabulary}, reverse=True)
@@ -136,7 +137,7 @@ def search(
             fitting += search_.edge(first, sizes, removable)
         else:
             smallest.append(least)
-    closest = () if fitting else tuple(sorted(smallest, key=lambda c: (c.over_bytes, c.loss))[:3])
+    closest = () if fitting else search_.closest(smallest)
     return Found(tuple(sorted(fitting, key=_rank)[:best]), closest, search_.verdicts, bool(helping))
 
 
@@ -170,10 +171,16 @@ class _Search:
             if here is not None and here.settings.vocabulary == sizes[0]:
                 return  # removing more blocks buys nothing
 
+    def closest(self, smallest: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        ordered = sorted(smallest, key=lambda c: (c.over_bytes, c.loss))
+        first = {c.settings.quantisation.bits: c for c in reversed(ordered)}
+        chosen = sorted(first.values(), key=lambda c: c.over_bytes)[:2]
+        if not ordered[0].settings.removed:
+            return tuple(chosen)
+        return (*chosen, self.judge(replace(ordered[0].settings, removed=0)))
+
     def possible(self, ways: Sequence[Quantisation]) -> list[Quantisation]:
         """Those whose format can hold the model, each grid once."""
-        from checkpoints.errors import PlanError
-
         seen = set()
         kept = []
         for way in ways:
@@ -189,8 +196,6 @@ class _Search:
 
     def saves(self, pattern: str) -> bool:
         """Whether this chip needs less room for the weights with the pattern."""
-        from checkpoints.errors import PlanError
-
         try:
             with_zeros = self.judge(Settings(self.shape.vocabulary, pattern=pattern))
         except PlanError:

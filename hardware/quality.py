@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 # Share of the blocks removed -> rise. SmolLM2-135M-Instruct without 2 of 30 blocks (README: 13.82 -> 17.31);
 # Llama-3.2-1B-Instruct without 2, 4, 6, 8 of 16 (the thesis, table A.1: 26.61 -> 55.24, 230.77, 2081.04, 227734.90).
@@ -46,7 +47,7 @@ def vocabulary_cost(size: int) -> float:
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float:
     """Linear between points with rising x, and beyond the last along the last line."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x <= x1 or (x1, y1) == points[-1]:
             return y0 + (y1 - y0) * max(0.0, x - x0) / (x1 - x0)
     return points[-1][1]

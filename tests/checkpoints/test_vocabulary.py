@@ -170,7 +170,7 @@ def test_tokens_beyond_the_embedding_go(tmp_path: Path) -> None:
 
 def test_a_unigram_s_unknown_characters_weigh_the_same(tmp_path: Path) -> None:
     case = Case(tmp_path, "unigram")
-    scores = [{piece: score for piece, score in d["model"]["vocab"]} for d in
+    scores = [dict(d["model"]["vocab"]) for d in
               (json.loads(case.before.backend_tokenizer.to_str()), case.trimmed.definition)]  # fmt: skip
     assert min(scores[0].values()) == min(scores[1].values())
     assert scores[1].items() <= scores[0].items()
