@@ -46,8 +46,8 @@ class Vocabularies:
         if size == self.rows:
             return 0.0
         if self._longer is not None:
-            return quality.LENGTH_COST * (self._longer(size) - 1)
-        return quality.vocabulary_cost(size)
+            return quality.length_cost(self._longer(size))
+        return quality.vocabulary_cost(size, self.rows)
 
 
 def _corpus_lengths(folder: Path, corpus: str) -> tuple[int, Callable[[int], float]]:
@@ -90,7 +90,7 @@ def estimated(shape: ModelShape, vocabularies: Vocabularies, measured: Mapping[S
             return measured[settings], True
         how = settings.quantisation
         cost = quality.depth_cost(settings.removed, len(shape.blocks)) + quality.PATTERNS.get(settings.pattern, 0.0)
-        cost += quality.quantisation_cost(how.quant, how.group) + quality.EMBEDDINGS[how.embedding_bits]
+        cost += quality.quantisation_cost(how.quant) + quality.EMBEDDINGS[how.embedding_bits]
         return cost + vocabularies.cost(settings.vocabulary), False
 
     return loss
@@ -109,7 +109,7 @@ def read_sweep(out: Path, shape: ModelShape) -> dict[Settings, float]:
     if not out.is_dir():
         raise CheckpointError(f"there is no folder {out}; --sweep takes the output folder of an earlier run or sweep")
     found: dict[Settings, float] = {}
-    finished = sorted(path.parent for path in out.glob(f"*/{MANIFEST}"))
+    finished = sorted(path.parent for path in out.glob(f"*/{MANIFEST}") if not path.parent.is_symlink())
     for folder in finished:
         chain = list(_chain(folder))
         settings, root = _settings_of(chain, shape), chain[-1].quality.get("before", {})
