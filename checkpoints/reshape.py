@@ -53,6 +53,28 @@ def cut_config(config: dict[str, Any], kept: list[int], count: int) -> dict[str,
     return config
 
 
+# How often the inner width is among a layer's rows and columns.
+_FFN_SIDES = {"gate_proj": (1, 0), "up_proj": (1, 0), "gate_up_proj": (2, 0), "down_proj": (0, 1)}
+
+
+def with_wider_ffn(shape: ModelShape, multiple: int) -> ModelShape:
+    """The feed-forward layers with their inner width rounded up. Raises PlanError where they cannot be told apart."""
+    if shape.pattern is not None or shape.grid is not None:
+        raise PlanError("pad widens dense weights that no mask is on yet; put pad before wanda and gptq")
+    inner = shape.number("intermediate_size")
+    more = -inner % multiple
+
+    def wider(x: LinearShape) -> LinearShape:
+        _, _, name = x.name.rpartition(".")
+        rows, columns = _FFN_SIDES.get(name, (0, 0))
+        sides = (rows and x.out_features != rows * inner) or (columns and x.in_features != inner)
+        if sides or (".mlp." in f".{x.name}" and not rows and not columns):
+            raise PlanError(f"pad: {x.name} ({x.out_features} x {x.in_features}) is no part of a feed-forward it knows")
+        return replace(x, out_features=x.out_features + rows * more, in_features=x.in_features + columns * more)
+
+    return replace(_each_linear(shape, wider), config=dict(shape.config) | {"intermediate_size": inner + more})
+
+
 def with_pattern(shape: ModelShape, pattern: Sparsity) -> ModelShape:
     """The pattern on every linear layer of every block."""
     return _each_linear(shape, lambda x: replace(x, pattern=pattern))

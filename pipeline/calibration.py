@@ -17,7 +17,7 @@ from checkpoints.tokens import TokenBatches, sample_windows
 from eval.text import Text, load_text
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import corpus_vocabulary, follows_vocabulary
-from stages.options import Lora, Options, Vocabulary
+from stages.options import Lora, Options, Pad, Vocabulary
 
 SELF = "self"
 
@@ -44,6 +44,8 @@ class Calibration:
         if isinstance(options, Vocabulary):
             assert vocabulary is not None
             return vocabulary.corpus
+        if isinstance(options, Pad):
+            return TokenBatches("none", torch.empty(0, 0, dtype=torch.int64))
         trimmed = vocabulary is not None and follows_vocabulary(self._recipe, stage)
         spec = (options.data if isinstance(options, Lora) else "") or self._recipe.calibration_text
         generator = self._runtime.generator(f"{stage} calibration")

@@ -10,7 +10,7 @@ from checkpoints.errors import EdgepressError, PlanError, RecipeError
 from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import counted
-from stages.options import Options, Vocabulary
+from stages.options import Options, Pad, Vocabulary
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
 # measured on Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
@@ -68,6 +68,8 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
     """Forecast of the process's peak resident size in bytes while the stage runs."""
     if isinstance(options, Vocabulary):  # the whole outer part as it was and what is kept of it
         return int(_BASE_BYTES + 2 * sum(t.nbytes for t in before.outer))
+    if isinstance(options, Pad):
+        return _BASE_BYTES + 4 * max(sum(t.nbytes for t in b.stored()) for b in before.blocks)
     block = max(sum(t.elements for t in b.stored()) for b in _dense(before).blocks) * 2
     outer = sum(t.nbytes for t in before.outer)
     tokens = options.samples * options.length

@@ -48,6 +48,24 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Pad:
+    """Channels of zeros that make the feed-forward width a multiple, as GPTQ's file format needs."""
+
+    multiple: int = option(0, "--pad-ffn", "Widen the feed-forward with zeros to a multiple of this, e.g. 32; 0 skips.")
+
+    def __post_init__(self) -> None:
+        _require(self.multiple >= 0, f"--pad-ffn {self.multiple}: cannot be negative")
+
+    @property
+    def skipped(self) -> bool:
+        return self.multiple == 0
+
+    @property
+    def label(self) -> str:
+        return f"pad-{self.multiple}"
+
+
+@dataclass(frozen=True)
 class Depth:
     """Which blocks go (Shortened LLaMA, arXiv 2402.02834)."""
 
@@ -231,10 +249,11 @@ class Eora:
         return f"eora-r{self.rank}"
 
 
-Options = Vocabulary | Depth | Wanda | Lora | Gptq | Eora
+Options = Vocabulary | Pad | Depth | Wanda | Lora | Gptq | Eora
 
 STAGES: dict[str, type[Options]] = {
     "vocabulary": Vocabulary,
+    "pad": Pad,
     "depth": Depth,
     "wanda": Wanda,
     "lora": Lora,
