@@ -90,7 +90,9 @@ def estimated(shape: ModelShape, vocabularies: Vocabularies, measured: Mapping[S
             return measured[settings], True
         how = settings.quantisation
         cost = quality.depth_cost(settings.removed, len(shape.blocks)) + quality.PATTERNS.get(settings.pattern, 0.0)
-        cost += quality.quantisation_cost(how.quant) + quality.EMBEDDINGS[how.embedding_bits]
+        cost += (
+            quality.quantisation_cost(how.bits, how.group, shape.hidden_size) + quality.EMBEDDINGS[how.embedding_bits]
+        )
         return cost + vocabularies.cost(settings.vocabulary), False
 
     return loss

@@ -28,7 +28,9 @@ SIRACUSA = load_soc("siracusa")
 def cost(shape: ModelShape) -> Any:
     def loss(s: Settings) -> tuple[float, bool]:
         how = s.quantisation
-        total = quality.quantisation_cost(how.quant) + quality.EMBEDDINGS[how.embedding_bits]
+        total = (
+            quality.quantisation_cost(how.bits, how.group, shape.hidden_size) + quality.EMBEDDINGS[how.embedding_bits]
+        )
         total += quality.depth_cost(s.removed, len(shape.blocks)) + quality.PATTERNS.get(s.pattern, 0)
         return total + quality.vocabulary_cost(s.vocabulary, shape.vocabulary), False
 
@@ -136,8 +138,12 @@ def test_the_proxy_gives_back_what_was_measured_and_never_falls() -> None:
     longer = [quality.length_cost(1 + n / 10) for n in range(-1, 20)]
     assert longer == sorted(longer)
     assert longer[1] == 0
-    for quant in {q.quant for q in QUANTISATIONS}:
-        assert quality.quantisation_cost(quant) > 0
+    by_bits = [quality.quantisation_cost(bits, 64, 576) for bits in (0, 8, 4, 3)]
+    assert by_bits == sorted(by_bits)
+    assert by_bits[0] == 0 < by_bits[1]
+    assert quality.quantisation_cost(4, 128, 576) == pytest.approx(math.log(22.89 / 21.34), abs=1e-3)
+    assert quality.quantisation_cost(4, 128, 576) < quality.quantisation_cost(4, -1, 576)
+    assert quality.quantisation_cost(4, 64, 576) == quality.quantisation_cost(4, -1, 64)
     assert quality.EMBEDDINGS[0] == 0 < quality.EMBEDDINGS[8] < quality.EMBEDDINGS[4]
     assert quality.PATTERNS["2:4"] == pytest.approx(math.log(161.10 / 26.61), abs=1e-3)
 
