@@ -33,13 +33,13 @@ class Vocabularies:
 
     def __init__(self, shape: ModelShape, corpus: str, folder: Path | None) -> None:
         self.rows, self.corpus = shape.vocabulary, corpus
-        powers = [2**n for n in range(9, 18) if SMALLEST_VOCABULARY <= 2**n < self.rows]
-        self.sizes = powers
+        steps = (n for power in range(9, 18) for n in (2**power, 2**power * 3 // 2))
+        self.sizes = [size for size in steps if SMALLEST_VOCABULARY <= size < self.rows]
         self._longer: Callable[[int], float] | None = None
         if corpus:
             assert folder is not None
             used, self._longer = _corpus_lengths(folder, corpus)
-            self.sizes = [size for size in powers if size < used] + [used]
+            self.sizes = [size for size in self.sizes if size < used] + [used]
 
     def cost(self, size: int) -> float:
         """Rise of the loss in nats for each token of the uncut vocabulary."""

@@ -53,7 +53,8 @@ def test_nothing_better_is_missed(mib: float) -> None:
     found = search(shape, soc, loss, removable=3, vocabularies=sizes, best=6)
     fitting = {}
     for how, removed, size in itertools.product((Quantisation(), *QUANTISATIONS), range(4), [*sizes, 32000]):
-        settings = Settings(size, removed, "none", how)
+        grid = reshaped(shape, Settings(size, quantisation=how)).grid  # the group that the model's widths allow
+        settings = Settings(size, removed, "none", replace(how, group=grid.group) if grid else how)
         if check(reshaped(shape, settings), soc).fits:
             fitting[settings] = loss(settings)[0]
     if not fitting:
