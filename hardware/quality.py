@@ -22,8 +22,8 @@ DEPTH: Points = ((0.0, 0.0), (2 / 30, 0.225), (2 / 16, 0.730), (4 / 16, 2.160), 
 PATTERNS = {"1:16": 0.006, "1:8": 0.022, "8:16": 0.879, "4:8": 1.117, "2:4": 1.801}
 
 # 4-bit weights, by how many share a scale -> rise. 32 and 64: stories260K padded to 192, on unseen TinyStories (4.913
-# -> 5.135, 5.225); 128: Llama-3.2-1B-Instruct without 2 of 16 blocks (the thesis, table A.2: 21.34 -> 22.89). Longer rows
-# lie on the last line, where nothing was measured.
+# -> 5.135, 5.225); 128: Llama-3.2-1B-Instruct without 2 of 16 blocks (the thesis, table A.2: 21.34 -> 22.89). Longer
+# rows lie on the last line, where nothing was measured.
 FOUR_BITS: Points = ((5, 0.044), (6, 0.062), (7, 0.070))  # against log2 of the weights that share a scale
 # Other widths against 4 bits, in groups of 64: stories260K, 4.913 -> 4.9135 with 8 bits, 7.028 with 3.
 OF_FOUR_BITS = {0: 0.0, 8: 0.002, 4: 1.0, 3: 5.8}
