@@ -57,6 +57,7 @@ class StageResult:
             "parameters_total": manifest.parameters_total,
             "parameters_nonzero": manifest.parameters_nonzero,
             "sparsity": sparsity,
+            "bits_per_byte": {"before": self.before["bits_per_byte"], "after": self.after["bits_per_byte"]},
             "perplexity": {
                 "before": self.before["perplexity"],
                 "after": self.after["perplexity"],
@@ -260,6 +261,9 @@ def _say_stage(reporter: Reporter, result: StageResult, parent: Checkpoint) -> N
     packed = f"packed {_bytes(parent.shape.packed_bytes)} -> {_bytes(manifest.packed_bytes)}"
     reporter.say(f"  {_bytes(parent.shape.file_bytes)} -> {_bytes(manifest.file_bytes)}, {packed}{zeros}")
     reporter.say(f"  perplexity {before:.2f} -> {after:.2f}")
+    if manifest.stage == "vocabulary":
+        bits = (result.before["bits_per_byte"], result.after["bits_per_byte"])
+        reporter.say(f"  other tokens count in it now: compare bits per byte, {bits[0]:.3f} -> {bits[1]:.3f}")
     if manifest.stage in _SHOULD_IMPROVE and after >= before:
         reporter.note(f"{manifest.stage} should have lowered the perplexity and did not")
 
