@@ -69,8 +69,6 @@ def _load(name: str, settings: Settings, shots: int | None, manager: TaskManager
     """lm-eval's task objects with their data, and where the data came from in words."""
     files = settings.files_of(name)
     members: list[Any] = []
-    if len(files) > 1:
-        raise PlanError(f"--from {name}=…: one file or folder, not {len(files)}")
     if files and name.split("_")[0] == "mmlu":
         members = [
             {"task": f"mmlu_{subject}", "custom_dataset": _given(splits)}

@@ -9,8 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import PlanError, TextError
+from eval.settings import Settings
 
 _LETTERS = "ABCD"
+
+
+def check(name: str, settings: Settings) -> None:
+    """Raise what is wrong with a task's local files; the hub's data are lm-eval's to load."""
+    files = settings.files_of(name)
+    if len(files) > 1:
+        raise PlanError(f"--from {name}=…: one file or folder, not {len(files)}")
+    if files and name.split("_")[0] == "mmlu":
+        mmlu_subjects(files[0])
+    elif files:
+        jsonl_splits(files[0], settings.shots > 0)
 
 
 def mmlu_subjects(folder: Path) -> dict[str, Any]:

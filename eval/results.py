@@ -77,7 +77,7 @@ def proportion(metric: str, ids: Sequence[str], hits: Sequence[float], protocol:
         max(0.0, min(p, middle - half)),  # rounding must not put the value outside its interval
         min(1.0, max(p, middle + half)),
         n,
-        f"95 %, Wilson, {n} items",
+        f"95 %, Wilson over {n} items",
         protocol,
         unit="%",
         ids=tuple(ids),
