@@ -144,7 +144,7 @@ def test_a_file_of_another_checkpoint_or_other_settings_names_both(
         answer_all(other, QUESTIONS[:2], settings, "t")
     assert subject.checkpoint.fingerprint[:12] in str(raised.value)
     assert other.checkpoint.fingerprint[:12] in str(raised.value)
-    with pytest.raises(CheckpointError, match="new_tokens 4; this one is t on tiny .* new_tokens 5"):
+    with pytest.raises(CheckpointError, match=r"new_tokens 4; this one is t on tiny .* new_tokens 5"):
         answer_all(subject, QUESTIONS[:2], replace(settings, new_tokens=5), "t")
     with pytest.raises(TextError, match="another prompt for question '0'"):
         answer_all(subject, [replace(QUESTIONS[0], prompt="else")], settings, "t")
