@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.runtime import Runtime
 from checkpoints.walk import Walk
+from eval.disturb import Disturbance
 from eval.text import Text
 
 if TYPE_CHECKING:
@@ -63,14 +65,17 @@ class Perplexity:
         return asdict(self)
 
 
-def measure(checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime) -> Perplexity:
+def measure(
+    checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime, disturbance: Disturbance | None = None
+) -> Perplexity:
     """exp of the mean negative log-likelihood of each token given those before it in its window or row.
 
-    Logits in the runtime's precision, losses in float32. Raises TextError where the text is too short.
+    Logits in the runtime's precision, losses in float32. disturbance: noise or masks on every block, as
+    eval/robustness.py asks for. Raises TextError where the text is too short.
     """
     tokenizer = checkpoint.tokenizer()
     batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
-    nll, scored = negative_log_likelihood(checkpoint, batches, runtime)
+    nll, scored = negative_log_likelihood(checkpoint, batches, runtime, disturbance)
     rows = [row[row != _IGNORED] for batch in batches for row in batch.targets]
     read = sum(row.numel() for row in rows)
     # Bytes of what was predicted: the first token of each row is context only.
@@ -98,11 +103,15 @@ class _Batch:
     targets: Tensor  # (b, L), the same with padding marked
 
 
-def negative_log_likelihood(checkpoint: Checkpoint, batches: list[_Batch], runtime: Runtime) -> tuple[float, int]:
+def negative_log_likelihood(
+    checkpoint: Checkpoint, batches: list[_Batch], runtime: Runtime, disturbance: Disturbance | None = None
+) -> tuple[float, int]:
     """Summed over all predicted tokens, in nats; and how many they are."""
     walk = Walk(checkpoint, [b.ids for b in batches], runtime, last_outputs=True, task="perplexity")
     for block in walk:
-        block.done()
+        shape = checkpoint.shape.blocks[block.index]
+        with disturbance.on_block(block.module, shape, block.index) if disturbance else nullcontext():
+            block.done()
     nll, scored = 0.0, 0
     with walk.skeleton.head() as head, torch.no_grad():
         for states, batch in zip(walk.states.chunks, batches, strict=True):
