@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -193,14 +194,23 @@ def _c4(use: Use) -> Text:
 
 
 def _hub(name: str, config: str, split: str, spec: str, take: int | None = None) -> list[dict[str, Any]]:
+    instead = "a local file (.txt, .raw, .jsonl, .json, .parquet), or 'embedded', which needs no network"
+    return list(itertools.islice(hub_rows(name, config, split, spec, instead, stream=take is not None), take))
+
+
+def hub_rows(
+    name: str, config: str, split: str, spec: str, instead: str, stream: bool = True
+) -> Iterator[dict[str, Any]]:
+    """The rows of a data set of the hub, one by one.
+
+    Raises TextError where it cannot be reached, saying what to pass `instead`.
+    """
     from datasets import load_dataset
 
     try:
-        data = load_dataset(name, config, split=split, streaming=take is not None)
-        return list(data.take(take) if take is not None else data)
+        yield from load_dataset(name, config, split=split, streaming=stream)
     except Exception as error:  # datasets raises its own, the hub's and the network's errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TextError(
-            f"the data set '{spec}' could not be had from the hub: {reason}\n"
-            "Pass a local file instead (.txt, .raw, .jsonl, .json, .parquet), or 'embedded', which needs no network"
+            f"the data set '{spec}' could not be had from the hub: {reason}\nPass instead {instead}"
         ) from None
