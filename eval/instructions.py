@@ -10,8 +10,9 @@ Of a conversation the last request that was answered counts, with its answer, as
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ HUB = {
 }
 _ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant")
 _SHOWN_FAULTS = 5
+FILE_FORM = (
+    "a .json, .jsonl or .parquet file whose rows have {instruction, input, output}, {instruction, context, response}, "
+    "{prompt, answer}, {conversations} or {messages}"
+)
 
 
 @dataclass(frozen=True)
@@ -50,55 +55,72 @@ class Instruction:
 class InstructionSet:
     name: str
     rows: tuple[Instruction, ...]
+    unusable: int = 0  # rows before the last one that have no text to ask or to compare with; the hub's only
 
 
 def load_instructions(source: str, limit: int = 0) -> InstructionSet:
     """The first `limit` rows (0: all) of a hub name or a .json, .jsonl or .parquet file.
 
-    Raises TextError naming the row of every fault, or, without a hub, the file form to give instead.
+    Raises TextError naming every faulty row of a file, or, without a hub, the file form to give instead. The hub's
+    faulty rows, which nobody here can mend, are left out and counted.
     """
     if source in HUB:
-        return InstructionSet(source, tuple(_parsed(source, _hub(source, limit))))
+        return _from_hub(source, limit)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise TextError(f"there is no instruction data '{source}': not one of {', '.join(HUB)}, and not a file")
-    rows = list(_parsed(str(path), _file_rows(path)))
-    if not rows:
-        raise TextError(f"{path} has no row")
+        raise TextError(
+            f"there is no instruction data '{source}': not one of {', '.join(HUB)}, and not a file. Give {FILE_FORM}"
+        )
+    rows = _from_file(path)
     return InstructionSet(path.stem, tuple(rows[: limit or None]))
+
+
+def _from_hub(source: str, limit: int) -> InstructionSet:
+    rows: list[Instruction] = []
+    unusable = 0
+    for place, row in _hub_rows(source):
+        try:
+            rows.append(parse_row(place.rpartition(" ")[2], row))
+        except RowError:
+            unusable += 1
+        if len(rows) == limit:
+            break
+    return InstructionSet(source, tuple(rows), unusable)
+
+
+def _from_file(path: Path) -> list[Instruction]:
+    found, faults = [], []
+    for place, row in _file_rows(path):
+        try:
+            found.append(parse_row(place.rpartition(" ")[2], row))
+        except RowError as fault:
+            faults.append(f"{place}: {fault}")
+    if faults:
+        more = len(faults) - _SHOWN_FAULTS
+        raise TextError(f"{path}, " + "; ".join(faults[:_SHOWN_FAULTS]) + (f"; and {more} more" if more > 0 else ""))
+    if not found:
+        raise TextError(f"{path} has no row")
+    return found
 
 
 # --- rows to instructions -------------------------------------------------------------------------------------------
 
 
-class _Fault(ValueError):
+class RowError(ValueError):
     """What is wrong with one row."""
 
 
-def _parsed(where: str, rows: Iterable[tuple[str, Any]]) -> Iterator[Instruction]:
-    found, faults = [], []
-    for place, row in rows:
-        try:
-            if isinstance(row, _Fault):
-                raise row
-            found.append(parse_row(place.rpartition(" ")[2], row))
-        except _Fault as fault:
-            faults.append(f"{place}: {fault}")
-    if faults:
-        more = len(faults) - _SHOWN_FAULTS
-        raise TextError(f"{where}, " + "; ".join(faults[:_SHOWN_FAULTS]) + (f"; and {more} more" if more > 0 else ""))
-    yield from found
-
-
 def parse_row(number: str, row: Any) -> Instruction:
-    """One row of any of the schemas."""
+    """One row of any of the schemas. Raises RowError."""
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, Mapping):
-        raise _Fault(f"not an object with fields but {type(row).__name__}")
+        raise RowError(f"not an object with fields but {type(row).__name__}")
     for needed, parse in _SCHEMAS:
         if all(name in row for name in needed):
             return parse(number, row)
     forms = " or ".join("{" + ", ".join(needed) + "}" for needed, _ in _SCHEMAS)
-    raise _Fault(f"fields {', '.join(map(str, row)) or 'none'}; needed are {forms}")
+    raise RowError(f"fields {', '.join(map(str, row)) or 'none'}; needed are {forms}")
 
 
 def _plain(asked: str, context: str, answered: str, prepared: bool = False) -> Callable[[str, Any], Instruction]:
@@ -113,11 +135,11 @@ def _conversation(turns: str, speaker: str, said: str) -> Callable[[str, Any], I
     def parse(number: str, row: Mapping[str, Any]) -> Instruction:
         listed = row[turns]
         if not isinstance(listed, Sequence) or not all(isinstance(t, Mapping) and t.get(speaker) for t in listed):
-            raise _Fault(f"'{turns}' is not a list of turns with '{speaker}' and '{said}'")
-        for request, answer in reversed(list(zip(listed, listed[1:], strict=False))):
+            raise RowError(f"'{turns}' is not a list of turns with '{speaker}' and '{said}'")
+        for request, answer in reversed(list(itertools.pairwise(listed))):
             if request[speaker] in _ASKING and answer[speaker] in _ANSWERING:
                 return Instruction(number, _text(request, said), "", _text(answer, said))
-        raise _Fault(f"'{turns}' has no turn of {' or '.join(_ASKING)} followed by one of {' or '.join(_ANSWERING)}")
+        raise RowError(f"'{turns}' has no turn of {' or '.join(_ASKING)} followed by one of {' or '.join(_ANSWERING)}")
 
     return parse
 
@@ -136,9 +158,9 @@ def _text(row: Mapping[str, Any], name: str, may_be_empty: bool = False) -> str:
     if value is None and may_be_empty:
         return ""
     if not isinstance(value, str):
-        raise _Fault(f"'{name}' is not text")
+        raise RowError(f"'{name}' is not text")
     if not value.strip() and not may_be_empty:
-        raise _Fault(f"'{name}' is empty")
+        raise RowError(f"'{name}' is empty")
     return value.strip()
 
 
@@ -159,7 +181,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
             rows = parquet.read_table(path).to_pylist()
         else:
-            raise TextError(f"{path}: instruction data is read from .json, .jsonl and .parquet files")
+            raise TextError(f"{path} is no instruction data; give {FILE_FORM}")
     except (ValueError, OSError) as error:  # undecodable bytes, JSON's and pyarrow's own are all ValueErrors
         raise TextError(f"{path} cannot be read as {path.suffix}: {error}") from None
     if not isinstance(rows, list):
@@ -170,30 +192,17 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_line(line: str) -> Any:
     if not line.strip():
-        return _Fault("empty")
+        return RowError("empty")
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return _Fault(f"not JSON ({error.msg})")
+        return RowError(f"not JSON ({error.msg})")
 
 
-def _hub(source: str, limit: int) -> Iterator[tuple[str, Any]]:
-    """Rows of the hub's splits one after the other, only as many as are wanted."""
-    from datasets import load_dataset
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """Rows of the hub's splits one after the other."""
+    from eval.text import hub_rows
 
     name, splits = HUB[source]
-    rows: list[Any] = []
-    try:
-        for split in splits:
-            data = load_dataset(name, split=split, streaming=bool(limit))
-            rows += list(data.take(limit - len(rows)) if limit else data)
-            if limit and len(rows) >= limit:
-                break
-    except Exception as error:  # datasets raises its own, the hub's and the network's errors alike
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TextError(
-            f"the data set '{source}' could not be had from the hub: {reason}\n"
-            "Give a local .json, .jsonl or .parquet file instead, whose rows have {instruction, input, output}, "
-            "{instruction, context, response}, {prompt, answer} or {conversations}"
-        ) from None
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    streams = (hub_rows(name, "default", split, source, FILE_FORM) for split in splits)
+    return ((f"row {number}", row) for number, row in enumerate(itertools.chain.from_iterable(streams), 1))

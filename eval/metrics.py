@@ -26,7 +26,7 @@ _SBERT_HINT = (
 )
 
 
-class NotMeasured(Exception):  # noqa: N818: a state to report, not a mistake
+class NotMeasuredError(Exception):
     """A metric that cannot be had here; the message says why and what would help, on one line."""
 
 
@@ -98,21 +98,21 @@ def sbert_cosines(
 ) -> tuple[list[float], str]:
     """Cosine of sentence embeddings (equation 2.51), one number an answer; and the model's name.
 
-    model: a name or folder; empty is the packaged one. Raises NotMeasured where the extra or a model is absent.
+    model: a name or folder; empty is the packaged one. Raises NotMeasuredError where the extra or a model is absent.
     """
     _require_pairs(answers, references)
     if model == "none":
-        raise NotMeasured("--sbert none")
+        raise NotMeasuredError("--sbert none")
     if not importlib.util.find_spec("sentence_transformers"):
-        raise NotMeasured(f"sentence-transformers is not installed: {_SBERT_HINT}")
+        raise NotMeasuredError(f"sentence-transformers is not installed: {_SBERT_HINT}")
     place = model or _packaged_sbert()
     if place is None:
-        raise NotMeasured(f"there is no model of sentence embeddings: {_SBERT_HINT}")
+        raise NotMeasuredError(f"there is no model of sentence embeddings: {_SBERT_HINT}")
     try:
         encoder = _encoder(place, device)
     except Exception as error:  # the library raises the hub's, the network's and its own errors for a few causes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotMeasured(f"'{place}' cannot be loaded ({reason}): {_SBERT_HINT}") from None
+        raise NotMeasuredError(f"'{place}' cannot be loaded ({reason}): {_SBERT_HINT}") from None
     ours, theirs = (encoder.encode(list(texts), show_progress_bar=False) for texts in (answers, references))
     return [cosine(a, b) for a, b in zip(ours, theirs, strict=True)], Path(model).name if model else PACKAGED_SBERT
 

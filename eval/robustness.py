@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
-from checkpoints.runtime import Runtime
+from checkpoints.runtime import Runtime, Silent
 from eval.disturb import KINDS, Disturbance
 from eval.perplexity import Protocol, measure
-from eval.text import Text
+from eval.results import Result, Score
+from eval.settings import Settings, numbers
+from eval.subject import Subject
+from eval.tasks import find_tasks
+from eval.text import NAMED, Text, load_text
 
 Quantity = Callable[[Disturbance | None], float]  # None: undisturbed
 
@@ -91,6 +96,83 @@ def perplexity_under(checkpoint: Checkpoint, text: Text, protocol: Protocol, run
             return math.inf
 
     return quantity
+
+
+# --- the task -------------------------------------------------------------------------------------------------------
+
+_UNSUITABLE = ("wikitext2", "speed", "robustness")  # walked block by block, timed elsewhere, itself
+
+
+def run(name: str, subject: Subject, settings: Settings) -> Result:
+    """The task `robustness`: perplexity of --text, or the main score of --robust-task, under each disturbance."""
+    began = time.perf_counter()
+    seeds = tuple(subject.runtime.seed + i for i in range(settings.seeds))
+    plan = Plan(numbers("--noise", settings.noise), numbers("--mask", settings.mask), seeds)
+    progress = subject.runtime.progress
+    progress.start(name, 1 + len(seeds) * len(plan.disturbances(seeds[0])))
+    quiet = Subject(subject.checkpoint, replace(subject.runtime, progress=Silent()), subject.label)
+    last: list[Score] = []
+    by_task = _perplexity if settings.robust_task == "perplexity" else _main_score
+
+    def quantity(disturbance: Disturbance | None) -> float:
+        last[:] = [by_task(quiet, settings, disturbance)]
+        progress.step(**{settings.robust_task: f"{last[0].value:.4g}"})
+        return last[0].value
+
+    result = measure_robustness(settings.robust_task, "", quantity, plan)
+    result = replace(result, protocol=f"{last[0].protocol}; {len(seeds)} seeds; masks not rescaled")
+    better = last[0].higher_is_better
+    unit = last[0].unit
+    return Result(name, _scores(result, better, unit), time.perf_counter() - began, result.to_dict())
+
+
+def _scores(result: Robustness, better: bool, unit: str) -> tuple[Score, ...]:
+    still = result.undisturbed
+    first = Score(f"{result.quantity}, undisturbed", still, still, still, 1, "", result.protocol, better, unit)
+    others = [
+        Score(
+            f"{result.quantity}, {level.kind} {level.strength:g}",
+            level.mean,
+            level.lowest,
+            level.highest,
+            len(level.values),
+            "" if level.spread is None else f"least and most of {len(level.values)} seeds, sd {level.spread:.3g}",
+            result.protocol,
+            better,
+            unit,
+        )
+        for level in result.levels
+    ]
+    return (first, *others)
+
+
+def _perplexity(subject: Subject, settings: Settings, disturbance: Disturbance | None) -> Score:
+    protocol = Protocol(settings.protocol, settings.window, settings.tokens)
+    text = load_text(settings.text, "evaluate" if settings.text in NAMED else "whole")
+    value = perplexity_under(subject.checkpoint, text, protocol, subject.runtime)(disturbance)
+    how = f"{protocol}; {text.name}; {subject.dtype}"
+    return Score("perplexity", value, value, value, 1, "", how, higher_is_better=False)
+
+
+def _main_score(subject: Subject, settings: Settings, disturbance: Disturbance | None) -> Score:
+    """The first score of a task that uses the whole model; its answers are not kept, since noise made them."""
+    task = find_tasks([settings.robust_task])[0]
+    if task.name in _UNSUITABLE:
+        raise PlanError(f"--robust-task {task.name}: robustness follows perplexity (of --text) or a task of answers")
+    inner = replace(settings, answers="")
+    if disturbance is None:
+        return task.load()(task.name, subject, inner).scores[0]
+    passes: list[None] = []
+    block = subject.model.get_submodule(f"{subject.checkpoint.shape.block_prefix}.0")
+    counter = block.register_forward_pre_hook(lambda *_: passes.append(None))
+    try:
+        with disturbance.on_model(subject.model, subject.checkpoint.shape):
+            score = task.load()(task.name, subject, inner).scores[0]
+    finally:
+        counter.remove()
+    if not passes:
+        raise PlanError(f"--robust-task {task.name} does not run the model that noise was added to")
+    return score
 
 
 def _level(kind: str, strength: float, values: Sequence[float]) -> Level:

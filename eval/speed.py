@@ -1,0 +1,222 @@
+"""How fast a checkpoint reads and writes on this machine, and the memory that takes.
+
+Two ways to run the same checkpoint: `effective`, dense weights with codes dequantised and adapter added, as every
+other task has them; and `kernels`, the folder as a user loads it, its codes multiplied by GPTQModel's kernels. Each
+is measured in a process of its own, so that its peak of memory is not another's.
+
+Prefill is one forward pass over the prompt, decoding one pass a token with the KV cache; a sequence alone. What is
+said does not change how long it takes, so the prompt is random tokens. Times are wall-clock, medians of the repeats.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError, PlanError
+from checkpoints.headers import ADAPTER
+from checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes
+from checkpoints.quiet import quiet_import
+from eval.results import Result, Score
+from eval.settings import Settings
+from eval.subject import Subject
+
+ENGINES = ("effective", "kernels")
+
+
+@dataclass(frozen=True)
+class Workload:
+    prompt: int = 128  # tokens
+    tokens: int = 64  # new ones
+    repeats: int = 5
+    warmups: int = 1  # repeats that are not counted: caches fill, kernels are compiled
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1 or self.tokens < 2 or self.repeats < 1 or self.warmups < 0:
+            raise PlanError(
+                f"speed is measured on a prompt of at least 1 token, 2 new tokens and 1 repeat; asked for "
+                f"{self.prompt}, {self.tokens} and {self.repeats}"
+            )
+
+    def __str__(self) -> str:
+        return f"prompt {self.prompt}, {self.tokens} new tokens, batch 1"
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Seconds of one repeat. decode_seconds: of all new tokens but the first."""
+
+    prefill_seconds: float
+    first_token_seconds: float  # from the prompt's ids to the first new token's
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    engine: str
+    workload: Workload
+    repeats: tuple[Repeat, ...]
+    peak_memory_bytes: int  # of the whole process, loading included
+    libraries_bytes: int  # of it, resident before the model was loaded
+    threads: int
+    dtype: str
+    device: str
+    kernels: tuple[str, ...]  # classes that multiply the codes; empty for dense weights
+
+    @property
+    def prefill_rates(self) -> list[float]:
+        """Prompt tokens a second."""
+        return [self.workload.prompt / r.prefill_seconds for r in self.repeats]
+
+    @property
+    def decode_rates(self) -> list[float]:
+        """New tokens a second after the first."""
+        return [(self.workload.tokens - 1) / r.decode_seconds for r in self.repeats]
+
+    @property
+    def protocol(self) -> str:
+        how = f"{self.engine}{' (' + ', '.join(self.kernels) + ')' if self.kernels else ''}"
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        return f"{self.workload}; {how}; {self.dtype}; {self.device}, {threads}"
+
+    def to_dict(self) -> dict[str, Any]:
+        rates = {"prefill": self.prefill_rates, "decode": self.decode_rates}
+        medians = {f"{name}_tokens_per_second": statistics.median(values) for name, values in rates.items()}
+        return asdict(self) | medians | {"protocol": self.protocol}
+
+
+def run(name: str, subject: Subject, settings: Settings) -> Result:
+    """The task `speed`: effective weights, and with --kernels those of a quantised checkpoint too."""
+    workload = Workload(settings.speed_prompt, settings.speed_tokens, settings.repeats)
+    began = time.perf_counter()
+    progress = subject.runtime.progress
+    quantised = subject.checkpoint.shape.grid is not None
+    engines = ENGINES if settings.kernels and quantised else ENGINES[:1]
+    progress.start(name, len(engines))
+    timings = []
+    for engine in engines:
+        timings.append(
+            measure_speed(subject.checkpoint, engine, workload, subject.runtime.device, subject.runtime.dtype)
+        )
+        progress.step(engine=engine)
+    details: dict[str, Any] = {"timings": [timing.to_dict() for timing in timings]}
+    if settings.kernels and not quantised:
+        details["not_measured"] = {"kernels": "the checkpoint is not quantised: it has no codes for a kernel"}
+        progress.note(f"{name}: kernels not measured: {subject.label} is not quantised")
+    scores = tuple(score for timing in timings for score in _scores(timing))
+    return Result(name, scores, time.perf_counter() - began, details)
+
+
+def _scores(timing: Timing) -> list[Score]:
+    def score(metric: str, values: list[float], unit: str, higher: bool) -> Score:
+        n = len(values)
+        spread = f"least and most of {n} repeats" if n > 1 else ""
+        return Score(
+            f"{metric} ({timing.engine})",
+            statistics.median(values), min(values), max(values), n, spread, timing.protocol, higher, unit,
+        )  # fmt: skip
+
+    first = [r.first_token_seconds for r in timing.repeats]
+    return [
+        score("decode", timing.decode_rates, "tokens/s", True),
+        score("prefill", timing.prefill_rates, "tokens/s", True),
+        score("first token", first, "s", False),
+        score("peak memory", [timing.peak_memory_bytes / 2**20], "MiB", False),
+    ]
+
+
+def measure_speed(
+    checkpoint: Checkpoint, engine: str, workload: Workload, device: torch.device, dtype: torch.dtype
+) -> Timing:
+    """Time one checkpoint in a fresh process.
+
+    Raises PlanError for kernels without codes or too few positions, CheckpointError where loading fails.
+    """
+    _require(checkpoint, engine, workload)
+    # spawn: a fork would start out with this process's memory and threads.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        threads = torch.get_num_threads()
+        return pool.submit(_timed, checkpoint.folder, engine, workload, device.type, dtype, threads).result()
+
+
+def _require(checkpoint: Checkpoint, engine: str, workload: Workload) -> None:
+    if engine not in ENGINES:
+        raise PlanError(f"unknown engine '{engine}'; there are {' and '.join(ENGINES)}")
+    if engine == "kernels" and checkpoint.shape.grid is None:
+        raise PlanError(f"{checkpoint.folder} is not quantised: there are no codes for a kernel to multiply")
+    wanted, positions = workload.prompt + workload.tokens, checkpoint.shape.positions
+    if wanted > positions:
+        raise PlanError(f"a prompt of {workload.prompt} and {workload.tokens} new tokens exceed {positions} positions")
+
+
+def _timed(folder: Path, engine: str, workload: Workload, device: str, dtype: torch.dtype, threads: int) -> Timing:
+    """In the new process: load, repeat, report."""
+    torch.set_num_threads(threads)
+    with quiet_import():
+        import transformers  # noqa: F401  # counted with the libraries, not with the model
+    reset_peak()
+    before = resident_bytes()
+    checkpoint = Checkpoint.open(folder)
+    model = _load(checkpoint, engine, torch.device(device), dtype)
+    release()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(checkpoint.shape.vocabulary, (1, workload.prompt), generator=generator).to(device)
+    repeats = [time_once(model, ids, workload.tokens) for _ in range(workload.warmups + workload.repeats)]
+    kinds = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "qweight")})
+    return Timing(
+        engine, workload, tuple(repeats[workload.warmups :]), peak_bytes(), before, torch.get_num_threads(),
+        str(dtype).removeprefix("torch."), device, tuple(kinds),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def time_once(model: Any, ids: Tensor, tokens: int) -> Repeat:
+    """Greedy decoding of `tokens` tokens after the prompt ids (1, L), timed."""
+    began = _now(ids.device)
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    prefilled = _now(ids.device)
+    token = output.logits[:, -1:].argmax(-1)
+    first = _now(ids.device)
+    for _ in range(tokens - 1):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    return Repeat(prefilled - began, first - began, _now(ids.device) - first)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _load(checkpoint: Checkpoint, engine: str, device: torch.device, dtype: torch.dtype) -> Any:
+    if engine == "effective":
+        return checkpoint.model(device, dtype)
+    for package in ("gptqmodel", "optimum"):
+        if not importlib.util.find_spec(package):
+            raise CheckpointError(f"quantised kernels need {package}, which is not installed: pip install {package}")
+    with quiet_import():
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=dtype, device_map=device, trust_remote_code=False
+            )
+            if (checkpoint.folder / ADAPTER).is_file():
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, checkpoint.folder / Path(ADAPTER).parent)
+        except (ImportError, ValueError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{checkpoint.folder} cannot be loaded with kernels: {reason}") from None
+    return model.eval()
