@@ -64,13 +64,10 @@ def _asked(name: str, subject: Subject, settings: Settings, questions: list[Ques
     origin = ", ".join(path.name for path in settings.files_of(name)) or f"{_HUB}, validation"
     protocol = f"{book}; {origin}; greedy, 1 to {settings.new_tokens} tokens, {chat}; match v{VERSION}; {subject.dtype}"
     ids = [q.id for q in questions]
-    counted: dict[str, set[str]] = {"accuracy": set(TIERS)} | {tier: {tier} for tier in TIERS}
+    counted: dict[str, set[str]] = {"accuracy": set(TIERS), **{tier: {tier} for tier in TIERS}}
     return Result(
         name,
-        (
-            _score("accuracy", ids, answers, set(TIERS), protocol),
-            *(_score(t, ids, answers, {t}, protocol) for t in TIERS),
-        ),
+        tuple(_score(metric, ids, answers, tiers, protocol) for metric, tiers in counted.items()),
         time.perf_counter() - began,
         {
             "substring_inside_a_word": sum(bool(a.facts["inside_a_word"]) for a in answers),
