@@ -83,8 +83,10 @@ def _from_hub(source: str, limit: int) -> InstructionSet:
             rows.append(parse_row(place.rpartition(" ")[2], row))
         except RowError:
             unusable += 1
-        if len(rows) == limit:
+        if limit and len(rows) == limit:
             break
+    if not rows:
+        raise TextError(f"the data set '{source}' of the hub has no usable row. Give {FILE_FORM}")
     return InstructionSet(source, tuple(rows), unusable)
 
 

@@ -190,7 +190,7 @@ def test_embeddings_of_a_folder_are_those_of_sentence_transformers(tmp_path: Pat
     pytest.importorskip("sentence_transformers")
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the cat sat on a mat dog ran".split()]
