@@ -59,7 +59,7 @@ def continue_prompt(checkpoint: Checkpoint, prompt: str, decoding: Decoding, dev
     model: Any = subject.model
     ends = end_tokens(subject)
     # A configuration of our own: the folder's sampling and penalties would change what is compared.
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=decoding.tokens, do_sample=False, pad_token_id=ends[0] if ends else 0, eos_token_id=ends or None
     )
     processors = LogitsProcessorList([GumbelNoise(decoding)] if decoding.temperature else [])

@@ -35,29 +35,27 @@ class NotMeasuredError(Exception):
 
 def bleu_terms(answers: Sequence[str], references: Sequence[str]) -> NDArray[np.int64]:
     """What corpus BLEU sums over its sentences (answers, 10): matches and n-grams of order 1 to 4, both lengths."""
-    metric = _bleu()
+    from sacrebleu.metrics import BLEU
+
     _require_pairs(answers, references)
+    metric: Any = BLEU(tokenize="13a", effective_order=True)  # of a sentence's score only, which is not used here
     single = [metric.sentence_score(a, [r]) for a, r in zip(answers, references, strict=True)]
     return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in single], dtype=np.int64)
 
 
 def bleu(terms: NDArray[np.int64]) -> float:
     """Corpus BLEU-4, 0 to 100 (Papineni et al., 2002; equation 2.48), from the rows of `bleu_terms`."""
+    from sacrebleu.metrics import BLEU
+
     sums = terms.sum(axis=0).tolist()
-    return float(type(_bleu()).compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score)
+    return float(BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score)
 
 
 def bleu_protocol() -> str:
-    """sacrebleu's signature: everything that decides the number."""
+    """Everything that decides the number."""
     from sacrebleu import __version__
 
     return f"sacrebleu {__version__}, corpus, 13a tokens, mixed case, exponential smoothing, one reference"
-
-
-def _bleu() -> Any:
-    from sacrebleu.metrics import BLEU
-
-    return BLEU(tokenize="13a", smooth_method="exp")
 
 
 # --- ROUGE-L and token F1 -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from typing import Any
 
@@ -55,7 +54,7 @@ def print_table(
     for entry, c in zip(entries, found, strict=True):
         words = Words(c.text.strip("\n"))
         if entry is not entries[0]:
-            words.stylize("dim", 0, len(os.path.commonprefix([words.plain, found[0].text.strip("\n")])))
+            words.stylize("dim", 0, _same_start(words.plain, found[0].text.strip("\n")))
         table.add_row(entry.label, words)
     console.print(table)
     console.print(f"{decoding}; dim: the same as {entries[0].label}", highlight=False)
@@ -64,7 +63,14 @@ def print_table(
 def _agreement(entry: Entry, first: Entry, c: Continuation, other: Continuation) -> str:
     if entry is first:
         return ""
-    return f" first {same_words(c.text, other.text)} words as {first.label}"
+    count = same_words(c.text, other.text)
+    return f"  begins with {count} word{'s' * (count != 1)} of {first.label}"
+
+
+def _same_start(text: str, other: str) -> int:
+    """Characters that two texts share from their beginning."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 def _line(console: Console, text: str) -> None:

@@ -26,7 +26,7 @@ DATA = Path(os.environ.get("EDGEPRESS_DATA") or Path(__file__).parents[2].parent
         ({"instruction": "Add.", "input": "", "output": "4"}, ("Add.", "", "4", False)),
         ({"instruction": "Add.", "output": "4"}, ("Add.", "", "4", False)),
         ({"instruction": "Add.", "input": None, "output": "4"}, ("Add.", "", "4", False)),
-        ({"instruction": "Who?", "context": "Ada.", "response": "Ada", "category": "qa"}, ("Who?", "Ada.", "Ada", False)),
+        ({"instruction": "Who?", "context": "Ada.", "response": "Ada"}, ("Who?", "Ada.", "Ada", False)),
         ({"prompt": "### Q\nWho?\n### A", "answer": "Ada"}, ("### Q\nWho?\n### A", "", "Ada", True)),
         (
             {

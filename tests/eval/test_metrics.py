@@ -193,7 +193,7 @@ def test_embeddings_of_a_folder_are_those_of_sentence_transformers(tmp_path: Pat
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the cat sat on a mat dog ran".split()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "dog", "ran"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     base = tmp_path / "bert"
     BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(base)
