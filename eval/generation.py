@@ -9,9 +9,11 @@ repetition gives the same numbers.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,66 +33,69 @@ from eval.metrics import (
     rouge_protocol,
     sbert_cosines,
 )
-from eval.results import RESAMPLES, Result, Score, mean
+from eval.results import RESAMPLES, Result, Score, mean, not_measured
 from eval.settings import Settings
 from eval.subject import Subject
 
 SAMPLES = 200  # rows of each set
+METRICS = ("rouge_l", "f1", "sbert", "bleu", "seconds", "output size")
 _TEMPLATE_TOKENS = 64  # room for what a chat template adds
 
 
+def check(name: str, settings: Settings) -> None:
+    _sets(name, settings)
+
+
 def run(name: str, subject: Subject, settings: Settings) -> Result:
-    """Scores of each set by name: `dolly rouge_l`, … A metric that cannot be had is noted and stands in the details."""
+    """Scores `rouge_l, dolly` and so on for each set, then the model's size."""
     began = time.perf_counter()
-    sources = [str(path) for path in settings.files_of(name)] or list(HUB)
-    sets = [load_instructions(source, settings.limit or SAMPLES) for source in sources]
-    if len({s.name for s in sets}) < len(sets):
-        raise PlanError(f"--from {name}=FILE: two files have the same name; the scores could not be told apart")
     scores: list[Score] = []
     details: dict[str, Any] = {}
-    for instructions in sets:
-        found, facts = _of_set(name, subject, settings, instructions)
+    for data in _sets(name, settings):
+        found, details[data.name] = _of_set(name, subject, settings, data)
         scores += found
-        details[instructions.name] = facts
-    scores.append(_fixed("model_size", model_mib(subject.checkpoint.shape), "MiB", "all stored tensors"))
+    scores.sort(key=lambda score: METRICS.index(score.metric.partition(",")[0]))  # one metric's sets together
+    scores.append(_fixed("model size", model_mib(subject.checkpoint.shape), "MiB", "model size: all stored tensors"))
     return Result(name, tuple(scores), time.perf_counter() - began, details)
+
+
+@cache  # the same rows for every checkpoint
+def _sets(name: str, settings: Settings) -> tuple[InstructionSet, ...]:
+    sources = [str(path) for path in settings.files_of(name)] or list(HUB)
+    sets = tuple(load_instructions(source, settings.limit or SAMPLES) for source in sources)
+    if len({s.name for s in sets}) < len(sets):
+        raise PlanError(f"--from {name}=FILE: two files have the same name; the scores could not be told apart")
+    return sets
 
 
 def _of_set(
     name: str, subject: Subject, settings: Settings, data: InstructionSet
 ) -> tuple[list[Score], dict[str, Any]]:
-    rows = _that_fit(subject, settings, data)
+    rows = _that_fit(name, subject, settings, data)
     questions = [Question(row.id, row.prompt(settings.chat), (row.reference,)) for row in rows]
-    task = f"{name}-{data.name}"
-    answers = answer_all(subject, questions, replace(settings, new_tokens=settings.reply_tokens), task)
-    facts: dict[str, Any] = {"rows": len(rows), "too_long": len(data.rows) - len(rows), "unusable": data.unusable}
-    chat = "chat template" if settings.chat else "no chat template"
-    how = f"{data.name}, {len(rows)} rows, greedy, 1 to {settings.reply_tokens} tokens, {chat}; {subject.dtype}"
-    scores = _quality(answers, f"{data.name} ", how, subject, settings, facts) + _cost(
-        answers, f"{data.name} ", how, settings
-    )
-    for metric, reason in facts.get("not_measured", {}).items():
-        subject.runtime.progress.note(f"{task}: {metric} not measured: {reason}")
-    if facts["too_long"]:
-        subject.runtime.progress.note(
-            f"{task}: {facts['too_long']} of {len(data.rows)} rows left out: too long for {subject.positions} positions"
-        )
-    return scores, facts
+    asked = replace(settings, new_tokens=settings.reply_tokens)
+    answers = answer_all(subject, questions, asked, f"{name}-{data.name}")
+    scores = _scores(answers, data, subject, settings)
+    for score in scores:
+        if math.isnan(score.value):
+            subject.runtime.progress.note(f"{name}: {score.protocol}")
+    return scores, {"rows": len(rows), "too_long": len(data.rows) - len(rows), "unusable": data.unusable}
 
 
-def _that_fit(subject: Subject, settings: Settings, data: InstructionSet) -> list[Instruction]:
-    """The rows whose prompt and answer the model has positions for."""
+def _that_fit(name: str, subject: Subject, settings: Settings, data: InstructionSet) -> list[Instruction]:
+    """The rows whose prompt and answer the model has positions for; says how many have not."""
     room = subject.positions - settings.reply_tokens - (_TEMPLATE_TOKENS if settings.chat else 0)
-    prompts = [row.prompt(settings.chat) for row in data.rows]
-    rows = [
-        row
-        for row, prompt in zip(data.rows, prompts, strict=True)
-        if len(subject.tokenizer(prompt)["input_ids"]) <= room
-    ]
+    rows = [row for row in data.rows if len(subject.tokenizer(row.prompt(settings.chat))["input_ids"]) <= room]
+    left_out = len(data.rows) - len(rows)
     if not rows:
         raise TextError(
-            f"none of the {len(data.rows)} prompts of '{data.name}' fits into {subject.positions} positions beside "
+            f"none of the {left_out} prompts of '{data.name}' fits into {subject.positions} positions beside "
             f"{settings.reply_tokens} tokens of an answer; give fewer with --reply-tokens"
+        )
+    if left_out:
+        subject.runtime.progress.note(
+            f"{name}: {left_out} of {len(data.rows)} rows of '{data.name}' left out: too long for the model's "
+            f"{subject.positions} positions"
         )
     return rows
 
@@ -98,28 +103,40 @@ def _that_fit(subject: Subject, settings: Settings, data: InstructionSet) -> lis
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
-def _quality(
-    answers: Sequence[Answer], prefix: str, how: str, subject: Subject, settings: Settings, facts: dict[str, Any]
-) -> list[Score]:
-    ids = [prefix + a.question.id for a in answers]
+def _scores(answers: Sequence[Answer], data: InstructionSet, subject: Subject, settings: Settings) -> list[Score]:
     said, wanted = [a.text for a in answers], [a.question.expected[0] for a in answers]
-    scores = [
-        mean(f"{prefix}rouge_l", ids, rouge_l(said, wanted), f"{how}; {rouge_protocol()}", of="answers"),
-        mean(f"{prefix}f1", ids, [f1(a, r) for a, r in zip(said, wanted, strict=True)], how, of="answers"),
-    ]
-    try:
-        cosines, model = sbert_cosines(said, wanted, settings.sbert, subject.runtime.device.type)
-        scores.append(mean(f"{prefix}sbert", ids, cosines, f"{how}; {model}", of="answers"))
-    except NotMeasuredError as reason:
-        facts["not_measured"] = {"sbert": str(reason)}
-    return [*scores, _bleu(prefix, bleu_terms(said, wanted), how)]
+    cosines, sbert = _sbert(said, wanted, subject, settings)
+    ids = [f"{data.name}/{a.question.id}" for a in answers]
+    chat = "chat template" if settings.chat else "no chat template"
+    protocol = (
+        f"{data.name}, {len(answers)} rows, greedy, 1 to {settings.reply_tokens} tokens, {chat}; {subject.dtype}; "
+        f"rouge_l: {rouge_protocol()}; f1: multisets of words; sbert: {sbert}; bleu: {bleu_protocol()}; "
+        f"seconds: each answer's share of batches of at most {settings.batch_tokens} tokens"
+    )
 
+    def of(metric: str, values: Sequence[float], higher: bool = True, unit: str = "") -> Score:
+        name = f"{metric}, {data.name}"
+        return mean(name, ids, values, protocol, higher_is_better=higher, unit=unit, of="answers")
 
-def _bleu(prefix: str, terms: NDArray[np.int64], how: str) -> Score:
-    """A corpus's BLEU is no mean over answers, so the answers are drawn and their terms summed anew each time."""
+    terms = bleu_terms(said, wanted)
     low, high = bleu_interval(terms)
     interval = f"95 %, bootstrap over {len(terms)} answers"
-    return Score(f"{prefix}bleu", bleu(terms), low, high, len(terms), interval, f"{how}; {bleu_protocol()}")
+    return [
+        of("rouge_l", rouge_l(said, wanted)),
+        of("f1", [f1(a, r) for a, r in zip(said, wanted, strict=True)]),
+        of("sbert", cosines) if cosines else not_measured(f"sbert, {data.name}", sbert),
+        Score(f"bleu, {data.name}", bleu(terms), low, high, len(terms), interval, protocol),
+        of("seconds", [a.seconds for a in answers], higher=False, unit="s"),
+        _fixed(f"output size, {data.name}", output_kib(answers), "KiB", protocol),
+    ]
+
+
+def _sbert(said: Sequence[str], wanted: Sequence[str], subject: Subject, settings: Settings) -> tuple[list[float], str]:
+    """Cosines and the model's name, or none and the reason."""
+    try:
+        return sbert_cosines(said, wanted, settings.sbert, subject.runtime.device.type)
+    except NotMeasuredError as reason:
+        return [], str(reason)
 
 
 def bleu_interval(terms: NDArray[np.int64], seed: int = 0) -> tuple[float, float]:
@@ -128,16 +145,6 @@ def bleu_interval(terms: NDArray[np.int64], seed: int = 0) -> tuple[float, float
     drawn = [bleu(terms[generator.integers(len(terms), size=len(terms))]) for _ in range(RESAMPLES)]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _cost(answers: Sequence[Answer], prefix: str, how: str, settings: Settings) -> list[Score]:
-    ids = [prefix + a.question.id for a in answers]
-    batches = f"{how}; batches of at most {settings.batch_tokens} tokens, each answer its share"
-    seconds = [a.seconds for a in answers]
-    return [
-        mean(f"{prefix}seconds", ids, seconds, batches, higher_is_better=False, unit="s", of="answers"),
-        _fixed(f"{prefix}output_size", output_kib(answers), "KiB", how),
-    ]
 
 
 def _fixed(metric: str, value: float, unit: str, protocol: str) -> Score:

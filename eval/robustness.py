@@ -22,7 +22,7 @@ from eval.perplexity import Protocol, measure
 from eval.results import Result, Score
 from eval.settings import Settings, numbers
 from eval.subject import Subject
-from eval.tasks import find_tasks
+from eval.tasks import Task, find_tasks
 from eval.text import NAMED, Text, load_text
 
 Quantity = Callable[[Disturbance | None], float]  # None: undisturbed
@@ -103,11 +103,16 @@ def perplexity_under(checkpoint: Checkpoint, text: Text, protocol: Protocol, run
 _UNSUITABLE = ("wikitext2", "speed", "robustness")  # walked block by block, timed elsewhere, itself
 
 
+def check(name: str, settings: Settings) -> None:
+    _plan(settings, 0)
+    _inner(settings).check(settings)
+
+
 def run(name: str, subject: Subject, settings: Settings) -> Result:
     """The task `robustness`: perplexity of --text, or the main score of --robust-task, under each disturbance."""
     began = time.perf_counter()
-    seeds = tuple(subject.runtime.seed + i for i in range(settings.seeds))
-    plan = Plan(numbers("--noise", settings.noise), numbers("--mask", settings.mask), seeds)
+    plan = _plan(settings, subject.runtime.seed)
+    seeds = plan.seeds
     progress = subject.runtime.progress
     progress.start(name, 1 + len(seeds) * len(plan.disturbances(seeds[0])))
     quiet = Subject(subject.checkpoint, replace(subject.runtime, progress=Silent()), subject.label)
@@ -126,6 +131,20 @@ def run(name: str, subject: Subject, settings: Settings) -> Result:
     return Result(name, _scores(result, better, unit), time.perf_counter() - began, result.to_dict())
 
 
+def _plan(settings: Settings, seed: int) -> Plan:
+    seeds = tuple(range(seed, seed + settings.seeds))
+    return Plan(numbers("--noise", settings.noise), numbers("--mask", settings.mask), seeds)
+
+
+def _inner(settings: Settings) -> Task:
+    """The task whose score is followed. Raises PlanError for one that does not run the disturbed model."""
+    if settings.robust_task in _UNSUITABLE:
+        raise PlanError(
+            f"--robust-task {settings.robust_task}: robustness follows perplexity (of --text) or a task of answers"
+        )
+    return find_tasks([settings.robust_task])[0]
+
+
 def _scores(result: Robustness, better: bool, unit: str) -> tuple[Score, ...]:
     still = result.undisturbed
     first = Score(f"{result.quantity}, undisturbed", still, still, still, 1, "", result.protocol, better, unit)
@@ -140,6 +159,9 @@ def _scores(result: Robustness, better: bool, unit: str) -> tuple[Score, ...]:
             result.protocol,
             better,
             unit,
+            ids=tuple(f"seed {seed}" for seed in result.seeds),
+            values=level.values,
+            weights=(1.0,) * len(level.values),
         )
         for level in result.levels
     ]
@@ -156,9 +178,7 @@ def _perplexity(subject: Subject, settings: Settings, disturbance: Disturbance |
 
 def _main_score(subject: Subject, settings: Settings, disturbance: Disturbance | None) -> Score:
     """The first score of a task that uses the whole model; its answers are not kept, since noise made them."""
-    task = find_tasks([settings.robust_task])[0]
-    if task.name in _UNSUITABLE:
-        raise PlanError(f"--robust-task {task.name}: robustness follows perplexity (of --text) or a task of answers")
+    task = _inner(settings)
     inner = replace(settings, answers="")
     if disturbance is None:
         return task.load()(task.name, subject, inner).scores[0]

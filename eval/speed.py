@@ -27,7 +27,7 @@ from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.headers import ADAPTER
 from checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes
 from checkpoints.quiet import quiet_import
-from eval.results import Result, Score
+from eval.results import Result, Score, not_measured
 from eval.settings import Settings
 from eval.subject import Subject
 
@@ -95,43 +95,56 @@ class Timing:
         return asdict(self) | medians | {"protocol": self.protocol}
 
 
+def check(name: str, settings: Settings) -> None:
+    _workload(settings)
+
+
 def run(name: str, subject: Subject, settings: Settings) -> Result:
     """The task `speed`: effective weights, and with --kernels those of a quantised checkpoint too."""
-    workload = Workload(settings.speed_prompt, settings.speed_tokens, settings.repeats)
+    workload = _workload(settings)
     began = time.perf_counter()
     progress = subject.runtime.progress
-    quantised = subject.checkpoint.shape.grid is not None
-    engines = ENGINES if settings.kernels and quantised else ENGINES[:1]
+    engines = ENGINES if settings.kernels else ENGINES[:1]
     progress.start(name, len(engines))
+    scores: list[Score] = []
     timings = []
     for engine in engines:
-        timings.append(
-            measure_speed(subject.checkpoint, engine, workload, subject.runtime.device, subject.runtime.dtype)
-        )
+        if engine == "kernels" and subject.checkpoint.shape.grid is None:
+            progress.note(f"{name}: kernels not measured: {subject.label} is not quantised")
+            scores += [
+                not_measured(f"{metric}, {engine}", "the checkpoint is not quantised", higher)
+                for metric, higher in _METRICS.items()
+            ]
+        else:
+            timing = measure_speed(subject.checkpoint, engine, workload, subject.runtime.device, subject.runtime.dtype)
+            timings.append(timing.to_dict())
+            scores += _scores(timing)
         progress.step(engine=engine)
-    details: dict[str, Any] = {"timings": [timing.to_dict() for timing in timings]}
-    if settings.kernels and not quantised:
-        details["not_measured"] = {"kernels": "the checkpoint is not quantised: it has no codes for a kernel"}
-        progress.note(f"{name}: kernels not measured: {subject.label} is not quantised")
-    scores = tuple(score for timing in timings for score in _scores(timing))
-    return Result(name, scores, time.perf_counter() - began, details)
+    scores.sort(key=lambda score: list(_METRICS).index(score.metric.partition(",")[0]))
+    return Result(name, tuple(scores), time.perf_counter() - began, {"timings": timings})
+
+
+_METRICS = {"decode": True, "prefill": True, "first token": False, "peak memory": False}  # higher is better
+
+
+def _workload(settings: Settings) -> Workload:
+    return Workload(settings.speed_prompt, settings.speed_tokens, settings.repeats)
 
 
 def _scores(timing: Timing) -> list[Score]:
-    def score(metric: str, values: list[float], unit: str, higher: bool) -> Score:
+    def score(metric: str, values: list[float], unit: str) -> Score:
         n = len(values)
         spread = f"least and most of {n} repeats" if n > 1 else ""
         return Score(
-            f"{metric} ({timing.engine})",
-            statistics.median(values), min(values), max(values), n, spread, timing.protocol, higher, unit,
+            f"{metric}, {timing.engine}", statistics.median(values), min(values), max(values), n, spread,
+            timing.protocol, _METRICS[metric], unit,
         )  # fmt: skip
 
-    first = [r.first_token_seconds for r in timing.repeats]
     return [
-        score("decode", timing.decode_rates, "tokens/s", True),
-        score("prefill", timing.prefill_rates, "tokens/s", True),
-        score("first token", first, "s", False),
-        score("peak memory", [timing.peak_memory_bytes / 2**20], "MiB", False),
+        score("decode", timing.decode_rates, "tokens/s"),
+        score("prefill", timing.prefill_rates, "tokens/s"),
+        score("first token", [r.first_token_seconds for r in timing.repeats], "s"),
+        score("peak memory", [timing.peak_memory_bytes / 2**20], "MiB"),
     ]
 
 

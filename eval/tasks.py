@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import PlanError
 
@@ -29,29 +29,59 @@ if TYPE_CHECKING:
 class Task:
     name: str
     summary: str
-    place: str  # "module:function"
+    place: str  # "module:function" that runs it
+    checker: str = ""  # "module:function" that reads its data, called as check(name, settings) before any model loads
 
     def load(self) -> Run:
-        module, _, function = self.place.partition(":")
-        run: Run = getattr(importlib.import_module(module), function)
+        run: Run = _found(self.place)
         return run
 
+    def check(self, settings: Settings) -> None:
+        """Raise what is wrong with the task's data, while nothing has been computed yet."""
+        if self.checker:
+            _found(self.checker)(self.name, settings)
 
-_HARNESS = "eval.harness:run"
+
+def _found(place: str) -> Any:
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+_HARNESS = "eval.harness:run", "eval.harness_data:check"
 TASKS = {
     task.name: task
     for task in (
-        Task("perplexity", "of --text by --protocol, with bits per byte", "eval.text_tasks:any_text"),
-        Task("wikitext2", "perplexity of WikiText-2's test part, by windows and by rows", "eval.text_tasks:wikitext2"),
-        Task("triviaqa-closed", "questions alone; exact, substring and 80 % of words", "eval.trivia:closed"),
-        Task("triviaqa-open", "questions with their shortest context", "eval.trivia:opened"),
-        Task("generation", "BLEU, ROUGE-L, F1, SBERT of answers to instructions; time, sizes", "eval.generation:run"),
-        Task("speed", "prefill and decode tokens/s, time to first token, memory; --kernels", "eval.speed:run"),
-        Task("robustness", "a score under noise and masked attention", "eval.robustness:run"),
-        Task("mmlu", "57 subjects, multiple choice, 5-shot (lm-eval)", _HARNESS),
-        Task("hellaswag", "endings of a scene (lm-eval)", _HARNESS),
-        Task("arc_easy", "grade-school science (lm-eval)", _HARNESS),
-        Task("piqa", "everyday physics (lm-eval)", _HARNESS),
+        Task(
+            "perplexity",
+            "of --text by --protocol, with bits per byte",
+            "eval.text_tasks:any_text",
+            "eval.text_tasks:check",
+        ),
+        Task(
+            "wikitext2",
+            "perplexity of WikiText-2's test part, by windows and by rows",
+            "eval.text_tasks:wikitext2",
+            "eval.text_tasks:check",
+        ),
+        Task(
+            "triviaqa-closed",
+            "questions alone; exact, substring and 80 % of words",
+            "eval.trivia:closed",
+            "eval.trivia:check",
+        ),
+        Task("triviaqa-open", "questions with their shortest context", "eval.trivia:opened", "eval.trivia:check"),
+        Task(
+            "generation",
+            "ROUGE-L, F1, SBERT and BLEU of answers to instructions; seconds and sizes",
+            "eval.generation:run",
+            "eval.generation:check",
+        ),
+        Task("speed", "decode and prefill tokens/s, time to first token, memory", "eval.speed:run", "eval.speed:check"),
+        Task("robustness", "a score under noise and masks", "eval.robustness:run", "eval.robustness:check"),
+        Task("mmlu", "57 subjects, multiple choice, 5-shot (lm-eval)", *_HARNESS),
+        Task("hellaswag", "endings of a scene (lm-eval)", *_HARNESS),
+        Task("arc_easy", "grade-school science (lm-eval)", *_HARNESS),
+        Task("piqa", "everyday physics (lm-eval)", *_HARNESS),
     )
 }
 
@@ -63,7 +93,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
         if name in TASKS:
             found.append(TASKS[name])
         elif name in (others := _harness_names()):
-            found.append(Task(name, "lm-eval's", _HARNESS))
+            found.append(Task(name, "lm-eval's", *_HARNESS))
         else:
             close = difflib.get_close_matches(name, {*TASKS, *others}, n=3)
             unknown.append(f"'{name}'" + (f" (near: {', '.join(close)})" if close else ""))

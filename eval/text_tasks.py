@@ -5,26 +5,34 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import cache
 
 from eval.perplexity import Passage, Protocol, measure_passages
 from eval.results import Result, Score, mean
 from eval.settings import Settings
 from eval.subject import Subject
-from eval.text import NAMED, Text, load_text, read_file
+from eval.text import NAMED, Text, load_text
+
+
+def check(name: str, settings: Settings) -> None:
+    _text(name, settings)
+    _protocol(settings, settings.protocol)
 
 
 def any_text(name: str, subject: Subject, settings: Settings) -> Result:
-    files = settings.files_of(name)
-    spec = str(files[0]) if files else settings.text
-    text = load_text(spec, "evaluate" if spec in NAMED else "whole")
-    return _measured(name, subject, text, [_protocol(settings, settings.protocol)])
+    return _measured(name, subject, _text(name, settings), [_protocol(settings, settings.protocol)])
 
 
 def wikitext2(name: str, subject: Subject, settings: Settings) -> Result:
     """The test split from the hub, or the original file with --from wikitext2=FILE."""
+    return _measured(name, subject, _text(name, settings), [_protocol(settings, kind) for kind in ("windows", "rows")])
+
+
+@cache  # the same text for every checkpoint
+def _text(name: str, settings: Settings) -> Text:
     files = settings.files_of(name)
-    text = read_file(files[0]) if files else load_text("wikitext2", "evaluate")
-    return _measured(name, subject, text, [_protocol(settings, kind) for kind in ("windows", "rows")])
+    spec = str(files[0]) if files else "wikitext2" if name == "wikitext2" else settings.text
+    return load_text(spec, "evaluate" if spec in NAMED else "whole")
 
 
 def _protocol(settings: Settings, kind: str) -> Protocol:

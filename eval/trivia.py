@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from eval.results import Result, Score, proportion
 from eval.settings import Settings
 from eval.subject import Subject
 
+OPEN = "triviaqa-open"
 SAMPLES = 1200  # of the validation split, as in the thesis
 _HUB, _CLOSED, _OPEN = "mandarjoshi/trivia_qa", "rc.nocontext", "rc"
 _FORMS = (
@@ -40,13 +42,13 @@ class Item:
 
 
 def closed(name: str, subject: Subject, settings: Settings) -> Result:
-    items = load_items(name, settings, with_context=False)
+    items = load_items(name, settings)
     questions = [Question(item.id, f"Question: {item.question} Answer:", item.expected) for item in items]
     return _asked(name, subject, settings, questions, "closed book")
 
 
 def opened(name: str, subject: Subject, settings: Settings) -> Result:
-    items = load_items(name, settings, with_context=True)
+    items = load_items(name, settings)
     cut = 0
     questions = []
     for item in items:
@@ -105,15 +107,20 @@ def _with_context(item: Item, subject: Subject, settings: Settings) -> tuple[str
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def load_items(name: str, settings: Settings, with_context: bool) -> list[Item]:
+def check(name: str, settings: Settings) -> None:
+    load_items(name, settings)
+
+
+@cache  # the same questions for every checkpoint
+def load_items(name: str, settings: Settings) -> tuple[Item, ...]:
     """The first questions, at most settings.limit or 1,200, that have an answer (and a context where one is needed).
 
     Raises TextError naming the file and line of what cannot be read, or the form of file that is taken instead of
     the hub's data.
     """
-    files = settings.files_of(name)
+    files, with_context = settings.files_of(name), name == OPEN
     items = _from_files(files, with_context) if files else _from_hub(name, with_context)
-    chosen = list(itertools.islice(items, settings.limit or SAMPLES))
+    chosen = tuple(itertools.islice(items, settings.limit or SAMPLES))
     if not chosen:
         raise TextError(f"{name}: there is no question in {', '.join(map(str, files)) or _HUB}")
     return chosen

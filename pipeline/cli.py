@@ -110,6 +110,7 @@ def _model_name(recipe: Recipe) -> str:
 
 for command in (
     cli_eval.evaluate,
+    cli_eval.compare,
     cli_eval.generate,
     cli_model.rank,
     cli_model.verify,

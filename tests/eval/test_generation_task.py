@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,16 +81,19 @@ def test_generation_scores_each_set_by_its_stored_answers(
         assert len(rows) == count
         said = [row["answer"] for row in sorted(rows, key=lambda row: int(row["id"]))]
         wanted = [row["expected"][0] for row in sorted(rows, key=lambda row: int(row["id"]))]
-        assert scores[f"{name} rouge_l"].value == pytest.approx(statistics.fmean(rouge_l(said, wanted)))
-        assert scores[f"{name} f1"].value == pytest.approx(statistics.fmean(map(f1, said, wanted)))
-        assert scores[f"{name} bleu"].value == pytest.approx(bleu(bleu_terms(said, wanted)))
+        assert scores[f"rouge_l, {name}"].value == pytest.approx(statistics.fmean(rouge_l(said, wanted)))
+        assert scores[f"f1, {name}"].value == pytest.approx(statistics.fmean(map(f1, said, wanted)))
+        assert scores[f"bleu, {name}"].value == pytest.approx(bleu(bleu_terms(said, wanted)))
         for metric in ("rouge_l", "f1", "bleu", "seconds"):
-            score = scores[f"{name} {metric}"]
+            score = scores[f"{metric}, {name}"]
             assert score.low <= score.value <= score.high and score.n == count
-        assert f"{name} sbert" not in scores
-        assert result.details[name]["not_measured"] == {"sbert": "--sbert none"}
-        assert any(f"generation-{name}: sbert not measured" in note for note in notes.notes)
-    assert scores["model_size"].value == pytest.approx(model_mib(Checkpoint.open(tiny_model()).shape))
+        unmeasured = scores[f"sbert, {name}"]
+        assert math.isnan(unmeasured.value) and unmeasured.protocol.endswith("not measured: --sbert none")
+        assert f"generation: {unmeasured.protocol}" in notes.notes
+    shown = json.loads(json.dumps(result.to_dict(items=True), allow_nan=False))
+    assert [s["value"] for s in shown["scores"] if s["metric"].startswith("sbert")] == [None, None]
+    assert str(Result.from_dict(shown)) == str(replace(result, details=shown["details"]))  # nan is not equal to nan
+    assert scores["model size"].value == pytest.approx(model_mib(Checkpoint.open(tiny_model()).shape))
 
 
 def test_sbert_is_a_score_like_the_others(
@@ -102,8 +106,8 @@ def test_sbert_is_a_score_like_the_others(
     monkeypatch.setattr(metrics, "_encoder", lambda place, device: Encoder())
     given = replace(settings(files, tmp_path), sbert="some/model")
     scores = by_name(run("generation", tiny_model(), given))
-    assert 0 < scores["dolly sbert"].low <= scores["dolly sbert"].value <= scores["dolly sbert"].high <= 1
-    assert scores["dolly sbert"].protocol.endswith("model")
+    assert 0 < scores["sbert, dolly"].low <= scores["sbert, dolly"].value <= scores["sbert, dolly"].high <= 1
+    assert scores["sbert, dolly"].protocol.count("sbert: model;") == 1
 
 
 def test_limit_chat_and_rows_that_do_not_fit(tiny_model: TinyModel, files: dict[str, Path], tmp_path: Path) -> None:
@@ -112,10 +116,8 @@ def test_limit_chat_and_rows_that_do_not_fit(tiny_model: TinyModel, files: dict[
     files["dolly.jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     notes = Notes()
     result = run("generation", tiny_model(), settings(files, tmp_path), notes)
-    assert result.details["dolly"] == {"rows": 2, "too_long": 1, "unusable": 0} | {
-        "not_measured": {"sbert": "--sbert none"}
-    }
-    assert any("1 of 3 rows left out" in note for note in notes.notes)
+    assert result.details["dolly"] == {"rows": 2, "too_long": 1, "unusable": 0}
+    assert any("1 of 3 rows of 'dolly' left out" in note for note in notes.notes)
     limited = run("generation", tiny_model(), replace(settings(files, tmp_path), limit=1, answers=""))
     assert limited.details["alpaca"]["rows"] == 1
     with pytest.raises(PlanError, match="no chat template"):
@@ -218,6 +220,7 @@ def test_robustness_of_perplexity(tiny_model: TinyModel) -> None:
     assert noisy.value == pytest.approx(statistics.fmean(expected))
     assert (noisy.low, noisy.high) == (min(expected), max(expected))
     assert f"sd {statistics.stdev(expected):.3g}" in noisy.interval
+    assert noisy.values == tuple(expected) and noisy.ids == ("seed 0", "seed 1")
     assert not masked.higher_is_better and "2 seeds" in masked.protocol
     assert result.details["levels"][1]["values"] == tuple(expected)
 

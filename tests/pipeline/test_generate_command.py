@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from checkpoints.errors import CheckpointError
 from eval.generate import Continuation, Decoding
-from pipeline.lineup import line_up
+from pipeline.evaluate import open_all
 from pipeline.side_by_side import print_table
 
 pytestmark = pytest.mark.pipeline
@@ -34,8 +33,8 @@ def test_an_output_folder_is_all_its_stages(compress: Command, chain: Path, tiny
     data = json.loads(done.stdout)
     assert data["prompt"] == PROMPT and data["decoding"]["tokens"] == 8
     found = data["continuations"]
-    labels = ["0 source", "1 depth", "2 wanda", "3 lora", "4 gptq", "5 eora"]
-    assert [c["checkpoint"] for c in found] == labels
+    assert found[0]["checkpoint"] == tiny_llama.name
+    assert [c["checkpoint"][:5] for c in found[1:]] == ["1-dep", "2-wan", "3-lor", "4-gpt", "5-eor"]
     assert Path(found[0]["folder"]) == tiny_llama.resolve()
     assert found[0]["same_words_as_first"] == len(found[0]["text"].split())
     plain = compress("generate", tiny_llama, chain / "result", PROMPT, "--tokens", 8)
@@ -49,35 +48,26 @@ def test_an_output_folder_is_all_its_stages(compress: Command, chain: Path, tiny
     ("arguments", "words"),
     [
         (["no/such/folder", PROMPT], "there is no model 'no/such/folder'"),
+        (["EMPTY", PROMPT], "has no result yet"),
         (["MODEL", PROMPT, "--chat"], "no chat template"),
         (["MODEL", ""], "the prompt is empty"),
         (["MODEL", PROMPT, "--tokens", "0"], "--tokens 0"),
     ],
 )
-def test_mistakes(compress: Command, tiny_llama: Path, arguments: list[str], words: str) -> None:
-    done = compress("generate", *[tiny_llama if a == "MODEL" else a for a in arguments])
+def test_mistakes(compress: Command, tiny_llama: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / ".edgepress").touch()
+    places = {"MODEL": tiny_llama, "EMPTY": tmp_path}
+    done = compress("generate", *[places.get(a, a) for a in arguments])
     assert done.returncode == 2
     assert words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_labels_are_told_apart(tiny_llama: Path, make_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    twin = make_tiny(tmp_path / "twins" / tiny_llama.name, blocks=2)
-    labels = [entry.label for entry in line_up([str(tiny_llama), str(twin)])]
-    assert labels == [f"{tiny_llama.parent.name}/{tiny_llama.name}", f"twins/{tiny_llama.name}"]
-
-
-def test_an_output_folder_without_a_finished_run_says_so(tmp_path: Path) -> None:
-    (tmp_path / ".edgepress").touch()
-    with pytest.raises(CheckpointError, match="no finished run"):
-        line_up([str(tmp_path)])
-
-
 def test_the_table_dims_what_is_the_same(chain: Path) -> None:
-    entries = line_up([str(chain)])[:2]
+    entries = open_all([str(chain)])[:2]
     texts = [" one two three", " one two four [not markup]"]
     found = [Continuation(PROMPT, text, 3, False, 0.1) for text in texts]
     console = Console(width=80, record=True, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_table(console, PROMPT, Decoding(), entries, found)
     styled = console.export_text(styles=True)
     assert re.search(r"\x1b\[2m ?one two \x1b\[0mfour \[not markup\]", styled)
-    assert "greedy, at most 60 new tokens" in styled and "1 depth" in styled
+    assert "greedy, at most 60 new tokens" in styled and "1-depth" in styled
