@@ -110,7 +110,7 @@ def _scores(answers: Sequence[Answer], data: InstructionSet, subject: Subject, s
     chat = "chat template" if settings.chat else "no chat template"
     protocol = (
         f"{data.name}, {len(answers)} rows, greedy, 1 to {settings.reply_tokens} tokens, {chat}; {subject.dtype}; "
-        f"rouge_l: {rouge_protocol()}; f1: multisets of words; sbert: {sbert}; bleu: {bleu_protocol()}; "
+        f"rouge_l: {rouge_protocol()}; f1: multisets of words; sbert: {sbert if cosines else 'not measured'}; bleu: {bleu_protocol()}; "
         f"seconds: each answer's share of batches of at most {settings.batch_tokens} tokens"
     )
 
@@ -149,7 +149,7 @@ def bleu_interval(terms: NDArray[np.int64], seed: int = 0) -> tuple[float, float
 
 def _fixed(metric: str, value: float, unit: str, protocol: str) -> Score:
     """A number that was counted, not sampled."""
-    return Score(metric, value, value, value, 1, "", protocol, higher_is_better=False, unit=unit)
+    return Score(metric, value, math.nan, math.nan, 1, "", protocol, higher_is_better=False, unit=unit)
 
 
 def output_kib(answers: Sequence[Answer]) -> float:

@@ -147,7 +147,7 @@ def _inner(settings: Settings) -> Task:
 
 def _scores(result: Robustness, better: bool, unit: str) -> tuple[Score, ...]:
     still = result.undisturbed
-    first = Score(f"{result.quantity}, undisturbed", still, still, still, 1, "", result.protocol, better, unit)
+    first = Score(f"{result.quantity}, undisturbed", still, math.nan, math.nan, 1, "", result.protocol, better, unit)
     others = [
         Score(
             f"{result.quantity}, {level.kind} {level.strength:g}",
@@ -155,7 +155,7 @@ def _scores(result: Robustness, better: bool, unit: str) -> tuple[Score, ...]:
             level.lowest,
             level.highest,
             len(level.values),
-            "" if level.spread is None else f"least and most of {len(level.values)} seeds, sd {level.spread:.3g}",
+            "" if level.spread is None else f"least and most of {len(level.values)} seeds",
             result.protocol,
             better,
             unit,
@@ -173,7 +173,7 @@ def _perplexity(subject: Subject, settings: Settings, disturbance: Disturbance |
     text = load_text(settings.text, "evaluate" if settings.text in NAMED else "whole")
     value = perplexity_under(subject.checkpoint, text, protocol, subject.runtime)(disturbance)
     how = f"{protocol}; {text.name}; {subject.dtype}"
-    return Score("perplexity", value, value, value, 1, "", how, higher_is_better=False)
+    return Score("perplexity", value, math.nan, math.nan, 1, "", how, higher_is_better=False)
 
 
 def _main_score(subject: Subject, settings: Settings, disturbance: Disturbance | None) -> Score:

@@ -11,6 +11,7 @@ said does not change how long it takes, so the prompt is random tokens. Times ar
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -135,8 +136,9 @@ def _scores(timing: Timing) -> list[Score]:
     def score(metric: str, values: list[float], unit: str) -> Score:
         n = len(values)
         spread = f"least and most of {n} repeats" if n > 1 else ""
+        low, high = (min(values), max(values)) if n > 1 else (math.nan, math.nan)
         return Score(
-            f"{metric}, {timing.engine}", statistics.median(values), min(values), max(values), n, spread,
+            f"{metric}, {timing.engine}", statistics.median(values), low, high, n, spread,
             timing.protocol, _METRICS[metric], unit,
         )  # fmt: skip
 

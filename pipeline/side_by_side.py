@@ -13,7 +13,6 @@ from rich.text import Text as Words
 from checkpoints.checkpoint import Checkpoint
 from eval.generate import Continuation, Decoding, same_words
 
-
 Named = tuple[str, Checkpoint]
 
 
