@@ -108,9 +108,10 @@ def _scores(answers: Sequence[Answer], data: InstructionSet, subject: Subject, s
     cosines, sbert = _sbert(said, wanted, subject, settings)
     ids = [f"{data.name}/{a.question.id}" for a in answers]
     chat = "chat template" if settings.chat else "no chat template"
+    embeddings = sbert if cosines else "not measured"
     protocol = (
         f"{data.name}, {len(answers)} rows, greedy, 1 to {settings.reply_tokens} tokens, {chat}; {subject.dtype}; "
-        f"rouge_l: {rouge_protocol()}; f1: multisets of words; sbert: {sbert if cosines else 'not measured'}; bleu: {bleu_protocol()}; "
+        f"rouge_l: {rouge_protocol()}; f1: multisets of words; sbert: {embeddings}; bleu: {bleu_protocol()}; "
         f"seconds: each answer's share of batches of at most {settings.batch_tokens} tokens"
     )
 
