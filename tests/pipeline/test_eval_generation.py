@@ -6,8 +6,14 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from checkpoints.errors import PlanError
+from eval.settings import Settings
+from eval.tasks import find_tasks
+from pipeline.evaluate import check_request
 
 pytestmark = pytest.mark.pipeline
 
@@ -52,17 +58,19 @@ def test_generation_and_robustness_of_a_run(compress: Command, chain: Path, rows
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("tasks", "more", "words"),
     [
-        (["--task", "generation", "--from", "generation=FILE"], "line 2: not JSON"),
-        (["--task", "robustness", "--robust-task", "generation", "--from", "generation=FILE"], "line 2: not JSON"),
-        (["--task", "robustness", "--noise", "much"], "--noise much"),
-        (["--task", "robustness", "--robust-task", "speed"], "--robust-task speed"),
-        (["--task", "speed", "--speed-tokens", "1"], "2 new tokens"),
+        ("generation", {"sources": ("generation=FILE",)}, "line 2: not JSON"),
+        ("robustness", {"robust_task": "generation", "sources": ("generation=FILE",)}, "line 2: not JSON"),
+        ("robustness", {"sources": ("generation=FILE",)}, "'generation' is not among the tasks"),
+        ("robustness", {"robust_task": "speed"}, "--robust-task speed"),
+        ("robustness", {"noise": "", "mask": "2"}, "a probability lies between 0 and 1"),
+        ("speed", {"speed_tokens": 1}, "2 new tokens"),
     ],
 )
-def test_mistakes_before_a_model_is_loaded(compress: Command, rows: Path, arguments: list[str], words: str) -> None:
+def test_mistakes_are_found_before_a_model_is_loaded(rows: Path, tasks: str, more: dict[str, Any], words: str) -> None:
     rows.write_text(rows.read_text().splitlines()[0] + "\n{broken\n")
-    done = compress("eval", rows.parent / "no-model", *[a.replace("FILE", str(rows)) for a in arguments])
-    assert done.returncode == 2
-    assert words in done.stderr and "Traceback" not in done.stderr
+    if "sources" in more:
+        more = more | {"sources": tuple(source.replace("FILE", str(rows)) for source in more["sources"])}
+    with pytest.raises(PlanError, match=words):
+        check_request(find_tasks([tasks]), Settings(**more))
