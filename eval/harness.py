@@ -23,9 +23,13 @@ from eval.subject import Subject
 
 with quiet_import():
     import lm_eval
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     from eval.harness_model import KeptModel
+
+# It would ask git for the commit it runs from, which prints an error outside of a repository.
+evaluator.get_git_commit_hash = lambda: None
 
 # lm-eval's metrics whose items are (log-likelihood, words or bytes) pairs; the last is divided by ln 2.
 _ROLLING = {"word_perplexity": 1.0, "byte_perplexity": 1.0, "bits_per_byte": math.log(2)}
@@ -41,7 +45,7 @@ def run(name: str, subject: Subject, settings: Settings) -> Result:
     manager = _manager(name)
     tasks, origin = _load(name, settings, shots, manager)
     with KeptModel(subject, settings, name) as model:
-        found: Any = lm_eval.simple_evaluate(
+        found: Any = evaluator.simple_evaluate(
             model=model,
             tasks=tasks,
             task_manager=manager,
@@ -56,10 +60,12 @@ def run(name: str, subject: Subject, settings: Settings) -> Result:
         )
     used = sorted({int(n) for n in found["n-shot"].values()})
     words = [f"lm-eval {lm_eval.__version__}", "-".join(map(str, used)) + "-shot", origin]
-    words += ["chat template"] if settings.chat else []
-    words += [f"first {settings.limit} of each subtask" if len(tasks) > 1 else f"first {settings.limit}"] * bool(
-        settings.limit
-    )
+    if settings.chat:
+        words.append("chat template")
+    if settings.limit:
+        words.append(f"first {settings.limit}" + (" of each subtask" if len(tasks) > 1 else ""))
+    if model.cut:
+        words.append(f"{model.cut} prompts cut on the left to {subject.positions} tokens")
     scores = _scores(found, "; ".join([*words, subject.dtype]))
     details = {"lm_eval_versions": found["versions"], "subtasks": _subtasks(found) if len(tasks) > 1 else {}}
     return Result(name, tuple(scores), time.perf_counter() - began, details)

@@ -32,6 +32,7 @@ class KeptModel(HFLM):  # type: ignore[misc]
         )
         self._progress, self._task = subject.runtime.progress, task
         self._answers: dict[str, Any] = {}
+        self.cut = 0  # prompts that did not fit the model's positions; lm-eval drops their beginning
         self._kept: AnswerFile | None = None
         if settings.answers:
             path = Path(settings.answers) / subject.label / f"{task}.jsonl"
@@ -63,6 +64,7 @@ class KeptModel(HFLM):  # type: ignore[misc]
 
     def _answered(self, kind: str, requests: list[Any], compute: Callable[..., list[Any]]) -> list[Any]:
         keys = [_key(kind, request.args) for request in requests]
+        self.cut += sum(map(self._too_long, [request.args for request in requests]))
         missing = {key: r for key, r in zip(keys, requests, strict=True) if key not in self._answers}
         # Equal contexts stay neighbours: lm-eval runs such a context once for all its one-token continuations.
         todo = sorted(missing.items(), key=lambda item: (-len(item[1].args[0]), item[1].args[0]))
@@ -74,6 +76,11 @@ class KeptModel(HFLM):  # type: ignore[misc]
             answers = compute([request for _, request in chunk], disable_tqdm=True)
             self._keep(kind, chunk, answers)
         return [self._answers[key] for key in keys]
+
+    def _too_long(self, arguments: tuple[Any, ...]) -> bool:
+        words = "".join(part for part in arguments if isinstance(part, str))
+        # No tokenizer here makes more than one token of a byte, and few texts are long enough to have to be counted.
+        return len(words.encode()) > int(self.max_length) and len(self.tok_encode(words)) > int(self.max_length) + 1
 
     def _keep(self, kind: str, chunk: list[tuple[str, Any]], answers: list[Any]) -> None:
         rows = []

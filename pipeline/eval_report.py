@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from eval.compare import Difference
@@ -39,7 +40,7 @@ def _print_one(console: Console, measured: Sequence[Measured]) -> None:
             name = task if place == 0 else ""
             table.add_row(name, score.metric, number(score.value, score.unit), _interval(score), str(score.n), seconds)
     console.print(f"\n{measured[0].label}, {measured[0].file_bytes / _MIB:.1f} MiB", highlight=False)
-    console.print(table)
+    _print_whole(console, table)
 
 
 def _print_several(console: Console, measured: Sequence[Measured]) -> None:
@@ -47,14 +48,25 @@ def _print_several(console: Console, measured: Sequence[Measured]) -> None:
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("MiB", justify="right", no_wrap=True)
     for task, score in _columns(measured):
-        table.add_column(f"{task}\n{score.metric}", justify="right")
+        title = f"{task}\n{score.metric}{', %' if score.unit == '%' else ''}"
+        table.add_column(title.replace(", ", "\n").replace("-", "-\n"), justify="right", no_wrap=True)
     for m in measured:
-        cells = [
-            number(score.value, score.unit) + f"\n{_interval(score)}" for r in m.results.values() for score in main(r)
-        ]
+        cells = [_number_over_interval(score) for result in m.results.values() for score in main(result)]
         table.add_row(m.label, f"{m.file_bytes / _MIB:.1f}", *cells)
     console.print()
-    console.print(table)
+    _print_whole(console, table)
+
+
+def _number_over_interval(score: Score) -> str:
+    """The unit is in the column's title."""
+    value, low, high = (number(x, score.unit).removesuffix(" %") for x in (score.value, score.low, score.high))
+    return f"{value}\n({low}–{high})"
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """At its own width, also where the terminal is narrower: half a number is worse than a broken line."""
+    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(file=console.file, width=max(console.width, width)).print(table)
 
 
 def main(result: Result) -> list[Score]:
@@ -107,7 +119,7 @@ def draw(measured: Sequence[Measured], path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(list(places), [m.label for m in measured])
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(measured) - 0.5, -0.5)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -124,7 +136,7 @@ def print_differences(console: Console, a: str, b: str, differences: Sequence[Di
         cells = (number(d.a, d.unit), number(d.b, d.unit), number(d.difference, d.unit), interval, p, str(d.n))
         table.add_row(d.task, d.metric, *cells, verdict(d))
     console.print(f"\nA: {a}\nB: {b}", highlight=False, markup=False)
-    console.print(table)
+    _print_whole(console, table)
     for line in dict.fromkeys(f"{d.task}: {d.protocol}; {d.test}" for d in differences):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
