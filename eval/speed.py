@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import signal
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -159,9 +161,20 @@ def measure_speed(
     """
     _require(checkpoint, engine, workload)
     # spawn: a fork would start out with this process's memory and threads.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), _leave_interrupts_to_the_parent) as pool:
         threads = torch.get_num_threads()
-        return pool.submit(_timed, checkpoint.folder, engine, workload, device.type, dtype, threads).result()
+        timing = pool.submit(_timed, checkpoint.folder, engine, workload, device.type, dtype, threads)
+        try:
+            return timing.result()
+        except BrokenProcessPool:
+            raise CheckpointError(
+                f"{checkpoint.folder}: the process that timed it was killed, most likely for want of memory; its "
+                f"weights alone take {checkpoint.shape.parameters_total * dtype.itemsize / 2**20:.0f} MiB"
+            ) from None
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _require(checkpoint: Checkpoint, engine: str, workload: Workload) -> None:

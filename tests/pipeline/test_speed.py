@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 import torch
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError
 from checkpoints.runtime import Runtime, Silent
+from eval import speed
 from eval.settings import Settings
-from eval.speed import run
 from eval.subject import Subject
 
 pytestmark = pytest.mark.pipeline
@@ -30,7 +33,7 @@ class Notes(Silent):
 def test_medians_spread_memory_and_protocol(tiny_model: Callable[..., Path]) -> None:
     notes = Notes()
     given = Settings(speed_prompt=16, speed_tokens=4, repeats=3, kernels=True)
-    result = run("speed", Subject(Checkpoint.open(tiny_model()), Runtime(progress=notes)), given)
+    result = speed.run("speed", Subject(Checkpoint.open(tiny_model()), Runtime(progress=notes)), given)
     (timing,) = result.details["timings"]
     assert len(timing["repeats"]) == 3 and timing["engine"] == "effective" and timing["dtype"] == "float32"
     assert timing["threads"] == torch.get_num_threads()
@@ -51,3 +54,16 @@ def test_medians_spread_memory_and_protocol(tiny_model: Callable[..., Path]) -> 
         and kernels.protocol == "decode, kernels not measured: the checkpoint is not quantised"
     )
     assert any("kernels not measured" in note for note in notes.notes)
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_an_error_that_says_why(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_timed", killed)
+    checkpoint = Checkpoint.open(tiny_model())
+    with pytest.raises(CheckpointError, match="for want of memory"):
+        speed.measure_speed(checkpoint, "effective", speed.Workload(4, 2), torch.device("cpu"), torch.float32)
