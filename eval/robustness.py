@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
+from checkpoints.errors import NumericsError, PlanError
 from checkpoints.runtime import Runtime, Silent
 from eval.disturb import KINDS, Disturbance
 from eval.perplexity import Protocol, measure
@@ -23,7 +23,8 @@ from eval.results import Result, Score
 from eval.settings import Settings, numbers
 from eval.subject import Subject
 from eval.tasks import Task, find_tasks
-from eval.text import NAMED, Text, load_text
+from eval.text import Text
+from eval.text_tasks import protocol_of, text_of
 
 Quantity = Callable[[Disturbance | None], float]  # None: undisturbed
 
@@ -87,13 +88,14 @@ def measure_robustness(name: str, protocol: str, quantity: Quantity, plan: Plan)
 
 
 def perplexity_under(checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime) -> Quantity:
-    """Perplexity by the walk, one block in memory; infinite where the disturbance overflows the exponent."""
+    """Perplexity by the walk, one block in memory. Raises NumericsError where a disturbance leaves no finite number."""
 
     def quantity(disturbance: Disturbance | None) -> float:
         try:
             return measure(checkpoint, text, protocol, runtime, disturbance).perplexity
         except OverflowError:
-            return math.inf
+            what = f"{disturbance.kind} {disturbance.strength:g}" if disturbance else "no disturbance"
+            raise NumericsError(f"perplexity under {what} is too large for a number; give less") from None
 
     return quantity
 
@@ -169,8 +171,8 @@ def _scores(result: Robustness, better: bool, unit: str) -> tuple[Score, ...]:
 
 
 def _perplexity(subject: Subject, settings: Settings, disturbance: Disturbance | None) -> Score:
-    protocol = Protocol(settings.protocol, settings.window, settings.tokens)
-    text = load_text(settings.text, "evaluate" if settings.text in NAMED else "whole")
+    protocol = protocol_of(settings, settings.protocol)
+    text = text_of("perplexity", settings)
     value = perplexity_under(subject.checkpoint, text, protocol, subject.runtime)(disturbance)
     how = f"{protocol}; {text.name}; {subject.dtype}"
     return Score("perplexity", value, math.nan, math.nan, 1, "", how, higher_is_better=False)

@@ -225,6 +225,16 @@ def test_robustness_of_perplexity(tiny_model: TinyModel) -> None:
     assert result.details["levels"][1]["values"] == tuple(expected)
 
 
+def test_robustness_reads_the_text_of_the_perplexity_task(tiny_model: TinyModel, tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("A text of one's own. " * 60)
+    given = Settings(noise="0", mask="", seeds=1, window=32, sources=(f"perplexity={path}",), limit=3)
+    undisturbed = run("robustness", tiny_model(), given).scores[0]
+    plain = run("perplexity", tiny_model(), given).scores[0]
+    assert undisturbed.value == pytest.approx(plain.value)
+    assert plain.protocol in undisturbed.protocol and "own.txt" in undisturbed.protocol
+
+
 def test_robustness_of_a_tasks_score(tiny_model: TinyModel, files: dict[str, Path], tmp_path: Path) -> None:
     """The references are the model's own answers, so that undisturbed it scores 1 and any change shows."""
     given = settings({"alpaca": files["alpaca.json"]}, tmp_path)
