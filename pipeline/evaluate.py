@@ -60,13 +60,13 @@ def open_all(names: Sequence[str]) -> list[tuple[str, Checkpoint]]:
             faults.append(str(error))
     if faults:
         raise CheckpointError("\n".join(faults))
-    labels = [checkpoint.folder.resolve().name for checkpoint in opened]
-    for k, checkpoint in enumerate(opened):
-        if labels.count(checkpoint.folder.resolve().name) > 1:
-            labels[k] = "-".join(checkpoint.folder.resolve().parts[-2:])
-    if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
+    folders = [checkpoint.folder.resolve() for checkpoint in opened]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise PlanError(f"{twice} is named twice; name each checkpoint once")
+    names_only = [folder.name for folder in folders]
+    labels = [f.name if names_only.count(f.name) == 1 else "-".join(f.parts[-2:]) for f in folders]
+    if len(set(labels)) < len(labels):
+        raise PlanError(f"two checkpoints would both be called {max(labels, key=labels.count)}; rename a folder")
     return list(zip(labels, opened, strict=True))
 
 

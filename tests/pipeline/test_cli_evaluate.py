@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,33 @@ import pytest
 
 pytestmark = pytest.mark.pipeline
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def compress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process: importing torch anew for each of these calls would take minutes in all."""
+    from pipeline.cli import main
+
+    def call(*arguments: object, cwd: Path | None = None) -> Done:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        if cwd:
+            monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Done(int(ended.value.code or 0), said.out, said.err)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +89,7 @@ def store(chain: Path, tmp_path: Path) -> Path:
 
 
 def test_all_stages_of_a_run_give_one_table_and_one_figure(compress: Command, store: Path, data: Path) -> None:
-    tasks = "wikitext2,triviaqa-closed,triviaqa-open,mmlu,hellaswag,arc_easy,piqa"
+    tasks = "wikitext2,triviaqa-closed,piqa"
     short = ["--window", 32, "--limit", 4, "--new-tokens", 4]
     done = compress("eval", store, "--task", tasks, *short, *sources(data, tasks))
     assert done.returncode == 0, done.stderr
@@ -84,6 +111,17 @@ def test_all_stages_of_a_run_give_one_table_and_one_figure(compress: Command, st
     for row in json.loads(compared.stdout)["differences"]:
         assert row["n"] == (4 if "windows" in row["metric"] else row["n"])
         assert row["verdict"] in ("within noise", "B is better", "B is worse")
+
+
+def test_every_task_runs_from_local_files(compress: Command, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    tasks = "perplexity,wikitext2,triviaqa-closed,triviaqa-open,mmlu,hellaswag,arc_easy,piqa"
+    places = sources(data, tasks.removeprefix("perplexity,"))
+    call = ["eval", tiny_llama, "--task", tasks, *places, "--window", 32, "--limit", 2, "--new-tokens", 3, "--json"]
+    done = compress(*call, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["checkpoints"]
+    assert list(found["results"]) == tasks.split(",")
+    assert all(r["seconds"] > 0 and r["scores"][0]["n"] == 2 for r in found["results"].values())
 
 
 def test_compare_runs_both_and_tells_noise_from_difference(
@@ -124,7 +162,7 @@ def test_one_checkpoint_gives_its_numbers_as_json_and_as_a_table(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["MODEL", "--task", "mmlu,mmmlu"], ["there is no task 'mmmlu'", "triviaqa-closed"]),
+        (["MODEL", "--task", "mmlu,mmlu_magic"], ["there is no task 'mmlu_magic'", "triviaqa-closed"]),
         (["MODEL", "--task", "piqa", "--from", "mmlu=x"], ["'mmlu' is not among the tasks piqa"]),
         (["MODEL", "--task", "piqa,mmlu", "--from", "piqa=a", "--from", "mmlu=b"], ["piqa=a: there", "mmlu=b: there"]),
         (["UNFINISHED", "nowhere", "--task", "perplexity"], ["still being written", "there is no model 'nowhere'"]),
