@@ -44,10 +44,13 @@ class Difference:
 def compare(a: Result, b: Result) -> list[Difference]:
     """One difference for each metric that both results have.
 
-    Raises PlanError where they are not of the same items or were not measured the same way.
+    Metrics without a value for each item (a corpus's BLEU, sizes) stay out beside metrics that have them. Raises
+    PlanError where the results are not of the same items or were not measured the same way.
     """
     others = {score.metric: score for score in b.scores}
-    differences = [_difference(a.task, score, others[score.metric]) for score in a.scores if score.metric in others]
+    shared = [(score, others[score.metric]) for score in a.scores if score.metric in others]
+    paired = [(one, two) for one, two in shared if one.values or two.values]
+    differences = [_difference(a.task, one, two) for one, two in paired or shared]
     if not differences:
         raise PlanError(f"{a.task}: the two have no metric in common")
     return differences

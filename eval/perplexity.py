@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.runtime import Runtime
 from checkpoints.walk import Walk
+from eval.disturb import Disturbance
 from eval.text import Text
 
 if TYPE_CHECKING:
@@ -75,12 +77,15 @@ class Passage:
     size: int  # bytes of what was predicted; the first token of each passage is context only
 
 
-def measure(checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime) -> Perplexity:
+def measure(
+    checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime, disturbance: Disturbance | None = None
+) -> Perplexity:
     """exp of the mean negative log-likelihood of each token given those before it in its window or row.
 
-    Logits in the runtime's precision, losses in float32. Raises TextError where the text is too short.
+    Logits in the runtime's precision, losses in float32. disturbance: noise or masks on every block, as
+    eval/robustness.py asks for. Raises TextError where the text is too short.
     """
-    return summarise(measure_passages(checkpoint, text, protocol, runtime), text, protocol, runtime)
+    return summarise(measure_passages(checkpoint, text, protocol, runtime, disturbance), text, protocol, runtime)
 
 
 def summarise(passages: Sequence[Passage], text: Text, protocol: Protocol, runtime: Runtime) -> Perplexity:
@@ -96,11 +101,13 @@ def summarise(passages: Sequence[Passage], text: Text, protocol: Protocol, runti
     )
 
 
-def measure_passages(checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime) -> list[Passage]:
+def measure_passages(
+    checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime, disturbance: Disturbance | None = None
+) -> list[Passage]:
     """Each window or row by itself, in the text's order."""
     tokenizer = checkpoint.tokenizer()
     batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
-    losses = negative_log_likelihoods(checkpoint, batches, runtime)
+    losses = negative_log_likelihoods(checkpoint, batches, runtime, disturbance)
     passages = {}
     for batch, batch_losses in zip(batches, losses, strict=True):
         for place, padded, (nll, scored) in zip(batch.places, batch.targets, batch_losses, strict=True):
@@ -125,12 +132,14 @@ class _Batch:
 
 
 def negative_log_likelihoods(
-    checkpoint: Checkpoint, batches: list[_Batch], runtime: Runtime
+    checkpoint: Checkpoint, batches: list[_Batch], runtime: Runtime, disturbance: Disturbance | None = None
 ) -> list[list[tuple[float, int]]]:
     """Of each sequence of each batch: nats summed over its predicted tokens, and how many they are."""
     walk = Walk(checkpoint, [b.ids for b in batches], runtime, last_outputs=True, task="perplexity")
     for block in walk:
-        block.done()
+        shape = checkpoint.shape.blocks[block.index]
+        with disturbance.on_block(block.module, shape, block.index) if disturbance else nullcontext():
+            block.done()
     losses = []
     with walk.skeleton.head() as head, torch.no_grad():
         for states, batch in zip(walk.states.chunks, batches, strict=True):

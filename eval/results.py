@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Transform = Literal["mean", "exp"]
 RESAMPLES = 2000
+_NUMBERS = ("value", "low", "high")  # nan where there is none
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
@@ -49,9 +50,10 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self, items: bool = False) -> dict[str, Any]:
-        """As JSON; items: with the value of each item."""
+        """As JSON, where a number that was not measured is null; items: with the value of each item."""
         data = asdict(self)
         for score in data["scores"]:
+            score |= {name: None if math.isnan(score[name]) else score[name] for name in _NUMBERS}
             if not items:
                 for name in ("ids", "values", "weights"):
                     del score[name]
@@ -62,8 +64,14 @@ class Result:
         scores = []
         for score in data["scores"]:
             lists = {name: tuple(score.get(name, ())) for name in ("ids", "values", "weights")}
-            scores.append(Score(**(score | lists)))
+            numbers = {name: math.nan if score[name] is None else score[name] for name in _NUMBERS}
+            scores.append(Score(**(score | lists | numbers)))
         return cls(**(data | {"scores": tuple(scores)}))
+
+
+def not_measured(metric: str, reason: str, higher_is_better: bool = True) -> Score:
+    """A number that cannot be had here, and why: it has its place in the table all the same."""
+    return Score(metric, math.nan, math.nan, math.nan, 0, "", f"{metric} not measured: {reason}", higher_is_better)
 
 
 def proportion(metric: str, ids: Sequence[str], hits: Sequence[float], protocol: str) -> Score:

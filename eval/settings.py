@@ -30,6 +30,16 @@ class Settings:
     protocol: str = option("windows", "--protocol", "How perplexity is measured: windows or rows.")
     window: int = option(512, "--window", "Tokens per window or row.")
     tokens: int = option(16384, "--tokens", "Tokens of the text that are measured; 0 is all.")
+    sbert: str = option("", "--sbert", "Model of sentence embeddings for generation: a name, a folder, or none.")
+    reply_tokens: int = option(128, "--reply-tokens", "Tokens of an answer to an instruction at most (generation).")
+    speed_prompt: int = option(128, "--speed-prompt", "Tokens of the prompt that speed reads.")
+    speed_tokens: int = option(64, "--speed-tokens", "New tokens that speed times.")
+    repeats: int = option(5, "--repeats", "How often speed is measured; the median counts.")
+    kernels: bool = option(False, "--kernels", "Time GPTQModel's kernels too; they are compiled once, in a minute.")
+    noise: str = option("0.01,0.05,0.1", "--noise", "Standard deviations of noise on MLP gates' inputs (robustness).")
+    mask: str = option("0.01,0.05,0.1", "--mask", "Shares of attention outputs that are zeroed (robustness).")
+    seeds: int = option(3, "--seeds", "Draws of noise and masks at each strength (robustness).")
+    robust_task: str = option("perplexity", "--robust-task", "Task whose main score robustness follows.")
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -40,6 +50,13 @@ class Settings:
             raise PlanError(f"--batch-tokens {self.batch_tokens}: at least 1; one question is always answered")
         if self.shots < -1:
             raise PlanError(f"--shots {self.shots}: 0 or more, or -1 for the task's own number")
+
+        if not 1 <= self.reply_tokens <= 4096:
+            raise PlanError(f"--reply-tokens {self.reply_tokens}: between 1 and 4096")
+        if self.seeds < 1:
+            raise PlanError(f"--seeds {self.seeds}: at least 1")
+        for flag, text in (("--noise", self.noise), ("--mask", self.mask)):
+            numbers(flag, text)
 
     def files_of(self, task: str) -> list[Path]:
         """The local files given for a task, in order; empty where it reads from the hub.
@@ -57,3 +74,11 @@ class Settings:
             if not file.exists():
                 raise PlanError(f"--from {task}={file}: there is no such file or folder")
         return files
+
+
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """Comma-separated numbers; none for an empty text. Raises PlanError naming what is no number."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise PlanError(f"{flag} {text}: expected numbers with commas between, e.g. 0.01,0.1") from None

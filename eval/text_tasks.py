@@ -15,27 +15,29 @@ from eval.text import NAMED, Text, load_text
 
 
 def check(name: str, settings: Settings) -> None:
-    _text(name, settings)
-    _protocol(settings, settings.protocol)
+    text_of(name, settings)
+    protocol_of(settings, settings.protocol)
 
 
 def any_text(name: str, subject: Subject, settings: Settings) -> Result:
-    return _measured(name, subject, _text(name, settings), [_protocol(settings, settings.protocol)])
+    return _measured(name, subject, text_of(name, settings), [protocol_of(settings, settings.protocol)])
 
 
 def wikitext2(name: str, subject: Subject, settings: Settings) -> Result:
     """The test split from the hub, or the original file with --from wikitext2=FILE."""
-    return _measured(name, subject, _text(name, settings), [_protocol(settings, kind) for kind in ("windows", "rows")])
+    return _measured(
+        name, subject, text_of(name, settings), [protocol_of(settings, kind) for kind in ("windows", "rows")]
+    )
 
 
 @cache  # the same text for every checkpoint
-def _text(name: str, settings: Settings) -> Text:
+def text_of(name: str, settings: Settings) -> Text:
     files = settings.files_of(name)
     spec = str(files[0]) if files else "wikitext2" if name == "wikitext2" else settings.text
     return load_text(spec, "evaluate" if spec in NAMED else "whole")
 
 
-def _protocol(settings: Settings, kind: str) -> Protocol:
+def protocol_of(settings: Settings, kind: str) -> Protocol:
     """--limit counts windows: as many tokens of the text's beginning as they hold, in rows too."""
     tokens = settings.tokens
     if settings.limit:

@@ -162,15 +162,38 @@ def _reporter(quiet: bool) -> Iterator[Reporter]:
 
 
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of any stage, or any model --model takes.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Checkpoints of any stage, models, or an output folder for all its stages.")
+    ],
     prompt: Annotated[str, typer.Argument(help="What the model continues.")],
     tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 60,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="Sample at this temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, also on a terminal.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
 ) -> None:
-    """Continue a prompt greedily with a checkpoint's effective weights."""
+    """Continue a prompt with a checkpoint's effective weights; several checkpoints stand side by side."""
     quiet_libraries()
+    from checkpoints.memory import release
     from checkpoints.runtime import choose_device
-    from checkpoints.sources import open_source
-    from eval.generate import continue_greedily
+    from eval.generate import Decoding, continue_prompt
+    from pipeline.evaluate import open_all
+    from pipeline.side_by_side import as_dict, print_plain, print_table
 
-    typer.echo(continue_greedily(open_source(checkpoint), prompt, tokens, choose_device(device)))
+    decoding, where = Decoding(tokens, temperature, seed, chat), choose_device(device)
+    entries = open_all(checkpoints)
+    found = []
+    for _, checkpoint in entries:
+        found.append(continue_prompt(checkpoint, prompt, decoding, where))
+        release()  # one model at a time in memory
+    console = Console()
+    if as_json:
+        typer.echo(json.dumps(as_dict(prompt, decoding, entries, found), indent=2))
+    elif len(entries) == 1:
+        typer.echo(found[0].text.strip() if chat else found[0].prompt + found[0].text)
+    elif plain or not console.is_terminal:
+        print_plain(console, entries, found)
+    else:
+        print_table(console, prompt, decoding, entries, found)

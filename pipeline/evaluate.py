@@ -84,6 +84,8 @@ def _stages(store: Path) -> list[Checkpoint]:
 def check_request(tasks: Sequence[Task], settings: Settings) -> None:
     """Everything about tasks and their data that can be wrong, before any model is loaded; all faults at once."""
     names = {task.name for task in tasks}
+    if "robustness" in names:
+        names.add(settings.robust_task)
     faults = [
         f"--from {source}: '{source.partition('=')[0]}' is not among the tasks {', '.join(sorted(names))}"
         for source in settings.sources

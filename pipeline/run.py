@@ -13,6 +13,7 @@ from typing import Any
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, write_json
+from checkpoints.memory import available_bytes, peak_bytes, reset_peak
 from checkpoints.runtime import Runtime, choose_device, choose_dtype
 from checkpoints.shape import ModelShape
 from checkpoints.sources import open_source
@@ -22,7 +23,6 @@ from eval.perplexity import Protocol, measure, measurement_key
 from hardware.check import check
 from hardware.soc import load_soc
 from pipeline.calibration import Calibration
-from pipeline.memory import available_bytes, peak_bytes, reset_peak
 from pipeline.plan import StagePlan, plan
 from pipeline.progress import Reporter
 from pipeline.recipe import Recipe
