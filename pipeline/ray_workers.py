@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -32,7 +32,6 @@ class RayWorkers:
         self._cpus = max(1, int(min(r.get("CPU", 0) for r in alive if r.get("CPU"))) // jobs)
         self._memory = max(r.get("memory", 0) for r in alive)
         self._gpus = max(r.get("GPU", 0) for r in alive)
-        self._task: Callable[[Task], Event] = _on_worker
         self._running: dict[Any, str] = {}  # Ray's reference to a result -> the node's key
 
     def free(self, task: Task) -> bool:
@@ -43,8 +42,8 @@ class RayWorkers:
         needs: dict[str, Any] = {"num_cpus": self._cpus, "max_retries": 0, "memory": _needed(task)}
         if self._gpus and task.recipe.device != "cpu":
             needs["num_gpus"] = 1 / self._jobs
-        remote = self._ray.remote(**needs)(self._task)
-        self._running[remote.remote(task)] = task.key
+        remote = self._ray.remote(**needs)(_on_worker)
+        self._running[remote.remote(task, str(Path.cwd()))] = task.key
 
     def require_memory(self, tasks: list[Task]) -> None:
         """Raise PlanError for a stage that no machine could take; Ray would let it wait for ever."""
@@ -78,10 +77,13 @@ class RayWorkers:
         self._ray.shutdown()
 
 
-def _on_worker(task: Task) -> Event:
+def _on_worker(task: Task, home: str) -> Event:
+    """home: the folder that files are named from, where this machine has it too."""
     from pipeline.flags import quiet_libraries
 
     quiet_libraries()
+    if Path(home).is_dir():
+        os.chdir(home)
     return carried_out(task, lambda text: None)
 
 
@@ -110,12 +112,15 @@ def _connected(address: str, jobs: int) -> Any:
         except BaseException as error:  # brought to the caller's thread
             failed.append(error)
 
-    # In a thread: where something else listens at the address, Ray waits for minutes inside its own library.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_CONNECT_SECONDS)
-    if thread.is_alive():
-        raise PlanError(_no_cluster(address, f"no answer from Ray within {_CONNECT_SECONDS:.0f} s"))
+    if address == "local":
+        connect()  # here: Ray's own processes end with the thread that started them
+    else:
+        # Where something else listens at the address, Ray waits for minutes inside its own library.
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(_CONNECT_SECONDS)
+        if thread.is_alive():
+            raise PlanError(_no_cluster(address, f"no answer from Ray within {_CONNECT_SECONDS:.0f} s"))
     if failed:
         raise PlanError(_no_cluster(address, str(failed[0]).strip().splitlines()[0])) from None
     return ray
