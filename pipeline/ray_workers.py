@@ -19,7 +19,7 @@ from pipeline.tasks import Task
 from pipeline.workers import Event, Tell, carried_out
 
 _ANSWER_SECONDS = 10.0  # for a port to open
-_CONNECT_SECONDS = 60.0  # for a cluster behind it to let us in
+_CONNECT_SECONDS = 30.0  # for a cluster behind it to let us in
 
 
 class RayWorkers:
@@ -122,7 +122,7 @@ def _connected(address: str, jobs: int) -> Any:
         if thread.is_alive():
             raise PlanError(_no_cluster(address, f"no answer from Ray within {_CONNECT_SECONDS:.0f} s"))
     if failed:
-        raise PlanError(_no_cluster(address, str(failed[0]).strip().splitlines()[0])) from None
+        raise PlanError(_no_cluster(address, str(failed[0]).strip().splitlines()[0].rstrip("."))) from None
     return ray
 
 

@@ -125,7 +125,8 @@ def _drafts(spec: Any, max_runs: int, faults: list[str]) -> list[_Draft]:
         faults.append("sweep.configurations must be a list")
         listed = []
     entries: list[Any] = ([{"grid": spec["grid"]}] if "grid" in spec else []) + listed
-    parsed = [entry for number, e in enumerate(entries, 1) if (entry := _entry(e, number, faults)) is not None]
+    first = 0 if "grid" in spec else 1
+    parsed = [entry for number, e in enumerate(entries, first) if (entry := _entry(e, number, faults)) is not None]
     count = sum(math.prod(len(values) for values in grid.values()) for _, _, grid in parsed)
     if count > max_runs:
         # Refused before it is multiplied out: a slip in a grid can mean millions.
