@@ -60,7 +60,7 @@ def sweep(
     configurations failed; the others are done.
     """
     wanted = load_sweep(recipe, flags, max_runs, only or (), leave_out or ())
-    _run(wanted, out, jobs, ray, store, track)
+    run_command(wanted, out, jobs, ray, store, track)
 
 
 @recipe_flags
@@ -77,7 +77,7 @@ def ablate(
     """Show what each stage is worth: run all stages, each left out, each alone, and none."""
     from pipeline.ablation import ablation
 
-    _run(ablation(build(recipe or None, flags, skip)), out, jobs, ray, store, track)
+    run_command(ablation(build(recipe or None, flags, skip)), out, jobs, ray, store, track)
 
 
 def plan_sweep(file: str, flags: dict[str, Any], skip: str, as_json: bool) -> None:
@@ -98,7 +98,7 @@ def plan_sweep(file: str, flags: dict[str, Any], skip: str, as_json: bool) -> No
         _print_plan(Console(), wanted, tree, expected)
 
 
-def _run(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, track: str) -> None:
+def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, track: str) -> None:
     if jobs < 1:
         raise PlanError(f"--jobs {jobs}: at least one")
     if store_url and not ray:

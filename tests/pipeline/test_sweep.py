@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,11 +19,14 @@ from rich.console import Console
 
 from checkpoints.errors import PlanError
 from checkpoints.manifest import MANIFEST
+from pipeline.cli_sweep import run_command
+from pipeline.ray_workers import RayWorkers
 from pipeline.results import COLUMNS, write_results
 from pipeline.store import Store
 from pipeline.sweep import SweepResult, carry_out, folder_name, prepare, require_room, write_state
 from pipeline.sweep_recipe import Sweep, load_sweep
 from pipeline.sweep_view import SweepView
+from pipeline.tracking import open_tracker
 from pipeline.workers import Here
 
 pytestmark = pytest.mark.pipeline
@@ -74,13 +78,21 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_here(sweep: Sweep, out: Path) -> SweepResult:
+def run_here(sweep: Sweep, out: Path, stop_after: str = "") -> SweepResult:
+    """stop_after: Ctrl-C once the configuration of this name is done."""
     with Store(out).opened(), SweepView(Console(), out / "sweep.log", quiet=True) as view:
+
+        def finished(name: str) -> None:
+            if name == stop_after:
+                view.interrupt()
+
         tree = prepare(sweep, out)
-        result = carry_out(tree, out, Here(view.step), view, lambda name: None)
-        write_results(out, sweep.name, result)
-        write_state(out, sweep, result)
-    return result
+        with contextlib.suppress(KeyboardInterrupt):
+            carry_out(tree, out, Here(view.step), view, finished)
+        assert view.result is not None
+        write_results(out, sweep.name, view.result)
+        write_state(out, sweep, view.result)
+    return view.result
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +134,7 @@ def test_a_configuration_alone_gives_the_same_fingerprints_and_numbers(
 
 
 def test_the_table_is_tidy(swept: tuple[Path, SweepResult]) -> None:
-    out, result = swept
+    out, _ = swept
     csv, parquet = pd.read_csv(out / "results.csv"), pd.read_parquet(out / "results.parquet")
     assert list(csv.columns) == list(parquet.columns) == list(COLUMNS)
     assert len(csv) == len(parquet) == 2 * (1 + DISTINCT)  # perplexity and bits per byte; the source counts as one
@@ -141,27 +153,21 @@ def test_the_table_is_tidy(swept: tuple[Path, SweepResult]) -> None:
     assert [c["status"] for c in state["configurations"]] == ["done"] * 5
 
 
-def test_killed_again_and_again_nothing_is_lost_nor_computed_twice(
+def test_killed_in_the_middle_nothing_is_lost_nor_computed_twice(
     swept: tuple[Path, SweepResult],
     recipe: Path,
     tiny_llama: Path,
     tmp_path: Path,
-    compress: Command,
     weight_hashes: Callable[[Path], dict[str, str]],
 ) -> None:
     out = tmp_path / "out"
     arguments = ["sweep", str(recipe), "--model", str(tiny_llama), "-o", str(out)]
-    finished: dict[str, int] = {}
-    for moment in (24, 40):
-        done = subprocess.run([sys.executable, "-c", KILLER, str(moment), *arguments], capture_output=True, check=False)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        now = manifests(out)
-        assert {name: now[name] for name in finished} == finished
-        finished = now
+    killed = subprocess.run([sys.executable, "-c", KILLER, "36", *arguments], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    finished = manifests(out)
     assert 0 < len(finished) < DISTINCT
-    last = compress(*arguments)
-    assert last.returncode == 0, last.stderr
-    assert f"({DISTINCT - len(finished)} computed now, {len(finished)} from the store)" in last.stdout
+    result = run_here(load_sweep(str(recipe), {"model": str(tiny_llama)}), out)
+    assert (result.done, result.computed) == (DISTINCT, DISTINCT - len(finished))
     now = manifests(out)
     assert {name: now[name] for name in finished} == finished
     assert weight_hashes(out) == weight_hashes(swept[0])
@@ -212,8 +218,8 @@ def test_one_failure_leaves_the_others_alone(recipe: Path, tiny_llama: Path, tmp
     states = {c["name"]: c["status"] for c in json.loads((out / "sweep.json").read_text())["configurations"]}
     assert states == {"baseline": "done", "depth": "done", "width 1:8": "failed", "width 2:4": "done"}
     damaged.rename(tmp_path / "away")
-    again = compress("sweep", recipe, "--model", tiny_llama, "-o", out, "--leave-out", "early")
-    assert again.returncode == 0 and "(1 computed now, 2 from the store)" in again.stdout
+    again = run_here(sweep, out)
+    assert not again.failures and (again.done, again.computed) == (3, 1)
 
 
 def test_a_failed_stage_takes_those_below_it_along(
@@ -246,27 +252,42 @@ def test_a_disk_too_small_by_the_forecast_is_refused_before_anything_starts(
         require_room(tmp_path, tree)
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "pipeline.cli", "sweep", str(recipe), "--model", str(tiny_llama), "-o", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not manifests(out):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stdout + stderr
-    assert "the same command goes on" in stdout and "Traceback" not in stderr
-    assert len(pd.read_csv(out / "results.csv")) >= 2
+def test_interrupted_it_keeps_what_is_done_and_goes_on(recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(str(recipe), {"model": str(tiny_llama)}, leave_out=["early"])
+    first = run_here(sweep, tmp_path, stop_after="depth")
+    assert first.done == 1 and not first.failures
+    states = {c["name"]: c["status"] for c in json.loads((tmp_path / "sweep.json").read_text())["configurations"]}
+    assert states == {"baseline": "done", "depth": "done", "width 1:8": "unfinished", "width 2:4": "unfinished"}
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 4
+    second = run_here(sweep, tmp_path)
+    assert (second.done, second.computed) == (3, 2)
 
 
-def test_mistakes_get_one_message_and_code_2(recipe: Path, tiny_llama: Path, tmp_path: Path, compress: Command) -> None:
-    for arguments, words in (
-        (["--jobs", 0], "at least one"),
-        (["--store", "file:///tmp/x"], "--store goes with --ray"),
-        (["--track", "wandb:x"], "give mlflow:URI or tensorboard:DIR"),
-        (["--ray", "127.0.0.1:1"], "no Ray cluster answers at '127.0.0.1:1'"),
-    ):
-        done = compress("sweep", recipe, "--model", tiny_llama, "-o", tmp_path / "out", *arguments)
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert words in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"jobs": 0}, "at least one"),
+        ({"store_url": "memory://x"}, "--store goes with --ray"),
+        ({"track": "wandb:x"}, "give mlflow:URI or tensorboard:DIR"),
+        ({"ray": "nonsense"}, "give auto, local, HOST:PORT"),
+        ({"ray": "127.0.0.1:1"}, "no Ray cluster answers at '127.0.0.1:1'"),
+        ({"ray": "ray://127.0.0.1:1", "store_url": "nosuch://x"}, "--store nosuch://x"),
+    ],
+)
+def test_mistakes_get_one_message(
+    recipe: Path, tiny_llama: Path, tmp_path: Path, more: dict[str, Any], words: str
+) -> None:
+    sweep = load_sweep(str(recipe), {"model": str(tiny_llama)})
+    with pytest.raises(PlanError) as caught:
+        run_command(sweep, tmp_path / "out", **({"jobs": 1, "ray": "", "store_url": "", "track": ""} | more))
+    assert words in str(caught.value)
+
+
+def test_an_absent_library_gets_its_install_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for library in ("ray", "mlflow.tracking", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(PlanError, match=r"pip install 'edgepress\[ray\]'"):
+        RayWorkers("local", 1, lambda key, text: None)
+    for kind in ("mlflow", "tensorboard"):
+        with pytest.raises(PlanError, match=r"pip install 'edgepress\[tracking\]'"):
+            open_tracker(f"{kind}:{tmp_path}", "x")
