@@ -203,8 +203,10 @@ def _print_plan(console: Console, wanted: Sweep, tree: Tree, expected: Forecast)
         f"Stage runs: {expected.asked} asked for, {expected.distinct} distinct, {expected.shared} shared.\n"
         f"Disk: {expected.disk_bytes / 2**30:.1f} GiB at most; shards that do not change are shared.\n"
         f"Peak memory: {expected.peak_memory_bytes / 2**30:.1f} GiB for one stage run at a time.\n"
-        f"Time: about {duration(expected.seconds)} one after the other on {expected.machine}, within a factor of two.",
+        f"Time: about {duration(expected.seconds)} one after the other on {expected.machine}; rough, from shapes and "
+        "the speed of a matrix product here.",
         highlight=False,
+        soft_wrap=True,
     )
 
 

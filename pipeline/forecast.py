@@ -1,7 +1,7 @@
 """How long stage runs will take on this machine: their arithmetic, over the speed it multiplies at.
 
-A forecast to decide by, good to about a factor of two: each stage's multiply-adds are counted from shapes, and
-one factor a stage, fitted to measured runs, says how much slower than large matrix products its own work is.
+A rough forecast to decide by: each stage's multiply-adds are counted from shapes, and one factor a stage, fitted to
+a measured run on a processor, says how much slower than a large matrix product its own work is.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
 from pipeline.tree import Node, Tree
 
-# Seconds measured over seconds that the arithmetic alone would take; and what every stage run costs besides.
-_FACTOR = {"source": 1.5, "depth": 1.5, "wanda": 1.5, "lora": 1.5, "gptq": 1.5, "eora": 1.5}
+# Seconds measured over seconds that the arithmetic alone would take, in the README's demo (SmolLM2-135M, bfloat16, two
+# cores that multiply 4e11 times a second); and what every stage run costs besides.
+_FACTOR = {"source": 4.0, "depth": 2.1, "wanda": 3.9, "lora": 2.9, "gptq": 4.5, "eora": 3.1}
 _FIXED_SECONDS = 1.0
 _DISK_BYTES_PER_SECOND = 400e6  # a stage's files are written, hashed, and read again by its check
 _ROWS_TEXT_TOKENS = 290_000  # WikiText-2's test split, which `tokens: 0` measures whole
@@ -133,4 +134,5 @@ def _machine() -> str:
 
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return f"{torch.get_num_threads()} threads of this processor"
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''} of this processor"

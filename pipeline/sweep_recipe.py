@@ -269,7 +269,11 @@ def _notes(configurations: Sequence[Configuration]) -> tuple[str, ...]:
         for note in configuration.recipe.notes:
             notes[note].append(configuration.name)
     lines = [f"{_some(names)}: {note}" for note, names in notes.items()]
-    return (*lines, *(f"{_some(names)} are the same" for names in same.values() if len(names) > 1))
+    groups = [names for names in same.values() if len(names) > 1]
+    if groups:
+        more = f", and so are {len(groups) - 1} more groups" if len(groups) > 1 else ""
+        lines.append(f"{_some(groups[0])} are the same{more}")
+    return tuple(lines)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
