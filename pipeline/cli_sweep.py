@@ -213,6 +213,7 @@ def _print_plan(console: Console, wanted: Sweep, tree: Tree, expected: Forecast)
 def _print_result(console: Console, wanted: Sweep, result: SweepResult, out: Path) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     failed = result.failed_configurations()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -221,11 +222,11 @@ def _print_result(console: Console, wanted: Sweep, result: SweepResult, out: Pat
     for name, path in result.tree.paths.items():
         stages = " ".join(result.tree.nodes[key].stage for key in path[1:])
         if name in failed:
-            table.add_row(name, stages, "failed", "", "", style="red")
+            table.add_row(Text(name), stages, "failed", "", "", style="red")
             continue
         end = result.outcomes[path[-1]]
         counts = (f"{end.facts['parameters_nonzero'] / 1e6:.2f}", f"{end.facts['file_bytes'] / 2**20:.1f}")
-        table.add_row(name, stages, f"{end.measured['perplexity']:.2f}", *counts)
+        table.add_row(Text(name), stages, f"{end.measured['perplexity']:.2f}", *counts)
     console.print(table)
     console.print(f"Results: {out / 'results.csv'}, {out / 'results.parquet'}", highlight=False, soft_wrap=True)
     for name, reason in failed.items():

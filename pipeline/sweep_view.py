@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -116,15 +115,16 @@ class SweepView:
             waiting = len(self.result.tree.nodes) - len(self.result.outcomes) - len(self.result.failures)
             head += f"   {len(self._running)} running, {waiting - len(self._running)} waiting"
             head += f", {len(self.result.failures)} failed"
+        # Text and not markup: lines printed without markup redraw this table in their own way.
         table = Table(box=None, pad_edge=False, show_header=False)
         for _ in range(3):
             table.add_column(no_wrap=True, overflow="ellipsis")
         for line in self._last:
-            table.add_row("[green]done[/]", escape(line), "")
+            table.add_row(Text("done", style="green"), Text(line), "")
         for node, since, doing in list(self._running.values()):
-            table.add_row("[bold]runs[/]", escape(f"{_where(node)}  {_clock(now - since)}"), escape(doing))
+            table.add_row(Text("runs", style="bold"), Text(f"{_where(node)}  {_clock(now - since)}"), Text(doing))
         for line in self._failed[-_LAST:]:
-            table.add_row("[red]failed[/]", escape(line), "")
+            table.add_row(Text("failed", style="red"), Text(line), "")
         return Group(Text(head, style="bold"), table)
 
 
