@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="LoRA's optimiser steps, each of 4 windows")
     parser.add_argument("--trivia", default="embedded", help="file of questions and answers for the TriviaQA rows")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", action="append", default=[], help="as for compress sweep; repeatable")
+    parser.add_argument("--only", action="append", default=[], help="as for compress sweep, for one table; repeatable")
     parser.add_argument("--plan", action="store_true", help="print the forecast, compute nothing")
     given = parser.parse_args()
     if unknown := sorted(set(given.tables) - set(TABLES)):
