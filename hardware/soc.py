@@ -20,17 +20,18 @@ KINDS = ("stated", "derived", "assumed")
 CAPACITY_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 ENGINE_KINDS = ("accelerator", "cores")
 
-# What a LLaMA-like model computes, by the names that an engine lists under `operators`.
+# What a LLaMA-like model computes: the kinds of `hardware.operators`, by which an engine lists what it runs.
 OPERATORS = (
-    "lookup",  # the embedding's row of a token
+    "embedding",  # the row of a token
     "linear",  # a product with weights
-    "matmul",  # a product of two activations: QK^T and PV
+    "scores",  # queries with the cached keys
     "softmax",
-    "rms_norm",
+    "softcap",  # scores or logits capped by a tanh (Gemma 2)
+    "values",  # softmax with the cached values
+    "norm",
     "rope",
-    "silu",
-    "gelu",
-    "tanh",  # soft-capped scores and logits (Gemma 2)
+    "append",  # keys and values to the cache
+    "activation",
     "multiply",
     "add",
 )
@@ -40,6 +41,8 @@ OPERATORS = (
 REQUIRED_CONSTANTS = {"tile_output_channels": "channels", "tile_buffers": "buffers"}
 CONSTANT_UNITS = {
     **REQUIRED_CONSTANTS,
+    "weight_slot": "bit",
+    "weight_input_block": "channels",
     "weight_bits": "bit",
     "kv_cache_copies": "copies",
     "clock": "Hz",
@@ -47,7 +50,7 @@ CONSTANT_UNITS = {
     "working_link": "B/cycle",
     "dma": "B/cycle",
     "off_chip_bandwidth": "B/s",
-    "off_chip_energy": "J/B",
+    "off_chip_energy": "pJ/B",
     "linear_block_cycles": "cycles",
     "linear_launch_cycles": "cycles",
     "dma_launch_cycles": "cycles",
