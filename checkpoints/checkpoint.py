@@ -15,11 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from checkpoints.headers import ADAPTER, read_config, shape_from_folder, weight_files
+from checkpoints.headers import ADAPTER, EDGE, read_config, shape_from_folder, weight_files
 from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.packing import dequantise
-from checkpoints.shape import LinearShape, ModelShape
+from checkpoints.shape import LinearShape, ModelShape, Sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -157,10 +157,28 @@ class Checkpoint:
         with safe_open(self.folder / ADAPTER, framework="pt") as file:
             a: Tensor = file.get_tensor(f"{key}.lora_A.weight").float()
             b: Tensor = file.get_tensor(f"{key}.lora_B.weight").float()
-        return self._adapter_scale * (b @ a)
+        return self.adapter_scale * (b @ a)
+
+    def adapter_part(self, index: int) -> dict[str, Tensor]:
+        """The block's adapter as it is stored, names relative to the block; empty where it has none."""
+        names = [t.name for t in self.shape.blocks[index].adapter()]
+        if not names:
+            return {}
+        with safe_open(self.folder / ADAPTER, framework="pt") as file:
+            key = f"base_model.model.{self.shape.block_prefix}.{index}"
+            return {name: file.get_tensor(f"{key}.{name}") for name in names}
+
+    def edge(self) -> dict[str, Tensor]:
+        """The packed copies of embedding and head, by full name; empty where there are none."""
+        names = [t.name for t in self.shape.edge_tensors()]
+        if not names:
+            return {}
+        with safe_open(self.folder / EDGE, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
 
     @cached_property
-    def _adapter_scale(self) -> float:
+    def adapter_scale(self) -> float:
+        """What B A is multiplied with."""
         config = json.loads((self.folder / "adapter" / "adapter_config.json").read_text())
         return float(config["lora_alpha"]) / float(config["r"])
 
@@ -194,8 +212,11 @@ class Checkpoint:
 
         return Skeleton(self).filled(torch.device(device), dtype or self.stored_dtype)
 
-    def facts(self) -> dict[str, Any]:
-        """Counts measured on the files: parameters in total, non-zero, and bytes of all safetensors files."""
+    def facts(self, pattern: Sparsity | None = None) -> dict[str, Any]:
+        """Counts measured on the files: parameters in total, non-zero, bytes of all safetensors files and packed.
+
+        pattern: what the manifest will claim, as long as there is none to read it from.
+        """
         zeros = 0
         for index, block in enumerate(self.shape.blocks):
             for linear in block.linears:
@@ -208,6 +229,7 @@ class Checkpoint:
                 for path in self.folder.rglob("*.safetensors")
                 if path.relative_to(self.folder).parts[0] != WORK
             ),
+            "packed_bytes": (self.shape.with_pattern(pattern) if pattern else self.shape).packed_bytes,
         }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from checkpoints.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a file being written, which a kill may leave behind
 WORK = ".work"  # a stage's durable progress, gone once the manifest is there
@@ -37,6 +37,7 @@ class Manifest:
     parameters_nonzero: int
     sparsity: dict[str, Any] | None
     file_bytes: int
+    packed_bytes: int  # of the image that `compress pack` writes
     seconds: float
     peak_memory_bytes: int
     versions: dict[str, str]

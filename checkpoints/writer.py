@@ -18,7 +18,7 @@ from checkpoints.manifest import WORK, sync_folder, write_json
 from checkpoints.walk import Work
 
 OUTER = "outer.safetensors"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -93,7 +93,7 @@ class CheckpointWriter:
         """Write configuration, tokenizer and index; afterwards the folder loads. The manifest is still to come."""
         write_json(self.folder / "config.json", dict(config))
         if source is not None:
-            for name in _TOKENIZER_FILES:
+            for name in TOKENIZER_FILES:
                 if (source.folder / name).is_file():
                     shutil.copyfile(source.folder / name, self.folder / name)
         names, total = {}, 0

@@ -92,6 +92,7 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
                         "parameters_total": shape.parameters_total,
                         "parameters_nonzero": shape.parameters_nonzero,
                         "file_bytes": shape.file_bytes,
+                        "packed_bytes": shape.packed_bytes,
                     },
                     "stages": [stage.to_dict() for stage in stages],
                     "notes": list(wanted.notes),
@@ -113,6 +114,8 @@ for command in (
     cli_eval.generate,
     cli_model.rank,
     cli_model.verify,
+    cli_model.pack,
+    cli_model.unpack,
     cli_hardware.check,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)

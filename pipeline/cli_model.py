@@ -1,4 +1,4 @@
-"""Commands that look into a model or checkpoint: rank, verify."""
+"""Commands that look into a model or checkpoint, or bring it into another form: rank, verify, pack, unpack."""
 
 from __future__ import annotations
 
@@ -54,3 +54,42 @@ def verify(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.
 
     for line in prove(Checkpoint.open(checkpoint)):
         typer.echo(line)
+
+
+def pack(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("model.bin"),
+    tokenizer: Annotated[bool, typer.Option("--tokenizer", help="Take the tokenizer's files along.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as one packed file: kept weights at their bit width, and the index of the zeros."""
+    quiet_libraries()
+    from checkpoints.checkpoint import Checkpoint
+    from checkpoints.image import pack_checkpoint
+    from checkpoints.packed_sizes import packed_sizes
+    from pipeline.progress import Reporter
+    from pipeline.report import print_packed
+
+    source = Checkpoint.open(checkpoint)
+    with Reporter(Console(stderr=True), quiet=as_json) as reporter:
+        image = pack_checkpoint(source, out, tokenizer, reporter)
+    sizes = packed_sizes(source.shape)
+    if as_json:
+        facts = {"path": str(out), "bytes": image.nbytes, "packed_bytes": sizes.total, "sha256": image.sha256}
+        typer.echo(json.dumps(facts | {"file_bytes": source.shape.file_bytes, "parts": sizes.parts()}, indent=2))
+    else:
+        print_packed(Console(), out, image.nbytes, source.shape.file_bytes, sizes)
+
+
+def unpack(
+    image: Annotated[Path, typer.Argument(help="A file that pack wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+) -> None:
+    """Restore the checkpoint folder that a packed file was made from, bit for bit."""
+    quiet_libraries()
+    from checkpoints.image_restore import unpack_checkpoint
+    from pipeline.progress import Reporter
+
+    with Reporter(Console(stderr=True)) as reporter:
+        restored = unpack_checkpoint(image, out, reporter)
+    typer.echo(f"{out}: {len(restored.shape.blocks)} blocks, {restored.shape.file_bytes} bytes of safetensors files")

@@ -34,6 +34,7 @@ class StagePlan:
             "parameters_total": self.shape.parameters_total,
             "parameters_nonzero": self.shape.parameters_nonzero,
             "file_bytes": self.shape.file_bytes,
+            "packed_bytes": self.shape.packed_bytes,
             "blocks": len(self.shape.blocks),
             "pattern": str(pattern) if pattern else None,
             "bits": self.shape.grid.bits if self.shape.grid else None,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.packed_sizes import PackedSizes
 from checkpoints.shape import ModelShape
 from hardware.verdict import Verdict
 from pipeline.plan import StagePlan
@@ -24,12 +25,12 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
     """The final table: what each stage did, and whether the result fits."""
     report = result.report
     first = report["baseline"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("stage", "ppl", "params M", "nonzero M", "MiB", "N:M", "sec", "peak MiB"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("stage", "ppl", "params M", "nonzero M", "file MiB", "packed", "N:M", "sec", "peak MiB"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     parameters = result.stages[0].checkpoint.parent().shape.parameters_total if result.stages else 0
-    size = report["source"]["file_bytes"] / _MIB
-    table.add_row("0 source", f"{first['perplexity']:.2f}", _millions(parameters), _millions(parameters), f"{size:.1f}")
+    counts = (_millions(parameters), _millions(parameters))
+    table.add_row("0 source", f"{first['perplexity']:.2f}", *counts, *_sizes(**report["source"]))
     for position, stage in enumerate(report["stages"], 1):
         sparsity = stage["sparsity"]
         table.add_row(
@@ -37,7 +38,7 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
             f"{stage['perplexity']['after']:.2f}",
             _millions(stage["parameters_total"]),
             _millions(stage["parameters_nonzero"]),
-            f"{stage['file_bytes'] / _MIB:.1f}",
+            *_sizes(**stage),
             sparsity["pattern"] or "",
             f"{stage['seconds']:.0f}",
             f"{stage['peak_memory_bytes'] / _MIB:.0f}",
@@ -58,15 +59,15 @@ def print_plan(
 ) -> None:
     """The forecast as a table."""
     console.print(f"Plan for {model}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("stage", "blocks", "params M", "nonzero M", "MiB", "N:M", "bits", "peak MiB"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("stage", "blocks", "params M", "nonzero M", "file MiB", "packed", "N:M", "bits", "peak MiB"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
 
     def row(name: str, s: ModelShape, peak: str) -> None:
         bits = str(s.grid.bits) if s.grid else ""
         pattern = str(s.pattern or "")
         counts = (_millions(s.parameters_total), _millions(s.parameters_nonzero))
-        table.add_row(name, str(len(s.blocks)), *counts, f"{s.file_bytes / _MIB:.1f}", pattern, bits, peak)
+        table.add_row(name, str(len(s.blocks)), *counts, *_sizes(s.file_bytes, s.packed_bytes), pattern, bits, peak)
 
     row("0 source", shape, "")
     for position, stage in enumerate(stages, 1):
@@ -79,6 +80,26 @@ def print_plan(
         f"Disk: {total / _MIB:.1f} MiB for all stages; shards that do not change are shared.", highlight=False
     )
     console.print(verdict.summary, highlight=False)
+
+
+def print_packed(console: Console, path: Path, nbytes: int, file_bytes: int, sizes: PackedSizes) -> None:
+    """What a packed file holds, part by part."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("part")
+    table.add_column("bytes", justify="right")
+    parts = sizes.parts() | ({"tokenizer": nbytes - sizes.total} if nbytes != sizes.total else {})
+    for name, size in parts.items():
+        table.add_row(name, f"{size:,}")
+    console.print(table)
+    console.print(
+        f"{path}: {nbytes:,} bytes, {nbytes / file_bytes:.1%} of the {file_bytes:,} of the checkpoint's files",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _sizes(file_bytes: int, packed_bytes: int, **_: Any) -> tuple[str, str]:
+    return f"{file_bytes / _MIB:.1f}", f"{packed_bytes / _MIB:.1f}"
 
 
 def _millions(count: int) -> str:

@@ -53,6 +53,7 @@ class StageResult:
             "seconds": manifest.seconds,
             "peak_memory_bytes": manifest.peak_memory_bytes,
             "file_bytes": manifest.file_bytes,
+            "packed_bytes": manifest.packed_bytes,
             "parameters_total": manifest.parameters_total,
             "parameters_nonzero": manifest.parameters_nonzero,
             "sparsity": sparsity,
@@ -118,6 +119,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
             "path": str(source.folder),
             "fingerprint": source.fingerprint,
             "file_bytes": source.shape.file_bytes,
+            "packed_bytes": source.shape.packed_bytes,
         },
         "recipe": recipe.to_dict(),
         "baseline": baseline,
@@ -141,12 +143,13 @@ def _compute(
     seconds, peak = target.work.seconds, peak_bytes()
 
     result = Checkpoint(folder, None)
-    counted = result.facts()
-    if counted["file_bytes"] != step.shape.file_bytes:
-        runtime.progress.note(
-            f"{step.stage}: {counted['file_bytes']} bytes on disk, the plan said {step.shape.file_bytes}; "
-            "the forecast is wrong for this model, please report it"
-        )
+    counted = result.facts(step.shape.pattern)
+    for key, what in (("file_bytes", "on disk"), ("packed_bytes", "packed")):
+        if counted[key] != (planned := getattr(step.shape, key)):
+            runtime.progress.note(
+                f"{step.stage}: {counted[key]} bytes {what}, the plan said {planned}; "
+                "the forecast is wrong for this model, please report it"
+            )
     manifest = Manifest(
         stage=step.stage,
         stage_version=module.VERSION,
@@ -253,7 +256,8 @@ def _say_stage(reporter: Reporter, result: StageResult, parent: Checkpoint) -> N
     reporter.say(f"  {manifest.seconds:.0f} s, peak memory {_bytes(manifest.peak_memory_bytes)}{how}")
     kept = manifest.sparsity
     zeros = f", {kept['pattern']} holds: {kept['kept_zeros']} of {kept['expected_zeros']} zeros" if kept else ""
-    reporter.say(f"  {_bytes(parent.shape.file_bytes)} -> {_bytes(manifest.file_bytes)}{zeros}")
+    packed = f"packed {_bytes(parent.shape.packed_bytes)} -> {_bytes(manifest.packed_bytes)}"
+    reporter.say(f"  {_bytes(parent.shape.file_bytes)} -> {_bytes(manifest.file_bytes)}, {packed}{zeros}")
     reporter.say(f"  perplexity {before:.2f} -> {after:.2f}")
     if manifest.stage in _SHOULD_IMPROVE and after >= before:
         reporter.note(f"{manifest.stage} should have lowered the perplexity and did not")

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from checkpoints.packing import dequantise_rows
+
 
 def quantise_outer(outer: Mapping[str, Tensor], bits: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The outer tensors with their matrices rounded, and the packed codes, one grid a row (a token)."""
@@ -20,13 +22,10 @@ def quantise_outer(outer: Mapping[str, Tensor], bits: int) -> tuple[dict[str, Te
         if tensor.dim() != 2:
             continue
         codes, scales, minimum = quantise_rows(tensor.float(), bits)
+        codes, scales, minimum = pack_bytes(codes, bits), scales.to(torch.float16), minimum.to(torch.float16)
         base = name.removesuffix(".weight")
-        packed |= {
-            f"{base}.codes": pack_bytes(codes, bits),
-            f"{base}.scales": scales.to(torch.float16),
-            f"{base}.minimum": minimum.to(torch.float16),
-        }
-        rounded[name] = (codes * scales + minimum).to(tensor.dtype)
+        packed |= {f"{base}.codes": codes, f"{base}.scales": scales, f"{base}.minimum": minimum}
+        rounded[name] = dequantise_rows(codes, scales, minimum, bits).to(tensor.dtype)
     return rounded, packed
 
 

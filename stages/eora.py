@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.quiet import quiet_import
+from checkpoints.peft_config import peft_config
 from checkpoints.runtime import Runtime
 from checkpoints.shape import LinearShape, ModelShape
 from checkpoints.tokens import TokenBatches
@@ -134,16 +134,5 @@ def compensate(error: Tensor, covariance: Tensor, rank: int) -> tuple[Tensor, Te
 
 def adapter_config(shape: ModelShape, options: Options) -> dict[str, Any]:
     """The adapter's description in PEFT's own words."""
-    with quiet_import():
-        from peft import LoraConfig
-
-    targets = sorted({x.name.rpartition(".")[2] for block in shape.blocks for x in block.linears if x.adapter_rank})
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank,
-        lora_dropout=0.0,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    ).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    adapted = [x.name for block in shape.blocks for x in block.linears if x.adapter_rank]
+    return peft_config(options.rank, options.rank, adapted)

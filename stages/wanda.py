@@ -21,7 +21,7 @@ from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
 from stages.options import Wanda as Options
 
-VERSION = 1
+VERSION = 2
 _FEW = 32  # groups up to this size are selected by comparing lanes, wider ones by sorting
 
 
@@ -61,7 +61,7 @@ def run(
             nm = pattern.on(linear.in_features)
             mask = prune_n_of_m(linear.weight, norms[name], nm.removed, nm.of)
             score[name] = lost_share(linear.weight, norms[name], mask)
-            linear.weight.mul_(mask)
+            linear.weight.masked_fill_(~mask, 0)  # a product would leave -0.0, whose sign nothing keeps
         target.write_block(block.index, block.weights())
         block.done({"lost_score_share": score})
     target.copy_outer(source)

@@ -56,6 +56,7 @@ def finish() -> Callable[..., Checkpoint]:
             "parameters_nonzero": shape.parameters_total,
             "sparsity": None,
             "file_bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
+            "packed_bytes": shape.packed_bytes,
             "seconds": 1.5,
             "peak_memory_bytes": 1,
             "versions": {},

@@ -112,6 +112,7 @@ def seal() -> Callable[..., Checkpoint]:
             parameters_nonzero=0,
             sparsity={"pattern": pattern} if pattern else None,
             file_bytes=0,
+            packed_bytes=0,
             seconds=0,
             peak_memory_bytes=0,
             versions={},

@@ -1,0 +1,206 @@
+"""One layer or tensor between a checkpoint's form and the parts that the packed image holds of it.
+
+The parts are those of `packed_sizes.Record`; a reader needs only the entry that the image's header lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
+from checkpoints.errors import CheckpointError
+from checkpoints.packed_sizes import MaskIndex
+from checkpoints.packing import dequantise_rows, pack_linear, unpack_linear
+from checkpoints.shape import DTYPE_BYTES, Grid, parse_sparsity
+
+TORCH_DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+Entry = Mapping[str, Any]  # a record as the header lists it
+_ROWS = 4096  # of an embedding at once, which would be four times its size in float32
+
+
+# --- plain tensors -------------------------------------------------------------------------------------------------
+
+
+def encode_tensor(entry: Entry, tensor: Tensor) -> dict[str, Bytes]:
+    """Its bytes, little-endian, row-major. Raises CheckpointError if it is not of the form that the entry says."""
+    found = (list(tensor.shape), tensor.dtype)
+    if found != (list(entry["shape"]), TORCH_DTYPES[entry["dtype"]]):
+        raise CheckpointError(f"{entry['name']} is {found[0]} in {found[1]}, not {entry['shape']} in {entry['dtype']}")
+    return {"values": _raw(tensor)}
+
+
+def decode_tensor(entry: Entry, parts: Mapping[str, Bytes]) -> Tensor:
+    return _tensor(parts.get("values", np.empty(0, np.uint8)), entry["dtype"], entry["shape"])
+
+
+def _raw(tensor: Tensor) -> Bytes:
+    raw: Bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return raw
+
+
+def _tensor(data: NDArray[Any], dtype: str, shape: list[int]) -> Tensor:
+    return torch.from_numpy(data.view(np.uint8)).view(TORCH_DTYPES[dtype]).view(shape)
+
+
+# --- a block's matrices --------------------------------------------------------------------------------------------
+
+
+def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
+    """stored: the layer's tensors by the last part of their name.
+
+    Raises CheckpointError where the layer does not hold its pattern, or is stored in a way that the image has no
+    place for.
+    """
+    if "bits" in entry:
+        return _encode_codes(entry, dict(stored))
+    weight = stored["weight"]
+    encode_tensor(entry, weight)
+    values = _raw(weight).view(f"<u{DTYPE_BYTES[entry['dtype']]}").reshape(entry["shape"])
+    # Of dense weights only +0 is left out, so that every sign comes back.
+    index, kept = _leave_out(entry, values, lambda: values == 0)
+    return index | {"values": kept.view(np.uint8)}
+
+
+def decode_linear(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
+    """The layer's tensors as the checkpoint had them, by the last part of their name."""
+    if "bits" in entry:
+        return _decode_codes(entry, parts)
+    kept = parts["values"].view(f"<u{DTYPE_BYTES[entry['dtype']]}")
+    values = _put_back(entry, parts, kept, np.zeros(entry["shape"], kept.dtype))
+    return {"weight": _tensor(values.reshape(-1), entry["dtype"], entry["shape"])}
+
+
+def _encode_codes(entry: Entry, stored: dict[str, Tensor]) -> dict[str, Bytes]:
+    bits, grid = entry["bits"], _grid(entry)
+    codes, _, zeros = unpack_linear(stored, bits)
+    wide = zeros.T.numpy()  # (groups, out)
+    order = stored["g_idx"].numpy()
+    index, kept = _leave_out(entry, codes.numpy(), lambda: codes.numpy() == wide[order].T)
+    parts = index | {"values": pack_bits(kept, bits), "scales": _raw(stored["scales"])}
+    if not grid.symmetric:
+        parts["zeros"] = pack_bits(wide - 1, bits)
+    elif (wide != 2 ** (bits - 1)).any():
+        raise CheckpointError(
+            f"{entry['name']} is said to have a symmetric grid, but its zero points are not all the middle code"
+        )
+    columns = entry["shape"][1]
+    if not np.array_equal(order, _group_of(grid, columns)):
+        if "order" not in entry["parts"]:
+            raise CheckpointError(
+                f"{entry['name']} has groups out of storage order, though config.json says desc_act is false"
+            )
+        parts["order"] = pack_bits(order, (grid.groups(columns) - 1).bit_length())
+    elif "order" in entry["parts"]:
+        parts["order"] = pack_bits(order, (grid.groups(columns) - 1).bit_length())
+    return parts
+
+
+def _decode_codes(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
+    bits, grid = entry["bits"], _grid(entry)
+    rows, columns = entry["shape"]
+    groups = grid.groups(columns)
+    if grid.symmetric:
+        zeros = np.full((groups, rows), 2 ** (bits - 1), np.int32)
+    else:
+        zeros = unpack_bits(parts["zeros"], bits, groups * rows).reshape(groups, rows).astype(np.int32) + 1
+    order = _group_of(grid, columns)
+    if "order" in parts:
+        order = unpack_bits(parts["order"], (groups - 1).bit_length(), columns).astype(np.int32)
+    kept = unpack_bits(parts["values"], bits, _kept(entry))
+    codes = _put_back(entry, parts, kept, zeros[order].T.astype(np.uint8) if "index" in parts else np.empty(0))
+    scales = _tensor(parts["scales"], "F16", [groups, rows])
+    packed = pack_linear(torch.from_numpy(codes), scales.T.float(), torch.from_numpy(zeros.T), grid.group, bits)
+    return packed | {"scales": scales, "g_idx": torch.from_numpy(order)}
+
+
+def _grid(entry: Entry) -> Grid:
+    return Grid(entry["bits"], entry["group"], entry["symmetric"])
+
+
+def _group_of(grid: Grid, columns: int) -> NDArray[np.int32]:
+    """The group of each column where groups lie in storage order."""
+    order: NDArray[np.int32] = np.arange(columns, dtype=np.int32) // (columns if grid.group == -1 else grid.group)
+    return order
+
+
+# --- zeros ---------------------------------------------------------------------------------------------------------
+
+
+def entry_index(entry: Entry) -> MaskIndex | None:
+    """The form of a layer's mask, None where all its weights are stored."""
+    if "index" not in entry:
+        return None
+    pattern = parse_sparsity(entry["pattern"]).on(entry["shape"][1])
+    form = entry["index"]
+    return MaskIndex(form["form"], pattern.removed, pattern.of, form["bits"], form["groups"])
+
+
+def _kept(entry: Entry) -> int:
+    rows, columns = entry["shape"]
+    index = entry_index(entry)
+    count: int = rows * columns
+    return count if index is None else count // index.of * (index.of - index.removed)
+
+
+def _leave_out(entry: Entry, values: NDArray[Any], zero: Any) -> tuple[dict[str, Bytes], NDArray[Any]]:
+    """The index, and the values (out, in) without those it says are removed; `zero` says where a zero stands."""
+    index = entry_index(entry)
+    if index is None:
+        return {}, values.reshape(-1)
+    removed: Mask = choose_removed(zero().reshape(-1, index.of), index.removed)
+    short = int((removed.sum(axis=1) != index.removed).sum())
+    if short:
+        raise CheckpointError(
+            f"{entry['name']} is said to hold {entry['pattern']}, but {short} of its {len(removed)} groups have fewer "
+            "zeros (a zero with a minus sign is not one that can be left out)"
+        )
+    return {"index": pack_mask(removed, index)}, values.reshape(-1, index.of)[~removed]
+
+
+def _put_back(entry: Entry, parts: Mapping[str, Bytes], kept: NDArray[Any], empty: NDArray[Any]) -> NDArray[Any]:
+    """All values (out, in): the kept ones at their places in `empty`, which holds what a removed weight is."""
+    index = entry_index(entry)
+    if index is None:
+        return kept.reshape(entry["shape"])
+    groups = np.ascontiguousarray(empty).reshape(-1, index.of)
+    groups[~unpack_mask(parts["index"], index, len(groups))] = kept
+    return groups.reshape(entry["shape"])
+
+
+# --- embeddings ----------------------------------------------------------------------------------------------------
+
+
+def stands_for(edge: Mapping[str, Tensor], name: str, like: Entry) -> Iterator[tuple[int, Tensor]]:
+    """The 16- or 32-bit tensor that packed codes stand for, some rows at a time, with the first row's number."""
+    base = name.removesuffix(".weight")
+    codes, scales, minimum = (edge[f"{base}.{part}"] for part in ("codes", "scales", "minimum"))
+    bits = 8 * codes.shape[1] // like["shape"][1]
+    for row in range(0, like["shape"][0], _ROWS):
+        here = slice(row, row + _ROWS)
+        rows = dequantise_rows(codes[here], scales[here], minimum[here], bits)
+        yield row, rows.to(TORCH_DTYPES[like["dtype"]])
+
+
+def encode_derived(entry: Entry, edge: Mapping[str, Tensor], tensor: Tensor) -> dict[str, Bytes]:
+    """No bytes. Raises CheckpointError where the codes do not stand for the tensor, which would be lost."""
+    encode_tensor(entry, tensor)
+    for row, rows in stands_for(edge, entry["name"], entry):
+        if not np.array_equal(_raw(rows), _raw(tensor[row : row + len(rows)])):
+            raise CheckpointError(f"{entry['name']} is not what the packed codes beside it stand for")
+    return {}
+
+
+def decode_derived(entry: Entry, edge: Mapping[str, Tensor]) -> Tensor:
+    tensor = torch.empty(entry["shape"], dtype=TORCH_DTYPES[entry["dtype"]])
+    for row, rows in stands_for(edge, entry["name"], entry):
+        tensor[row : row + len(rows)] = rows
+    return tensor
