@@ -50,12 +50,18 @@ CONSTANT_UNITS = {
     "working_link": "B/cycle",
     "dma": "B/cycle",
     "off_chip_bandwidth": "B/s",
-    "off_chip_energy": "pJ/B",
     "linear_block_cycles": "cycles",
     "linear_launch_cycles": "cycles",
     "dma_launch_cycles": "cycles",
     "cluster_operator_cycles": "cycles",
     "active_power": "W",
+    "linear_macs": "MAC/cycle",
+    "linear_pixels": "tokens",
+    "linear_fixed_cycles": "cycles",
+    "linear_efficiency": "Op/J",
+    "cluster_macs": "MAC/cycle",
+    "cluster_efficiency": "fraction",
+    "off_chip_energy": "pJ/B",
 }
 LINKS = ("weight_link", "working_link", "dma", "off_chip_bandwidth")
 COUNTED_UNITS = {"channels", "buffers", "copies", "bit", "B"}  # units in which a fraction makes no sense

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hardware.footprint import TensorBytes, WeightBytes
-from hardware.levers import Levers
-from hardware.needs import Needs, Request
-from hardware.placement import Placement
 from hardware.units import size_text, times_text
+
+if TYPE_CHECKING:  # tiling takes size_text from here, and these are built on it
+    from hardware.footprint import TensorBytes, WeightBytes
+    from hardware.levers import Levers
+    from hardware.needs import Needs, Request
+    from hardware.placement import Placed, Placement
 
 __all__ = ["Footprint", "MemoryUse", "Verdict", "size_text", "times_text"]
 
@@ -160,7 +162,7 @@ def _memory_dict(use: MemoryUse) -> dict[str, Any]:
     }
 
 
-def _row(place: Any, tensor: TensorBytes | None) -> dict[str, Any]:
+def _row(place: Placed, tensor: TensorBytes | None) -> dict[str, Any]:
     shape: Sequence[int] = () if tensor is None else tensor.shape
     return {
         "name": place.name,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.errors import PlanError
-from hardware.soc import CONSTANT_UNITS, SHIPPED, load_soc, shipped_socs
+from hardware.soc import CONSTANT_UNITS, KINDS, SHIPPED, load_soc, shipped_socs
 
 pytestmark = pytest.mark.unit
 
@@ -59,7 +59,7 @@ def test_every_shipped_file_loads_and_states_only_sourced_numbers() -> None:
     for name in shipped_socs():
         soc = load_soc(name)
         numbers = [*soc.constants.values(), *(memory.capacity for memory in soc.memories)]
-        assert all(number.kind in ("stated", "derived") for number in numbers)
+        assert all(number.kind in KINDS and number.source for number in numbers)
         assert set(soc.constants) <= set(CONSTANT_UNITS)
 
 

@@ -1,0 +1,70 @@
+"""The constants that operators read: matrices and norms with their widths, packed and in an engine's slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape, TensorShape
+from hardware.footprint import SCALE_BITS
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A constant matrix (or a norm's vector: one row) that an operator reads."""
+
+    name: str  # in full, without `.weight`: model.layers.0.self_attn.q_proj
+    rows: int  # output features
+    columns: int  # input features
+    bits: int  # of one weight
+    row_bits: int = 0  # scales, zero points and bias of one row
+    groups: int = 1  # scales a row
+    offsets: bool = False  # zero points (or minima) that differ from row to row
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes with codes packed without gaps, scales, zero points and bias included."""
+        return bytes_of(self.rows * (self.columns * self.bits + self.row_bits))
+
+    def slotted_bytes(self, slot_bits: int, input_block: int) -> int:
+        """Bytes with each weight in a slot of `slot_bits`, inputs padded to `input_block`; scales as in `nbytes`."""
+        padded = -(-self.columns // input_block) * input_block
+        return bytes_of(self.rows * (padded * max(slot_bits, self.bits) + self.row_bits))
+
+
+def linear_weights(prefix: str, x: LinearShape) -> Weights:
+    """A block's linear layer, as stored or quantised."""
+    name, bias = f"{prefix}.{x.name}", x.bias * DTYPE_BYTES[x.dtype] * 8
+    if x.grid is None:
+        return Weights(name, x.out_features, x.in_features, DTYPE_BYTES[x.dtype] * 8, bias)
+    groups = x.grid.groups(x.in_features)
+    scales = groups * (SCALE_BITS + (0 if x.grid.symmetric else x.grid.bits))
+    return Weights(name, x.out_features, x.in_features, x.grid.bits, scales + bias, groups, not x.grid.symmetric)
+
+
+def adapter_weights(name: str, tensor: TensorShape) -> Weights:
+    """One of the two matrices of a low-rank adapter."""
+    rows, columns = tensor.shape
+    return Weights(name.removesuffix(".weight"), rows, columns, DTYPE_BYTES[tensor.dtype] * 8)
+
+
+def norm_weights(name: str, tensor: TensorShape) -> Weights:
+    """A norm's vector, as one row."""
+    return Weights(name.removesuffix(".weight"), 1, tensor.elements, DTYPE_BYTES[tensor.dtype] * 8)
+
+
+def outer_weights(tensor: TensorShape, shape: ModelShape) -> Weights:
+    """Embedding or head, or its packed copy for the edge where the model has one."""
+    name, (rows, columns) = tensor.name.removesuffix(".weight"), tensor.shape
+    if shape.embedding_bits is None:
+        return Weights(name, rows, columns, DTYPE_BYTES[tensor.dtype] * 8)
+    return Weights(name, rows, columns, shape.embedding_bits, 2 * SCALE_BITS, 1, True)  # scale and minimum a row
+
+
+def last_part(name: str) -> str:
+    """The part of a dotted name after the last dot."""
+    return name.rpartition(".")[2]
+
+
+def bytes_of(bits: int) -> int:
+    """Whole bytes that hold so many bits."""
+    return -(-bits // 8)

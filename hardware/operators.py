@@ -1,0 +1,285 @@
+"""What one forward pass computes, operator by operator, from shapes alone.
+
+`forward` lists the operators in the order of computing, for decoding (one token) and for prefill (many), each
+with its engine class, its operations, the weights it reads and the activations it reads and writes. What the
+KV cache gives and takes is counted apart: it outlives the pass. Sizes are bytes, widths bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from checkpoints.errors import PlanError
+from checkpoints.shape import BlockShape, LinearShape, ModelShape
+from hardware.attention import has_rope, softcaps, window_of
+from hardware.footprint import is_head
+from hardware.matrices import Weights, adapter_weights, bytes_of, last_part, linear_weights, norm_weights, outer_weights
+
+ACCELERATOR, CORES = "accelerator", "cores"
+
+# Operations on each element of what is written, where an operator is no matrix product. One for each step of the
+# usual formula (softmax: maximum, difference, exponential, sum, quotient); a processor's own count differs.
+ELEMENT_STEPS = {
+    "embedding": 1, "norm": 4, "rope": 3, "append": 1, "softmax": 5, "softcap": 3, "add": 1, "activation": 4,
+    "multiply": 1,
+}  # fmt: skip
+
+# How many kernels a compiled graph launches for an operator on the cores. Compiled microLlama has, for each block,
+# 7 Transpose, 4 RequantizedGemm, 4 RequantShift, 3 RequantizedAdd, 2 RMSNorm, 2 Concat, softmax, Hardswish, Mul:
+# 25 in all. The sums are Deeploy's; how transposes and requantisation fall to the operators is our reading.
+KERNELS = {"rope": 4, "append": 3, "scores": 2, "softmax": 2, "values": 2, "activation": 2, "multiply": 2}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A buffer of activations; operators that work in place read and write the same one."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One step: `repeats` times a result of rows x columns.
+
+    A matrix product sums over `depth`; of an elementwise operator `depth` is the operations on each element.
+    """
+
+    name: str
+    kind: str  # linear, scores, values, or a key of ELEMENT_STEPS
+    block: int | None
+    rows: int
+    columns: int
+    depth: int
+    reads: tuple[Activation, ...]
+    writes: tuple[Activation, ...]
+    repeats: int = 1
+    weights: Weights | None = None
+    weight_bytes: int = 0  # read in this pass; of an embedding only the rows looked up
+    kv_read: int = 0
+    kv_write: int = 0
+    kv_held: int = 0  # bytes of this block's cache after the pass, for the operator that appends to it
+    needed: int | None = None  # MACs without those that the causal mask throws away, where these are fewer
+    activation_bits: int = 8
+    kv_bits: int = 8
+
+    @property
+    def label(self) -> str:
+        """A name that is unique in the pass: 3.q_proj."""
+        return self.name if self.block is None else f"{self.block}.{self.name}"
+
+    @property
+    def engine(self) -> str:
+        """Class of engine: constant weights are what an accelerator can multiply; the rest is the cores'."""
+        return ACCELERATOR if self.kind == "linear" else CORES
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates as executed; attention computes its whole rectangle and masks it afterwards."""
+        return self.repeats * self.rows * self.columns * self.depth if self.kind not in ELEMENT_STEPS else 0
+
+    @property
+    def needed_macs(self) -> int:
+        """MACs that a kernel which skips masked scores would execute."""
+        return self.macs if self.needed is None else self.needed
+
+    @property
+    def element_operations(self) -> int:
+        """Operations of an elementwise operator; 0 for matrix products."""
+        return self.repeats * self.rows * self.columns * self.depth if self.kind in ELEMENT_STEPS else 0
+
+    @property
+    def kernels(self) -> int:
+        """Kernels launched for it on the cores."""
+        return KERNELS.get(self.kind, 1)
+
+
+def forward(
+    shape: ModelShape, *, tokens: int = 1, context: int = 256, activation_bits: int = 8, kv_bits: int = 8
+) -> list[Operator]:
+    """Operators of one pass of `tokens` new tokens, the last of `context` tokens in view.
+
+    tokens 1 is a step of decoding, tokens = context prefill in one go. Embedding, last norm and head appear as
+    far as the shape has them; the head computes one token. Raises PlanError for tokens or a context that cannot
+    be, and for linear layers that no family known here has.
+    """
+    _validate(shape, tokens, context)
+    return list(_Pass(shape, tokens, context, activation_bits, kv_bits).operators())
+
+
+def weights_read(shape: ModelShape) -> dict[str, int]:
+    """Every constant a pass reads, by full name, with its packed bytes: what a placement must name."""
+    found = {}
+    for operator in forward(shape, tokens=1, context=1):
+        if operator.weights is not None:
+            found[operator.weights.name] = operator.weights.nbytes
+    return found
+
+
+_KNOWN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"}
+
+
+def _validate(shape: ModelShape, tokens: int, context: int) -> None:
+    faults = []
+    if tokens < 1 or context < 1:
+        faults.append(f"{tokens} tokens at a context of {context}: both must be at least 1")
+    elif tokens > context:
+        faults.append(f"{tokens} tokens do not fit in a context of {context}")
+    names = {last_part(x.name) for block in shape.blocks for x in block.linears}
+    if names - _KNOWN:
+        unknown = ", ".join(sorted(names - _KNOWN))
+        faults.append(f"no order of computing is known for the linear layers {unknown} of this {shape.family} model")
+    if faults:
+        raise PlanError("; ".join(faults))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    shape: ModelShape
+    tokens: int
+    context: int
+    activation_bits: int
+    kv_bits: int
+
+    def operators(self) -> Iterator[Operator]:
+        shape, hidden = self.shape, self.shape.hidden_size
+        residual = self._buffer("residual", self.tokens * hidden)
+        matrices = [outer_weights(t, shape) for t in shape.outer if len(t.shape) == 2]
+        embedding = next((w for w in matrices if not is_head(w.name)), None)
+        head = next((w for w in matrices if is_head(w.name)), embedding)
+        if embedding is not None:
+            read = bytes_of(self.tokens * (embedding.columns * embedding.bits + embedding.row_bits))
+            yield self._element("embed", "embedding", None, self.tokens, hidden, (), residual, embedding, read)
+            if shape.family.startswith("gemma"):  # scaled by sqrt(hidden)
+                yield self._element("scale", "multiply", None, self.tokens, hidden, (residual,), residual)
+        for index, block in enumerate(shape.blocks):
+            yield from self._block(index, block, residual)
+        rows = 1 if head is not None else self.tokens  # only the last token's successor is wanted
+        normed = self._buffer("normed", rows * hidden)
+        for tensor in shape.outer:
+            if len(tensor.shape) == 1 and not tensor.name.endswith(".bias"):
+                last = norm_weights(tensor.name, tensor)
+                yield self._element("last norm", "norm", None, rows, hidden, (residual,), normed, last)
+        if head is not None:
+            logits = self._buffer("logits", head.rows)
+            yield self._product("head", None, 1, head, (normed,), (logits,))
+            if softcaps(shape)[1]:
+                yield self._element("cap logits", "softcap", None, 1, head.rows, (logits,), logits)
+
+    def _block(self, index: int, block: BlockShape, residual: Activation) -> Iterator[Operator]:
+        prefix, hidden = f"{self.shape.block_prefix}.{index}", self.shape.hidden_size
+        norms = {last_part(t.name.removesuffix(".weight")): t for t in block.others if t.name.endswith("norm.weight")}
+        branch_norms = "pre_feedforward_layernorm" in norms  # Gemma: also after attention and after the MLP
+
+        def norm(name: str, source: Activation, target: Activation, rows: int = 0, width: int = hidden) -> Operator:
+            weights = norm_weights(f"{prefix}.{norms[name].name}", norms[name])
+            return self._element(name, "norm", index, rows or self.tokens, width, (source,), target, weights)
+
+        normed, normed2, attended, mlp = (
+            self._buffer(f"{index}.{name}", self.tokens * hidden) for name in ("normed", "normed2", "attended", "mlp")
+        )
+        linears = {last_part(x.name): x for x in block.linears}
+        yield norm("input_layernorm", residual, normed)
+        heads = {"q_norm": self.shape.heads, "k_norm": self.shape.kv_heads}
+        q, k, v = (self._buffer(f"{index}.{n}", self.tokens * self._width(n)) for n in "qkv")
+        for name, target in (("q_proj", (q,)), ("k_proj", (k,)), ("v_proj", (v,)), ("qkv_proj", (q, k, v))):
+            if name in linears:
+                yield from self._linear(index, linears[name], normed, target)
+        for name, buffer in (("q_norm", q), ("k_norm", k)):
+            if name in norms:
+                yield norm(name, buffer, buffer, self.tokens * heads[name], self.shape.head_dim)
+        mixed = self._buffer(f"{index}.mixed", self.tokens * self._width("q"))
+        yield from self._attention(index, q, k, v, mixed)
+        yield from self._linear(index, linears["o_proj"], mixed, (attended,))
+        if branch_norms:
+            yield norm("post_attention_layernorm", attended, attended)
+        yield self._element("first residual", "add", index, self.tokens, hidden, (residual, attended), residual)
+        yield norm("pre_feedforward_layernorm" if branch_norms else "post_attention_layernorm", residual, normed2)
+        yield from self._mlp(index, linears, normed2, mlp)
+        if branch_norms:
+            yield norm("post_feedforward_layernorm", mlp, mlp)
+        yield self._element("second residual", "add", index, self.tokens, hidden, (residual, mlp), residual)
+
+    def _attention(
+        self, index: int, q: Activation, k: Activation, v: Activation, mixed: Activation
+    ) -> Iterator[Operator]:
+        shape, tokens = self.shape, self.tokens
+        heads, head_dim, kv = shape.heads, shape.head_dim, shape.kv_heads * shape.head_dim
+        window = window_of(shape, index) or self.context
+        view = min(self.context, window + tokens - 1)  # keys that some query of the pass sees
+        first = self.context - tokens + 1  # keys before and at the first query
+        if has_rope(shape, index):
+            for name, buffer, count in (("rope q", q, heads), ("rope k", k, shape.kv_heads)):
+                yield self._element(name, "rope", index, tokens * count, head_dim, (buffer,), buffer)
+        append = self._element("append to KV cache", "append", index, tokens, 2 * kv, (k, v), None)
+        held = bytes_of(2 * kv * min(self.context, window) * self.kv_bits)
+        yield replace(append, kv_write=bytes_of(2 * tokens * kv * self.kv_bits), kv_held=held)
+        scores = self._buffer(f"{index}.scores", heads * tokens * view)
+        cache = bytes_of(kv * view * self.kv_bits)
+        pairs = sum(min(first + i, window) for i in range(tokens))  # of a query and a key that it may see
+
+        def product(name: str, kind: str, columns: int, depth: int, source: Activation, to: Activation) -> Operator:
+            return Operator(
+                name, kind, index, tokens, columns, depth, (source,), (to,), repeats=heads, kv_read=cache,
+                needed=heads * pairs * head_dim, activation_bits=self.activation_bits, kv_bits=self.kv_bits,
+            )  # fmt: skip
+
+        yield product("scores", "scores", view, head_dim, q, scores)
+        if softcaps(shape)[0]:
+            yield self._element("cap scores", "softcap", index, heads * tokens, view, (scores,), scores)
+        yield self._element("softmax", "softmax", index, heads * tokens, view, (scores,), scores)
+        yield product("weighted values", "values", head_dim, view, scores, mixed)
+
+    def _mlp(
+        self, index: int, linears: dict[str, LinearShape], source: Activation, mlp: Activation
+    ) -> Iterator[Operator]:
+        inner = self.shape.number("intermediate_size")
+        gated, upped = (self._buffer(f"{index}.{name}", self.tokens * inner) for name in ("gated", "upped"))
+        for name, target in (("gate_proj", (gated,)), ("up_proj", (upped,)), ("gate_up_proj", (gated, upped))):
+            if name in linears:
+                yield from self._linear(index, linears[name], source, target)
+        config = self.shape.config
+        function = str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
+        yield self._element(function, "activation", index, self.tokens, inner, (gated,), gated)
+        yield self._element("gate x up", "multiply", index, self.tokens, inner, (gated, upped), gated)
+        yield from self._linear(index, linears["down_proj"], gated, (mlp,))
+
+    def _linear(
+        self, index: int, x: LinearShape, source: Activation, targets: tuple[Activation, ...]
+    ) -> Iterator[Operator]:
+        name, prefix = last_part(x.name), f"{self.shape.block_prefix}.{index}"
+        yield self._product(name, index, self.tokens, linear_weights(prefix, x), (source,), targets)
+        if x.adapter_rank:
+            low = self._buffer(f"{index}.{name}.lora", self.tokens * x.adapter_rank)
+            down, up = (adapter_weights(f"{prefix}.{t.name}", t) for t in x.adapter())
+            yield self._product(f"{name}.lora_A", index, self.tokens, down, (source,), (low,))
+            yield self._product(f"{name}.lora_B", index, self.tokens, up, (low, *targets), targets)
+
+    # --- makers -----------------------------------------------------------------------------------------------
+
+    def _buffer(self, name: str, elements: int) -> Activation:
+        return Activation(name, bytes_of(elements * self.activation_bits))
+
+    def _width(self, name: str) -> int:
+        return (self.shape.heads if name == "q" else self.shape.kv_heads) * self.shape.head_dim
+
+    def _product(
+        self, name: str, block: int | None, rows: int, weights: Weights,
+        reads: tuple[Activation, ...], writes: tuple[Activation, ...],
+    ) -> Operator:  # fmt: skip
+        return Operator(
+            name, "linear", block, rows, weights.rows, weights.columns, reads, writes,
+            weights=weights, weight_bytes=weights.nbytes, activation_bits=self.activation_bits, kv_bits=self.kv_bits,
+        )  # fmt: skip
+
+    def _element(
+        self, name: str, kind: str, block: int | None, rows: int, columns: int,
+        reads: tuple[Activation, ...], write: Activation | None,
+        weights: Weights | None = None, read: int | None = None,
+    ) -> Operator:  # fmt: skip
+        nbytes = 0 if weights is None else weights.nbytes if read is None else read
+        return Operator(
+            name, kind, block, rows, columns, ELEMENT_STEPS[kind], reads, () if write is None else (write,),
+            weights=weights, weight_bytes=nbytes, activation_bits=self.activation_bits, kv_bits=self.kv_bits,
+        )  # fmt: skip

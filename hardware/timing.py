@@ -1,0 +1,271 @@
+"""Time and energy per token, for decoding and for prefill: the bound and the calibrated estimate.
+
+The bound is a roofline: no resource can be busy for less than its work over its peak, and all may overlap. The
+estimate adds up operators in their order, with launches and transfers as measured on Deeploy's runs; see
+`rates.FITS` for what was fitted on what. Both come with low, default and high. Times are seconds, energies joules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from checkpoints.errors import PlanError
+from checkpoints.shape import ModelShape
+from hardware.operators import Operator, forward, weights_read
+from hardware.passes import OperatorTime, PassTime, Point, Timing
+from hardware.rates import CORNERS, DEFAULT, FITS, Range, Rates, rates
+from hardware.soc import Memory, Soc
+from hardware.steps import ACTIVATIONS, KV_CACHE, OFF_CHIP, Places, Share, Work, bytes_on, kv_cache_of, work_of
+
+# Where each tensor lies: a memory's name, or several with the bytes (any common unit) in each.
+Placement = Mapping[str, str | Mapping[str, float]]
+
+
+def time_model(
+    shape: ModelShape,
+    soc: Soc,
+    placement: Placement,
+    *,
+    context: int = 256,
+    prefill_chunk: int | None = None,
+    kv_bits: int = 8,
+    activation_bits: int = 8,
+) -> Timing:
+    """Time and energy of decoding and prefill on a chip.
+
+    `placement` says in which memory each constant lies, or how it is spread over several (names as
+    `operators.weights_read` lists them, with or without `.weight`); what it does not name streams from off-chip in
+    every pass. "KV cache" (or "KV cache 3", a block's own) and "activations" may be placed too; they lie in the first
+    memory with the role tiles otherwise. Raises PlanError, all faults at once, for names and memories that do not
+    exist, for off-chip streams without such a memory, and for a chip whose file lacks a constant that time needs.
+    """
+    chunk = min(prefill_chunk or context, context)
+    if chunk < 1:
+        raise PlanError(f"a prefill chunk of {chunk} tokens cannot be; it must be at least 1")
+    timer = _Timer(shape, soc, resolve(shape, soc, placement), kv_bits, activation_bits)
+    ends = [*range(chunk, context, chunk), context]
+    prefill = timer.together([timer.run(end - start, end) for start, end in zip([0, *ends], ends, strict=False)])
+    curve = [timer.run(1, seen) for seen in _contexts(context)]
+    points = tuple(Point(x.context, x.bound_seconds, x.seconds, x.joules) for x in curve)
+    fitted = {name: words for name, words in FITS.items() if name in soc.constants}
+    return Timing(curve[-1], prefill, points, fitted)
+
+
+def resolve(shape: ModelShape, soc: Soc, placement: Placement) -> dict[str, tuple[Share, ...]]:
+    """The memories of every constant, every KV cache and the activations. Raises PlanError for what cannot be."""
+    memories, needed = {memory.name: memory for memory in soc.memories}, weights_read(shape)
+    off_chip, tiles = soc.with_role("off_chip")[:1], soc.with_role("tiles")[:1]
+    caches = [kv_cache_of(i) for i in range(len(shape.blocks))]
+    home = (*caches, ACTIVATIONS)
+    given = {name.removesuffix(".weight"): place for name, place in placement.items()}
+    everywhere = given.pop(KV_CACHE, None)
+    if everywhere is not None:
+        given = {**dict.fromkeys(caches, everywhere), **given}
+    faults = []
+    unknown = sorted(set(given) - set(needed) - set(home))
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        faults.append(f"the placement names what the model does not read: {', '.join(unknown[:5])}{more}")
+    used = {name for place in given.values() for name in ([place] if isinstance(place, str) else place)}
+    if used - set(memories):
+        strange = ", ".join(sorted(used - set(memories)))
+        faults.append(f"{soc.name} has no memory {strange}; it has {', '.join(memories)}")
+    empty = sorted(name for name, place in given.items() if not isinstance(place, str) and sum(place.values()) <= 0)
+    if empty:
+        faults.append(f"the shares of {', '.join(empty[:5])} add up to nothing")
+    missing = [name for name in needed if name not in given]
+    if missing and not off_chip:
+        faults.append(f"{len(missing)} matrices have no place and {soc.name} no off-chip memory to stream them from")
+    if faults:
+        raise PlanError("; ".join(faults))
+    default = {**dict.fromkeys(needed, off_chip), **dict.fromkeys(home, tiles)}
+    return {
+        name: _shares(given[name], memories) if name in given else tuple(Share(m, 1.0) for m in memory)
+        for name, memory in default.items()
+    }
+
+
+def _shares(place: str | Mapping[str, float], memories: Mapping[str, Memory]) -> tuple[Share, ...]:
+    if isinstance(place, str):
+        return (Share(memories[place], 1.0),)
+    total = sum(place.values())
+    return tuple(Share(memories[name], part / total) for name, part in place.items() if part)
+
+
+def _contexts(context: int) -> list[int]:
+    """Powers of two below the context, and the context."""
+    return [1 << i for i in range(context.bit_length()) if 1 << i < context] + [context]
+
+
+@dataclass
+class _Timer:
+    """One model on one chip. Equal operators of different blocks are placed, tiled and timed once."""
+
+    shape: ModelShape
+    soc: Soc
+    where: Places
+    kv_bits: int
+    activation_bits: int
+    known: dict[tuple[Any, ...], tuple[Work, OperatorTime]] = field(default_factory=dict)
+    corners: list[Rates] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.corners = [rates(self.soc, corner) for corner in CORNERS]
+
+    def run(self, tokens: int, context: int) -> PassTime:
+        """One forward pass."""
+        widths = {"kv_bits": self.kv_bits, "activation_bits": self.activation_bits}
+        operators = forward(self.shape, tokens=tokens, context=context, **widths)
+        done = [self._operator(x) for x in operators]
+        works, rows = [work for work, _ in done], tuple(row for _, row in done)
+        per_corner = [sum(row.cycles.at(r.corner) for row in rows) for r in self.corners]
+        seconds = [cycles / r.clock for cycles, r in zip(per_corner, self.corners, strict=True)]
+        floors = [self._floor(works, r) for r in self.corners]
+        bounds = [max(floor.values()) / r.clock for floor, r in zip(floors, self.corners, strict=True)]
+        moved: Counter[str] = Counter()
+        for row in rows:
+            moved.update(row.bytes)
+        streamed = [sum(bytes_on(OFF_CHIP, work.moved_at(r)) for work in works) for r in self.corners]
+        least = sum(bytes_on(OFF_CHIP, work.floor) for work in works)
+        needed = sum(x.needed_macs for x in operators)
+        mode = "decode" if tokens == 1 else "prefill"
+        return PassTime(
+            mode=mode, tokens=tokens, context=context, macs=sum(x.macs for x in operators),
+            bound_seconds=Range.of(bounds), bound_by=max(floors[1], key=lambda name: floors[1][name]),
+            seconds=Range.of(seconds), cycles=Range.of(per_corner),
+            bound_joules=_joules([_peak_joules(r, needed) for r in self.corners], [least] * 3, self.corners),
+            joules=_joules(
+                [None if r.power is None else r.power * t for r, t in zip(self.corners, seconds, strict=True)],
+                streamed, self.corners,
+            ),
+            bytes=dict(moved), streamed_bytes=streamed[1],
+            page_seconds=Range.of([n / (r.off_chip * r.clock) if r.off_chip else 0.0
+                                   for n, r in zip(streamed, self.corners, strict=True)]),
+            operators=rows, notes=tuple(self._notes(works, mode)),
+        )  # fmt: skip
+
+    def together(self, passes: Sequence[PassTime]) -> PassTime:
+        """Prefill in chunks: the passes' sum. Each chunk streams what is not resident anew."""
+        if len(passes) == 1:
+            return replace(passes[0], mode="prefill")
+        last = passes[-1]
+        rows = [_sum_rows([x.operators[i] for x in passes]) for i in range(len(last.operators))]
+        moved: Counter[str] = Counter()
+        for x in passes:
+            moved.update(x.bytes)
+        notes = dict.fromkeys(note for x in passes for note in x.notes)
+        return PassTime(
+            mode="prefill", tokens=sum(x.tokens for x in passes), context=last.context,
+            macs=sum(x.macs for x in passes), bound_seconds=_sum([x.bound_seconds for x in passes]),
+            bound_by=last.bound_by, seconds=_sum([x.seconds for x in passes]),
+            cycles=_sum([x.cycles for x in passes]), bound_joules=_sum_known([x.bound_joules for x in passes]),
+            joules=_sum_known([x.joules for x in passes]), bytes=dict(moved),
+            streamed_bytes=sum(x.streamed_bytes for x in passes), page_seconds=_sum([x.page_seconds for x in passes]),
+            operators=tuple(rows), notes=tuple(notes),
+        )  # fmt: skip
+
+    def _operator(self, x: Operator) -> tuple[Work, OperatorTime]:
+        home = None if x.weights is None else self.where[x.weights.name]
+        cache = None if x.block is None else self.where[kv_cache_of(x.block)]
+        weights = None if x.weights is None else replace(x.weights, name="")
+        sizes = tuple(b.nbytes for b in x.reads), tuple(b.nbytes for b in x.writes)
+        key = (
+            x.name,
+            x.rows,
+            x.columns,
+            x.depth,
+            x.repeats,
+            sizes,
+            x.kv_read,
+            x.kv_held,
+            x.needed,
+            weights,
+            home,
+            cache,
+        )
+        if key not in self.known:
+            work = work_of(x, self.soc, self.where)
+            self.known[key] = work, _row(work, self.corners)
+        work, row = self.known[key]
+        return work, replace(row, name=x.label)
+
+    def _floor(self, works: Sequence[Work], r: Rates) -> dict[str, float]:
+        """Cycles that each resource is busy at least in the whole pass."""
+        total: dict[str, float] = {}
+        for work in works:
+            for resource, cycles in work.floor_cycles(r).items():
+                total[resource] = total.get(resource, 0) + cycles
+        return total
+
+    def _notes(self, works: Sequence[Work], mode: str) -> Iterator[str]:
+        if mode == "prefill":
+            yield (
+                "The default estimate of prefill is optimistic: no constant of it was fitted on prefill, and Deeploy's "
+                "microLlama64_parallel (heads of 4) takes 28.3 M cycles in GVSoC, which only the high end meets."
+            )
+        homeless = sorted({w.operator.name for w in works if not w.tiling.fits})
+        if homeless:
+            yield f"No tile of {', '.join(homeless)} fits L1; timed as if one did."
+        wide = sorted({w.operator.name for w in works if w.operator.engine != w.engine})
+        if wide and self.soc.accelerator is not None:
+            yield (
+                f"Weights too wide for {self.soc.accelerator.name}: {', '.join(wide)} run on the cores, timed at their "
+                "8 bit speed, since none is known for wider weights."
+            )
+        corrected = sorted({w.operator.name for w in works if w.corrections})
+        if corrected and self.soc.accelerator is not None:
+            yield (
+                f"{self.soc.accelerator.name} has one scale per output channel and one offset per layer: "
+                f"{', '.join(corrected)} take a job for each group and a correction on the cores."
+            )
+
+
+def _row(work: Work, corners: Sequence[Rates]) -> OperatorTime:
+    x, default = work.operator, corners[CORNERS.index(DEFAULT)]
+    parts = work.parts(default)
+    moved: Counter[str] = Counter()
+    for traffic in work.moved_at(default):
+        moved[traffic.memory] += traffic.nbytes
+    return OperatorTime(
+        name=x.label, kind=x.kind, engine=work.engine, macs=x.macs, element_operations=x.element_operations,
+        tiles=max(work.tiling.tiles, 1), bytes=dict(moved), cycles=Range.of([work.cycles(r) for r in corners]),
+        bound_cycles=Range.of([max(work.floor_cycles(r).values()) for r in corners]),
+        bounded_by=max(parts, key=lambda name: parts[name]),
+    )  # fmt: skip
+
+
+def _peak_joules(r: Rates, macs: int) -> float | None:
+    return None if r.efficiency is None else 2 * macs / r.efficiency
+
+
+def _joules(on_chip: Sequence[float | None], streamed: Sequence[int], corners: Sequence[Rates]) -> Range | None:
+    """Energy on the chip and of what comes from off-chip; None where the chip's file lacks a constant for it."""
+    found = []
+    for joules, nbytes, r in zip(on_chip, streamed, corners, strict=True):
+        if joules is None or (nbytes and r.off_chip_energy is None):
+            return None
+        found.append(joules + nbytes * (r.off_chip_energy or 0))
+    return Range.of(found)
+
+
+def _sum(ranges: Sequence[Range]) -> Range:
+    return Range.of([sum(x.at(corner) for x in ranges) for corner in CORNERS])
+
+
+def _sum_known(ranges: Sequence[Range | None]) -> Range | None:
+    known = [x for x in ranges if x is not None]
+    return _sum(known) if len(known) == len(ranges) else None
+
+
+def _sum_rows(rows: Sequence[OperatorTime]) -> OperatorTime:
+    moved: Counter[str] = Counter()
+    for x in rows:
+        moved.update(x.bytes)
+    return replace(
+        rows[-1], macs=sum(x.macs for x in rows), element_operations=sum(x.element_operations for x in rows),
+        tiles=sum(x.tiles for x in rows), bytes=dict(moved), cycles=_sum([x.cycles for x in rows]),
+        bound_cycles=_sum([x.bound_cycles for x in rows]),
+    )  # fmt: skip
