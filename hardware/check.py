@@ -8,12 +8,14 @@ would go, and what streaming it costs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from checkpoints.packed_sizes import packed_sizes
 from checkpoints.shape import ModelShape
+from hardware.clock import timed
 from hardware.footprint import tensor_table, weight_bytes
 from hardware.levers import find_levers
-from hardware.needs import Needs, Request, needs
+from hardware.needs import Needs, Request, needs, operator_name
 from hardware.notes import notes
 from hardware.placement import RESIDENT, Placement, place
 from hardware.soc import Memory, Soc
@@ -32,12 +34,14 @@ def check(
     name: str | None = None,
     file_bytes: int | None = None,
     levers: bool = False,
+    timing: bool = False,
 ) -> Verdict:
     """Judge whether a model fits a chip with `context` tokens in its KV cache.
 
     `prefill_chunk` is how many prompt tokens pass at once (all of the context by default); `name` is what to call
     the model; `file_bytes` is what its files take on the disk, where there are any. The widths default to 8 bit,
-    N-EUREKA's. `levers` asks what would make a model fit that does not. Raises PlanError for a context the model
+    N-EUREKA's. `levers` asks what would make a model fit that does not, `timing` for time
+    and energy per token; a search over shapes needs neither. Raises PlanError for a context the model
     has no positions for, for widths that are none, and for operators that no engine runs, all in one message.
     """
     request = Request(context, kv_bits, activation_bits, prefill_chunk)
@@ -68,7 +72,9 @@ def check(
         summary=_summary(model, soc, found, uses),
         notes=tuple(notes(shape, soc, found)),
     )
-    return verdict.with_levers(find_levers(shape, soc, request)) if levers and not verdict.fits else verdict
+    if levers and not verdict.fits:
+        verdict = replace(verdict, levers=find_levers(shape, soc, request))
+    return replace(verdict, timing=timed(shape, soc, request, placement)) if timing else verdict
 
 
 # --- what each memory is asked to hold ---------------------------------------------------------------------------
@@ -80,22 +86,22 @@ def _uses(soc: Soc, found: Needs, placement: Placement) -> tuple[MemoryUse, ...]
     held: dict[str, dict[str, int]] = {memory.name: {} for memory in soc.memories}
     for memory in soc.memories:
         if memory.reserved_bytes:
-            held[memory.name]["code, stacks and vectors"] = memory.reserved_bytes
+            held[memory.name]["code and stacks"] = memory.reserved_bytes
     for t in placement.tensors:
         role = "tiles" if t.part in ("KV cache", "activations") else "weights"
         if t.memory:
             held[t.memory][t.part] = held[t.memory].get(t.part, 0) + t.nbytes
         if t.state != RESIDENT:
             held[last[role]][t.part] = held[last[role]].get(t.part, 0) + t.nbytes
-    hardest = found.hardest
-    return tuple(_use(memory, held[memory.name], hardest.operator, hardest.smallest_bytes) for memory in soc.memories)
+    tile = (f"tile of {operator_name(found.hardest)}", found.hardest.smallest_bytes)
+    return tuple(_use(memory, held[memory.name], tile) for memory in soc.memories)
 
 
-def _use(memory: Memory, parts: Mapping[str, int], operator: str, tile_bytes: int) -> MemoryUse:
+def _use(memory: Memory, parts: Mapping[str, int], tile: tuple[str, int]) -> MemoryUse:
     steady = tuple((part, size) for part, size in parts.items() if size and part != "activations")
     fleeting = tuple((part, size) for part, size in parts.items() if size and part == "activations")
     if memory.role == "working":
-        fleeting = ((f"smallest tile of {operator}", tile_bytes),)
+        fleeting = (tile,)  # its smallest: any larger one is a choice
     return MemoryUse(memory.name, memory.role, memory.capacity_bytes, steady, fleeting)
 
 
@@ -107,8 +113,8 @@ def _summary(model: str, soc: Soc, found: Needs, uses: tuple[MemoryUse, ...]) ->
     words = {
         "weights": "weights need",
         "tiles": "KV cache and activations need",
-        "working": f"the smallest tile of {found.hardest.operator} needs",
-        "staging": "code, stacks and vectors need",
+        "working": f"the smallest tile of {operator_name(found.hardest)} needs",
+        "staging": "code and stacks need",
     }
     fit, over = [], []
     for role, what in words.items():

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 _PART_COLOURS = {
     "block codes": "#0072B2", "dense linears": "#56B4E9", "scales and zeros": "#CC79A7", "adapters": "#D55E00",
     "embedding": "#E69F00", "head": "#F0E442", "norms": "#999999", "biases": "#666666", "KV cache": "#009E73",
-    "activations": "#D0743C", "code, stacks and vectors": "#BBBBBB",
+    "activations": "#D0743C", "code and stacks": "#BBBBBB",
 }  # fmt: skip
 _TILE = "#8C6BB1"
-_BUFFER_COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#0072B2", "#A6D854", "#FC8D62", "#8DA0CB")
+_BUFFER_COLOURS = (
+    "#E69F00", "#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#6BA3D6", "#A6D854", "#FC8D62", "#8DA0CB", "#C9A66B",
+    "#B3B3B3", "#F4A6C0", "#9ADBC5", "#D9D36A", "#B497D6",
+)  # fmt: skip
 
 
 def draw_verdict(verdict: Verdict, path: Path) -> None:
@@ -33,9 +36,12 @@ def draw_verdict(verdict: Verdict, path: Path) -> None:
     fate = "fits" if verdict.fits else "does not fit"
     figure.suptitle(f"{verdict.model} {fate} {verdict.soc}, context {verdict.request.context}", fontsize=13)
     _draw_memories(figure.add_subplot(grid[0, :]), uses)
-    _draw_pass(figure.add_subplot(grid[1, 0]), verdict, verdict.needs.decode, "decode, one token")
+    decode, prefill = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    colours = _draw_pass(decode, verdict, verdict.needs.decode, "decode, activations only", cache=False)
     title = f"prefill, {verdict.request.chunk} tokens at once"
-    _draw_pass(figure.add_subplot(grid[1, 1]), verdict, verdict.needs.prefill, title)
+    colours |= _draw_pass(prefill, verdict, verdict.needs.prefill, title, cache=True)
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, fontsize=8, ncols=len(handles), loc="outside lower center", frameon=False)
     figure.savefig(path)
 
 
@@ -47,7 +53,7 @@ def _draw_memories(axes: Axes, uses: list[MemoryUse]) -> None:
         axes.barh(row, use.capacity_bytes / scale, height=0.62, color="#F2F2F2", edgecolor="#777777", linewidth=0.8)
         left = 0.0
         for part, size in (*use.parts, *use.transient):
-            name = "tile" if part.startswith("smallest tile") else part
+            name = "tile" if part.startswith("tile of") else part
             colour = _PART_COLOURS.get(name, _TILE)
             seen[name] = colour
             width = size / scale
@@ -78,37 +84,36 @@ def _draw_memories(axes: Axes, uses: list[MemoryUse]) -> None:
     )
 
 
-def _draw_pass(axes: Axes, verdict: Verdict, run: Pass, title: str) -> None:
-    """Address upwards, operators to the right: every buffer a rectangle, the KV cache a band above them."""
-    needs = verdict.needs
-    operators = run.operators
-    unit, factor = _unit(needs.arena + needs.kv_cache)
+def _draw_pass(axes: Axes, verdict: Verdict, run: Pass, title: str, cache: bool) -> dict[str, str]:
+    """Address upwards, operators to the right: every buffer a rectangle, the KV cache a band above; the colours."""
+    needs, operators = verdict.needs, run.operators
+    top_bytes = needs.arena + needs.kv_cache if cache else run.peak.arena_bytes
+    unit, factor = _unit(top_bytes)
+    top = top_bytes / factor
     colours: dict[str, str] = {}
     for buffer in run.plan.buffers:
         name = buffer.name.rpartition(".")[2]
         colour = colours.setdefault(name, _BUFFER_COLOURS[len(colours) % len(_BUFFER_COLOURS)])
         width, height = buffer.last - buffer.first + 1, buffer.nbytes / factor
-        box = (buffer.first, buffer.offset / factor)
-        axes.add_patch(Rectangle(box, width, height, facecolor=colour, edgecolor="white", linewidth=0.5))
-        if height > 0.035 * (needs.arena + needs.kv_cache) / factor and width > 0.6 * len(name) * len(operators) / 60:
-            middle = (box[0] + width / 2, box[1] + height / 2)
+        corner = (buffer.first, buffer.offset / factor)
+        axes.add_patch(Rectangle(corner, width, height, facecolor=colour, edgecolor="white", linewidth=0.5))
+        if height > 0.035 * top and width > len(name) * len(operators) / 90:
+            middle = (corner[0] + width / 2, corner[1] + height / 2)
             axes.text(*middle, name, ha="center", va="center", fontsize=7.5)
-    base = needs.arena / factor
-    band = Rectangle((0, base), len(operators), needs.kv_cache / factor, facecolor="#009E73", alpha=0.75)
-    axes.add_patch(band)
-    top = (needs.arena + needs.kv_cache) / factor
-    if needs.kv_cache / factor > 0.05 * top:
-        words = f"KV cache, {size_text(needs.kv_cache)}"
-        axes.text(len(operators) / 2, base + needs.kv_cache / factor / 2, words, ha="center", va="center", fontsize=8.5)
+    if cache and needs.kv_cache:
+        base, height = needs.arena / factor, needs.kv_cache / factor
+        axes.add_patch(Rectangle((0, base), len(operators), height, facecolor="#009E73", alpha=0.75))
+        if height > 0.05 * top:
+            words = f"KV cache, {size_text(needs.kv_cache)}"
+            axes.text(len(operators) / 2, base + height / 2, words, ha="center", va="center", fontsize=8.5)
     axes.set_xlim(0, len(operators))
     names = [operator.name for operator in operators]
     axes.set_xticks([x + 0.5 for x in range(len(names))], names, rotation=90, fontsize=7)
     axes.set_ylabel(f"address in the tile memory, {unit}", fontsize=9)
     stands = " + ".join(f"one block for {count}" for count in run.stands_for)
-    axes.set_title(f"{title} ({stands}): peak {size_text(run.peak.nbytes)} at {run.peak.operator}", fontsize=9.5)
+    axes.set_title(f"{title} ({stands}): peak {size_text(run.peak.nbytes)} at {run.peak.operator}", fontsize=9)
     _mark_capacity(axes, verdict, top, factor)
-    missing = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    axes.legend(handles=missing, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.34), frameon=False)
+    return colours
 
 
 def _mark_capacity(axes: Axes, verdict: Verdict, top: float, factor: float) -> None:
@@ -118,11 +123,11 @@ def _mark_capacity(axes: Axes, verdict: Verdict, top: float, factor: float) -> N
     words = f"room for tensors in {' + '.join(use.name for use in tiles)}: {size_text(round(room * factor))}"
     if room <= 1.5 * top:
         axes.axhline(room, color="#C00000", linewidth=1.5)
-        axes.text(0.2, room, words, va="bottom", fontsize=8, color="#C00000")
-        axes.set_ylim(0, 1.12 * max(room, top))
+        axes.set_ylim(0, 1.15 * max(room, top))
     else:
-        axes.set_ylim(0, 1.12 * top)
-        axes.text(0.99, 0.985, f"{words}, above", ha="right", va="top", fontsize=8, transform=axes.transAxes)
+        axes.set_ylim(0, 1.15 * top)
+        words += ", above this picture"
+    axes.text(0.99, 0.985, words, ha="right", va="top", fontsize=8, color="#C00000", transform=axes.transAxes)
 
 
 def _unit(size: int) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -111,6 +112,11 @@ def needs(shape: ModelShape, soc: Soc, request: Request) -> Needs:
             tilings[found.operator] = found
     cache = copies * kv_cache_bytes(shape, context, request.kv_bits)
     return Needs(weight_bytes(shape, soc.layout), cache, decode, prefill, tuple(tilings.values()))
+
+
+def operator_name(tiling: Tiling) -> str:
+    """Without the number of the block, which stands for all that are alike."""
+    return re.sub(r"^\d+\.", "", tiling.operator)
 
 
 def room_for(soc: Soc, role: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from rich import box
@@ -11,9 +10,11 @@ from rich.padding import Padding
 from rich.table import Table
 
 from hardware.levers import Levers
+from hardware.needs import operator_name
 from hardware.placement import STREAMED
-from hardware.tiling import Tiling
-from hardware.units import count_text, size_text, times_text
+from hardware.rates import Range
+from hardware.soc import Soc
+from hardware.units import count_text, quantity_text, size_text, times_text
 from hardware.verdict import Verdict
 
 COLUMNS = 80
@@ -46,18 +47,19 @@ def _heading(verdict: Verdict) -> str:
 
 def _memory_table(verdict: Verdict) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("memory", "role", "capacity", "used", "peak", "headroom", ""):
-        table.add_column(column, justify="left" if column in ("memory", "role", "") else "right")
+    for column in ("memory", "capacity", "used", "peak", "headroom", ""):
+        table.add_column(column, justify="left" if column in ("memory", "") else "right", no_wrap=True)
     for use in verdict.memories:
         if use.role == "off_chip" and not use.peak_bytes:
             continue
         sizes = (size_text(x) for x in (use.capacity_bytes, use.used_bytes, use.peak_bytes, use.headroom_bytes))
-        fate = "fits" if use.fits else f"over, {times_text(use.peak_bytes, use.capacity_bytes)}"
-        table.add_row(use.name, use.role, *sizes, fate, style="" if use.fits else "red")
+        fate = "fits" if use.fits else times_text(use.peak_bytes, use.capacity_bytes)
+        name = f"{use.name} ({use.role.replace('_', '-')})"
+        table.add_row(name, *sizes, fate, style="" if use.fits else "red")
         for part, size in use.parts:
-            table.add_row(f"  {part}", "", "", size_text(size), size_text(size), "", "", style="dim")
+            table.add_row(f"  {part}", "", size_text(size), style="dim")
         for part, size in use.transient:
-            table.add_row(f"  {part}", "", "", "", size_text(size), "", "", style="dim")
+            table.add_row(f"  {part}", "", "", size_text(size), style="dim")
     return table
 
 
@@ -75,6 +77,7 @@ def _details(verdict: Verdict) -> Iterator[str]:
     )
     yield from _tiles(verdict)
     yield from _streams(verdict)
+    yield from _times(verdict)
 
 
 def _tiles(verdict: Verdict) -> Iterator[str]:
@@ -110,9 +113,43 @@ def _streams(verdict: Verdict) -> Iterator[str]:
         yield f"Not even off-chip memory holds all: {size_text(placement.homeless_bytes)} have no place."
 
 
-def operator_name(tiling: Tiling) -> str:
-    """Without the number of the block, which stands for all that are alike."""
-    return re.sub(r"^\d+\.", "", tiling.operator)
+def _times(verdict: Verdict) -> Iterator[str]:
+    """The estimate with its range, and the bound below which no implementation can be."""
+    if verdict.timing is None:
+        return
+    if isinstance(verdict.timing, str):
+        yield verdict.timing
+        return
+    for run in (verdict.timing.decode, verdict.timing.prefill):
+        what = "a token" if run.mode == "decode" else f"{run.tokens} tokens"
+        energy = "" if run.joules is None else f", {_range(run.joules, 'J')}"
+        yield (
+            f"{run.mode.capitalize()}, {what} at context {run.context}: {_range(run.seconds, 's')}{energy}; bound "
+            f"{quantity_text(run.bound_seconds.default, 's')} by {run.bound_by}."
+        )
+    speed = verdict.timing.decode.tokens_per_second
+    yield (
+        f"That is {speed:.3g} token/s, estimated and not measured: constants fitted on one compiled model, "
+        "see --json for which on what."
+    )
+
+
+def _range(found: Range, unit: str) -> str:
+    low, default, high = (quantity_text(x, unit) for x in (found.low, found.default, found.high))
+    return f"{default} ({low} to {high})"
+
+
+def print_soc(console: Console, name: str, soc: Soc) -> None:
+    """A chip's memories, engines and settings."""
+    console.print(f"{name}: {soc.description or soc.name}", style="bold", highlight=False, markup=False)
+    for memory in soc.memories:
+        taken = f", {size_text(memory.reserved_bytes)} of it reserved" if memory.reserved else ""
+        role = memory.role.replace("_", "-")
+        console.print(f"  {memory.name}: {size_text(memory.capacity_bytes)}, {role}{taken}", highlight=False)
+    engines = ", ".join(f"{engine.name} ({engine.kind})" for engine in soc.engines)
+    console.print(f"  engines: {engines}; layout: {soc.layout.name}", highlight=False)
+    for setting in soc.settings:
+        console.print(Padding(f"--set {setting}", (0, 0, 0, 2)), highlight=False, markup=False)
 
 
 def _print_levers(console: Console, levers: Levers, soc: str) -> None:

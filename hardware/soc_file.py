@@ -28,7 +28,6 @@ from hardware.soc import (
 )
 from hardware.soc_values import NOTHING, check_keys, constant, flag, table, text
 
-
 _PEAKS = {"accelerator": "linear_macs", "cores": "cluster_macs"}
 
 

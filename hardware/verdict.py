@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hardware.units import size_text, times_text
@@ -12,7 +12,9 @@ if TYPE_CHECKING:  # tiling takes size_text from here, and these are built on it
     from hardware.footprint import TensorBytes, WeightBytes
     from hardware.levers import Levers
     from hardware.needs import Needs, Request
+    from hardware.passes import OperatorTime, Timing
     from hardware.placement import Placed, Placement
+    from hardware.tiling import Tiling
 
 __all__ = ["Footprint", "MemoryUse", "Verdict", "size_text", "times_text"]
 
@@ -85,7 +87,8 @@ class Verdict:
     placement: Placement
     summary: str
     notes: tuple[str, ...]
-    levers: Levers | None = None  # asked for apart: a search may judge hundreds of shapes
+    levers: Levers | None = None  # asked for apart, as is the next: a search may judge hundreds of shapes
+    timing: Timing | str | None = None  # a text says why there is none
 
     @property
     def fits(self) -> bool:
@@ -106,9 +109,6 @@ class Verdict:
             over = f" ({times_text(need, room)})" if need > room else ""
             words.append(f"{name} {size_text(need)} of {size_text(room)}{over}")
         return f"{'fits' if self.fits else 'does not fit'} {self.soc}: {', '.join(words)}"
-
-    def with_levers(self, levers: Levers) -> Verdict:
-        return replace(self, levers=levers)
 
     def to_dict(self, tensors: bool = False) -> dict[str, Any]:
         """The verdict for JSON: sizes in bytes, headroom negative where over."""
@@ -139,6 +139,7 @@ class Verdict:
                 "without_a_tile": [x.to_dict() for x in self.needs.tilings if not x.fits],
             },
             "placement": placement,
+            "timing": self.timing if self.timing is None or isinstance(self.timing, str) else self.timing.to_dict(),
             "levers": None if self.levers is None else self.levers.to_dict(),
             "notes": list(self.notes),
         }
@@ -147,6 +148,46 @@ class Verdict:
         """One row for each tensor and memory it lies in: what --csv writes."""
         sizes = {t.name: t for t in self.footprint.tensors}
         return [_row(place, sizes.get(place.name)) for place in self.placement.tensors]
+
+    def operator_rows(self) -> list[dict[str, Any]]:
+        """One row for each operator of both passes: engine, MACs, tiles, bytes by memory, cycles, what bounds it.
+
+        Where the chip's file states too little for times, the tiles alone.
+        """
+        if self.timing is None or isinstance(self.timing, str):
+            return [_tiling_row(tiling) for tiling in self.needs.tilings]
+        passes = (self.timing.decode, self.timing.prefill)
+        return [_operator_row(run.mode, x) for run in passes for x in run.operators]
+
+
+def _operator_row(mode: str, x: OperatorTime) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "name": x.name,
+        "kind": x.kind,
+        "engine": x.engine,
+        "macs": x.macs,
+        "tiles": x.tiles,
+        "bytes": " ".join(f"{memory}:{size}" for memory, size in x.bytes.items()),
+        "cycles_low": round(x.cycles.low),
+        "cycles": round(x.cycles.default),
+        "cycles_high": round(x.cycles.high),
+        "bound_cycles": round(x.bound_cycles.default),
+        "bounded_by": x.bounded_by,
+    }
+
+
+def _tiling_row(tiling: Tiling) -> dict[str, Any]:
+    return {
+        "name": tiling.operator,
+        "engine": tiling.engine,
+        "rows": tiling.rows,
+        "columns": tiling.columns,
+        "tiles": tiling.tiles,
+        "tile_bytes": tiling.tile_bytes,
+        "smallest_bytes": tiling.smallest_bytes,
+        "reason": tiling.reason,
+    }
 
 
 def _memory_dict(use: MemoryUse) -> dict[str, Any]:

@@ -117,6 +117,7 @@ for command in (
     cli_model.pack,
     cli_model.unpack,
     cli_hardware.check,
+    cli_hardware.socs,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 
