@@ -42,6 +42,7 @@ class Levers:
 
     ranked: tuple[Worth, ...]
     smallest: tuple[str, ...]  # steps in words; empty where nothing is enough
+    spread: tuple[str, ...]  # another way: every lever pulled, then eased; empty where it is the same
     needs_then: dict[str, int]  # bytes by role after the smallest change, or with every lever at its end
     missing_then: dict[str, int]  # bytes by role that are missing even then
 
@@ -58,10 +59,12 @@ def find_levers(shape: ModelShape, soc: Soc, request: Request) -> Levers:
     search = _Search(soc, (shape, request), levers(shape, soc, request))
     ranked = sorted((search.worth(lever) for lever in search.all), key=lambda x: -x.saved_bytes)
     chosen = search.smallest()
+    spread = [] if chosen is None else search.eased([(x, x.steps[-1]) for x in search.all])
     after = search.planned(chosen if chosen is not None else [(x, x.steps[-1]) for x in search.all])
     by_role, missing = after.by_role(), after.short(soc)
     steps = tuple(lever.how(step) for lever, step in chosen or ())
-    return Levers(tuple(ranked), steps, by_role, missing)
+    others = tuple(lever.how(step) for lever, step in spread)
+    return Levers(tuple(ranked), steps, others if set(others) != set(steps) else (), by_role, missing)
 
 
 Choice = list[tuple[Lever, Any]]

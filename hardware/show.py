@@ -164,6 +164,8 @@ def _print_levers(console: Console, levers: Levers, soc: str) -> None:
     if levers.smallest:
         console.print(f"Smallest change that fits: {', '.join(levers.smallest)}.", style="bold", highlight=False)
         console.print(f"Then it needs: {then}.", highlight=False)
+        if levers.spread:
+            console.print(f"Or, spread over more of them: {', '.join(levers.spread)}.", highlight=False)
     else:
         missing = ", ".join(f"{size_text(size)} of {role}" for role, size in levers.missing_then.items())
         console.print(

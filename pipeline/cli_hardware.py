@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from checkpoints.errors import PlanError
 from checkpoints.shape import ModelShape
 from pipeline.flags import Json
+
+if TYPE_CHECKING:
+    from hardware.soc import Soc
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -49,8 +52,8 @@ def check(
         raise PlanError("\n".join(faults))
     shape = model_shape(checkpoint or None)
     require_consistent(checkpoint, shape)
-    as_if = _as_if(shape, bits, embedding_bits)
     chip = load_soc(soc, setting or ())
+    as_if = _as_if(shape, bits, embedding_bits, chip)
     verdict = judge(
         as_if,
         chip,
@@ -93,8 +96,8 @@ def socs() -> None:
         print_soc(Console(), name, load_soc(name))
 
 
-def _as_if(shape: ModelShape, bits: int, embedding_bits: int) -> ModelShape:
-    from hardware.changes import quantised
+def _as_if(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> ModelShape:
+    from hardware.changes import GROUP, quantised
 
     faults = []
     if bits not in (0, 3, 4, 8):
@@ -104,7 +107,7 @@ def _as_if(shape: ModelShape, bits: int, embedding_bits: int) -> ModelShape:
     if faults:
         raise PlanError("\n".join(faults))
     if bits:
-        shape = quantised(shape, bits)
+        shape = quantised(shape, bits, -1 if chip.layout.scale_per == "channel" else GROUP)
     return replace(shape, embedding_bits=embedding_bits) if embedding_bits else shape
 
 
