@@ -50,9 +50,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     bare = config.get("vocab_size") == 0  # blocks alone, between states instead of tokens: no embedding, no head
     wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     missing = [
-        key
-        for key in (wanted[:-1] if bare else wanted)
-        if not isinstance(config.get(key), int) or config[key] <= 0
+        key for key in (wanted[:-1] if bare else wanted) if not isinstance(config.get(key), int) or config[key] <= 0
     ]
     if missing:
         raise PlanError(f"config.json lacks a positive whole number for {', '.join(missing)}")

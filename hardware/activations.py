@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from checkpoints.shape import ModelShape
 from hardware.attention import has_rope, window_of
+from hardware.footprint import shared_blocks
 from hardware.liveness import AddressPlan, address_plan, alive_bytes, lifetimes
 from hardware.operators import Operator, forward
 
@@ -52,8 +53,7 @@ def activation_pass(shape: ModelShape, tokens: int, context: int, activation_bit
 def one_of_each_kind(shape: ModelShape) -> tuple[ModelShape, tuple[int, ...]]:
     """The shape with only the first of the blocks that compute alike, and how many each stands for."""
     kinds: dict[tuple[int, int | None, bool], list[int]] = {}
-    for index, block in enumerate(shape.blocks):
-        # By identity: equal blocks of most shapes are one object, and comparing hundreds of layers takes longer.
+    for index, block in enumerate(shared_blocks(shape).blocks):
         kinds.setdefault((id(block), window_of(shape, index), has_rope(shape, index)), []).append(index)
     firsts = [indexes[0] for indexes in kinds.values()]
     config = dict(shape.config) | {

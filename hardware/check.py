@@ -13,7 +13,7 @@ from dataclasses import replace
 from checkpoints.packed_sizes import packed_sizes
 from checkpoints.shape import ModelShape
 from hardware.clock import timed
-from hardware.footprint import tensor_table, weight_bytes
+from hardware.footprint import shared_blocks, tensor_table, weight_bytes
 from hardware.levers import find_levers
 from hardware.needs import Needs, Request, needs, operator_name
 from hardware.notes import notes
@@ -44,6 +44,7 @@ def check(
     and energy per token; a search over shapes needs neither. Raises PlanError for a context the model
     has no positions for, for widths that are none, and for operators that no engine runs, all in one message.
     """
+    shape = shared_blocks(shape)
     request = Request(context, kv_bits, activation_bits, prefill_chunk)
     request.require(shape, soc)
     found = needs(shape, soc, request)

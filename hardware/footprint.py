@@ -5,6 +5,7 @@ Arithmetic on a ModelShape; no weights are read. All sizes are in bytes, all wid
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -124,10 +125,23 @@ def kv_block_bytes(shape: ModelShape, block: int, context: int, kv_bits: int) ->
 
 def _distinct(shape: ModelShape) -> list[tuple[BlockShape, int]]:
     """Blocks that differ, with how often each occurs; most models have one."""
-    counted: dict[int, tuple[BlockShape, int]] = {}
-    for block in shape.blocks:
-        counted[id(block)] = (block, counted.get(id(block), (block, 0))[1] + 1)
-    return list(counted.values())
+    shape = shared_blocks(shape)
+    blocks = {id(block): block for block in shape.blocks}
+    counted = Counter(map(id, shape.blocks))
+    return [(blocks[key], count) for key, count in counted.items()]
+
+
+def shared_blocks(shape: ModelShape) -> ModelShape:
+    """The same shape with equal blocks as one object, so that they can be told apart by identity.
+
+    Hashing a model's hundreds of layers takes longer than all the arithmetic on one block.
+    """
+    own = {id(block): block for block in shape.blocks}
+    if len(own) == 1:
+        return shape
+    first: dict[BlockShape, BlockShape] = {}
+    to_first = {key: first.setdefault(block, block) for key, block in own.items()}
+    return replace(shape, blocks=tuple(to_first[id(block)] for block in shape.blocks))
 
 
 @lru_cache(maxsize=1024)
