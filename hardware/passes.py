@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hardware.rates import Range
+from hardware.rates import CORNERS, Range
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,48 @@ class Timing:
             "decode": self.decode.to_dict(), "prefill": self.prefill.to_dict(),
             "curve": [x.to_dict() for x in self.curve], "fitted": dict(self.fitted),
         }  # fmt: skip
+
+
+def add_up(mode: str, passes: Sequence[tuple[PassTime, int]]) -> PassTime:
+    """Several passes, each counted so many times, as one; rows are added by their place in the pass."""
+    first, last = passes[0][0], passes[-1][0]
+    rows = [_add_rows([(x.operators[i], n) for x, n in passes]) for i in range(len(first.operators))]
+
+    def total(name: str) -> Range:
+        return _add([(getattr(x, name), n) for x, n in passes])
+
+    def total_known(name: str) -> Range | None:
+        return total(name) if all(getattr(x, name) is not None for x, _ in passes) else None
+
+    return PassTime(
+        mode=mode, tokens=sum(x.tokens * n for x, n in passes), context=last.context,
+        macs=sum(x.macs * n for x, n in passes), bound_seconds=total("bound_seconds"), bound_by=last.bound_by,
+        seconds=total("seconds"), cycles=total("cycles"), bound_joules=total_known("bound_joules"),
+        joules=total_known("joules"), bytes=_add_bytes([(x.bytes, n) for x, n in passes]),
+        streamed_bytes=sum(x.streamed_bytes * n for x, n in passes), page_seconds=total("page_seconds"),
+        operators=tuple(rows), notes=tuple(dict.fromkeys(note for x, _ in passes for note in x.notes)),
+    )  # fmt: skip
+
+
+def _add(ranges: Sequence[tuple[Range, int]]) -> Range:
+    return Range(*(sum(x.at(corner) * n for x, n in ranges) for corner in CORNERS))
+
+
+def _add_bytes(found: Sequence[tuple[Mapping[str, int], int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for by_memory, n in found:
+        for memory, nbytes in by_memory.items():
+            total[memory] = total.get(memory, 0) + nbytes * n
+    return total
+
+
+def _add_rows(rows: Sequence[tuple[OperatorTime, int]]) -> OperatorTime:
+    return replace(
+        rows[-1][0],
+        macs=sum(x.macs * n for x, n in rows),
+        element_operations=sum(x.element_operations * n for x, n in rows),
+        tiles=sum(x.tiles * n for x, n in rows),
+        bytes=_add_bytes([(x.bytes, n) for x, n in rows]),
+        cycles=_add([(x.cycles, n) for x, n in rows]),
+        bound_cycles=_add([(x.bound_cycles, n) for x, n in rows]),
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from checkpoints.errors import PlanError
 from checkpoints.shape import ModelShape
 from hardware.operators import Operator, forward, weights_read
-from hardware.passes import OperatorTime, PassTime, Point, Timing
+from hardware.passes import OperatorTime, PassTime, Point, Timing, add_up
 from hardware.rates import CORNERS, DEFAULT, FITS, Range, Rates, rates
 from hardware.soc import Memory, Soc
 from hardware.steps import ACTIVATIONS, KV_CACHE, OFF_CHIP, Places, Share, Work, bytes_on, kv_cache_of, work_of
@@ -42,12 +42,11 @@ def time_model(
     memory with the role tiles otherwise. Raises PlanError, all faults at once, for names and memories that do not
     exist, for off-chip streams without such a memory, and for a chip whose file lacks a constant that time needs.
     """
-    chunk = min(prefill_chunk or context, context)
+    chunk = context if prefill_chunk is None else min(prefill_chunk, context)
     if chunk < 1:
-        raise PlanError(f"a prefill chunk of {chunk} tokens cannot be; it must be at least 1")
+        raise PlanError(f"a context of {context} in chunks of {chunk} tokens: both must be at least 1")
     timer = _Timer(shape, soc, resolve(shape, soc, placement), kv_bits, activation_bits)
-    ends = [*range(chunk, context, chunk), context]
-    prefill = timer.together([timer.run(end - start, end) for start, end in zip([0, *ends], ends, strict=False)])
+    prefill = add_up("prefill", [(timer.run(tokens, end), times) for tokens, end, times in chunks(context, chunk)])
     curve = [timer.run(1, seen) for seen in _contexts(context)]
     points = tuple(Point(x.context, x.bound_seconds, x.seconds, x.joules) for x in curve)
     fitted = {name: words for name, words in FITS.items() if name in soc.constants}
@@ -93,6 +92,20 @@ def _shares(place: str | Mapping[str, float], memories: Mapping[str, Memory]) ->
         return (Share(memories[place], 1.0),)
     total = sum(place.values())
     return tuple(Share(memories[name], part / total) for name, part in place.items() if part)
+
+
+def chunks(context: int, chunk: int) -> list[tuple[int, int, int]]:
+    """Passes of prefill as (tokens, context after it, how often it counts).
+
+    Beyond 64 full chunks, 32 to 63 runs of equally many neighbours (and what is left over one by one) stand for all,
+    each run by its middle, since costs grow with context nearly linearly.
+    """
+    full, rest = divmod(context, chunk)
+    run = full // 32 if full > 64 else 1
+    grouped = full // run
+    found = [(chunk, (i * run + (run + 1) // 2) * chunk, run) for i in range(grouped)]
+    found += [(chunk, (i + 1) * chunk, 1) for i in range(grouped * run, full)]
+    return [*found, (rest, context, 1)] if rest else found
 
 
 def _contexts(context: int) -> list[int]:
@@ -147,45 +160,13 @@ class _Timer:
             operators=rows, notes=tuple(self._notes(works, mode)),
         )  # fmt: skip
 
-    def together(self, passes: Sequence[PassTime]) -> PassTime:
-        """Prefill in chunks: the passes' sum. Each chunk streams what is not resident anew."""
-        if len(passes) == 1:
-            return replace(passes[0], mode="prefill")
-        last = passes[-1]
-        rows = [_sum_rows([x.operators[i] for x in passes]) for i in range(len(last.operators))]
-        moved: Counter[str] = Counter()
-        for x in passes:
-            moved.update(x.bytes)
-        notes = dict.fromkeys(note for x in passes for note in x.notes)
-        return PassTime(
-            mode="prefill", tokens=sum(x.tokens for x in passes), context=last.context,
-            macs=sum(x.macs for x in passes), bound_seconds=_sum([x.bound_seconds for x in passes]),
-            bound_by=last.bound_by, seconds=_sum([x.seconds for x in passes]),
-            cycles=_sum([x.cycles for x in passes]), bound_joules=_sum_known([x.bound_joules for x in passes]),
-            joules=_sum_known([x.joules for x in passes]), bytes=dict(moved),
-            streamed_bytes=sum(x.streamed_bytes for x in passes), page_seconds=_sum([x.page_seconds for x in passes]),
-            operators=tuple(rows), notes=tuple(notes),
-        )  # fmt: skip
-
     def _operator(self, x: Operator) -> tuple[Work, OperatorTime]:
         home = None if x.weights is None else self.where[x.weights.name]
         cache = None if x.block is None else self.where[kv_cache_of(x.block)]
         weights = None if x.weights is None else replace(x.weights, name="")
         sizes = tuple(b.nbytes for b in x.reads), tuple(b.nbytes for b in x.writes)
-        key = (
-            x.name,
-            x.rows,
-            x.columns,
-            x.depth,
-            x.repeats,
-            sizes,
-            x.kv_read,
-            x.kv_held,
-            x.needed,
-            weights,
-            home,
-            cache,
-        )
+        size = (x.rows, x.columns, x.depth, x.repeats, *sizes, x.kv_read, x.kv_held, x.needed)
+        key = (x.name, size, weights, home, cache)
         if key not in self.known:
             work = work_of(x, self.soc, self.where)
             self.known[key] = work, _row(work, self.corners)
@@ -249,23 +230,3 @@ def _joules(on_chip: Sequence[float | None], streamed: Sequence[int], corners: S
             return None
         found.append(joules + nbytes * (r.off_chip_energy or 0))
     return Range.of(found)
-
-
-def _sum(ranges: Sequence[Range]) -> Range:
-    return Range.of([sum(x.at(corner) for x in ranges) for corner in CORNERS])
-
-
-def _sum_known(ranges: Sequence[Range | None]) -> Range | None:
-    known = [x for x in ranges if x is not None]
-    return _sum(known) if len(known) == len(ranges) else None
-
-
-def _sum_rows(rows: Sequence[OperatorTime]) -> OperatorTime:
-    moved: Counter[str] = Counter()
-    for x in rows:
-        moved.update(x.bytes)
-    return replace(
-        rows[-1], macs=sum(x.macs for x in rows), element_operations=sum(x.element_operations for x in rows),
-        tiles=sum(x.tiles for x in rows), bytes=dict(moved), cycles=_sum([x.cycles for x in rows]),
-        bound_cycles=_sum([x.bound_cycles for x in rows]),
-    )  # fmt: skip
