@@ -83,7 +83,7 @@ def _accelerator(
             yield (
                 f"{engine.name} reads weights in slots of {slot} bit, inputs padded to {block}. Stored so, all weights "
                 f"would take {size_text(full)} instead of {size_text(found.weights.total)}{fate}; as counted here the "
-                "cores unpack them tile by tile."
+                "cores unpack them tile by tile, which the times leave out."
             )
     widest = soc.constants.get("weight_bits")
     head = 0 if shape.embedding_bits else found.weights.head or found.weights.embedding
