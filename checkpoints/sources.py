@@ -21,6 +21,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError
 from checkpoints.families import PRESETS
 from checkpoints.headers import shape_from_folder
+from checkpoints.image import is_image
 from checkpoints.manifest import Manifest, describe_files, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.writer import CheckpointWriter
@@ -44,6 +45,8 @@ def open_source(model: str | None) -> Checkpoint:
     path = Path(model).expanduser()
     if path.is_dir():
         return Checkpoint.open(path.resolve())
+    if path.is_file() and is_image(path):
+        raise CheckpointError(f"{path} is a packed image; restore its folder first: compress unpack {path} -o FOLDER")
     if path.is_file() and path.suffix == ".gguf":
         return _converted(path, path.stem, _read_gguf)
     if path.is_file() and path.suffix == ".bin":

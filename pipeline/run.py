@@ -146,10 +146,10 @@ def _compute(
 
     result = Checkpoint(folder, None)
     counted = result.facts(step.shape.pattern)
-    for key, what in (("file_bytes", "on disk"), ("packed_bytes", "packed")):
-        if counted[key] != (planned := getattr(step.shape, key)):
+    for count, what in (("file_bytes", "on disk"), ("packed_bytes", "packed")):
+        if counted[count] != (planned := getattr(step.shape, count)):
             runtime.progress.note(
-                f"{step.stage}: {counted[key]} bytes {what}, the plan said {planned}; "
+                f"{step.stage}: {counted[count]} bytes {what}, the plan said {planned}; "
                 "the forecast is wrong for this model, please report it"
             )
     manifest = Manifest(

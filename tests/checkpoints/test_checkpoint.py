@@ -15,6 +15,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint, foreign_fingerprint
 from checkpoints.errors import CheckpointError, NumericsError
+from checkpoints.image import pack_checkpoint
 from checkpoints.manifest import WORK
 from checkpoints.packing import pack_linear
 from checkpoints.shape import Grid
@@ -129,7 +130,7 @@ def test_a_value_that_is_not_finite_is_named(own_model: TinyModel, bad: float) -
         checkpoint.outer()
 
 
-def test_counts_are_the_files(own_model: TinyModel) -> None:
+def test_counts_are_the_files(own_model: TinyModel, tmp_path: Path) -> None:
     folder = own_model()
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
@@ -143,6 +144,7 @@ def test_counts_are_the_files(own_model: TinyModel) -> None:
         "parameters_total": total,
         "parameters_nonzero": total - 128 * 64 // 8,
         "file_bytes": (folder / "model.safetensors").stat().st_size,
+        "packed_bytes": pack_checkpoint(Checkpoint(folder, None), tmp_path / "model.bin").path.stat().st_size,
     }
 
 

@@ -79,7 +79,7 @@ def test_manifest_after_a_write_that_was_cut(own_model: TinyModel, finish: Finis
     assert finish(folder).manifest is not None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"format": 1}', b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"format": 2}', b"null"])
 def test_damaged_manifest(own_model: TinyModel, content: bytes) -> None:
     folder = own_model()
     (folder / MANIFEST).write_bytes(content)
@@ -96,7 +96,7 @@ def test_unknown_key_or_format(own_model: TinyModel, finish: Finish) -> None:
     with pytest.raises(CheckpointError, match=r"is damaged .*surprise"):
         Manifest.read(folder)
     (folder / MANIFEST).write_text(json.dumps(data | {"format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99; this version reads format 1"):
+    with pytest.raises(CheckpointError, match="has format 99; this version reads format 2"):
         Manifest.read(folder)
 
 

@@ -42,7 +42,7 @@ def pruned(tiny_model: TinyModel, tmp_path: Path) -> Callable[..., Path]:
 
 
 def true_claims(folder: Path) -> dict[str, object]:
-    return Checkpoint(folder, None).facts() | {"sparsity": {"pattern": "1:4"}}
+    return Checkpoint(folder, None).facts(Pattern(1, 4)) | {"sparsity": {"pattern": "1:4"}}
 
 
 def test_true_claims(pruned: Callable[..., Path], finish: Finish) -> None:
@@ -59,7 +59,7 @@ def test_pattern_that_is_not_there(pruned: Callable[..., Path], finish: Finish) 
         verify(checkpoint)
 
 
-@pytest.mark.parametrize("key", ["parameters_total", "parameters_nonzero", "file_bytes"])
+@pytest.mark.parametrize("key", ["parameters_total", "parameters_nonzero", "file_bytes", "packed_bytes"])
 def test_false_numbers(pruned: Callable[..., Path], finish: Finish, key: str) -> None:
     folder = pruned(1)
     claims = true_claims(folder)
