@@ -72,9 +72,8 @@ def test_the_picture_shows_every_memory_and_buffer(make: Make, tmp_path: Path, m
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
-    verdict = check(
-        make("smollm2-135m", embedding_bits=4, grid=Grid(4, 64)), load_soc("siracusa:sram_role=weights"), name="smollm2"
-    )
+    shape = make("smollm2-135m", embedding_bits=4, grid=Grid(4, 64))
+    verdict = check(shape, load_soc("siracusa:sram_role=weights"), name="smollm2")
     draw_verdict(verdict, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     bars, decode, prefill = drawn[0].axes

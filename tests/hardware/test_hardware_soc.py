@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from checkpoints.errors import PlanError
-from hardware.soc import CONSTANT_UNITS, KINDS, OPERATORS, SHIPPED, load_soc, shipped_socs
+from hardware.soc import (
+    CONSTANT_UNITS,
+    ENGINE_KINDS,
+    KINDS,
+    LINKS,
+    OPERATORS,
+    REQUIRED_CONSTANTS,
+    ROLES,
+    SHIPPED,
+    load_soc,
+    shipped_socs,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -189,6 +200,12 @@ def test_a_file_based_on_a_shipped_one_holds_only_what_differs(tmp_path: Path) -
     path.write_text('based_on = "sirakusa"\n')
     with pytest.raises(PlanError, match="based_on 'sirakusa' is not a chip known here; shipped are gap9"):
         load_soc(str(path))
+
+
+def test_the_schema_names_what_the_reader_takes() -> None:
+    text = (SHIPPED / "SCHEMA.md").read_text()
+    for word in (*OPERATORS, *ROLES, *KINDS, *ENGINE_KINDS, *LINKS, *REQUIRED_CONSTANTS):
+        assert f"`{word}`" in text, word
 
 
 def test_name_in_any_case_or_path_give_the_same_chip(tmp_path: Path) -> None:
