@@ -103,7 +103,7 @@ class Verdict:
     def line(self) -> str:
         """The verdict in one line of the run's log."""
         words = []
-        for role, name in (("weights", "weights"), ("tiles", "KV cache and activations"), ("working", "largest tile")):
+        for role, name in (("weights", "weights"), ("tiles", "KV cache and activations"), ("working", "hardest tile")):
             at = [use for use in self.memories if use.role == role]
             need, room = sum(use.peak_bytes for use in at), sum(use.capacity_bytes for use in at)
             over = f" ({times_text(need, room)})" if need > room else ""
