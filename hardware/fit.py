@@ -52,7 +52,7 @@ class Candidate:
     @property
     def over_bytes(self) -> int:
         """What lacks in all memories of the chip together."""
-        return sum(max(0, u.used_bytes - u.capacity_bytes) for u in self.verdict.memories if u.role != "off_chip")
+        return sum(max(0, -u.headroom_bytes) for u in self.verdict.memories if u.role != "off_chip")
 
     @property
     def weight_bytes(self) -> int:
