@@ -93,7 +93,7 @@ class TunedNorm:
         signs[:, 1::2] = -1
         with torch.no_grad():
             scale = float(norm(signs).float().abs().mean())
-        return cls(weight.float(), stored, NORM_RATE * scale)
+        return cls(weight.to(torch.float32, copy=True), stored, NORM_RATE * scale)
 
     def weight(self) -> Tensor:
         """Float32 with the values that the file will hold; the gradient passes through the rounding."""
