@@ -157,7 +157,7 @@ def memories(verdict: dict[str, Any]) -> list[Memory]:
     """The memory map of Verdict.to_dict(); memory off the chip is listed only where something lies there."""
     found = []
     for use in verdict["memories"]:
-        parts = (use["parts"] | use.get("transient", {})).items()
+        parts = use["parts"].items()
         memory = Memory(use["name"], use["role"], use["capacity_bytes"], tuple((n, s) for n, s in parts if s))
         if memory.used or memory.role != "off_chip":
             found.append(memory)
