@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.shapes import write_random
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.memory import peak_bytes
 from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
-from pipeline.memory import peak_bytes
 from pipeline.plan import forecast_memory
 from stages import depth, wanda
 from stages.options import Depth, Wanda

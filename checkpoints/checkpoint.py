@@ -19,7 +19,9 @@ from checkpoints.headers import ADAPTER, EDGE, read_config, shape_from_folder, w
 from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.packing import dequantise
+from checkpoints.reshape import with_pattern
 from checkpoints.shape import LinearShape, ModelShape, Sparsity
+from checkpoints.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -198,13 +200,7 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises CheckpointError if the folder holds none."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.folder} holds no tokenizer that transformers can read: {error}") from None
-        return tokenizer
+        return load_tokenizer(self.folder)
 
     def model(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory with its effective dense weights; for training and generating."""
@@ -229,7 +225,7 @@ class Checkpoint:
                 for path in self.folder.rglob("*.safetensors")
                 if path.relative_to(self.folder).parts[0] != WORK
             ),
-            "packed_bytes": (self.shape.with_pattern(pattern) if pattern else self.shape).packed_bytes,
+            "packed_bytes": (with_pattern(self.shape, pattern) if pattern else self.shape).packed_bytes,
         }
 
 

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import PlanError
-
-WORD = 32
-
-
-def packable(out_features: int, in_features: int) -> bool:
-    """GPTQModel's kernels take layers whose sides are both multiples of 32."""
-    return out_features % WORD == 0 and in_features % WORD == 0
+from checkpoints.reshape import WORD
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

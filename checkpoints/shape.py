@@ -230,11 +230,6 @@ class ModelShape:
     def grid(self) -> Grid | None:
         return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
 
-    def with_pattern(self, pattern: Sparsity | None) -> ModelShape:
-        """The same with this pattern on every linear layer of every block."""
-        blocks = (replace(b, linears=tuple(replace(x, pattern=pattern) for x in b.linears)) for b in self.blocks)
-        return replace(self, blocks=tuple(blocks))
-
     # --- bytes --------------------------------------------------------------------------------------------
 
     def block_tensors(self, index: int) -> list[TensorShape]:

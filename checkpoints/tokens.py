@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +15,14 @@ from checkpoints.errors import TextError
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """ids (samples, length) int64, and the name of the text they come from."""
+    """ids (samples, length) int64, and the name of the text they come from.
+
+    documents: the text itself, for the one stage that changes how text becomes ids.
+    """
 
     name: str
     ids: Tensor
+    documents: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def sha256(self) -> str:

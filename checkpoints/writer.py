@@ -18,6 +18,7 @@ from checkpoints.manifest import WORK, sync_folder, write_json
 from checkpoints.walk import Work
 
 OUTER = "outer.safetensors"
+ADAPTER_CONFIG = "adapter/adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -80,7 +81,7 @@ class CheckpointWriter:
         if packed:
             self._save(self.folder / ADAPTER_PACKED, packed)
         self._save(self.folder / ADAPTER, {name: tensor for name, tensor in joined.items() if name not in packed})
-        write_json(self.folder / "adapter" / "adapter_config.json", config)
+        write_json(self.folder / ADAPTER_CONFIG, config)
 
     def write_edge(self, tensors: Mapping[str, Tensor]) -> None:
         """Packed copies of embedding and head for the edge."""
@@ -91,6 +92,13 @@ class CheckpointWriter:
         if (source.folder / EDGE).is_file():
             (self.folder / EDGE).parent.mkdir(exist_ok=True)
             self._link(source.folder / EDGE, EDGE)
+
+    def copy_adapter(self, source: Checkpoint) -> None:
+        """Take over the adapter, if the source has one."""
+        if (source.folder / ADAPTER).is_file():
+            (self.folder / ADAPTER).parent.mkdir(exist_ok=True)
+            for name in (ADAPTER, ADAPTER_CONFIG):
+                self._link(source.folder / name, name)
 
     def finish(self, config: Mapping[str, Any], source: Checkpoint | None) -> None:
         """Write configuration, tokenizer and index; afterwards the folder loads. The manifest is still to come."""

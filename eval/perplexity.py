@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.runtime import Runtime
 from checkpoints.walk import Walk
+from eval.disturb import Disturbance
 from eval.text import Text
 
 if TYPE_CHECKING:
@@ -63,27 +66,56 @@ class Perplexity:
         return asdict(self)
 
 
-def measure(checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime) -> Perplexity:
+@dataclass(frozen=True)
+class Passage:
+    """One window or row, and what it cost to predict it."""
+
+    id: str  # its place, and a hash of its tokens: the same for two models only where they read the same tokens
+    nll: float  # nats, summed over the predicted tokens
+    read: int
+    scored: int
+    size: int  # bytes of what was predicted; the first token of each passage is context only
+
+
+def measure(
+    checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime, disturbance: Disturbance | None = None
+) -> Perplexity:
     """exp of the mean negative log-likelihood of each token given those before it in its window or row.
 
-    Logits in the runtime's precision, losses in float32. Raises TextError where the text is too short.
+    Logits in the runtime's precision, losses in float32. disturbance: noise or masks on every block, as
+    eval/robustness.py asks for. Raises TextError where the text is too short.
     """
-    tokenizer = checkpoint.tokenizer()
-    batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
-    nll, scored = negative_log_likelihood(checkpoint, batches, runtime)
-    rows = [row[row != _IGNORED] for batch in batches for row in batch.targets]
-    read = sum(row.numel() for row in rows)
-    # Bytes of what was predicted: the first token of each row is context only.
-    size = sum(len(str(tokenizer.decode(row)).encode()) - len(str(tokenizer.decode(row[:1])).encode()) for row in rows)
+    return summarise(measure_passages(checkpoint, text, protocol, runtime, disturbance), text, protocol, runtime)
+
+
+def summarise(passages: Sequence[Passage], text: Text, protocol: Protocol, runtime: Runtime) -> Perplexity:
+    nll, scored = math.fsum(p.nll for p in passages), sum(p.scored for p in passages)
     return Perplexity(
         perplexity=math.exp(nll / scored),
-        tokens=read,
+        tokens=sum(p.read for p in passages),
         scored_tokens=scored,
-        bits_per_byte=nll / math.log(2) / size,
+        bits_per_byte=nll / math.log(2) / sum(p.size for p in passages),
         protocol=str(protocol),
         text=text.name,
         dtype=str(runtime.dtype).removeprefix("torch."),
     )
+
+
+def measure_passages(
+    checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime, disturbance: Disturbance | None = None
+) -> list[Passage]:
+    """Each window or row by itself, in the text's order."""
+    tokenizer = checkpoint.tokenizer()
+    batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
+    losses = negative_log_likelihoods(checkpoint, batches, runtime, disturbance)
+    passages = {}
+    for batch, batch_losses in zip(batches, losses, strict=True):
+        for place, padded, (nll, scored) in zip(batch.places, batch.targets, batch_losses, strict=True):
+            row = padded[padded != _IGNORED]
+            size = len(str(tokenizer.decode(row)).encode()) - len(str(tokenizer.decode(row[:1])).encode())
+            name = f"{place}-{hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12]}"
+            passages[place] = Passage(name, nll, row.numel(), scored, size)
+    return [passages[place] for place in sorted(passages)]
 
 
 def measurement_key(checkpoint_fingerprint: str, text: Text, protocol: Protocol, dtype: torch.dtype) -> str:
@@ -96,23 +128,30 @@ def measurement_key(checkpoint_fingerprint: str, text: Text, protocol: Protocol,
 class _Batch:
     ids: Tensor  # (b, L), padded on the right, where a causal model cannot see it
     targets: Tensor  # (b, L), the same with padding marked
+    places: Sequence[int]  # of each sequence in the text
 
 
-def negative_log_likelihood(checkpoint: Checkpoint, batches: list[_Batch], runtime: Runtime) -> tuple[float, int]:
-    """Summed over all predicted tokens, in nats; and how many they are."""
+def negative_log_likelihoods(
+    checkpoint: Checkpoint, batches: list[_Batch], runtime: Runtime, disturbance: Disturbance | None = None
+) -> list[list[tuple[float, int]]]:
+    """Of each sequence of each batch: nats summed over its predicted tokens, and how many they are."""
     walk = Walk(checkpoint, [b.ids for b in batches], runtime, last_outputs=True, task="perplexity")
     for block in walk:
-        block.done()
-    nll, scored = 0.0, 0
+        shape = checkpoint.shape.blocks[block.index]
+        with disturbance.on_block(block.module, shape, block.index) if disturbance else nullcontext():
+            block.done()
+    losses = []
     with walk.skeleton.head() as head, torch.no_grad():
         for states, batch in zip(walk.states.chunks, batches, strict=True):
+            of_batch = []
             # One sequence at a time: the logits of 512 tokens over 49,152 words are 100 MB in float32.
             for row, targets in zip(states, batch.targets, strict=True):
                 wanted = targets[1:].to(runtime.device)
                 logits = head(row.unsqueeze(0))[0, :-1].float()
-                nll += float(F.cross_entropy(logits, wanted, ignore_index=_IGNORED, reduction="sum"))
-                scored += int((wanted != _IGNORED).sum())
-    return nll, scored
+                nll = float(F.cross_entropy(logits, wanted, ignore_index=_IGNORED, reduction="sum"))
+                of_batch.append((nll, int((wanted != _IGNORED).sum())))
+            losses.append(of_batch)
+    return losses
 
 
 def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[_Batch]:
@@ -121,7 +160,11 @@ def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol)
     if count == 0:
         raise TextError(f"the text '{text.name}' has {ids.numel()} tokens, less than one window of {protocol.window}")
     windows = ids[: count * protocol.window].view(count, protocol.window)
-    return [_Batch(chunk, chunk) for chunk in torch.split(windows, max(1, 4096 // protocol.window))]
+    together = max(1, 4096 // protocol.window)
+    return [
+        _Batch(chunk, chunk, range(k * together, k * together + len(chunk)))
+        for k, chunk in enumerate(torch.split(windows, together))
+    ]
 
 
 def _rows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[_Batch]:
@@ -135,17 +178,19 @@ def _rows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) ->
             read += len(row)
     if not rows:
         raise TextError(f"the text '{text.name}' has no row of at least two tokens")
-    rows.sort(key=len)
-    batches, current = [], [rows[0]]
-    for row in rows[1:]:
-        if (len(current) + 1) * len(row) > 4096:
-            batches.append(_padded(current))
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    batches, current = [], [order[0]]
+    for place in order[1:]:
+        if (len(current) + 1) * len(rows[place]) > 4096:
+            batches.append(_padded(rows, current))
             current = []
-        current.append(row)
-    batches.append(_padded(current))
+        current.append(place)
+    batches.append(_padded(rows, current))
     return batches
 
 
-def _padded(rows: list[Tensor]) -> _Batch:
-    pad = torch.nn.utils.rnn.pad_sequence
-    return _Batch(pad(rows, batch_first=True, padding_value=0), pad(rows, batch_first=True, padding_value=_IGNORED))
+def _padded(rows: list[Tensor], places: list[int]) -> _Batch:
+    pad, chosen = torch.nn.utils.rnn.pad_sequence, [rows[place] for place in places]
+    return _Batch(
+        pad(chosen, batch_first=True, padding_value=0), pad(chosen, batch_first=True, padding_value=_IGNORED), places
+    )

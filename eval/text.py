@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -194,19 +195,29 @@ def _hub(
     name: str, config: str | None, split: str, spec: str, take: int | None = None,
     columns: list[str] | None = None, instead: str = "",
 ) -> list[dict[str, Any]]:  # fmt: skip
+    form = f".jsonl, .json or .parquet, {instead}" if instead else ".txt, .raw, .jsonl, .json, .parquet"
+    instead = f"a local file ({form}), or 'embedded', which needs no network"
+    rows = hub_rows(name, config, split, spec, instead, stream=take is not None, columns=columns)
+    return list(itertools.islice(rows, take))
+
+
+def hub_rows(
+    name: str, config: str | None, split: str, spec: str, instead: str, stream: bool = True,
+    columns: list[str] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of a data set of the hub, one by one, whole or with these columns.
+
+    Raises TextError where it cannot be reached, saying what to pass `instead`.
+    """
     from datasets import load_dataset
 
     # Each of its retries would be two lines of warning; the error below says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        data = load_dataset(name, config, split=split, streaming=take is not None)
-        if columns:
-            data = data.select_columns(columns)
-        return list(data.take(take) if take is not None else data)
+        data = load_dataset(name, config, split=split, streaming=stream)
+        yield from data.select_columns(columns) if columns else data
     except Exception as error:  # datasets raises its own, the hub's and the network's errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        form = f".jsonl, .json or .parquet, {instead}" if instead else ".txt, .raw, .jsonl, .json, .parquet"
         raise TextError(
-            f"the data set '{spec}' could not be had from the hub: {reason}\n"
-            f"Pass a local file instead ({form}), or 'embedded', which needs no network"
+            f"the data set '{spec}' could not be had from the hub: {reason}\nPass instead {instead}"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches, sample_windows
 from eval.text import Text, load_text
 from pipeline.recipe import Recipe
-from stages.options import Lora, Options
+from pipeline.vocabulary import corpus_vocabulary, follows_vocabulary
+from stages.options import Lora, Options, Pad, Vocabulary
 from stages.training import require_a_batch
 
 SELF = "self"
@@ -27,8 +29,9 @@ class Calibration:
     def __init__(self, recipe: Recipe, source: Checkpoint, store: Path, runtime: Runtime) -> None:
         self._recipe, self._source, self._store, self._runtime = recipe, source, store, runtime
         self._tokenizer = source.tokenizer()
+        self._vocabulary = corpus_vocabulary(recipe, source.folder)
         self._texts: dict[str, Text] = {}
-        self._ids: dict[str, tuple[str, Tensor]] = {}
+        self._ids: dict[tuple[str, bool], tuple[str, Tensor]] = {}
         self._short: set[str] = set()  # training texts whose lack of windows was told already
         self.evaluation = _evaluation_text(recipe)
         for spec in {recipe.calibration_text, *(o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data)}:
@@ -40,14 +43,22 @@ class Calibration:
 
     def windows(self, stage: str, options: Options) -> TokenBatches:
         """The stage's windows (samples, length). Raises TextError where the text is too short."""
+        vocabulary = self._vocabulary
+        if isinstance(options, Vocabulary):
+            assert vocabulary is not None
+            return vocabulary.corpus
+        if isinstance(options, Pad):
+            return TokenBatches("none", torch.empty(0, 0, dtype=torch.int64))
+        trimmed = vocabulary is not None and follows_vocabulary(self._recipe, stage)
         spec = (options.data if isinstance(options, Lora) else "") or self._recipe.calibration_text
         generator = self._runtime.generator(f"{stage} calibration")
         if spec == SELF:
-            return self._sampled(options.samples, options.length)
-        if spec not in self._ids:
+            return self._sampled(options.samples, options.length, vocabulary.kept if vocabulary and trimmed else None)
+        if (spec, trimmed) not in self._ids:
             text = self._text(spec)
-            self._ids[spec] = (text.name, text.token_ids(self._tokenizer))
-        name, ids = self._ids[spec]
+            tokenizer = vocabulary.tokenizer if vocabulary and trimmed else self._tokenizer
+            self._ids[spec, trimmed] = (text.name, text.token_ids(tokenizer))
+        name, ids = self._ids[spec, trimmed]
         samples = self._training_samples(name, ids, options) if isinstance(options, Lora) else options.samples
         try:
             batches = sample_windows(name, ids, samples, options.length, generator)
@@ -76,15 +87,19 @@ class Calibration:
             )
         return min(there, options.samples)
 
-    def _sampled(self, samples: int, length: int) -> TokenBatches:
-        """Text that the uncompressed model writes itself, kept in the store so that a rerun need not."""
+    def _sampled(self, samples: int, length: int, kept: Tensor | None) -> TokenBatches:
+        """Text that the uncompressed model writes itself, kept in the store so that a rerun need not.
+
+        kept: the tokens (n,) it may choose from; ids are then their places, those of the trimmed vocabulary.
+        """
         seed = self._runtime.seed
-        path = (
-            self._store / "calibration" / f"self-{self._source.fingerprint[:12]}-{seed}-{samples}x{length}.safetensors"
-        )
+        name = f"self-{self._source.fingerprint[:12]}-{seed}-{samples}x{length}"
+        if kept is not None:
+            name += f"-{hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:12]}"
+        path = self._store / "calibration" / f"{name}.safetensors"
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            ids = sample_text(self._source, samples, length, self._runtime)
+            ids = sample_text(self._source, samples, length, self._runtime, kept)
             save_file({"ids": ids}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         return TokenBatches("self", load_file(path)["ids"])
@@ -100,21 +115,26 @@ def _evaluation_text(recipe: Recipe) -> Text:
 
 
 @torch.no_grad()
-def sample_text(source: Checkpoint, samples: int, length: int, runtime: Runtime) -> Tensor:
-    """Token ids (samples, length) that the model writes at temperature 1, from its start token or a random one."""
+def sample_text(source: Checkpoint, samples: int, length: int, runtime: Runtime, kept: Tensor | None = None) -> Tensor:
+    """Token ids (samples, length) that the model writes at temperature 1, from its start token or a random one.
+
+    kept (n,): choose among these tokens alone, and give their places in it. The logits of kept tokens do not depend
+    on those that go, so this is what the trimmed model would write.
+    """
     model: Any = source.model(runtime.device, runtime.dtype)
     generator = runtime.generator("self calibration")
     start = model.config.bos_token_id
+    choice = torch.arange(source.shape.vocabulary) if kept is None else kept
     if start is not None:
-        ids = torch.full((samples, 1), int(start))
+        ids = torch.full((samples, 1), int((choice == int(start)).nonzero()))
     else:
-        ids = torch.randint(source.shape.vocabulary, (samples, 1), generator=generator)
+        ids = torch.randint(choice.numel(), (samples, 1), generator=generator)
     cache, last = None, ids
     runtime.progress.start("writing text", length - 1)
     for _ in range(length - 1):
-        output = model(input_ids=last.to(runtime.device), past_key_values=cache, use_cache=True)
+        output = model(input_ids=choice[last].to(runtime.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        odds = output.logits[:, -1].float().cpu().softmax(dim=-1)
+        odds = output.logits[:, -1][:, choice].float().cpu().softmax(dim=-1)
         last = torch.multinomial(odds, 1, generator=generator)
         ids = torch.cat([ids, last], dim=1)
         runtime.progress.step()

@@ -111,12 +111,14 @@ def _model_name(recipe: Recipe) -> str:
 
 for command in (
     cli_eval.evaluate,
+    cli_eval.compare,
     cli_eval.generate,
     cli_model.rank,
     cli_model.verify,
     cli_model.pack,
     cli_model.unpack,
     cli_hardware.check,
+    cli_hardware.fit,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 

@@ -1,40 +1,94 @@
-"""Commands that measure a checkpoint: eval, generate."""
+"""Commands that measure a checkpoint: eval, compare, generate."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from checkpoints.errors import PlanError
+from eval.settings import Settings
+from eval.tasks import TASKS, find_tasks
+from pipeline.eval_flags import settings_flags
 from pipeline.flags import Json, quiet_libraries
 
-
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of any stage, or any model --model takes.")] = "",
-    text: Annotated[str, typer.Option(help="A text file, wikitext2, or embedded.")] = "embedded",
-    protocol: Annotated[str, typer.Option(help="windows or rows.")] = "windows",
-    window: Annotated[int, typer.Option(help="Tokens per window or row.")] = 512,
-    tokens: Annotated[int, typer.Option(help="Tokens of the text that are measured; 0 is all.")] = 16384,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure a checkpoint's perplexity. A file is measured from its beginning, named texts on their test part."""
-    quiet_libraries()
-    from checkpoints.runtime import Runtime, choose_device, choose_dtype
-    from checkpoints.sources import open_source
-    from eval.perplexity import Protocol, measure
-    from eval.text import NAMED, load_text
+if TYPE_CHECKING:
     from pipeline.progress import Reporter
 
-    how = Protocol(protocol, window, tokens)
-    data = load_text(text, "evaluate" if text in NAMED else "whole")
-    model = open_source(checkpoint or None)
+_TASKS = f"What to measure, comma-separated: {', '.join(TASKS)}, or any task of lm-eval; default: perplexity."
+Tasks = Annotated[str, typer.Option("--task", help=_TASKS)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+ReportFile = Annotated[
+    str, typer.Option("--out", "-o", help="Report as JSON; for several checkpoints a .png beside it.")
+]
+
+
+@settings_flags
+def evaluate(
+    settings: Settings,
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Checkpoints of any stage, any models --model takes, or an output folder.")
+    ] = [],  # noqa: B006  typer reads the default and copies it
+    task: Tasks = "",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: ReportFile = "",
+    as_json: Json = False,
+) -> None:
+    """Measure checkpoints: perplexity, question answering, lm-eval's tasks, each with its interval and protocol.
+
+    An output folder stands for all stages of its last run. Answers are kept and resumed (--answers). A file is
+    measured from its beginning, named texts on their test part.
+    """
+    tasks = find_tasks(task.split(",") if task else ["perplexity"])
+    quiet_libraries()
+    from pipeline.eval_report import draw, print_measured
+    from pipeline.evaluate import check_request, is_store, keeping_answers, measure_all, open_all, report, write_report
+    from pipeline.report import machine
+
+    home = Path(out).parent if out else Path(checkpoints[0]) if checkpoints and is_store(checkpoints[0]) else Path()
+    settings = keeping_answers(settings, home)
+    check_request(tasks, settings)
+    named = open_all(checkpoints)
+    if len(named) == 1 and not (task or out or settings.limit or settings.sources):
+        _perplexity_alone(named[0][1], settings, device, dtype, as_json)
+        return
+    with _reporter(as_json) as reporter:
+        measured = measure_all(named, tasks, settings, device, dtype, reporter)
+    path = Path(out) if out else home / "evaluation.json" if len(named) > 1 else None
+    if path:
+        write_report(path, measured, machine())
+        if len(named) > 1:
+            draw(measured, path.with_suffix(".png"))
+    if as_json:
+        typer.echo(json.dumps(report(measured, machine()), indent=2))
+        return
+    console = Console()
+    print_measured(console, measured)
+    console.print(f"Measured on {machine()}.", highlight=False)
+    if path:
+        figure = f"   figure: {path.with_suffix('.png')}" if len(named) > 1 else ""
+        console.print(f"report: {path}{figure}", highlight=False, soft_wrap=True)
+
+
+def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, as_json: bool) -> None:
+    """One checkpoint, no task named: its perplexity on one line."""
+    from checkpoints.runtime import Runtime, choose_device, choose_dtype
+    from eval.perplexity import Protocol, measure
+    from eval.text import NAMED, load_text
+
+    how = Protocol(settings.protocol, settings.window, settings.tokens)
+    data = load_text(settings.text, "evaluate" if settings.text in NAMED else "whole")
     where = choose_device(device)
     precision = choose_dtype(dtype, where, model.shape.blocks[0].linears[0].dtype)
-    with Reporter(Console(stderr=True), quiet=as_json) as reporter:
+    with _reporter(as_json) as reporter:
         result = measure(model, data, how, Runtime(where, precision, progress=reporter))
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
@@ -45,16 +99,101 @@ def evaluate(
         )
 
 
+@settings_flags
+def compare(
+    settings: Settings,
+    a: Annotated[str, typer.Argument(help="A checkpoint, or a report of `compress eval -o`: FILE.json[:LABEL].")],
+    b: Annotated[str, typer.Argument(help="The one compared with it.")],
+    task: Tasks = "",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say for each metric whether B differs from A by more than noise, item by item.
+
+    Exact McNemar test where items are right or wrong, paired bootstrap elsewhere.
+    """
+    reports = [".json" in name for name in (a, b)]
+    if reports[0] != reports[1]:
+        raise PlanError("compare two reports, or two checkpoints, not one of each")
+    tasks = find_tasks(task.split(",") if task else ["perplexity"]) if task or not reports[0] else []
+    quiet_libraries()
+    from eval.compare import compare as pair
+    from pipeline.eval_report import print_differences, verdict
+    from pipeline.evaluate import check_request, keeping_answers, measure_all, open_all, read_report
+
+    if reports[0]:
+        one, two = read_report(a), read_report(b)
+    else:
+        settings = keeping_answers(settings, Path())
+        check_request(tasks, settings)
+        named = open_all([a, b])
+        if len(named) != 2:
+            raise PlanError("compare takes two checkpoints; name stage folders, not an output folder")
+        with _reporter(as_json) as reporter:
+            one, two = measure_all(named, tasks, settings, device, dtype, reporter)
+    wanted = [t.name for t in tasks] or [name for name in one.results if name in two.results]
+    if missing := [name for name in wanted if name not in one.results or name not in two.results]:
+        raise PlanError(f"not in both reports: {', '.join(missing)}")
+    if not wanted:
+        raise PlanError("the two reports have no task in common")
+    differences = [d for name in wanted for d in pair(one.results[name], two.results[name])]
+    if as_json:
+        rows = [d.to_dict() | {"verdict": verdict(d)} for d in differences]
+        typer.echo(json.dumps({"a": one.label, "b": two.label, "differences": rows}, indent=2))
+    else:
+        print_differences(Console(), one.label, two.label, differences)
+
+
+@contextmanager
+def _reporter(quiet: bool) -> Iterator[Reporter]:
+    """Progress on standard error; Ctrl-C stops at the next step, and what was answered stays on disk."""
+    from pipeline.progress import Reporter
+
+    with Reporter(Console(stderr=True), quiet=quiet) as reporter:
+        before = signal.signal(signal.SIGINT, reporter.interrupt)
+        try:
+            yield reporter
+        except KeyboardInterrupt:
+            reporter.say("interrupted; the same command goes on from the answers that are kept")
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of any stage, or any model --model takes.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Checkpoints of any stage, models, or an output folder for all its stages.")
+    ],
     prompt: Annotated[str, typer.Argument(help="What the model continues.")],
     tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 60,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="Sample at this temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, also on a terminal.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
 ) -> None:
-    """Continue a prompt greedily with a checkpoint's effective weights."""
+    """Continue a prompt with a checkpoint's effective weights; several checkpoints stand side by side."""
     quiet_libraries()
+    from checkpoints.memory import release
     from checkpoints.runtime import choose_device
-    from checkpoints.sources import open_source
-    from eval.generate import continue_greedily
+    from eval.generate import Decoding, continue_prompt
+    from pipeline.evaluate import open_all
+    from pipeline.side_by_side import as_dict, print_plain, print_table
 
-    typer.echo(continue_greedily(open_source(checkpoint), prompt, tokens, choose_device(device)))
+    decoding, where = Decoding(tokens, temperature, seed, chat), choose_device(device)
+    entries = open_all(checkpoints)
+    found = []
+    for _, checkpoint in entries:
+        found.append(continue_prompt(checkpoint, prompt, decoding, where))
+        release()  # one model at a time in memory
+    console = Console()
+    if as_json:
+        typer.echo(json.dumps(as_dict(prompt, decoding, entries, found), indent=2))
+    elif len(entries) == 1:
+        typer.echo(found[0].text.strip() if chat else found[0].prompt + found[0].text)
+    elif plain or not console.is_terminal:
+        print_plain(console, entries, found)
+    else:
+        print_table(console, prompt, decoding, entries, found)

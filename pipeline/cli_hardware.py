@@ -1,13 +1,14 @@
-"""Commands that hold a model against a chip: check."""
+"""Commands that hold a model against a chip: check, fit."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.flags import Json
+from pipeline.flags import Json, quiet_libraries
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -35,3 +36,45 @@ def check(
     )
     typer.echo(json.dumps(verdict.to_dict(), indent=2) if as_json else verdict.render())
     raise typer.Exit(0 if verdict.fits else EXIT_DOES_NOT_FIT)
+
+
+def fit(
+    model: Annotated[str, typer.Argument(help="A model folder, checkpoint, config.json or preset.")] = "",
+    soc: Annotated[str, typer.Option(help="A shipped chip or a .toml file.")] = "siracusa",
+    context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 256,
+    kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value.")] = 8,
+    activation_bits: Annotated[int, typer.Option(help="Bits of an activation.")] = 8,
+    corpus: Annotated[str, typer.Option("--trim-vocabulary", help="Text the vocabulary may be trimmed to.")] = "",
+    sweep: Annotated[
+        Path | None, typer.Option(help="Output folder of earlier runs; what they measured counts.")
+    ] = None,
+    protect_first: Annotated[int, typer.Option(help="First blocks that stay.")] = 4,
+    protect_last: Annotated[int, typer.Option(help="Last blocks that stay.")] = 2,
+    best: Annotated[int, typer.Option(help="Settings to show at most.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Find settings of the stages with which a model fits a chip. Exit code 0: there are some; 3: there are none."""
+    quiet_libraries()
+    from rich.console import Console
+
+    from hardware.soc import load_soc
+    from pipeline.fit import command_of, print_fit, to_dict
+    from pipeline.fit import fit as find
+    from pipeline.shapes import PACKAGED_PRESET, model_shape
+
+    shape, chip, protect = model_shape(model or None), load_soc(soc), (protect_first, protect_last)
+    found, notes = find(
+        model, shape, chip, corpus=corpus, sweep=sweep, protect=protect, best=best,
+        context=context, kv_bits=kv_bits, activation_bits=activation_bits,
+    )  # fmt: skip
+    shown = found.fitting or found.closest
+    commands = [command_of(model, shape, c.settings, corpus, protect) for c in shown]
+    if as_json:
+        lists = {"fitting": found.fitting, "closest": found.closest}
+        parts = {name: [to_dict(c, m) for c, m in zip(of, commands, strict=False)] for name, of in lists.items()}
+        typer.echo(json.dumps({"soc": chip.name, **parts, "verdicts": found.verdicts, "notes": notes}, indent=2))
+    else:
+        name = model or PACKAGED_PRESET
+        title = f"{name} fits {chip.name} with" if found.fitting else f"{name} fits {chip.name} with nothing; closest:"
+        print_fit(Console(), title, found, commands, notes)
+    raise typer.Exit(0 if found.fitting else EXIT_DOES_NOT_FIT)

@@ -9,7 +9,8 @@ from typing import Any
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
 from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
-from stages.options import Options
+from pipeline.vocabulary import counted
+from stages.options import Options, Pad, Vocabulary
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
 # measured on Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
@@ -51,6 +52,8 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
     for name, options in recipe.stages:
         module = importlib.import_module(f"stages.{name}")
         try:
+            if isinstance(options, Vocabulary):
+                options = counted(recipe, options)
             after = module.plan(shape, options)
             remarks = tuple(module.remarks(shape, options)) if hasattr(module, "remarks") else ()
             scratch = forecast_scratch(name, options, shape)
@@ -69,6 +72,10 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
     """Forecast of the process's peak resident size in bytes while the stage runs."""
     from stages.distill import teacher_kind
 
+    if isinstance(options, Vocabulary):  # the whole outer part as it was and what is kept of it
+        return int(_BASE_BYTES + 2 * sum(t.nbytes for t in before.outer))
+    if isinstance(options, Pad):
+        return _BASE_BYTES + 4 * max(sum(t.nbytes for t in b.stored()) for b in before.blocks)
     block = max(sum(t.elements for t in b.stored()) for b in _dense(before).blocks) * 2
     outer = sum(t.nbytes for t in before.outer)
     tokens = options.samples * options.length

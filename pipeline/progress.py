@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pipeline.memory import resident_bytes
+from checkpoints.memory import resident_bytes
 
 _PLAIN_EVERY = 15.0  # seconds between lines where no bar can be drawn
 

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from checkpoints.errors import PlanError, RecipeError
-from stages.options import STAGES, Options
+from stages.options import STAGES, Eora, Options
 
 _PLAIN_KEYS: dict[str, type] = {
     "model": str,
@@ -45,7 +45,9 @@ class Recipe:
     dtype: str = "auto"
     soc: str = "siracusa"
     spill_mib: int = 64  # calibration states beyond this lie in a temporary file
-    stages: tuple[tuple[str, Options], ...] = tuple((name, options()) for name, options in STAGES.items())
+    stages: tuple[tuple[str, Options], ...] = tuple(
+        (name, options()) for name, options in STAGES.items() if not options().skipped
+    )
     notes: tuple[str, ...] = ()  # what was left out and why
 
     @property
@@ -79,6 +81,8 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
             plain[key] = value
         elif stage in stages:
             stages[stage][name] = value
+        elif stage in ("vocabulary", "pad"):  # they come before everything, unless a recipe says otherwise
+            stages = {stage: {name: value}, **stages}
         else:
             flag = next(f.metadata["flag"] for f in fields(STAGES[stage]) if f.name == name)
             faults.append(f"{flag} belongs to the stage {stage}, which {file} leaves out")
@@ -92,6 +96,8 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
             continue
         if stage not in left_out and not options.skipped:
             built.append((stage, options))
+    if any(s == "pad" for s, _ in built) and any(isinstance(o, Eora) and o.against == "dense" for _, o in built):
+        faults.append("--eora-against dense needs the uncompressed model's widths, which --pad-ffn changes; use parent")
     notes = []
     names, asked = [stage for stage, _ in built], any(k.startswith("eora.") and v is not None for k, v in flags.items())
     if "eora" in names and "gptq" not in names and not asked:

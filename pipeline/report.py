@@ -46,7 +46,7 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
     console.print(f"\n{report['model']}; ppl: {first['protocol']}; {first['text']}", highlight=False)
     console.print(table)
     console.print(report["hardware"]["summary"], highlight=False)
-    console.print(f"Measured in {first['dtype']} on {_machine()}.", highlight=False)
+    console.print(f"Measured in {first['dtype']} on {machine()}.", highlight=False)
     if "smollm2-135m-instruct" in report["model"]:
         console.print("The packaged model's weights were 4-bit (GGUF Q4_1) before it came here.", highlight=False)
     if result.stages and not result.computed:
@@ -109,7 +109,8 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What numbers were measured on, in words."""
     import psutil
     import torch
 

@@ -13,6 +13,7 @@ from typing import Any
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, write_json
+from checkpoints.memory import available_bytes, peak_bytes, reset_peak
 from checkpoints.runtime import Runtime, choose_device, choose_dtype
 from checkpoints.shape import ModelShape
 from checkpoints.sources import open_source
@@ -22,7 +23,6 @@ from eval.perplexity import Protocol, measure, measurement_key
 from hardware.check import check
 from hardware.soc import load_soc
 from pipeline.calibration import Calibration
-from pipeline.memory import available_bytes, peak_bytes, reset_peak
 from pipeline.plan import StagePlan, plan
 from pipeline.progress import Reporter
 from pipeline.recipe import Recipe
@@ -57,6 +57,7 @@ class StageResult:
             "parameters_total": manifest.parameters_total,
             "parameters_nonzero": manifest.parameters_nonzero,
             "sparsity": sparsity,
+            "bits_per_byte": {"before": self.before["bits_per_byte"], "after": self.after["bits_per_byte"]},
             "perplexity": {
                 "before": self.before["perplexity"],
                 "after": self.after["perplexity"],
@@ -260,6 +261,9 @@ def _say_stage(reporter: Reporter, result: StageResult, parent: Checkpoint) -> N
     packed = f"packed {_bytes(parent.shape.packed_bytes)} -> {_bytes(manifest.packed_bytes)}"
     reporter.say(f"  {_bytes(parent.shape.file_bytes)} -> {_bytes(manifest.file_bytes)}, {packed}{zeros}")
     reporter.say(f"  perplexity {before:.2f} -> {after:.2f}")
+    if manifest.stage == "vocabulary":
+        bits = (result.before["bits_per_byte"], result.after["bits_per_byte"])
+        reporter.say(f"  other tokens count in it now: compare bits per byte, {bits[0]:.3f} -> {bits[1]:.3f}")
     if manifest.stage in _SHOULD_IMPROVE and after >= before:
         reporter.note(f"{manifest.stage} should have lowered the perplexity and did not")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.headers import INDEX, read_config, shape_from_folder
 from checkpoints.shape import ModelShape
@@ -35,3 +35,20 @@ def model_shape(model: str | None) -> ModelShape:
     raise CheckpointError(
         f"there is no model '{model}': no such folder or file, and not one of the presets {', '.join(PRESETS)}"
     )
+
+
+def tokenizer_folder(model: str | None) -> Path:
+    """The folder where the tokenizer of the model a user names lies. Raises PlanError for a preset, which has none."""
+    path = Path(model or "").expanduser()
+    if model and path.is_dir():
+        return path.resolve()
+    if path.is_file() and path.name == "config.json":
+        return path.parent.resolve()
+    if model and model.lower() in PRESETS and not path.exists():
+        raise PlanError(
+            f"'{model}' is a preset: it has no tokenizer to count a corpus's tokens with. Give the model's folder, "
+            "or --vocabulary-size N alone to plan with N tokens"
+        )
+    from checkpoints.sources import open_source  # converts what is not a folder yet, and needs torch
+
+    return open_source(model).folder

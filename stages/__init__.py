@@ -1,4 +1,4 @@
-"""The five stages, one file each: depth, wanda, lora, gptq, eora.
+"""The five stages, one file each: depth, wanda, lora, gptq, eora; and before them, where asked for, vocabulary and pad.
 
 Every stage is a module with VERSION, Options, plan(shape, options) and run(source, target, calibration,
 options, runtime); none imports another's algorithm's owner, the pipeline.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
+from checkpoints.reshape import cut_config, with_blocks
 from checkpoints.runtime import Runtime
 from checkpoints.shape import ModelShape
 from checkpoints.skeleton import Skeleton
@@ -36,8 +36,7 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     if options.layers:
         if unknown := sorted({i for i in options.sequence if i >= count}):
             raise PlanError(f"--layers names block {unknown[0]}; this model has 0 to {count - 1}")
-        blocks = tuple(shape.blocks[i] for i in options.sequence)
-        return replace(shape, blocks=blocks, config=cut_config(dict(shape.config), options.sequence, count))
+        return with_blocks(shape, options.sequence)
     free = count - options.protect_first - options.protect_last
     if options.remove > free:
         raise PlanError(
@@ -45,8 +44,7 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
             f"{options.protect_last} are protected, so at most {max(free, 0)} can go "
             "(--protect-first and --protect-last change that)"
         )
-    kept = count - options.remove
-    return replace(shape, blocks=shape.blocks[:kept], config=cut_config(dict(shape.config), list(range(kept)), count))
+    return with_blocks(shape, range(count - options.remove))
 
 
 def run(
@@ -240,22 +238,3 @@ def _perplexity(head: Callable[[Tensor], Tensor], states: Sequence[Tensor], chun
     for chunk, ids in zip(states, chunks, strict=True):
         nll += sum(float(_nll(head(row), t)) for row, t in zip(torch.split(chunk, 1), torch.split(ids, 1), strict=True))
     return math.exp(nll / sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks))
-
-
-# Lists of the configuration that are not one entry a block, however long they happen to be.
-_NOT_PER_BLOCK = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "bad_words_ids"}
-
-
-def cut_config(config: dict[str, Any], kept: list[int], count: int) -> dict[str, Any]:
-    """The configuration for the kept blocks: every list with one entry a block is cut to match.
-
-    transformers refuses a `layer_types` of the wrong length, and other runtimes read past its end
-    (llama.cpp#28597).
-    """
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == count and key not in _NOT_PER_BLOCK:
-            config[key] = [value[i] for i in kept]
-    config["num_hidden_layers"] = len(kept)
-    if isinstance(config.get("max_window_layers"), int):
-        config["max_window_layers"] = sum(i < config["max_window_layers"] for i in kept)
-    return config

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
 from checkpoints.runtime import Runtime
 from checkpoints.shape import ModelShape
 from checkpoints.states import States
@@ -55,9 +54,8 @@ def teacher(source: Checkpoint, ids: Tensor, options: Lora, runtime: Runtime, wo
     if kind == "none":
         yield None
         return
-    *_, root = source.ancestors()
-    if root.shape.vocabulary != source.shape.vocabulary:
-        raise PlanError("--distill needs a teacher with the same vocabulary")
+    # The oldest of the chain that has this vocabulary: trimming it comes first, and changes no logit that stays.
+    *_, root = (c for c in source.ancestors() if c.shape.vocabulary == source.shape.vocabulary)
     if kind == "held":
         model = root.model(runtime.device, runtime.dtype)
         yield lambda batch, _: model(input_ids=batch).logits

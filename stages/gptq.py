@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.packing import pack_linear, packable
+from checkpoints.errors import NumericsError
+from checkpoints.packing import pack_linear
+from checkpoints.reshape import packable, with_grid
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Grid, LinearShape, ModelShape, largest_group
+from checkpoints.shape import Grid, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
@@ -34,18 +35,10 @@ COLUMNS = 128  # columns solved before their errors are applied to the rest: GPT
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
-    fitting = [x for block in shape.blocks for x in block.linears if packable(x.out_features, x.in_features)]
-    if not fitting:
-        raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
-    grid = Grid(options.bits, largest_group({x.in_features for x in fitting}, options.wanted_group), options.symmetric)
-
-    def quantised(linear: LinearShape) -> LinearShape:
-        return replace(linear, grid=grid) if packable(linear.out_features, linear.in_features) else linear
-
-    blocks = tuple(replace(block, linears=tuple(map(quantised, block.linears))) for block in shape.blocks)
-    bits = options.quant_embeddings or None
-    config = dict(shape.config) | {"quantization_config": quantization_config(grid, options, left_dense(shape))}
-    return replace(shape, blocks=blocks, embedding_bits=bits, config=config)
+    after = with_grid(shape, options.bits, options.wanted_group, options.symmetric, options.quant_embeddings)
+    assert after.grid is not None
+    quantization = quantization_config(after.grid, options, left_dense(shape))
+    return replace(after, config=dict(shape.config) | {"quantization_config": quantization})
 
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:

@@ -30,6 +30,43 @@ ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """Which tokens stay: those a corpus uses, special ones and every single byte."""
+
+    corpus: str = option("", "--trim-vocabulary", "Text whose tokens are kept, as for --data; default: keep all.")
+    size: int = option(0, "--vocabulary-size", "At most so many tokens, those the corpus uses most; 0: all it uses.")
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 0, f"--vocabulary-size {self.size}: cannot be negative")
+
+    @property
+    def skipped(self) -> bool:
+        return not self.corpus and self.size == 0
+
+    @property
+    def label(self) -> str:
+        return f"vocabulary-{self.size}" if self.size else "vocabulary"
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Channels of zeros that make the feed-forward width a multiple, as GPTQ's file format needs."""
+
+    multiple: int = option(0, "--pad-ffn", "Widen the feed-forward with zeros to a multiple of this, e.g. 32; 0 skips.")
+
+    def __post_init__(self) -> None:
+        _require(self.multiple >= 0, f"--pad-ffn {self.multiple}: cannot be negative")
+
+    @property
+    def skipped(self) -> bool:
+        return self.multiple == 0
+
+    @property
+    def label(self) -> str:
+        return f"pad-{self.multiple}"
+
+
+@dataclass(frozen=True)
 class Depth:
     """Which blocks go (Shortened LLaMA, arXiv 2402.02834)."""
 
@@ -229,9 +266,17 @@ class Eora:
         return f"eora-r{self.rank}" + ("-8bit" if self.bits == 8 else "")
 
 
-Options = Depth | Wanda | Lora | Gptq | Eora
+Options = Vocabulary | Pad | Depth | Wanda | Lora | Gptq | Eora
 
-STAGES: dict[str, type[Options]] = {"depth": Depth, "wanda": Wanda, "lora": Lora, "gptq": Gptq, "eora": Eora}
+STAGES: dict[str, type[Options]] = {
+    "vocabulary": Vocabulary,
+    "pad": Pad,
+    "depth": Depth,
+    "wanda": Wanda,
+    "lora": Lora,
+    "gptq": Gptq,
+    "eora": Eora,
+}
 
 
 def _windows(stage: str, samples: int, length: int) -> None:

@@ -6,7 +6,6 @@ before it, so later blocks see the inputs they will get.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
+from checkpoints.reshape import with_pattern
 from checkpoints.runtime import Runtime
 from checkpoints.shape import LinearShape, ModelShape, Pattern, Sparsity, parse_sparsity
 from checkpoints.tokens import TokenBatches
@@ -37,12 +37,7 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
         layers = ", ".join(f"{name} ({width})" for name, width in unfit.items())
         raise PlanError(f"--wanda {pattern} needs input widths divisible by {pattern.of}; these are not: {layers}")
     require_dense(shape, "wanda")
-
-    def pruned(linear: LinearShape) -> LinearShape:
-        return replace(linear, pattern=pattern)
-
-    blocks = tuple(replace(block, linears=tuple(map(pruned, block.linears))) for block in shape.blocks)
-    return replace(shape, blocks=blocks)
+    return with_pattern(shape, pattern)
 
 
 def _fits(pattern: Sparsity, linear: LinearShape) -> bool:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from checkpoints.errors import PlanError
-from checkpoints.packing import dequantise, pack, pack_linear, packable, unpack, unpack_linear
+from checkpoints.packing import dequantise, pack, pack_linear, unpack, unpack_linear
 from checkpoints.quiet import quiet_import
+from checkpoints.reshape import packable
 
 pytestmark = pytest.mark.unit
 

@@ -1,0 +1,106 @@
+"""What each kind of compression makes of a model's shape. No torch: the stages plan with it, and `fit` searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from checkpoints.errors import PlanError
+from checkpoints.shape import Grid, LinearShape, ModelShape, Sparsity, largest_group
+
+WORD = 32
+
+# Lists of the configuration that are not one entry a block, however long they happen to be.
+_NOT_PER_BLOCK = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "bad_words_ids"}
+
+
+def with_vocabulary(shape: ModelShape, size: int) -> ModelShape:
+    """The first `size` rows of embedding and head. Raises PlanError where there are fewer."""
+    rows = shape.vocabulary
+    if not 0 < size <= rows:
+        raise PlanError(f"a vocabulary of {size} tokens cannot be cut from one of {rows}")
+    names = set(vocabulary_tensors(shape))
+    outer = tuple(replace(t, shape=(size, *t.shape[1:])) if t.name in names else t for t in shape.outer)
+    return replace(shape, outer=outer, config=dict(shape.config) | {"vocab_size": size})
+
+
+def vocabulary_tensors(shape: ModelShape) -> list[str]:
+    """Names of the outer tensors with one row a token: embedding, head unless tied, and the head's bias."""
+    matrices = [t for t in shape.outer if len(t.shape) == 2 and t.shape[0] == shape.vocabulary]
+    biases = {f"{t.name.removesuffix('.weight')}.bias" for t in matrices}
+    return [t.name for t in shape.outer if t in matrices or t.name in biases]
+
+
+def with_blocks(shape: ModelShape, kept: Sequence[int]) -> ModelShape:
+    """The blocks with these numbers, in this order, repeats included."""
+    config = cut_config(dict(shape.config), list(kept), len(shape.blocks))
+    return replace(shape, blocks=tuple(shape.blocks[i] for i in kept), config=config)
+
+
+def cut_config(config: dict[str, Any], kept: list[int], count: int) -> dict[str, Any]:
+    """The configuration for the kept blocks: every list with one entry a block is cut to match.
+
+    transformers refuses a `layer_types` of the wrong length, and other runtimes read past its end
+    (llama.cpp#28597).
+    """
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == count and key not in _NOT_PER_BLOCK:
+            config[key] = [value[i] for i in kept]
+    config["num_hidden_layers"] = len(kept)
+    if isinstance(config.get("max_window_layers"), int):
+        config["max_window_layers"] = sum(i < config["max_window_layers"] for i in kept)
+    return config
+
+
+# How often the inner width is among a layer's rows and columns.
+_FFN_SIDES = {"gate_proj": (1, 0), "up_proj": (1, 0), "gate_up_proj": (2, 0), "down_proj": (0, 1)}
+
+
+def with_wider_ffn(shape: ModelShape, multiple: int) -> ModelShape:
+    """The feed-forward layers with their inner width rounded up. Raises PlanError where they cannot be told apart."""
+    if shape.pattern is not None or shape.grid is not None:
+        raise PlanError("pad widens dense weights that no mask is on yet; put pad before wanda and gptq")
+    inner = shape.number("intermediate_size")
+    more = -inner % multiple
+
+    def wider(x: LinearShape) -> LinearShape:
+        _, _, name = x.name.rpartition(".")
+        rows, columns = _FFN_SIDES.get(name, (0, 0))
+        sides = (rows and x.out_features != rows * inner) or (columns and x.in_features != inner)
+        if sides or (".mlp." in f".{x.name}" and not rows and not columns):
+            raise PlanError(f"pad: {x.name} ({x.out_features} x {x.in_features}) is no part of a feed-forward it knows")
+        return replace(x, out_features=x.out_features + rows * more, in_features=x.in_features + columns * more)
+
+    return replace(_each_linear(shape, wider), config=dict(shape.config) | {"intermediate_size": inner + more})
+
+
+def with_pattern(shape: ModelShape, pattern: Sparsity) -> ModelShape:
+    """The pattern on every linear layer of every block."""
+    return _each_linear(shape, lambda x: replace(x, pattern=pattern))
+
+
+def packable(out_features: int, in_features: int) -> bool:
+    """GPTQModel's kernels take layers whose sides are both multiples of 32."""
+    return out_features % WORD == 0 and in_features % WORD == 0
+
+
+def with_grid(shape: ModelShape, bits: int, wanted_group: int, symmetric: bool, embedding_bits: int) -> ModelShape:
+    """Codes in place of every layer that GPTQ's file format can hold. Raises PlanError where there is none.
+
+    The configuration stays: what it says of the quantisation is the stage's to write.
+    """
+    fitting = [x for block in shape.blocks for x in block.linears if packable(x.out_features, x.in_features)]
+    if not fitting:
+        raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
+    grid = Grid(bits, largest_group({x.in_features for x in fitting}, wanted_group), symmetric)
+
+    def quantised(x: LinearShape) -> LinearShape:
+        return replace(x, grid=grid) if packable(x.out_features, x.in_features) else x
+
+    return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or None)
+
+
+def _each_linear(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:
+    blocks = tuple(replace(block, linears=tuple(map(change, block.linears))) for block in shape.blocks)
+    return replace(shape, blocks=blocks)

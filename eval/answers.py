@@ -1,0 +1,203 @@
+"""Greedy answers to many questions: batched, kept on disk, the same whatever the batch.
+
+Prompts are sorted by length and padded on the left; the padding is masked, and positions count from the first real
+token, so a sequence's logits are those it has alone, up to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.errors import PlanError, TextError
+from eval.answer_file import AnswerFile
+from eval.settings import Settings
+from eval.subject import Subject
+
+Grade = Callable[["Question", str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str  # the same for every checkpoint that is asked; unique within a task
+    prompt: str  # before the chat template
+    expected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    question: Question
+    text: str
+    tokens: int  # generated, without the end mark
+    seconds: float  # its share of its batch
+    facts: dict[str, Any] = field(default_factory=dict)  # what `grade` said
+
+
+def answer_all(
+    subject: Subject,
+    questions: Sequence[Question],
+    settings: Settings,
+    task: str,
+    grade: Grade | None = None,
+    key: dict[str, Any] | None = None,
+) -> list[Answer]:
+    """Answers in the questions' order, each of 1 to settings.new_tokens tokens, the likeliest at each step.
+
+    With settings.answers they are kept in FOLDER/LABEL/TASK.jsonl, and those already there are not computed again.
+    `grade` says of each answer what is worth keeping beside it; `key` is whatever else decides the answers and must
+    be the same to resume. Raises CheckpointError for a file of other answers, TextError for prompts that are empty or
+    too long for the model.
+    """
+    prompts = [_as_given(subject, question, settings.chat) for question in questions]
+    _require_distinct(questions)
+    how = {"new_tokens": settings.new_tokens, "chat": settings.chat, "dtype": subject.dtype} | (key or {})
+    path = Path(settings.answers) / subject.label / f"{task}.jsonl" if settings.answers else None
+    kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how) if path else None
+    rows: dict[str, dict[str, Any]] = {}
+    with kept or nullcontext():
+        if kept:
+            rows = _still_valid(kept, questions, prompts)
+        todo = [(q, p) for q, p in zip(questions, prompts, strict=True) if q.id not in rows]
+        subject.runtime.progress.start(task, len(todo))
+        for batch in _batches(subject, todo, settings):
+            new = _answered(subject, batch, settings, grade)
+            if kept:
+                kept.add(new)
+            rows |= {row["id"]: row for row in new}
+            for _ in new:
+                subject.runtime.progress.step()
+    # Graded again, since the file may be older than the rules.
+    return [
+        Answer(q, rows[q.id]["answer"], rows[q.id]["tokens"], rows[q.id]["seconds"], _graded(grade, q, rows[q.id]))
+        for q in questions
+    ]
+
+
+def end_tokens(subject: Subject) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, the configuration's and the generation settings'."""
+    wanted: list[Any] = [subject.tokenizer.eos_token_id, getattr(subject.model.config, "eos_token_id", None)]
+    path = subject.checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        wanted.append(json.loads(path.read_text()).get("eos_token_id"))
+    flat = {token for item in wanted for token in (item if isinstance(item, list) else [item])}
+    return sorted(token for token in flat if token is not None)
+
+
+@torch.no_grad()
+def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+    """The new tokens of each prompt, computed as one batch; the end mark is left off."""
+    from transformers import GenerationConfig
+
+    ends = end_tokens(subject)
+    ids, mask = padded_left(prompts)
+    model: Any = subject.model
+    # Settings of the checkpoint's own (sampling, penalties) stay out: the protocol is greedy. What the padding
+    # holds does not matter, so a tokenizer needs no pad token.
+    how = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=new_tokens,
+        min_new_tokens=1,
+        do_sample=False,
+        pad_token_id=ends[0] if ends else 0,
+        eos_token_id=ends or None,
+    )
+    device = subject.runtime.device
+    output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=how)
+    rows = output[:, ids.shape[1] :].tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+def padded_left(prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (prompts, longest) int64."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def _as_given(subject: Subject, question: Question, chat: bool) -> str:
+    """The prompt as the model gets it. Raises PlanError where a chat template is asked for and there is none."""
+    if not chat:
+        return question.prompt
+    if not subject.tokenizer.chat_template:
+        raise PlanError(f"--chat: the tokenizer of {subject.checkpoint.folder} has no chat template; leave --chat out")
+    turn = [{"role": "user", "content": question.prompt}]
+    return str(subject.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+def _require_distinct(questions: Sequence[Question]) -> None:
+    if not questions:
+        raise TextError("there is no question to answer")
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise TextError(f"two questions have the id '{question.id}'")
+        seen.add(question.id)
+
+
+def _still_valid(kept: AnswerFile, questions: Sequence[Question], prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    for question, prompt in zip(questions, prompts, strict=True):
+        row = kept.rows.get(question.id)
+        if row is not None and row["prompt"] != prompt:
+            raise TextError(
+                f"{kept.path} has another prompt for question '{question.id}': its questions came from other data. "
+                "Remove that file, or keep these answers elsewhere with --answers FOLDER"
+            )
+    return {question.id: kept.rows[question.id] for question in questions if question.id in kept.rows}
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+_Asked = tuple[Question, str, list[int]]
+
+
+def _batches(subject: Subject, todo: Sequence[tuple[Question, str]], settings: Settings) -> Iterator[list[_Asked]]:
+    """Questions of like length together, the longest first: memory runs out at once or never."""
+    tokenised = [(q, p, list(subject.tokenizer(p, add_special_tokens=not settings.chat)["input_ids"])) for q, p in todo]
+    room = subject.positions - settings.new_tokens
+    for question, _, ids in tokenised:
+        if not ids:
+            raise TextError(f"question '{question.id}' is empty")
+        if len(ids) > room:
+            raise TextError(
+                f"question '{question.id}' has {len(ids)} tokens; the model's {subject.positions} positions leave "
+                f"{room} beside {settings.new_tokens} for the answer"
+            )
+    tokenised.sort(key=lambda asked: -len(asked[2]))
+    batch: list[_Asked] = []
+    for asked in tokenised:
+        longest = len((batch or [asked])[0][2]) + settings.new_tokens
+        if batch and (len(batch) + 1) * longest > settings.batch_tokens:
+            yield batch
+            batch = []
+        batch.append(asked)
+    if batch:
+        yield batch
+
+
+def _answered(subject: Subject, batch: list[_Asked], settings: Settings, grade: Grade | None) -> list[dict[str, Any]]:
+    """The batch's lines of the answer file."""
+    began = time.perf_counter()
+    replies = greedy(subject, [ids for _, _, ids in batch], settings.new_tokens)
+    seconds = (time.perf_counter() - began) / len(batch)
+    rows = []
+    for (question, prompt, _), reply in zip(batch, replies, strict=True):
+        row: dict[str, Any] = {"id": question.id, "prompt": prompt}
+        row["answer"] = str(subject.tokenizer.decode(reply, skip_special_tokens=True))
+        row |= {"expected": list(question.expected), "tokens": len(reply), "seconds": round(seconds, 6)}
+        rows.append(row | _graded(grade, question, row))
+    return rows
+
+
+def _graded(grade: Grade | None, question: Question, row: dict[str, Any]) -> dict[str, Any]:
+    return grade(question, row["answer"]) if grade else {}

@@ -1,0 +1,99 @@
+"""lm-eval's Hugging Face model over a checkpoint's weights, whose answers are kept on disk as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from eval.answer_file import AnswerFile
+from eval.settings import Settings
+from eval.subject import Subject
+
+_CHUNK = 64  # requests between two writes to the file
+_LOGIT_TOKENS = 2048  # lm-eval keeps a batch's logits twice: 2 x 400 MB for 49,152 words in float32
+
+
+class KeptModel(HFLM):  # type: ignore[misc]
+    """Answers lm-eval's requests in chunks of like length, tells the progress, and resumes from its file."""
+
+    def __init__(self, subject: Subject, settings: Settings, task: str) -> None:
+        super().__init__(
+            pretrained=subject.model,
+            tokenizer=subject.tokenizer,
+            backend="causal",
+            batch_size=1,
+            max_length=subject.positions,
+        )
+        self._progress, self._task = subject.runtime.progress, task
+        self._answers: dict[str, Any] = {}
+        self.cut = 0  # prompts that did not fit the model's positions; lm-eval drops their beginning
+        self._kept: AnswerFile | None = None
+        if settings.answers:
+            path = Path(settings.answers) / subject.label / f"{task}.jsonl"
+            how = {"dtype": subject.dtype}
+            self._kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how)
+
+    def __enter__(self) -> KeptModel:
+        if self._kept:
+            self._kept.__enter__()
+            self._answers = {key: row["answer"] for key, row in self._kept.rows.items()}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        if self._kept:
+            self._kept.__exit__(kind, e, trace)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        found = self._answered("loglikelihood", requests, super().loglikelihood)
+        return [(answer[0], answer[1]) for answer in found]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        return self._answered("loglikelihood_rolling", requests, super().loglikelihood_rolling)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        return self._answered("generate_until", requests, super().generate_until)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)  # no bar of its own
+
+    def _answered(self, kind: str, requests: list[Any], compute: Callable[..., list[Any]]) -> list[Any]:
+        keys = [_key(kind, request.args) for request in requests]
+        self.cut += sum(map(self._too_long, [request.args for request in requests]))
+        missing = {key: r for key, r in zip(keys, requests, strict=True) if key not in self._answers}
+        # Equal contexts stay neighbours: lm-eval runs such a context once for all its one-token continuations.
+        todo = sorted(missing.items(), key=lambda item: (-len(item[1].args[0]), item[1].args[0]))
+        self._progress.start(self._task, len(todo))
+        for start in range(0, len(todo), _CHUNK):
+            chunk = todo[start : start + _CHUNK]
+            longest = len(self.tok_encode(chunk[0][1].args[0])) + 32
+            self.batch_size_per_gpu = max(1, min(_CHUNK, _LOGIT_TOKENS // longest))
+            answers = compute([request for _, request in chunk], disable_tqdm=True)
+            self._keep(kind, chunk, answers)
+        return [self._answers[key] for key in keys]
+
+    def _too_long(self, arguments: tuple[Any, ...]) -> bool:
+        words = "".join(part for part in arguments if isinstance(part, str))
+        # No tokenizer here makes more than one token of a byte, and few texts are long enough to have to be counted.
+        return len(words.encode()) > int(self.max_length) and len(self.tok_encode(words)) > int(self.max_length) + 1
+
+    def _keep(self, kind: str, chunk: list[tuple[str, Any]], answers: list[Any]) -> None:
+        rows = []
+        for (key, request), answer in zip(chunk, answers, strict=True):
+            self._answers[key] = answer
+            rows.append({"id": key, "kind": kind, "prompt": request.args[0], "answer": answer})
+            if kind == "loglikelihood":
+                rows[-1]["continuation"] = request.args[1]
+        if self._kept:
+            self._kept.add(rows)
+        for _ in rows:
+            self._progress.step()
+
+
+def _key(kind: str, arguments: tuple[Any, ...]) -> str:
+    return hashlib.sha256(json.dumps([kind, arguments], sort_keys=True).encode()).hexdigest()[:24]

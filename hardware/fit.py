@@ -1,0 +1,203 @@
+"""Search the settings of the stages for those with which a model fits a chip. Shapes alone; no torch.
+
+For each way to quantise, the blocks that go and the tokens that stay are walked along the edge of what fits: more
+blocks removed never need more room, nor do fewer tokens. So every setting on the edge is met and none behind it,
+and a few hundred verdicts do for thousands of settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from checkpoints.errors import PlanError
+from checkpoints.reshape import with_blocks, with_grid, with_pattern, with_vocabulary
+from checkpoints.shape import ModelShape, parse_sparsity
+from hardware.check import check
+from hardware.soc import Soc
+from hardware.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """`quant` as the gptq stage names it; group -1 is one scale a row. bits 0 leaves the weights as they are."""
+
+    quant: str = "none"
+    bits: int = 0
+    group: int = -1
+    embedding_bits: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the stages would be asked to do."""
+
+    vocabulary: int  # tokens that stay
+    removed: int = 0  # blocks
+    pattern: str = "none"
+    quantisation: Quantisation = Quantisation()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    settings: Settings
+    loss: float  # estimated or measured rise, nats a token
+    measured: bool
+    verdict: Verdict
+
+    @property
+    def over_bytes(self) -> int:
+        """What lacks in all memories of the chip together."""
+        return sum(max(0, u.used_bytes - u.capacity_bytes) for u in self.verdict.memories if u.role != "off_chip")
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(use.used_bytes for use in self.verdict.memories if use.role == "weights")
+
+    @property
+    def weight_room(self) -> int:
+        return sum(use.capacity_bytes for use in self.verdict.memories if use.role == "weights")
+
+
+@dataclass(frozen=True)
+class Found:
+    fitting: tuple[Candidate, ...]  # the best first
+    closest: tuple[Candidate, ...]  # where nothing fits: the least lacking first
+    verdicts: int  # how many were asked for
+    patterns_help: bool
+
+
+# A setting's loss in nats a token, and whether it was measured.
+Loss = Callable[[Settings], tuple[float, bool]]
+# A setting whose shape cannot be (a format's limits) is left out.
+QUANTISATIONS = tuple(
+    Quantisation(quant, bits, group, embedding)
+    for quant, bits, group in (
+        ("gptq8", 8, 128),
+        ("gptq8-channel", 8, -1),
+        ("gptq4", 4, 32),
+        ("gptq4", 4, 128),
+        ("gptq4-channel", 4, -1),
+        ("gptq3", 3, 128),
+    )
+    for embedding in (0, 8, 4)
+)
+
+
+def reshaped(shape: ModelShape, settings: Settings) -> ModelShape:
+    """The model's shape after the stages. Raises PlanError for what cannot be."""
+    how = settings.quantisation
+    if settings.vocabulary != shape.vocabulary:
+        shape = with_vocabulary(shape, settings.vocabulary)
+    if settings.removed:
+        shape = with_blocks(shape, range(len(shape.blocks) - settings.removed))
+    if settings.pattern != "none":
+        shape = with_pattern(shape, parse_sparsity(settings.pattern))
+    return with_grid(shape, how.bits, how.group, False, how.embedding_bits) if how.bits else shape
+
+
+def search(
+    shape: ModelShape,
+    soc: Soc,
+    loss: Loss,
+    *,
+    removable: int,
+    vocabularies: Sequence[int],
+    patterns: Sequence[str] = (),
+    best: int = 8,
+    **how: Any,
+) -> Found:
+    """The settings that fit and cost least, one for each way to quantise and each number of blocks at most.
+
+    removable: blocks that may go. vocabularies: sizes to choose from. patterns: N:M to try, used only where the
+    chip's verdict counts fewer bytes for them. how: context, kv_bits and the like, for `check`. Where nothing fits,
+    the two smallest of different bits instead, what lacks least first, and the smallest with all of its blocks.
+    """
+    search_ = _Search(shape, soc, loss, how)
+    sizes = sorted({size for size in vocabularies if size < shape.vocabulary} | {shape.vocabulary}, reverse=True)
+    plain = Quantisation()
+    ways = [(plain, "none"), *((q, "none") for q in search_.possible(QUANTISATIONS))]
+    helping = [p for p in patterns if search_.saves(p)]
+    ways += [(q, p) for p in helping for q, _ in ways[: len(ways)]]
+    start = Settings(shape.vocabulary)
+    ways.sort(key=lambda way: loss(replace(start, quantisation=way[0], pattern=way[1]))[0])
+    fitting: list[Candidate] = []
+    smallest: list[Candidate] = []
+    for quantisation, pattern in ways:
+        first = replace(start, quantisation=quantisation, pattern=pattern)
+        worst = sorted(fitting, key=_rank)[best - 1].loss if len(fitting) >= best else None
+        if worst is not None and loss(first)[0] > worst:
+            continue  # not even without any cut would it be among the best
+        least = search_.judge(replace(first, vocabulary=sizes[-1], removed=removable))
+        if least.verdict.fits:
+            fitting += search_.edge(first, sizes, removable)
+        else:
+            smallest.append(least)
+    closest = () if fitting else search_.closest(smallest)
+    return Found(tuple(sorted(fitting, key=_rank)[:best]), closest, search_.verdicts, bool(helping))
+
+
+def _rank(candidate: Candidate) -> tuple[float, int]:
+    """The least loss first, of equals the one that leaves most room."""
+    return round(candidate.loss, 6), candidate.weight_bytes
+
+
+class _Search:
+    def __init__(self, shape: ModelShape, soc: Soc, loss: Loss, how: dict[str, Any]) -> None:
+        self.shape, self.soc, self.loss, self.how = shape, soc, loss, how
+        self.verdicts = 0
+
+    def judge(self, settings: Settings) -> Candidate:
+        self.verdicts += 1
+        verdict = check(reshaped(self.shape, settings), self.soc, **self.how)
+        return Candidate(settings, *self.loss(settings), verdict)
+
+    def edge(self, first: Settings, sizes: Sequence[int], removable: int) -> Iterator[Candidate]:
+        """For each number of blocks removed, the largest vocabulary that fits, while it still grows."""
+        place = len(sizes) - 1  # the smallest, which fits at some depth
+        for removed in range(removable + 1):
+            here = None
+            while (at := self.judge(replace(first, removed=removed, vocabulary=sizes[place]))).verdict.fits:
+                here = at
+                if place == 0:
+                    break
+                place -= 1  # a larger one, for as long as it fits
+            if here is not None:
+                yield here
+            if here is not None and here.settings.vocabulary == sizes[0]:
+                return  # removing more blocks buys nothing
+
+    def closest(self, smallest: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        ordered = sorted(smallest, key=lambda c: (c.over_bytes, c.loss))
+        first = {c.settings.quantisation.bits: c for c in reversed(ordered)}
+        chosen = sorted(first.values(), key=lambda c: c.over_bytes)[:2]
+        if not ordered[0].settings.removed:
+            return tuple(chosen)
+        return (*chosen, self.judge(replace(ordered[0].settings, removed=0)))
+
+    def possible(self, ways: Sequence[Quantisation]) -> list[Quantisation]:
+        """Those whose format can hold the model, each grid once."""
+        seen = set()
+        kept = []
+        for way in ways:
+            try:
+                grid = reshaped(self.shape, Settings(self.shape.vocabulary, quantisation=way)).grid
+            except PlanError:
+                continue
+            if (grid, way.embedding_bits) not in seen:
+                seen.add((grid, way.embedding_bits))
+                assert grid is not None
+                kept.append(replace(way, group=grid.group))
+        return kept
+
+    def saves(self, pattern: str) -> bool:
+        """Whether this chip needs less room for the weights with the pattern."""
+        try:
+            with_zeros = self.judge(Settings(self.shape.vocabulary, pattern=pattern))
+        except PlanError:
+            return False
+        return with_zeros.weight_bytes < self.judge(Settings(self.shape.vocabulary)).weight_bytes

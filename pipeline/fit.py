@@ -1,0 +1,301 @@
+"""`compress fit`: which stage settings make a model fit a chip, what each may cost, and the command that makes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from checkpoints.errors import CheckpointError, EdgepressError, PlanError, TextError
+from checkpoints.families import PRESETS
+from checkpoints.headers import shape_from_folder
+from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.shape import ModelShape
+from hardware import quality
+from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, search
+from hardware.soc import Soc
+from hardware.verdict import size_text, times_text
+
+SMALLEST_VOCABULARY = 512  # 256 bytes, special tokens, and a few hundred pieces
+_SAMPLE_CHARACTERS = 2**18  # of the corpus, to see how much longer it gets
+
+
+class Vocabularies:
+    """The sizes to choose from, and what each is likely to cost."""
+
+    def __init__(self, shape: ModelShape, corpus: str, folder: Path | None) -> None:
+        self.rows, self.corpus = shape.vocabulary, corpus
+        steps = (n for power in range(9, 18) for n in (2**power, 2**power * 3 // 2))
+        self.sizes = [size for size in steps if SMALLEST_VOCABULARY <= size < self.rows]
+        self._longer: Callable[[int], float] | None = None
+        if corpus:
+            assert folder is not None
+            used, self._longer = _corpus_lengths(folder, corpus)
+            self.sizes = [size for size in self.sizes if size < used] + [used]
+
+    def cost(self, size: int) -> float:
+        """Rise of the loss in nats for each token of the uncut vocabulary."""
+        if size == self.rows:
+            return 0.0
+        if self._longer is not None:
+            return quality.length_cost(self._longer(size))
+        return quality.vocabulary_cost(size, self.rows)
+
+
+def _corpus_lengths(folder: Path, corpus: str) -> tuple[int, Callable[[int], float]]:
+    """How many tokens a corpus keeps, and by how much unseen text of its kind gets longer with at most so many.
+
+    The length is that of the corpus's last fifth, when its first four fifths choose the tokens.
+    """
+    from tokenizers import Tokenizer
+
+    from checkpoints.headers import read_config
+    from checkpoints.vocabulary import count_ids, load_tokenizer, trim
+    from eval.text import NAMED, load_text
+
+    whole = load_text(corpus, "whole") if corpus not in NAMED else load_text(corpus, "calibrate")
+    if not any(document.strip() for document in whole.documents):
+        raise TextError(f"the corpus '{corpus}' is empty; --trim-vocabulary needs the text the model is meant for")
+    seen, unseen = load_text(corpus, "calibrate"), load_text(corpus, "evaluate")
+    tokenizer = load_tokenizer(folder)
+    rows = int(read_config(folder).get("vocab_size") or 0)
+    used, counts = (count_ids([text.token_ids(tokenizer).tolist()]) for text in (whole, seen))
+    sample, room = [], _SAMPLE_CHARACTERS
+    for document in unseen.documents:
+        sample.append(document[:room])
+        room -= len(sample[-1])
+
+    @cache
+    def tokens(limit: int) -> int:
+        definition = trim(folder, tokenizer, counts, rows, limit).definition
+        return sum(len(row.ids) for row in Tokenizer.from_str(json.dumps(definition)).encode_batch(sample))
+
+    before = sum(len(tokenizer(document)["input_ids"]) for document in sample)
+    return len(trim(folder, tokenizer, used, rows).kept), lambda size: tokens(size) / before
+
+
+def estimated(shape: ModelShape, vocabularies: Vocabularies, measured: Mapping[Settings, float]) -> Loss:
+    """The loss to rank by: measured where a sweep has the very settings, else the proxy of hardware/quality.py."""
+
+    def loss(settings: Settings) -> tuple[float, bool]:
+        if settings in measured:
+            return measured[settings], True
+        how = settings.quantisation
+        cost = quality.depth_cost(settings.removed, len(shape.blocks)) + quality.PATTERNS.get(settings.pattern, 0.0)
+        cost += (
+            quality.quantisation_cost(how.bits, how.group, shape.hidden_size) + quality.EMBEDDINGS[how.embedding_bits]
+        )
+        return cost + vocabularies.cost(settings.vocabulary), False
+
+    return loss
+
+
+# --- what earlier runs measured -------------------------------------------------------------------------------------
+
+
+def read_sweep(out: Path, shape: ModelShape) -> dict[Settings, float]:
+    """What the finished stages in an output folder cost this model, in nats a token of its own vocabulary.
+
+    From bits per byte against the uncompressed model, measured by the same protocol on the same text; folders of
+    another model, with an EoRA adapter, or with settings that `fit` does not search are passed over. Raises
+    CheckpointError where there is nothing to read.
+    """
+    if not out.is_dir():
+        raise CheckpointError(f"there is no folder {out}; --sweep takes the output folder of an earlier run or sweep")
+    found: dict[Settings, float] = {}
+    finished = sorted(path.parent for path in out.glob(f"*/{MANIFEST}") if not path.parent.is_symlink())
+    for folder in finished:
+        chain = list(_chain(folder))
+        settings, root = _settings_of(chain, shape), chain[-1].quality.get("before", {})
+        after = chain[0].quality.get("after", {})
+        same = all(root.get(key) == after.get(key) for key in ("text", "protocol", "dtype"))
+        if settings is None or not root or not same or not _made_from(folder, chain, shape):
+            continue
+        rise = math.log(root["perplexity"]) * (after["bits_per_byte"] / root["bits_per_byte"] - 1)
+        found[settings] = min(rise, found.get(settings, math.inf))
+    if not found:
+        raise CheckpointError(
+            f"{out} holds {len(finished)} finished stages, none of them measured on this model with settings that fit "
+            "searches; leave --sweep out to rank by the estimate alone"
+        )
+    return found
+
+
+def _chain(folder: Path) -> Iterator[Manifest]:
+    """The manifests of a stage and of those before it in the same store, the last stage first."""
+    while (folder / MANIFEST).is_file():
+        manifest = Manifest.read(folder)
+        if manifest.parent is None:
+            return
+        yield manifest
+        if not manifest.parent["path"].startswith(".."):
+            return
+        folder = (folder / manifest.parent["path"]).resolve()
+
+
+def _made_from(folder: Path, chain: list[Manifest], shape: ModelShape) -> bool:
+    assert chain[-1].parent is not None
+    source = folder / chain[-1].parent["path"]
+    try:
+        found = shape_from_folder(source)
+    except (EdgepressError, OSError):
+        return False
+    same = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size")
+    return all(found.config.get(key) == shape.config.get(key) for key in same)
+
+
+def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
+    """What a chain of stages did, if `fit` could have asked for it."""
+    vocabulary, removed, pattern, how = shape.vocabulary, 0, "none", Quantisation()
+    for manifest in chain:
+        options = manifest.options
+        if manifest.stage == "vocabulary":
+            vocabulary = int(options["size"])
+        elif manifest.stage == "depth" and not options["layers"]:
+            removed = int(options["remove"])
+        elif manifest.stage == "wanda":
+            pattern = str(options["pattern"])
+        elif manifest.stage == "gptq" and not options["symmetric"]:
+            group = _resolved_group(shape, options)
+            how = Quantisation(options["quant"], _bits(options["quant"]), group, int(options["quant_embeddings"]))
+        elif manifest.stage != "lora":
+            return None
+    return Settings(vocabulary, removed, pattern, how)
+
+
+def _bits(quant: str) -> int:
+    return int(quant.removeprefix("gptq").removesuffix("-channel"))
+
+
+def _resolved_group(shape: ModelShape, options: Mapping[str, Any]) -> int:
+    from checkpoints.reshape import with_grid
+
+    wanted = -1 if str(options["quant"]).endswith("-channel") else int(options["group"])
+    grid = with_grid(shape, _bits(options["quant"]), wanted, False, 0).grid
+    assert grid is not None
+    return grid.group
+
+
+# --- search and words -----------------------------------------------------------------------------------------------
+
+
+def fit(
+    model: str, shape: ModelShape, soc: Soc, *, corpus: str, sweep: Path | None, protect: tuple[int, int], best: int,
+    context: int, kv_bits: int, activation_bits: int,
+) -> tuple[Found, list[str]]:  # fmt: skip
+    """Search, and what should be said of it. Raises PlanError, TextError or CheckpointError for bad input."""
+    from pipeline.shapes import tokenizer_folder
+
+    if min(protect) < 0 or best < 1:
+        raise PlanError("protected blocks cannot be negative, and at least one setting must be asked for")
+    vocabularies = Vocabularies(shape, corpus, tokenizer_folder(model or None) if corpus else None)
+    measured = read_sweep(sweep, shape) if sweep is not None else {}
+    known = {settings.vocabulary for settings in measured}
+    found = search(
+        shape,
+        soc,
+        estimated(shape, vocabularies, measured),
+        removable=max(0, len(shape.blocks) - sum(protect)),
+        vocabularies=sorted({*vocabularies.sizes, *known}),
+        patterns=tuple(quality.PATTERNS),
+        best=best,
+        context=context,
+        kv_bits=kv_bits,
+        activation_bits=activation_bits,
+        name=model,
+    )
+    return found, list(_notes(found, shape, soc, corpus, measured))
+
+
+def _notes(found: Found, shape: ModelShape, soc: Soc, corpus: str, measured: Mapping[Settings, float]) -> Iterator[str]:
+    cut = [c for c in (*found.fitting, *found.closest) if c.settings.vocabulary < shape.vocabulary]
+    if cut and not corpus:
+        yield (
+            "The vocabulary was taken as free. To realise a cut, give a text with --trim-vocabulary: here, to count "
+            "what it needs of the vocabulary, and in the command for CORPUS."
+        )
+    if not found.patterns_help:
+        yield f"N:M zeros save no room on {soc.name}, so no pattern was tried; --wanda none leaves the stage out."
+    what = "measured (m) where the sweep has the settings, else estimated" if measured else "estimated"
+    yield (
+        f"Loss: {what}, nats a token above the uncompressed model; x ppl is exp of it. Estimates add up what single "
+        f"measures cost other models ({'; '.join(quality.SOURCES)}). Measure what you choose."
+    )
+
+
+def command_of(model: str, shape: ModelShape, settings: Settings, corpus: str, protect: tuple[int, int]) -> str:
+    """The command line that makes these settings."""
+    how = settings.quantisation
+    words = ["compress"]
+    if model:
+        preset = model.lower() in PRESETS and not Path(model).exists()
+        words += ["--model", "FOLDER" if preset else model]
+    words += ["--depth", str(settings.removed)]
+    if settings.removed and protect != (4, 2):
+        words += ["--protect-first", str(protect[0]), "--protect-last", str(protect[1])]
+    words += ["--wanda", settings.pattern, "--quant", how.quant]
+    if how.bits and how.group != -1:
+        words += ["--group", str(how.group)]
+    if how.embedding_bits:
+        words += ["--quant-embeddings", str(how.embedding_bits)]
+    words += ["--eora", "0"]
+    if settings.vocabulary < shape.vocabulary:
+        words += ["--trim-vocabulary", corpus or "CORPUS", "--vocabulary-size", str(settings.vocabulary)]
+    return shlex.join(words)
+
+
+def to_dict(candidate: Candidate, command: str) -> dict[str, Any]:
+    return {
+        **candidate.settings.to_dict(),
+        "loss": candidate.loss,
+        "measured": candidate.measured,
+        "weight_bytes": candidate.weight_bytes,
+        "over_bytes": candidate.over_bytes,
+        "fits": candidate.verdict.fits,
+        "summary": candidate.verdict.summary,
+        "command": command,
+    }
+
+
+def print_fit(console: Console, title: str, found: Found, commands: list[str], notes: list[str]) -> None:
+    """The table, the commands, and what to know."""
+    shown = found.fitting or found.closest
+    console.print(title, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    zeros = ["N:M"] if found.patterns_help else []
+    for column in ("", "tokens", "blocks", *zeros, "bits", "embedding", "weights", "of room", "loss", "x ppl"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for number, c in enumerate(shown, 1):
+        how, need, room = c.settings.quantisation, c.weight_bytes, c.weight_room
+        table.add_row(
+            str(number),
+            str(c.settings.vocabulary),
+            f"-{c.settings.removed}" if c.settings.removed else "all",
+            *([c.settings.pattern] if zeros else []),
+            _words(how),
+            str(how.embedding_bits or "as is"),
+            size_text(need),
+            f"{100 * need / room:.0f} %" if need <= room else times_text(need, room),
+            f"{c.loss:.3f}{'m' if c.measured else ''}",
+            f"{math.exp(c.loss):.2f}" if c.loss < 7 else "> 1000",
+        )
+    console.print(table)
+    if not found.fitting:
+        console.print(shown[0].verdict.summary, highlight=False, emoji=False)
+    for number, command in enumerate(commands, 1):
+        console.print(f"{number}  {command}", highlight=False, soft_wrap=True, emoji=False)
+    for note in notes:
+        console.print(f"  - {note}", highlight=False, emoji=False)
+
+
+def _words(how: Quantisation) -> str:
+    """4/g32: four bits, groups of 32; 4/row: one scale a row."""
+    return f"{how.bits}/{'row' if how.group == -1 else f'g{how.group}'}" if how.bits else "as is"

@@ -1,0 +1,156 @@
+"""`compress fit` as a person runs it: its table, its commands, its exit codes, and that its bytes are the stages'."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError, PlanError, TextError
+from checkpoints.families import PRESETS, shape_from_config
+from hardware.check import check
+from hardware.fit import QUANTISATIONS, Settings, reshaped
+from hardware.soc import load_soc
+from pipeline.fit import Vocabularies, command_of, fit, read_sweep
+from pipeline.plan import plan
+from pipeline.recipe import build
+
+pytestmark = pytest.mark.pipeline
+
+HOW: dict[str, Any] = {"corpus": "", "sweep": None, "protect": (4, 2), "best": 8}
+CHECK: dict[str, Any] = {"context": 256, "kv_bits": 8, "activation_bits": 8}
+
+
+def flags_of(command: str) -> dict[str, Any]:
+    """The recipe keys of a printed command, --model and the corpus aside."""
+    keys = {
+        "--depth": "depth.remove", "--wanda": "wanda.pattern", "--quant": "gptq.quant", "--group": "gptq.group",
+        "--quant-embeddings": "gptq.quant_embeddings", "--eora": "eora.rank", "--vocabulary-size": "vocabulary.size",
+    }  # fmt: skip
+    words = shlex.split(command)[1:]
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return {keys[flag]: int(v) if v.isdigit() else v for flag, v in pairs if flag in keys}
+
+
+@pytest.mark.parametrize("preset", ["stories15m", "stories260k", "smollm2-135m"])
+def test_every_command_makes_the_bytes_that_fit_counted(preset: str) -> None:
+    """The stages' own plans, from the printed flags, come to the same file and the same verdict."""
+    shape, soc = shape_from_config(PRESETS[preset]), load_soc("siracusa")
+    found, _ = fit(preset, shape, soc, **HOW, **CHECK)
+    for candidate in (*found.fitting, *found.closest):
+        command = command_of(preset, shape, candidate.settings, "", (4, 2))
+        planned = plan(build(None, {"model": preset} | flags_of(command)), shape)
+        final = planned[-1].shape if planned else shape
+        assert final.file_bytes == reshaped(shape, candidate.settings).file_bytes
+        assert check(final, soc).fits == candidate.verdict.fits == bool(found.fitting)
+
+
+def test_every_way_to_quantise_is_one_the_stage_knows() -> None:
+    shape = shape_from_config(PRESETS["smollm2-135m"])
+    for how in QUANTISATIONS:
+        flags = {"gptq.quant": how.quant, "gptq.quant_embeddings": how.embedding_bits}
+        if how.group != -1:
+            flags["gptq.group"] = how.group
+        planned = plan(build(None, {"model": "smollm2-135m", **flags}, skip="depth,wanda,lora,eora"), shape)[-1].shape
+        mine = reshaped(shape, Settings(shape.vocabulary, quantisation=how))
+        assert (planned.grid, planned.file_bytes) == (mine.grid, mine.file_bytes)
+
+
+def test_stories15m_s_table_commands_and_note(compress: Callable[..., Any]) -> None:
+    start = time.monotonic()
+    done = compress("fit", "stories15m", "--soc", "siracusa")
+    assert time.monotonic() - start < 10
+    assert done.returncode == 0
+    assert done.stdout.startswith("stories15m fits Siracusa with\n")
+    commands = [line for line in done.stdout.splitlines() if " compress --model FOLDER" in line]
+    assert len(commands) == 8
+    assert all("--trim-vocabulary CORPUS --vocabulary-size" in line for line in commands)
+    assert "The vocabulary was taken as free" in done.stdout
+    assert "N:M zeros save no room on Siracusa" in done.stdout
+
+
+def test_what_does_not_fit_exits_with_3_and_shows_the_closest(compress: Callable[..., Any]) -> None:
+    start = time.monotonic()
+    done = compress("fit", "smollm2-135m", "--json")
+    assert time.monotonic() - start < 10
+    assert done.returncode == 3
+    said = json.loads(done.stdout)
+    assert said["fitting"] == []
+    assert len(said["closest"]) == 3
+    assert all(c["over_bytes"] > 0 and not c["fits"] for c in said["closest"])
+    assert "does not fit Siracusa" in said["closest"][0]["summary"]
+
+
+def test_a_context_too_long_for_the_model_is_one_message(compress: Callable[..., Any]) -> None:
+    done = compress("fit", "stories15m", "--context", "300")
+    assert done.returncode == 2
+    assert "beyond the model's 256 positions" in done.stderr
+
+
+def test_a_corpus_says_how_many_tokens_are_needed(tiny_llama: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(f"The for statement number {n} is used, else it is not.\n" for n in range(40)))
+    shape = Checkpoint.open(tiny_llama).shape
+    sizes = Vocabularies(shape, str(corpus), tiny_llama)
+    (used,) = sizes.sizes
+    asked = {"model": str(tiny_llama), "vocabulary.corpus": str(corpus)}
+    assert plan(build(None, asked, skip="depth,wanda,lora,gptq,eora"), shape)[0].shape.vocabulary == used
+    assert sizes.cost(shape.vocabulary) == 0
+    found, notes = fit(str(tiny_llama), shape, load_soc("siracusa"), **HOW | {"corpus": str(corpus)}, **CHECK)
+    assert found.fitting[0].settings.vocabulary == shape.vocabulary  # it fits as it is
+    assert not any("taken as free" in note for note in notes)
+
+
+def test_a_corpus_s_cost_rises_as_its_unseen_text_gets_longer(tiny_llama: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(f"The for statement number {n} is used, else it is not.\n" for n in range(40)))
+    sizes = Vocabularies(Checkpoint.open(tiny_llama).shape, str(corpus), tiny_llama)
+    costs = [sizes.cost(size) for size in (260, 270, 280, sizes.sizes[0])]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > costs[-1] >= 0
+
+
+def test_measured_losses_of_a_run_go_before_the_estimate(chain: Path, tiny_llama: Path) -> None:
+    shape = Checkpoint.open(tiny_llama).shape
+    measured = read_sweep(chain, shape)
+    report = json.loads((chain / "report.json").read_text())
+    stages = {s["stage"]: s for s in report["stages"]}
+    base = report["baseline"]["perplexity"]
+    depth = Settings(shape.vocabulary, removed=2)
+    # The same text by the same tokens: the rise in bits per byte is the rise of the loss.
+    assert measured[depth] == pytest.approx(math.log(stages["depth"]["perplexity"]["after"] / base), rel=1e-6)
+    assert {s.quantisation.quant for s in measured} == {"none", "gptq4"}
+    assert not any(s for s in measured if s.removed != 2)
+    found, notes = fit(
+        str(tiny_llama), shape, load_soc("siracusa"), **HOW | {"sweep": chain, "protect": (1, 1), "best": 80}, **CHECK
+    )
+    assert any("measured (m)" in note for note in notes)
+    assert all(c.measured == (c.settings in measured) for c in found.fitting)
+
+
+def test_bad_input(chain: Path, tmp_path: Path) -> None:
+    shape, soc = shape_from_config(PRESETS["stories15m"]), load_soc("siracusa")
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        read_sweep(tmp_path / "none", shape)
+    with pytest.raises(CheckpointError, match="holds 5 finished stages, none of them measured on this model"):
+        read_sweep(chain, shape)
+    with pytest.raises(PlanError, match="is a preset: it has no tokenizer"):
+        fit("stories15m", shape, soc, **HOW | {"corpus": "corpus.txt"}, **CHECK)
+    with pytest.raises(PlanError, match="protected blocks cannot be negative"):
+        fit("stories15m", shape, soc, **HOW | {"protect": (-1, 2)}, **CHECK)
+
+
+def test_an_empty_corpus(tiny_llama: Path, tmp_path: Path) -> None:
+    shape, soc = Checkpoint.open(tiny_llama).shape, load_soc("siracusa")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(TextError, match="is empty"):
+        fit(str(tiny_llama), shape, soc, **HOW | {"corpus": str(tmp_path / "empty.txt")}, **CHECK)
+    with pytest.raises(TextError, match="there is no text"):
+        fit(str(tiny_llama), shape, soc, **HOW | {"corpus": str(tmp_path / "none.txt")}, **CHECK)
