@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
-from pipeline import cli_eval, cli_hardware, cli_model
+from pipeline import cli_eval, cli_hardware, cli_model, cli_report
 from pipeline.flags import Json, Out, RecipeFile, Skip, quiet_libraries, recipe_flags
 from pipeline.recipe import Recipe, build
 
@@ -119,6 +119,7 @@ for command in (
     cli_model.unpack,
     cli_hardware.check,
     cli_hardware.fit,
+    cli_report.report,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 
