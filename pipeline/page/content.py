@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.page import facts, figures, stage_figures
 from pipeline.page.draw import Picture
+from pipeline.page.pareto_figure import pareto_figure
 from pipeline.page.study import StageRun, Study
 
 _MIB = 2**20
@@ -55,7 +56,7 @@ def _quality(study: Study, chip: Chip) -> Section | str:
     notes = [f"{left_out} not drawn: measured in another way, or not finite."] if left_out else []
     if not study.all_packed:
         notes.append("Some stage runs do not say their packed bytes, so the bytes of the files are compared.")
-    return Section("quality", "Quality against size", [figures.pareto_figure(study, chip.room)], notes=notes)
+    return Section("quality", "Quality against size", [pareto_figure(study, chip.name, chip.room)], notes=notes)
 
 
 def _changes(study: Study) -> Section | str:

@@ -1,4 +1,4 @@
-"""The figures of results: quality against size, waterfalls, what stages did across a sweep, the memory map."""
+"""The figures of results: waterfalls, what stages did across a sweep, the memory map."""
 
 from __future__ import annotations
 
@@ -11,113 +11,15 @@ from hardware.verdict import size_text, times_text
 from pipeline.page.draw import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, PINK, RED, SKY, YELLOW, Picture, number
 from pipeline.page.draw import picture, plain_ticks, short
 from pipeline.page.facts import Effect, Memory, Step
-from pipeline.page.study import Choice, Study
 
 _MIB = 2**20
 _PARTS = {
     "block codes": BLUE, "dense linears": SKY, "scales and zeros": PINK, "adapters": RED, "embedding": ORANGE,
     "head": YELLOW, "norms": "#999999", "biases": "#666666", "KV cache": GREEN, "activations": "#B07AA1",
+    "weight tiles": "#A6761D", "input vector": "#4D4D4D", "output tiles": "#C4B454", "weights beyond the chip": "#C9B2AE",
+    "code, stacks and vectors": "#BBBBBB",
 }  # fmt: skip
-_OTHER_PARTS = ("#8C6BB1", "#A6761D", "#66A61E", "#1B9E77", "#7570B3")
-
-
-def pareto_figure(study: Study, room: int) -> Picture:
-    """room: bytes of the chip's memories for weights."""
-    points, front = study.comparable, study.front
-    numbers = {id(c.run): i for i, c in enumerate(study.candidates)}
-    spread = max(c.run.perplexity for c in points) > 8 * min(c.run.perplexity for c in points)
-
-    def plot(figure: Figure, narrow: bool) -> None:
-        axes = figure.add_subplot()
-        line = [(study.size(c.run) / _MIB, c.run.perplexity) for c in front]
-        if study.kind == "run":
-            way = [(study.size(c.run) / _MIB, c.run.perplexity) for c in points]
-            axes.plot(*zip(*way, strict=True), color=FAINT, linewidth=1.2, zorder=1)
-        axes.plot(*zip(*line, strict=True), color=BLUE, linewidth=1.6, drawstyle="steps-post", alpha=0.55, zorder=2)
-        for choice in points:
-            best = choice in front
-            x, y = study.size(choice.run) / _MIB, choice.run.perplexity
-            style = {"color": BLUE, "s": 52} if best else {"facecolor": "white", "edgecolor": MUTED, "s": 34}
-            axes.scatter([x], [y], zorder=3, linewidth=1.2, **style)
-        axes.set_xscale("log")
-        sizes = [study.size(c.run) / _MIB for c in points]
-        axes.set_xlim(min(*sizes, room / _MIB) / 1.35, max(*sizes, room / _MIB) * (1.6 if narrow else 1.35))
-        if spread:
-            axes.set_yscale("log")
-        axes.margins(y=0.14)
-        axes.autoscale_view(scalex=False)
-        _room_line(axes, study.soc, room)
-        _name_points(axes, points if len(points) <= 9 else front, study, numbers, narrow)
-        plain_ticks(axes, "x")
-        if spread:
-            plain_ticks(axes, "y")
-        axes.grid(True)
-        axes.set_xlabel(f"{study.size_name}, MiB (logarithmic)")
-        axes.set_ylabel("perplexity" + (" (logarithmic)" if spread else ""))
-
-    best = ", ".join(f"{c.name} ({size_text(study.size(c.run))}, perplexity {number(c.run.perplexity)})" for c in front)
-    fitting = [c for c in points if study.size(c.run) <= room]
-    alt = (
-        f"Scatter plot of perplexity against {study.size_name} for {len(points)} checkpoints. Not beaten in both: "
-        f"{best}. {len(fitting)} of {len(points)} lie within the chip's {size_text(room)} for weights."
-    )
-    caption = (
-        "Lower and further left is better. Filled points are beaten by no other in both; numbers are those of the "
-        f"table. The shaded part is what {study.soc}'s memory for weights holds."
-    )
-    return picture("pareto", "Quality against size", alt, plot, (4.3, 3.9), caption=caption)
-
-
-def _room_line(axes: Axes, soc: str, room: int) -> None:
-    axes.axvspan(axes.get_xlim()[0], room / _MIB, color=GREEN, alpha=0.09, linewidth=0, zorder=0)
-    axes.axvline(room / _MIB, color=GREEN, linewidth=1.6, zorder=1)
-    axes.annotate(
-        f"{soc}: {size_text(room)}",
-        (room / _MIB, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(5, -4),
-        textcoords="offset points",
-        va="top",
-        color="#00694C",
-        fontsize=8.5,
-        fontweight="bold",
-    )
-
-
-def _name_points(
-    axes: Axes, points: list[Choice], study: Study, numbers: dict[int, int], narrow: bool
-) -> None:
-    """Number and, where there is room, name; a label that would lie on one before it moves up or down."""
-    placed: list[tuple[float, float, float]] = []  # left, right, height in pixels
-    axes.figure.canvas.draw()
-    scale = axes.figure.dpi / 72
-    for choice in sorted(points, key=lambda c: c.run.perplexity):
-        at = (study.size(choice.run) / _MIB, choice.run.perplexity)
-        words = str(numbers[id(choice.run)])
-        if not narrow:
-            words += f"  {short(choice.name, 26)}"
-        x, y = axes.transData.transform(at)
-        width = (6 * len(words) + 8) * scale
-        left = x + 7 * scale + width > axes.get_window_extent().x1
-        offset = 0.0
-        low, high = (x - 7 * scale - width, x) if left else (x, x + 7 * scale + width)
-        for step in (0, 11, -11, 22, -22, 33, 44, 55):
-            offset = step
-            height = y + step * scale
-            if not any(low < b and a < high and abs(height - h) < 10.5 * scale for a, b, h in placed):
-                break
-        placed.append((low, high, y + offset * scale))
-        axes.annotate(
-            words,
-            at,
-            xytext=(-7 if left else 7, offset),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="center",
-            fontsize=8.5,
-            color=INK,
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.8} if abs(offset) > 15 else None,
-        )
+_OTHER_PARTS = ("#8C6BB1", "#66A61E", "#5B8DB8", "#7A3E3E")
 
 
 def waterfall_figure(key: str, title: str, steps: list[Step], start: str, unit: str, divisor: float) -> Picture:
@@ -136,8 +38,8 @@ def waterfall_figure(key: str, title: str, steps: list[Step], start: str, unit: 
         for place, (before, after) in enumerate(zip(values, values[1:], strict=False), 1):
             colour = RED if after > before else BLUE
             axes.bar(place, abs(after - before), bottom=min(before, after), color=colour, width=0.62)
-            axes.plot([place - 1 + 0.31, place - 0.31], [before, before], color=MUTED, linewidth=0.8)
-            axes.plot([place + 0.31, place + 1 - 0.31], [after, after], color=MUTED, linewidth=0.8)
+            axes.plot([place - 0.69, place - 0.31], [before, before], color=MUTED, linewidth=0.8)
+            axes.plot([place + (0.31 if after != before else -0.31), place + 0.69], [after, after], color=MUTED, linewidth=0.8)
             _bar_text(axes, place, max(before, after), _signed(after - before), INK if after != before else MUTED)
         if logarithmic:
             axes.set_yscale("log")
@@ -246,7 +148,7 @@ def memory_figure(memories: list[Memory], soc: str, name: str) -> Picture:
                 fontweight="normal" if memory.fits else "bold",
             )
         axes.set_xlim(-0.005, 1.02)
-        axes.set_ylim(len(memories) - 0.5, -0.85)
+        axes.set_ylim(len(memories) - 0.6, -0.72)
         axes.set_axis_off()
         handles = [axes.barh(0, 0, color=colour, label=part) for part, colour in colours.items()]
         figure.legend(handles=handles, ncols=2 if narrow else 6, loc="outside lower left", fontsize=8.5)

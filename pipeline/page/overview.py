@@ -114,9 +114,10 @@ def summary(study: Study, chip: Chip) -> str:
         f"({_percent(result.perplexity / source.perplexity - 1)})"
     )
     if study.kind == "run":
-        words = f"{_listed(configuration.stages)} took {study.model} {change}." if configuration.stages else (
-            f"{study.model} was measured and not compressed: {size_text(large)}, perplexity {number(source.perplexity)}."
-        )
+        words = f"Through {_listed(configuration.stages)}, {study.model} went {change}."
+        if not configuration.stages:
+            quality = f"perplexity {number(source.perplexity)}"
+            words = f"{study.model} was measured and not compressed: {size_text(large)}, {quality}."
     else:
         front = study.front
         words = f"Of {len(study.configurations)} configurations of {study.model}, "
@@ -135,11 +136,11 @@ def _chip_words(chip: Chip) -> str:
     if chip.verdict["fits"]:
         return f"It fits {chip.name}."
     over = [
-        f"{m.name} {times_text(m.used, m.capacity)}"
+        f"{times_text(m.used, m.capacity)} the {size_text(m.capacity)} of {m.name}"
         for m in facts.memories(chip.verdict)
         if not m.fits and m.role != "off_chip"
     ]
-    return f"It does not fit {chip.name}: it would need {_listed(over)}."
+    return f"It does not fit {chip.name}: it needs {_listed(over)}."
 
 
 def _listed(words: list[str] | tuple[str, ...]) -> str:

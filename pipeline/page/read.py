@@ -71,9 +71,11 @@ def _read_run(out: Path) -> Study:
 def _run_study(out: Path, report: dict[str, Any]) -> Study:
     first, source, notes = report["baseline"], report["source"], list[str]()
     measured = (clean(first["protocol"]), clean(first["text"]), clean(first["dtype"]))
+    folder = _on_disk(out, source["path"])
+    parameters = _parameters(folder)
     begin = StageRun(
-        0, SOURCE, SOURCE, source["fingerprint"], _on_disk(out, source["path"]), float(first["perplexity"]),
-        first.get("bits_per_byte"), measured, source["file_bytes"], source.get("packed_bytes"), None, None,
+        0, SOURCE, SOURCE, source["fingerprint"], folder, float(first["perplexity"]),
+        first.get("bits_per_byte"), measured, source["file_bytes"], source.get("packed_bytes"), *parameters,
     )  # fmt: skip
     runs = [begin]
     for position, stage in enumerate(report["stages"], 1):
@@ -229,6 +231,19 @@ def _on_disk(out: Path, path: str) -> Path | None:
     inside = out / Path(path).name
     places = [inside, Path(path), out / path] if path else []
     return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _parameters(folder: Path | None) -> tuple[int | None, int | None]:
+    """Of the uncompressed model, which report.json does not count: in total and not zero, where its files are here."""
+    from pipeline.shapes import model_shape
+
+    if folder is None:
+        return None, None
+    try:
+        shape = model_shape(str(folder))
+    except (CheckpointError, PlanError):
+        return None, None
+    return shape.parameters_total, shape.parameters_nonzero
 
 
 def _manifest(folder: Path | None, notes: list[str]) -> Manifest | None:

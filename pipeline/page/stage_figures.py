@@ -86,7 +86,7 @@ def losses_figure(runs: list[tuple[str, Losses]]) -> Picture:
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss, nats a token")
         handles, labels = axes.get_legend_handles_labels()
-        if narrow or len(labels) > 3:
+        if narrow or not alone:
             figure.legend(handles, labels, loc="outside lower left", ncols=1 if narrow and not alone else 2)
         else:
             axes.legend(loc="upper right")
