@@ -125,3 +125,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stories15m": _llama(288, 768, 6, 6, 6, 32000, max_position_embeddings=256, dtype="float32"),
     "stories260k": _llama(64, 172, 5, 8, 4, 512, max_position_embeddings=512, dtype="float32"),
 }
+PRESETS["llama-3.2-1b-instruct"] = PRESETS["llama-3.2-1b"]  # the same shape with other weights

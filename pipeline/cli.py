@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
-from pipeline import cli_eval, cli_hardware, cli_model, cli_report
+from pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
 from pipeline.flags import Json, Out, RecipeFile, Skip, quiet_libraries, recipe_flags
 from pipeline.recipe import Recipe, build
+from pipeline.sweep_recipe import is_sweep
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -71,6 +72,9 @@ def compress(
 @recipe_flags
 def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_json: Json = False) -> None:
     """Forecast every stage's parameters, bytes and memory, and the verdict, without touching a weight."""
+    if is_sweep(recipe):
+        cli_sweep.plan_sweep(recipe, flags, skip, as_json)
+        return
     wanted = build(recipe or None, flags, skip)
     quiet_libraries()
     from hardware.check import check
@@ -120,6 +124,8 @@ for command in (
     cli_hardware.check,
     cli_hardware.fit,
     cli_report.report,
+    cli_sweep.sweep,
+    cli_sweep.ablate,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 
