@@ -107,7 +107,8 @@ def _run_study(out: Path, report: dict[str, Any]) -> Study:
     recipe, model = report["recipe"], clean(report["model"])
     chain = Configuration(model, tuple(runs), recipe)
     return Study(
-        "run", model, model, out, (chain,), soc=str(recipe["soc"]), verdict=report["hardware"], notes=tuple(notes)
+        "run", model, model, out, (chain,), soc=str(recipe["soc"]), verdict=report["hardware"], notes=tuple(notes),
+        machine=clean(report.get("machine", "")),
     )
 
 
@@ -164,7 +165,7 @@ def _sweep_study(out: Path, rows: list[dict[str, Any]], state: dict[str, Any]) -
     return Study(
         "sweep", clean(rows[0]["sweep"]), ", ".join(models), out, configurations, failures,
         soc=min(socs) if socs else "siracusa", about=clean(state.get("about", "")),
-        counts=dict(state.get("stage_runs", {})), notes=tuple(notes),
+        counts=dict(state.get("stage_runs", {})), notes=tuple(notes), machine=clean(state.get("machine", "")),
     )  # fmt: skip
 
 

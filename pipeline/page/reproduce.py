@@ -72,6 +72,7 @@ def conditions(study: Study) -> dict[str, str]:
     manifests = [run.manifest for run in study.runs if run.manifest]
     seeds = sorted({m.seed for m in manifests} | {int(c.recipe["seed"]) for c in study.configurations if c.recipe})
     rows = {
+        "Machine": study.machine,
         "Seed": ", ".join(map(str, seeds)),
         "Device": ", ".join(sorted({m.device for m in manifests})),
         "Precision": ", ".join(sorted({run.measured[2] for run in study.runs})),

@@ -77,6 +77,7 @@ class Study:
     soc: str = "siracusa"
     verdict: dict[str, Any] | None = None  # of the run's result, as Verdict.to_dict()
     about: str = ""
+    machine: str = ""  # that the command ran on
     counts: dict[str, int] = field(default_factory=dict)  # of a sweep: stage runs asked, distinct, shared
     notes: tuple[str, ...] = ()
 
