@@ -11,8 +11,8 @@ from typing import Any
 
 from checkpoints.errors import PlanError
 from checkpoints.manifest import MANIFEST, write_json
-from checkpoints.shape import ModelShape
 from checkpoints.memory import available_bytes
+from checkpoints.shape import ModelShape
 from pipeline.plan import StagePlan
 from pipeline.recipe import Recipe
 from pipeline.report import machine

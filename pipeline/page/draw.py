@@ -81,7 +81,8 @@ def _drawn(plot: Plot, width: float, height: float, narrow: bool) -> Figure:
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         plot(figure, narrow)
-        figure.draw_without_rendering()  # what is laid out later must be laid out in this style
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once; each file would do it again
         return figure
 
 

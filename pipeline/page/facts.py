@@ -167,5 +167,3 @@ def memories(verdict: dict[str, Any]) -> list[Memory]:
 def weight_room(verdict: dict[str, Any]) -> int:
     """Bytes of the chip's memories for weights."""
     return sum(use["capacity_bytes"] for use in verdict["memories"] if use["role"] == "weights")
-
-

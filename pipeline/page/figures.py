@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hardware.verdict import size_text, times_text
-from pipeline.page.draw import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, PINK, RED, SKY, YELLOW, Picture, number
-from pipeline.page.draw import picture, plain_ticks, short
+from pipeline.page.draw import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    YELLOW,
+    Picture,
+    number,
+    picture,
+    plain_ticks,
+    short,
+)
 from pipeline.page.facts import Effect, Memory, Step
 
 _MIB = 2**20
 _PARTS = {
     "block codes": BLUE, "dense linears": SKY, "scales and zeros": PINK, "adapters": RED, "embedding": ORANGE,
     "head": YELLOW, "norms": "#999999", "biases": "#666666", "KV cache": GREEN, "activations": "#B07AA1",
-    "weight tiles": "#A6761D", "input vector": "#4D4D4D", "output tiles": "#C4B454", "weights beyond the chip": "#C9B2AE",
-    "code, stacks and vectors": "#BBBBBB",
+    "weight tiles": "#A6761D", "input vector": "#4D4D4D", "output tiles": "#C4B454",
+    "weights beyond the chip": "#C9B2AE", "code, stacks and vectors": "#BBBBBB",
 }  # fmt: skip
 _OTHER_PARTS = ("#8C6BB1", "#66A61E", "#5B8DB8", "#7A3E3E")
 
@@ -35,11 +51,13 @@ def waterfall_figure(key: str, title: str, steps: list[Step], start: str, unit: 
         axes.bar(len(names) - 1, values[-1] - floor, bottom=floor, color=INK, width=0.62)
         _bar_text(axes, 0, values[0], number(values[0]), INK)
         _bar_text(axes, len(names) - 1, values[-1], number(values[-1]), INK)
-        for place, (before, after) in enumerate(zip(values, values[1:], strict=False), 1):
+        for place, (before, after) in enumerate(itertools.pairwise(values), 1):
             colour = RED if after > before else BLUE
             axes.bar(place, abs(after - before), bottom=min(before, after), color=colour, width=0.62)
             axes.plot([place - 0.69, place - 0.31], [before, before], color=MUTED, linewidth=0.8)
-            axes.plot([place + (0.31 if after != before else -0.31), place + 0.69], [after, after], color=MUTED, linewidth=0.8)
+            axes.plot(
+                [place + (0.31 if after != before else -0.31), place + 0.69], [after, after], color=MUTED, linewidth=0.8
+            )
             _bar_text(axes, place, max(before, after), _signed(after - before), INK if after != before else MUTED)
         if logarithmic:
             axes.set_yscale("log")
@@ -57,9 +75,7 @@ def waterfall_figure(key: str, title: str, steps: list[Step], start: str, unit: 
         axes.grid(True, axis="y")
         axes.set_ylabel(unit + (" (logarithmic)" if logarithmic else ""))
 
-    words = "; ".join(
-        f"{s.name} {number(s.before / divisor)} to {number(s.after / divisor)}" for s in steps
-    )
+    words = "; ".join(f"{s.name} {number(s.before / divisor)} to {number(s.after / divisor)}" for s in steps)
     return picture(key, title, f"Waterfall of {unit} over the stages: {words}.", plot, (3.3, 3.3), full=False)
 
 

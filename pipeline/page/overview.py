@@ -114,8 +114,9 @@ def summary(study: Study, chip: Chip) -> str:
         f"({_percent(result.perplexity / source.perplexity - 1)})"
     )
     if study.kind == "run":
-        words = f"Through {_listed(configuration.stages)}, {study.model} went {change}."
-        if not configuration.stages:
+        if configuration.stages:
+            words = f"Through {_listed(configuration.stages)}, {study.model} went {change}."
+        else:
             quality = f"perplexity {number(source.perplexity)}"
             words = f"{study.model} was measured and not compressed: {size_text(large)}, {quality}."
     else:
@@ -148,6 +149,8 @@ def _listed(words: list[str] | tuple[str, ...]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{'+' if share >= 0 else '−'}{abs(share):.1%}" if math.isfinite(share) and abs(share) < 10 else (
-        f"{share + 1:,.0f} ×"
+    return (
+        f"{'+' if share >= 0 else '−'}{abs(share):.1%}"
+        if math.isfinite(share) and abs(share) < 10
+        else (f"{share + 1:,.0f} ×")
     )

@@ -65,7 +65,9 @@ def _draw_points(axes: Axes, study: Study, points: list[Choice], front: list[Cho
     for choice in points:
         best = any(choice.run is other.run for other in front)
         style = {"color": BLUE, "s": 52} if best else {"facecolor": "white", "edgecolor": MUTED, "s": 34}
-        axes.scatter([study.size(choice.run) / _MIB], [choice.run.perplexity], zorder=4 if best else 3, linewidth=1.2, **style)
+        axes.scatter(
+            [study.size(choice.run) / _MIB], [choice.run.perplexity], zorder=4 if best else 3, linewidth=1.2, **style
+        )
     axes.margins(x=0.1, y=0.14)
     sizes = [x for x, _ in line] + [study.size(c.run) / _MIB for c in points]
     worst, least = (f(c.run.perplexity for c in points) for f in (max, min))

@@ -107,7 +107,14 @@ def _run_study(out: Path, report: dict[str, Any]) -> Study:
     recipe, model = report["recipe"], clean(report["model"])
     chain = Configuration(model, tuple(runs), recipe)
     return Study(
-        "run", model, model, out, (chain,), soc=str(recipe["soc"]), verdict=report["hardware"], notes=tuple(notes),
+        "run",
+        model,
+        model,
+        out,
+        (chain,),
+        soc=str(recipe["soc"]),
+        verdict=report["hardware"],
+        notes=tuple(notes),
         machine=clean(report.get("machine", "")),
     )
 

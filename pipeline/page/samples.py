@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError, EdgepressError, PlanError
+from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.manifest import write_json
 from pipeline.page.read import clean
 from pipeline.page.study import StageRun, Study
@@ -60,7 +60,7 @@ def generate_samples(
     if blank := [p for p in prompts if not p.strip()]:
         raise PlanError(f"--prompts {blank[0]!r}: a prompt needs at least one word")
     known = _known(study.out / FILE)
-    wanted = {name: run for name, run in chosen(study, count)}
+    wanted = dict(chosen(study, count))
     by_prompt: dict[str, list[Sample]] = {clean(prompt): [] for prompt in prompts}
     for name, run in wanted.items():
         keys = {prompt: _key(run.fingerprint, prompt, tokens) for prompt in prompts}

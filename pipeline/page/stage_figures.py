@@ -50,7 +50,9 @@ def importance_figure(key: str, found: Importance) -> Picture:
         f"{', '.join(map(str, order[:3]))}; most important: {', '.join(map(str, order[-3:][::-1]))}. "
         f"Removed: {', '.join(map(str, found.removed)) or 'none'}."
     )
-    caption = "A low bar is a block that the model hardly needs. Red blocks were removed, in the order of their numbers."
+    caption = (
+        "A low bar is a block that the model hardly needs. Red blocks were removed, in the order of their numbers."
+    )
     if found.rounds > 1:
         caption += f" The ranking was made anew after each removal; this is the first of {found.rounds}."
     return picture(key, f"Block importance by {found.metric}", alt, plot, (3.0, 3.1), caption=caption)
@@ -131,13 +133,16 @@ def errors_figure(key: str, name: str, found: LayerErrors, highest: float) -> Pi
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         _separate(axes, len(cells[0]), len(cells))
-        bar = figure.colorbar(image, ax=axes, location="top" if narrow else "right", pad=0.02, aspect=30 if narrow else 16)
+        bar = figure.colorbar(
+            image, ax=axes, location="top" if narrow else "right", pad=0.02, aspect=30 if narrow else 16
+        )
         bar.set_label("relative squared output error, %")
         bar.outline.set_edgecolor(FAINT)
 
     worst = ", ".join(f"block {block} {layer} {error:.2%}" for block, layer, error in found.worst[:3])
     heights = (1.0 + 0.26 * len(found.layers), 1.6 + 0.17 * len(found.blocks))
-    alt = f"Heat map of GPTQ's output error for {len(found.blocks)} blocks and {len(found.layers)} layers. Largest: {worst}."
+    size = f"{len(found.blocks)} blocks and {len(found.layers)} layers"
+    alt = f"Heat map of GPTQ's output error for {size}. Largest: {worst}."
     return picture(key, f"GPTQ error per layer: {name}", alt, plot, heights, caption=f"Largest: {worst}.")
 
 

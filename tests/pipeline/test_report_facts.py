@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_waterfall_steps_are_continuous_and_add_up() -> None:
     assert [step.name for step in steps] == ["a", "b", "c"]
     assert [step.change for step in steps] == [4.0, -3.0, 0.0]
     assert sum(step.change for step in steps) == steps[-1].after - steps[0].before == 1.0
-    assert all(before.after == after.before for before, after in zip(steps, steps[1:], strict=False))
+    assert all(before.after == after.before for before, after in itertools.pairwise(steps))
 
 
 def test_effects_take_each_pair_of_parent_and_stage_once(tmp_path: Path) -> None:
