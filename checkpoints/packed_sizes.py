@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from checkpoints.shape import DTYPE_BYTES, BlockShape, LinearShape, ModelShape, Pattern, TensorShape
@@ -76,9 +77,15 @@ def mask_index(linear: LinearShape) -> MaskIndex | None:
     if not pattern.removed:
         return None
     groups = linear.weights // pattern.of
-    best = min(mask_indexes(pattern), key=lambda index: index.total_bits(groups))
+    best = _smallest_index(pattern, groups)
     saved = (linear.weights - linear.nonzero) * value_bits(linear)
     return best if best.total_bits(groups) < saved else None
+
+
+@lru_cache(maxsize=1024)
+def _smallest_index(pattern: Pattern, groups: int) -> MaskIndex:
+    """`compress fit` asks for the same few thousands of times."""
+    return min(mask_indexes(pattern), key=lambda index: index.total_bits(groups))
 
 
 def packed_bits(linear: LinearShape) -> int:

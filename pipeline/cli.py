@@ -77,16 +77,16 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
         return
     wanted = build(recipe or None, flags, skip)
     quiet_libraries()
-    from hardware.check import check
     from hardware.soc import load_soc
     from pipeline.plan import plan as plan_stages
     from pipeline.report import print_plan
     from pipeline.shapes import model_shape
+    from pipeline.verdicts import judge, to_dict
 
     shape = model_shape(wanted.model)
     stages = plan_stages(wanted, shape)
     final = stages[-1].shape if stages else shape
-    verdict = check(final, load_soc(wanted.soc), context=min(256, shape.positions), name=_model_name(wanted))
+    verdict = judge(final, load_soc(wanted.soc), _model_name(wanted), timing=True)
     if as_json:
         typer.echo(
             json.dumps(
@@ -100,7 +100,7 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
                     },
                     "stages": [stage.to_dict() for stage in stages],
                     "notes": list(wanted.notes),
-                    "hardware": verdict.to_dict(),
+                    "hardware": to_dict(verdict),
                 },
                 indent=2,
             )
@@ -126,6 +126,7 @@ for command in (
     cli_report.report,
     cli_sweep.sweep,
     cli_sweep.ablate,
+    cli_hardware.socs,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 

@@ -20,7 +20,6 @@ from checkpoints.sources import open_source
 from checkpoints.verify import prove_pattern
 from checkpoints.writer import CheckpointWriter
 from eval.perplexity import Protocol, measure, measurement_key
-from hardware.check import check
 from hardware.soc import load_soc
 from pipeline.calibration import Calibration
 from pipeline.plan import StagePlan, plan
@@ -28,6 +27,7 @@ from pipeline.progress import Reporter
 from pipeline.recipe import Recipe
 from pipeline.report import machine
 from pipeline.store import Store
+from pipeline.verdicts import judge, say_measured, say_planned, to_dict
 from stages.options import Options
 
 _PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")
@@ -111,6 +111,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
     plans = plan(recipe, source.shape)
     keys = at.fingerprints(plans)
     _require_room(out, store, plans, keys)
+    say_planned(reporter, plans[-1].shape if plans else source.shape, soc, _name(recipe))
     for note in (*recipe.notes, *(remark for p in plans for remark in p.remarks)):
         reporter.note(note)
 
@@ -125,8 +126,9 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         results.append(run_stage(step, position, key, current, at, before))
         _say_stage(reporter, results[-1], current)
         current, before = results[-1].checkpoint, results[-1].after
+        say_measured(reporter, step.shape, current.shape, soc, _name(recipe))
 
-    verdict = check(current.shape, soc, context=min(256, current.shape.positions), name=_name(recipe))
+    verdict = judge(current.shape, soc, _name(recipe), file_bytes=current.shape.file_bytes, timing=True)
     if results:
         store.link_result(current.folder)
     report = {
@@ -141,7 +143,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         "recipe": recipe.to_dict(),
         "baseline": baseline,
         "stages": [result.to_dict() for result in results],
-        "hardware": verdict.to_dict(),
+        "hardware": to_dict(verdict),
     }
     write_json(out / "report.json", report)
     return RunResult(report, results, sum(not r.reused for r in results))

@@ -9,6 +9,7 @@ import io
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ NARROW = 4.0  # inches, shown about 370 pixels wide
 FULL, HALF = 10.0, 5.0
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # its keys are literals to the type checker
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.labelsize": 9,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -66,11 +67,8 @@ def waterfall_figure(key: str, title: str, steps: list[Step], start: str, unit: 
         else:
             axes.set_ylim(0, max(values) * 1.13)
         crowded = len(names) > (6 if narrow else 8) or max(map(len, names)) > (60 if narrow else 72) / len(names)
-        axes.set_xticks(range(len(names)), [short(n, 16) for n in names], rotation=35 if crowded else 0)
-        if crowded:
-            for label in axes.get_xticklabels():
-                label.set_ha("right")
-                label.set_rotation_mode("anchor")
+        slant: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        axes.set_xticks(range(len(names)), [short(n, 16) for n in names], **slant)
         axes.tick_params(axis="x", length=0, labelcolor=INK)
         axes.grid(True, axis="y")
         axes.set_ylabel(unit + (" (logarithmic)" if logarithmic else ""))
