@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
-from pipeline import cli_eval, cli_hardware, cli_model, cli_sweep
+from pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
 from pipeline.flags import Json, Out, RecipeFile, Skip, quiet_libraries, recipe_flags
 from pipeline.recipe import Recipe, build
 from pipeline.sweep_recipe import is_sweep
@@ -123,6 +123,7 @@ for command in (
     cli_model.unpack,
     cli_hardware.check,
     cli_hardware.fit,
+    cli_report.report,
     cli_sweep.sweep,
     cli_sweep.ablate,
     cli_hardware.socs,
