@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError, TextError
 from checkpoints.runtime import Runtime, Silent
-from eval.answers import Question, answer_all, greedy, padded_left
+from eval.answers import Question, answer_all
+from eval.decoding import greedy, padded_left
 from eval.settings import Settings
 from eval.subject import Subject
 
