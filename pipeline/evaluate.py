@@ -116,7 +116,7 @@ def measure_all(
     precisions = _precisions(named, tasks, settings, dtype, where)
     measured = []
     for label, checkpoint in named:
-        found = {}
+        found: dict[str, Result] = {}
         for precision in dict.fromkeys(precisions.values()):
             subject = Subject(checkpoint, Runtime(where, precision, progress=progress), label)
             group = [task for task in tasks if precisions[task.name] == precision]
