@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TASKS = f"What to measure, comma-separated: {', '.join(TASKS)}, or any task of lm-eval; default: perplexity."
 Tasks = Annotated[str, typer.Option("--task", help=_TASKS)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32; auto is float32 for tasks that answer.")]
 ReportFile = Annotated[
     str, typer.Option("--out", "-o", help="Report as JSON; for several checkpoints a .png beside it.")
 ]
