@@ -58,7 +58,7 @@ def solve(weight: Tensor, hessian: Tensor, nm: Pattern) -> Solution:
 
     U is the upper Cholesky factor of the inverse Hessian. Zeroing w_j costs w_j^2 / U_jj^2 (equation 4 with the
     columns before j frozen) and moves the later columns by -w_j / U_jj U_j,: (equation 3). Zeros of an earlier mask
-    stay; features that calibration never used lose their weights first, and weights left there stay as they are.
+    stay and go first; then features that calibration never used, whose other weights stay as they are.
     """
     W, columns = weight.clone(), weight.shape[1]
     H, unused = live_diagonal(hessian)
@@ -72,7 +72,7 @@ def solve(weight: Tensor, hessian: Tensor, nm: Pattern) -> Solution:
         for span in spans:
             here = slice(span.start, span.end)
             score = (W[:, here] / d[here]).square_()
-            score[~live[:, here] | unused[here]] = 0
+            score.masked_fill_(unused[here], 0).masked_fill_(~live[:, here], -1)
             keep[:, here] = keep_best(score, span.removed, span.end - span.start) & live[:, here]
             for j in range(span.start, span.end):
                 e = W[:, j].masked_fill(keep[:, j], 0) / d[j]
