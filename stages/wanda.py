@@ -45,6 +45,13 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     return with_pattern(shape, pattern)
 
 
+def remarks(shape: ModelShape, options: Options) -> list[str]:
+    """Which layers stay dense, where the method does not prune them all."""
+    pattern = method(options.method).sparsity(parse_amount(options.pattern))
+    dense = dict.fromkeys(x.name for block in shape.blocks for x in block.linears if not pattern.covers(x.name))
+    return [f"wanda: {options.method} leaves {', '.join(dense)} dense; the pattern is {pattern}"] if dense else []
+
+
 def _require_one_pattern(shape: ModelShape, pattern: Within, options: Options, layers: list[str]) -> None:
     if not layers:
         there = ", ".join(dict.fromkeys(x.name for block in shape.blocks for x in block.linears))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import RecipeError
@@ -15,6 +16,7 @@ from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
 from checkpoints.manifest import Manifest
 from checkpoints.verify import prove_pattern, verify
+from pipeline.cli import app
 from pipeline.plan import plan
 from pipeline.recipe import build
 
@@ -66,7 +68,7 @@ def test_the_mask_lives_through_lora_gptq_and_eora_and_comes_back_from_the_packe
     assert result.stages[0].checkpoint.manifest.facts["method"] == method
 
 
-def test_the_method_is_a_flag_and_a_recipe_key_and_a_wrong_one_is_named(compress: Any, tmp_path: Path) -> None:
+def test_the_method_is_a_flag_and_a_recipe_key_and_a_wrong_one_is_named(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("stages:\n  - wanda: {pattern: '2:4', method: sparsegpt}\n")
     (stage, options), *rest = build(str(recipe), {}).stages
@@ -76,6 +78,9 @@ def test_the_method_is_a_flag_and_a_recipe_key_and_a_wrong_one_is_named(compress
         build(None, {"wanda.method": "luck"})
     with pytest.raises(RecipeError, match="--prune sparsegpt has nothing to prune with --wanda none"):
         build(None, {"wanda.method": "sparsegpt", "wanda.pattern": "none"})
-    shown = compress("plan", "--model", "smollm2-135m", "--prune", "gate-l1", "--wanda", "0.5", "--skip", "lora")
-    assert shown.returncode == 0, shown.stderr
-    assert "gate_proj" in shown.stdout
+    flags = ["--prune", "gate-l1", "--wanda", "0.5", "--skip", "lora,gptq,eora", "--json"]
+    shown = CliRunner().invoke(app, ["plan", "--model", "smollm2-135m", *flags])
+    assert shown.exit_code == 0, shown.output
+    stage = json.loads(shown.stdout)["stages"][-1]
+    assert stage["pattern"] == "0.5 in gate_proj"
+    assert "gate-l1 leaves self_attn.q_proj, " in stage["remarks"][0]
