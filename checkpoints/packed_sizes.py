@@ -62,6 +62,8 @@ def mask_indexes(pattern: Pattern) -> Iterator[MaskIndex]:
     n, m = pattern.removed, pattern.of
     yield MaskIndex("bitmap", n, m, m)
     yield MaskIndex("positions", n, m, (m - 1).bit_length())
+    if min(n, m - n) > WORD_BITS:  # there are at least 2 to this power sets: too many for a word, or to count
+        return
     sets = math.comb(m, n)
     groups = 1
     while (bits := (sets**groups - 1).bit_length()) <= WORD_BITS:
@@ -73,7 +75,7 @@ def mask_index(linear: LinearShape) -> MaskIndex | None:
     """The smallest form for a layer, of equals the simplest; None where leaving out the zeros does not pay."""
     if linear.pattern is None:
         return None
-    pattern = linear.pattern.on(linear.in_features)
+    pattern = linear.pattern.on(linear.in_features, linear.out_features)
     if not pattern.removed:
         return None
     groups = linear.weights // pattern.of

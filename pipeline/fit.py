@@ -162,7 +162,7 @@ def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
             vocabulary = int(options["size"])
         elif manifest.stage == "depth" and not options["layers"]:
             removed = int(options["remove"])
-        elif manifest.stage == "wanda":
+        elif manifest.stage == "wanda" and options.get("method", "wanda") == "wanda":
             pattern = str(options["pattern"])
         elif manifest.stage == "gptq" and not options["symmetric"]:
             group = _resolved_group(shape, options)
