@@ -66,8 +66,9 @@ def _draw_points(axes: Axes, study: Study, points: list[Choice], front: list[Cho
     axes.plot(*zip(*line, strict=True), color=BLUE, linewidth=1.6, drawstyle="steps-post", alpha=0.5, zorder=2)
     for choice in points:
         best = any(choice.run is other.run for other in front)
-        best_style: dict[str, Any] = {"color": BLUE, "s": 52}
-        style = best_style if best else {"facecolor": "white", "edgecolor": MUTED, "s": 34}
+        style: dict[str, Any] = (
+            {"color": BLUE, "s": 52} if best else {"facecolor": "white", "edgecolor": MUTED, "s": 34}
+        )
         axes.scatter(
             [study.size(choice.run) / _MIB], [choice.run.perplexity], zorder=4 if best else 3, linewidth=1.2, **style
         )
