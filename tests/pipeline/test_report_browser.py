@@ -95,7 +95,7 @@ def test_it_keeps_within_the_screen(browser: Any, pages: dict[str, Path], name: 
     for width in WIDTHS:
         opened(browser, pages[name], width)
         wide = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
-        assert wide == [width, width]
+        assert wide[0] <= wide[1] == width  # less where the scroll bar takes its strip
         sources[width] = browser.execute_script("return document.images[0].currentSrc")
         small = browser.execute_script(
             "return [...document.querySelectorAll('p, td, th, li, dd, dt, figcaption, summary')]"
