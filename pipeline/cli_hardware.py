@@ -46,9 +46,9 @@ def check(
     png: Annotated[Path | None, typer.Option(help="Draw the memories, and address x time of the tile memory.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge whether a model fits a chip's memories, and what would have to give.
+    """Judge whether a model fits a chip's memories.
 
-    Exit code 0: it fits; 3: it does not.
+    Where it does not, it says what would have to give. Exit code 0: it fits; 3: it does not.
     """
     from hardware.check import check as judge
     from hardware.soc import load_soc

@@ -26,7 +26,9 @@ def report(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for the samples.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write OUT/report.html, one file that opens without a network, and its figures as PNG.
+    """Write OUT/report.html, one file without a network.
+
+    Its figures lie beside it as PNG.
 
     Samples of text are generated once and kept in OUT.
     """
