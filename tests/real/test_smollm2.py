@@ -101,7 +101,7 @@ def test_every_stage_loads_with_plain_transformers_and_writes_english(workplace:
     english = _english()
     known = [w for w in words if w in english]
     assert len(known) >= 0.7 * len(words), text
-    assert len(set(words)) >= 0.4 * len(words), text
+    assert len(set(words)) >= 0.25 * len(words), text  # a broken model says one word over and over
 
 
 def _english() -> set[str]:
