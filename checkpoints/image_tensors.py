@@ -140,7 +140,8 @@ def entry_index(entry: Entry) -> MaskIndex | None:
     """The form of a layer's mask, None where all its weights are stored."""
     if "index" not in entry:
         return None
-    pattern = parse_sparsity(entry["pattern"]).on(entry["shape"][1])
+    rows, columns = entry["shape"]
+    pattern = parse_sparsity(entry["pattern"]).on(columns, rows)
     form = entry["index"]
     return MaskIndex(form["form"], pattern.removed, pattern.of, form["bits"], form["groups"])
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from checkpoints.shape import DTYPE_BYTES, BlockShape, LinearShape, ModelShape, Pattern, TensorShape
@@ -61,6 +62,8 @@ def mask_indexes(pattern: Pattern) -> Iterator[MaskIndex]:
     n, m = pattern.removed, pattern.of
     yield MaskIndex("bitmap", n, m, m)
     yield MaskIndex("positions", n, m, (m - 1).bit_length())
+    if min(n, m - n) > WORD_BITS:  # there are at least 2 to this power sets: too many for a word, or to count
+        return
     sets = math.comb(m, n)
     groups = 1
     while (bits := (sets**groups - 1).bit_length()) <= WORD_BITS:
@@ -72,13 +75,19 @@ def mask_index(linear: LinearShape) -> MaskIndex | None:
     """The smallest form for a layer, of equals the simplest; None where leaving out the zeros does not pay."""
     if linear.pattern is None:
         return None
-    pattern = linear.pattern.on(linear.in_features)
+    pattern = linear.pattern.on(linear.in_features, linear.out_features)
     if not pattern.removed:
         return None
     groups = linear.weights // pattern.of
-    best = min(mask_indexes(pattern), key=lambda index: index.total_bits(groups))
+    best = _smallest_index(pattern, groups)
     saved = (linear.weights - linear.nonzero) * value_bits(linear)
     return best if best.total_bits(groups) < saved else None
+
+
+@lru_cache(maxsize=1024)
+def _smallest_index(pattern: Pattern, groups: int) -> MaskIndex:
+    """`compress fit` asks for the same few thousands of times."""
+    return min(mask_indexes(pattern), key=lambda index: index.total_bits(groups))
 
 
 def packed_bits(linear: LinearShape) -> int:

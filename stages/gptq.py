@@ -26,6 +26,7 @@ from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
 from stages import edge
 from stages.dense import require_dense
+from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from stages.options import Gptq as Options
 from stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
 
@@ -141,21 +142,6 @@ def refine_block(
     return errors
 
 
-def hessians(block: BlockVisit) -> dict[tuple[str, ...], Tensor]:
-    """X^T X over all calibration tokens for each distinct input, (in, in) float32."""
-    sums: dict[tuple[str, ...], Tensor] = {}
-
-    def add(names: tuple[str, ...], x: Tensor) -> None:
-        x = x.float()
-        if names in sums:
-            sums[names].addmm_(x.T, x)
-        else:
-            sums[names] = x.T @ x
-
-    block.observe(add)
-    return sums
-
-
 @dataclass
 class Solution:
     codes: Tensor  # (out, in) uint8
@@ -182,10 +168,8 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
     """
     columns = weight.shape[1]
     group = columns if grid.group == -1 else grid.group
-    H = hessian.clone()
-    unused = H.diagonal() == 0
     # A feature that calibration never used is rounded on its own, and counts in its group like an average one.
-    H.diagonal()[unused] = 1 if bool(unused.all()) else H.diagonal()[~unused].mean()
+    H, _ = live_diagonal(hessian)
     importance = H.diagonal().clone()
     scales, zeros = fit_grid(weight, importance, grid, options.scale_search)
 
@@ -256,33 +240,6 @@ def fit_grid(weight: Tensor, importance: Tensor, grid: Grid, search: bool) -> tu
             best = torch.where(better, error, best)
     assert best_scale is not None and best_zero is not None
     return best_scale, best_zero.to(torch.int32)
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, bool]:
-    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U; damping used; whether in float64.
-
-    Tries float32, then float64, then ten times the damping, until 1. Raises NumericsError saying so.
-    """
-    mean = float(hessian.diagonal().mean())
-    tried = []
-    while damping <= 1:
-        for dtype in (torch.float32, torch.float64):
-            H = hessian.to(dtype).clone()
-            H.diagonal().add_(damping * mean)
-            L, failed = torch.linalg.cholesky_ex(H)
-            if not int(failed):
-                U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-                if not int(failed) and bool(torch.isfinite(U).all()):
-                    return U.float(), damping, dtype == torch.float64
-            tried.append(f"{damping:g} in {str(dtype).removeprefix('torch.')}")
-        damping *= 10
-    raise NumericsError(f"the Hessian stays singular; damping tried: {', '.join(tried)}. Give other calibration text")
-
-
-def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """Relative squared error of the layer's output over the calibration tokens."""
-    delta = weight - approximation
-    return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))
 
 
 def quantization_config(grid: Grid, options: Options, dense: list[str]) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def test_a_fraction_takes_the_bitmap_or_the_list_of_places() -> None:
     assert most is not None
     assert (most.form, most.listed, most.lists_removed) == ("positions", 12, False)
     assert mask_index(layer(Unstructured(0.001), columns=576)) is None  # not one weight of a row
+    layer_wide = list(mask_indexes(Pattern(44_237, 576 * 1536)))  # too many sets to number, or to count in a test
+    assert [x.form for x in layer_wide] == ["bitmap", "positions"]
     wide = list(mask_indexes(Pattern(4, 4096)))
     assert {x.form for x in wide} == {"bitmap", "positions", "combinations"}
     assert {x.form for x in mask_indexes(Pattern(2048, 4096))} == {"bitmap", "positions"}
