@@ -17,6 +17,7 @@ from checkpoints.verify import verify
 pytestmark = pytest.mark.pipeline
 
 IDS = torch.randint(3, 500, (2, 48), generator=torch.Generator().manual_seed(0))
+TOLERANCE = 0.04  # relative, of the logits
 HIGH = {"gptq__effort": "high", "gptq__effort_steps": 4}
 # What is quantised how, asymmetric all of it, and the kernel of GPTQModel that takes it on any CPU.
 CASES: dict[str, tuple[dict[str, Any], str]] = {
@@ -60,15 +61,13 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 def assert_ours(checkpoint: Checkpoint, load: Callable[[], Any]) -> None:
-    """Within the noise of bfloat16, which a zero point or a group one off would exceed by far."""
-    exact = logits(checkpoint.model(dtype=torch.float32))
-    noise = off(logits(checkpoint.model(dtype=torch.bfloat16)), exact)
-    assert noise < 0.03
+    """Within what bfloat16, and the 8-bit activations of one kernel, leave; see the last test."""
     with quiet_import():
         model = load()
-    kinds = {type(module).__name__ for module in model.modules() if "proj" in getattr(module, "name", "")}
-    assert not any(type(m) is torch.nn.Linear for name, m in model.named_modules() if name.endswith("_proj")), kinds
-    assert off(logits(model), exact) < 2 * noise
+    layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    assert len(layers) == 7 * len(checkpoint.shape.blocks)
+    assert not any(type(layer) is torch.nn.Linear for layer in layers)  # none was left dense or made so
+    assert off(logits(model), logits(checkpoint.model(dtype=torch.float32))) < TOLERANCE
 
 
 def test_gptqmodel_computes_what_our_effective_weights_do(made: tuple[Checkpoint, str]) -> None:
@@ -90,16 +89,16 @@ def test_transformers_computes_what_our_effective_weights_do(made: tuple[Checkpo
     assert_ours(checkpoint, lambda: AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16))
 
 
-def test_the_tolerance_would_see_zero_points_one_off(made: tuple[Checkpoint, str]) -> None:
+def test_the_tolerance_would_see_other_zero_points(made: tuple[Checkpoint, str]) -> None:
+    """Off by one at 4 bits, and by as much of the range at 8; test_packing.py holds them to the bit."""
     checkpoint, _ = made
     model = checkpoint.model(dtype=torch.float32)
     exact = logits(model)
-    noise = off(logits(checkpoint.model(dtype=torch.bfloat16)), exact)
     grid = checkpoint.shape.grid
     assert grid is not None
     for index, block in enumerate(checkpoint.shape.blocks):
         stored = checkpoint.stored_block(index)
         for linear in block.linears:
             scales = stored[f"{linear.name}.scales"].float().T.repeat_interleave(grid.group, 1)
-            model.get_submodule(f"model.layers.{index}.{linear.name}").weight.add_(scales)
-    assert off(logits(model), exact) > 4 * noise
+            model.get_submodule(f"model.layers.{index}.{linear.name}").weight.add_(2 ** (grid.bits - 4) * scales)
+    assert off(logits(model), exact) > 2 * TOLERANCE
