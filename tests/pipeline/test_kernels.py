@@ -61,7 +61,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 def assert_ours(checkpoint: Checkpoint, load: Callable[[], Any]) -> None:
-    """Within what bfloat16, and the 8-bit activations of one kernel, leave; see the last test."""
+    """Within what bfloat16 leaves; the last test shows what that would see."""
     with quiet_import():
         model = load()
     layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
