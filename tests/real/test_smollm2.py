@@ -14,6 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from eval.text import load_text
 
 pytestmark = [
     pytest.mark.real,
@@ -106,10 +112,48 @@ def test_every_stage_loads_with_plain_transformers_and_writes_english(workplace:
 
 def _english() -> set[str]:
     """Words of the prose that Python carries, with those a sentence about France may need besides."""
-    from eval.text import load_text
-
     prose = " ".join(load_text("embedded", "whole").documents).lower()
     return set(re.findall(r"[a-z]+", prose)) | {"france", "paris", "capital", "french", "city", "river", "country"}
+
+
+# GPTQModel alone in a fresh Python, with a kernel that every CPU has and nobody compiles.
+KERNEL_LOGITS = """
+import os, sys
+os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
+import torch
+from gptqmodel import GPTQModel
+from gptqmodel.utils.backend import BACKEND
+from safetensors.torch import load_file, save_file
+folder, windows, found = sys.argv[1:]
+kernel = BACKEND.GPTQ_TORCH_ATEN
+model = GPTQModel.load(folder, backend=kernel, device="cpu", dtype=torch.bfloat16).model.eval()
+assert sum("Aten" in type(m).__name__ for m in model.modules()) == 7 * model.config.num_hidden_layers
+with torch.no_grad():
+    save_file({"logits": torch.cat([model(ids[None]).logits for ids in load_file(windows)["ids"]])}, found)
+"""
+
+
+def test_gptqmodels_kernel_gives_our_perplexity_within_a_percent(workplace: Path, tmp_path: Path) -> None:
+    (folder,) = (workplace / "demo").glob("4-*")
+    checkpoint = Checkpoint.open(folder)
+    text = "\n\n".join(load_text("embedded", "whole").documents[-40:])
+    ids = checkpoint.tokenizer()(text, return_tensors="pt").input_ids[0, :1024].view(2, 512)
+    save_file({"ids": ids}, tmp_path / "ids")
+    words = [sys.executable, "-c", KERNEL_LOGITS, str(folder), str(tmp_path / "ids"), str(tmp_path / "logits")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = load_file(tmp_path / "logits")["logits"]
+    with torch.no_grad():
+        ours = checkpoint.model(dtype=torch.bfloat16)(ids).logits
+    mine, kernel = (perplexity(logits, ids) for logits in (ours, theirs))
+    assert 5 < mine < 500
+    assert kernel == pytest.approx(mine, rel=0.01)
+
+
+def perplexity(logits: Tensor, ids: Tensor) -> float:
+    """Of windows ids (windows, L) by their logits (windows, L, vocabulary), each scored from its second token."""
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return float(losses.exp())
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
