@@ -33,8 +33,7 @@ _MIB = 2**20
 _PARTS = {
     "block codes": BLUE, "dense linears": SKY, "scales and zeros": PINK, "adapters": RED, "embedding": ORANGE,
     "head": YELLOW, "norms": "#999999", "biases": "#666666", "KV cache": GREEN, "activations": "#B07AA1",
-    "weight tiles": "#A6761D", "input vector": "#4D4D4D", "output tiles": "#C4B454",
-    "weights beyond the chip": "#C9B2AE", "code, stacks and vectors": "#BBBBBB",
+    "code and stacks": "#BBBBBB",
 }  # fmt: skip
 _OTHER_PARTS = ("#8C6BB1", "#66A61E", "#5B8DB8", "#7A3E3E")
 

@@ -54,6 +54,7 @@ def pareto_figure(study: Study, soc: str, room: int) -> Picture:
         "Lower and further left is better. Filled points are beaten by no other in both; numbers are those of the "
         f"table. The green part is what the memory for weights of {soc} holds"
         + ("; the axis is broken between it and the points." if far else ".")
+        + " The chip's own layout can need other bytes than the packed file: the memory map counts those."
     )
     return picture("pareto", "Quality against size", alt, plot, (4.3, 3.9), caption=caption)
 
