@@ -8,10 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from checkpoints.packed_sizes import is_head, packed_bits, value_bits
+from checkpoints.packed_sizes import bytes_of, is_head, packed_bits, value_bits
 from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape
 
 SCALE_BITS = 16  # scales, and the row minimum of a packed embedding, are float16 in the checkpoints
+
+
+def scale_bits(linear: LinearShape) -> int:
+    """Bits of scales and zero points of one row; 0 where there is no grid."""
+    if linear.grid is None:
+        return 0
+    return linear.grid.groups(linear.in_features) * (SCALE_BITS + (0 if linear.grid.symmetric else linear.grid.bits))
+
+
+def row_extra_bits(linear: LinearShape) -> int:
+    """Bits of one row beside its weights: scales, zero points and bias."""
+    return scale_bits(linear) + linear.bias * DTYPE_BYTES[linear.dtype] * 8
+
+
+def last_part(name: str) -> str:
+    """The part of a dotted name after the last dot."""
+    return name.rpartition(".")[2]
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
@@ -54,12 +71,12 @@ def weight_bytes(shape: ModelShape, *, packed: bool = False) -> WeightBytes:
     codes = scales = dense = adapters = norms = biases = 0
     for block in shape.blocks:
         for linear in block.linears:
-            stored = _bytes(packed_bits(linear) if packed else linear.weights * value_bits(linear))
+            stored = bytes_of(packed_bits(linear) if packed else linear.weights * value_bits(linear))
             if linear.grid is None:
                 dense += stored
             else:
                 codes += stored
-                scales += _bytes(linear.out_features * _scale_bits(linear))
+                scales += bytes_of(linear.out_features * scale_bits(linear))
             biases += linear.bias * linear.out_features * DTYPE_BYTES[linear.dtype]
             adapters += linear.adapter_bytes
         for tensor in block.others:
@@ -94,7 +111,7 @@ def slotted_bytes(shape: ModelShape, slot_bits: int, input_block: int) -> int:
         for x in block.linears:
             if x.grid is not None:
                 padded = -(-x.in_features // input_block) * input_block
-                total += _bytes(x.out_features * padded * max(slot_bits, x.grid.bits))
+                total += bytes_of(x.out_features * padded * max(slot_bits, x.grid.bits))
     return total
 
 
@@ -106,7 +123,7 @@ def kv_cache_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
 
     For families with a sliding window an upper bound: every block is counted with the full context.
     """
-    return _bytes(2 * len(shape.blocks) * shape.kv_heads * shape.head_dim * context * kv_bits)
+    return bytes_of(2 * len(shape.blocks) * shape.kv_heads * shape.head_dim * context * kv_bits)
 
 
 @dataclass(frozen=True)
@@ -167,7 +184,7 @@ def activation_peak(shape: ModelShape, tokens: int, context: int, activation_bit
     block = peak_alive(_BLOCK, sizes, "residual")
     head = peak_alive(_HEAD, {"residual": hidden * tokens, "normed": hidden, "logits": shape.vocabulary}, "logits")
     elements, operator, alive = max(block, head, key=lambda peak: peak[0])
-    return Peak(_bytes(elements * activation_bits), operator, alive)
+    return Peak(bytes_of(elements * activation_bits), operator, alive)
 
 
 def peak_alive(
@@ -210,9 +227,9 @@ class Layer:
         """
         rows = min(rows, self.out_features)
         return {
-            "input vector": _bytes(self.in_features * activation_bits),
-            "weight tiles": buffers * _bytes(rows * self.row_bits),
-            "output tiles": buffers * _bytes(rows * activation_bits),
+            "input vector": bytes_of(self.in_features * activation_bits),
+            "weight tiles": buffers * bytes_of(rows * self.row_bits),
+            "output tiles": buffers * bytes_of(rows * activation_bits),
         }
 
     def largest_tile(self, working_bytes: int, step: int, buffers: int, activation_bits: int) -> int:
@@ -239,30 +256,14 @@ def layers(shape: ModelShape) -> list[Layer]:
         bits = shape.embedding_bits
         row_bits = columns * DTYPE_BYTES[tensor.dtype] * 8 if bits is None else columns * bits + 2 * SCALE_BITS
         tied = "" if is_head(tensor.name) else " as head"
-        found.append(Layer(_last(tensor.name.removesuffix(".weight")) + tied, rows, columns, row_bits))
+        found.append(Layer(last_part(tensor.name.removesuffix(".weight")) + tied, rows, columns, row_bits))
     return found
 
 
 def _linear_layers(x: LinearShape) -> Iterator[Layer]:
-    scale_bits = 0 if x.grid is None else _scale_bits(x)
-    bias_bits = x.bias * DTYPE_BYTES[x.dtype] * 8
-    yield Layer(x.name, x.out_features, x.in_features, x.in_features * value_bits(x) + scale_bits + bias_bits)
+    bits = x.in_features * value_bits(x) + row_extra_bits(x)
+    yield Layer(x.name, x.out_features, x.in_features, bits)
     codes = (t for t in x.packed_adapter() if t.name.endswith(".codes"))  # two scales a rank are no row's
     for tensor in codes if x.adapter_packed else x.adapter():
         rows, columns = tensor.shape
         yield Layer(tensor.name.rpartition(".")[0], rows, columns, columns * DTYPE_BYTES[tensor.dtype] * 8)
-
-
-def _scale_bits(linear: LinearShape) -> int:
-    """Bits of scales and zero points of one row."""
-    grid = linear.grid
-    assert grid is not None
-    return grid.groups(linear.in_features) * (SCALE_BITS + (0 if grid.symmetric else grid.bits))
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _bytes(bits: int) -> int:
-    return -(-bits // 8)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from checkpoints.packed_sizes import bytes_of, value_bits
 from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape, TensorShape
-from hardware.footprint import SCALE_BITS
+from hardware.footprint import SCALE_BITS, row_extra_bits
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,9 @@ class Weights:
 
 def linear_weights(prefix: str, x: LinearShape) -> Weights:
     """A block's linear layer, as stored or quantised."""
-    name, bias = f"{prefix}.{x.name}", x.bias * DTYPE_BYTES[x.dtype] * 8
-    if x.grid is None:
-        return Weights(name, x.out_features, x.in_features, DTYPE_BYTES[x.dtype] * 8, bias)
-    groups = x.grid.groups(x.in_features)
-    scales = groups * (SCALE_BITS + (0 if x.grid.symmetric else x.grid.bits))
-    return Weights(name, x.out_features, x.in_features, x.grid.bits, scales + bias, groups, not x.grid.symmetric)
+    name, groups = f"{prefix}.{x.name}", 1 if x.grid is None else x.grid.groups(x.in_features)
+    offsets = x.grid is not None and not x.grid.symmetric
+    return Weights(name, x.out_features, x.in_features, value_bits(x), row_extra_bits(x), groups, offsets)
 
 
 def adapter_weights(name: str, tensor: TensorShape) -> Weights:
@@ -58,13 +56,3 @@ def outer_weights(tensor: TensorShape, shape: ModelShape) -> Weights:
     if shape.embedding_bits is None:
         return Weights(name, rows, columns, DTYPE_BYTES[tensor.dtype] * 8)
     return Weights(name, rows, columns, shape.embedding_bits, 2 * SCALE_BITS, 1, True)  # scale and minimum a row
-
-
-def last_part(name: str) -> str:
-    """The part of a dotted name after the last dot."""
-    return name.rpartition(".")[2]
-
-
-def bytes_of(bits: int) -> int:
-    """Whole bytes that hold so many bits."""
-    return -(-bits // 8)
