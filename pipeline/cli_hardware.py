@@ -13,18 +13,29 @@ from pipeline.flags import Json, quiet_libraries
 EXIT_DOES_NOT_FIT = 3
 
 
+_MODEL = "A checkpoint, model folder, config.json or preset; default: the packaged model."
+Model = Annotated[str, typer.Argument(help=_MODEL)]
+Soc = Annotated[str, typer.Option(help="A shipped chip or a .toml file.")]
+Context = Annotated[int, typer.Option(help="Tokens in the KV cache.")]
+KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value.")]
+ActivationBits = Annotated[int, typer.Option(help="Bits of an activation.")]
+
+
 def check(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, model folder, config.json or preset.")] = "",
-    soc: Annotated[str, typer.Option(help="A shipped chip or a .toml file.")] = "siracusa",
-    context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 256,
-    kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value.")] = 8,
-    activation_bits: Annotated[int, typer.Option(help="Bits of an activation.")] = 8,
+    checkpoint: Model = "",
+    soc: Soc = "siracusa",
+    context: Context = 256,
+    kv_bits: KvBits = 8,
+    activation_bits: ActivationBits = 8,
     as_json: Json = False,
 ) -> None:
-    """Judge whether a model fits a chip's memories. Exit code 0: it fits; 3: it does not."""
+    """Judge whether a model fits a chip's memories.
+
+    Exit code 0: it fits; 3: it does not.
+    """
     from hardware.check import check as judge
     from hardware.soc import load_soc
-    from pipeline.shapes import model_shape
+    from pipeline.shapes import PACKAGED_PRESET, model_shape
 
     verdict = judge(
         model_shape(checkpoint or None),
@@ -32,18 +43,18 @@ def check(
         context=context,
         kv_bits=kv_bits,
         activation_bits=activation_bits,
-        name=checkpoint or "smollm2-135m",
+        name=checkpoint or PACKAGED_PRESET,
     )
     typer.echo(json.dumps(verdict.to_dict(), indent=2) if as_json else verdict.render())
     raise typer.Exit(0 if verdict.fits else EXIT_DOES_NOT_FIT)
 
 
 def fit(
-    model: Annotated[str, typer.Argument(help="A model folder, checkpoint, config.json or preset.")] = "",
-    soc: Annotated[str, typer.Option(help="A shipped chip or a .toml file.")] = "siracusa",
-    context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 256,
-    kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value.")] = 8,
-    activation_bits: Annotated[int, typer.Option(help="Bits of an activation.")] = 8,
+    model: Model = "",
+    soc: Soc = "siracusa",
+    context: Context = 256,
+    kv_bits: KvBits = 8,
+    activation_bits: ActivationBits = 8,
     corpus: Annotated[str, typer.Option("--trim-vocabulary", help="Text the vocabulary may be trimmed to.")] = "",
     sweep: Annotated[
         Path | None, typer.Option(help="Output folder of earlier runs; what they measured counts.")
@@ -53,7 +64,10 @@ def fit(
     best: Annotated[int, typer.Option(help="Settings to show at most.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Find settings of the stages with which a model fits a chip. Exit code 0: there are some; 3: there are none."""
+    """Find settings of the stages with which a model fits a chip.
+
+    Exit code 0: there are some; 3: there are none.
+    """
     quiet_libraries()
     from rich.console import Console
 
