@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from checkpoints.packed_sizes import bytes_of, value_bits
 from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape, TensorShape
-from hardware.footprint import SCALE_BITS, row_extra_bits
+from hardware.footprint import SCALE_BITS
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,18 @@ class Weights:
 
 def linear_weights(prefix: str, x: LinearShape) -> Weights:
     """A block's linear layer, as stored or quantised."""
-    name, groups = f"{prefix}.{x.name}", 1 if x.grid is None else x.grid.groups(x.in_features)
-    offsets = x.grid is not None and not x.grid.symmetric
-    return Weights(name, x.out_features, x.in_features, value_bits(x), row_extra_bits(x), groups, offsets)
+    name, bias = f"{prefix}.{x.name}", x.bias * DTYPE_BYTES[x.dtype] * 8
+    if x.grid is None:
+        return Weights(name, x.out_features, x.in_features, value_bits(x), bias)
+    groups = x.grid.groups(x.in_features)
+    scales = groups * (SCALE_BITS + (0 if x.grid.symmetric else x.grid.bits))
+    return Weights(name, x.out_features, x.in_features, value_bits(x), scales + bias, groups, not x.grid.symmetric)
 
 
-def adapter_weights(name: str, tensor: TensorShape) -> Weights:
-    """One of the two matrices of a low-rank adapter."""
+def adapter_weights(name: str, tensor: TensorShape, packed: bool = False) -> Weights:
+    """One of the two matrices of a low-rank adapter, or its 8-bit codes; their scale a rank is no row's."""
     rows, columns = tensor.shape
-    return Weights(name.removesuffix(".weight"), rows, columns, DTYPE_BYTES[tensor.dtype] * 8)
+    return Weights(name.removesuffix(".weight"), rows, columns, 8 if packed else DTYPE_BYTES[tensor.dtype] * 8)
 
 
 def norm_weights(name: str, tensor: TensorShape) -> Weights:
@@ -56,3 +59,8 @@ def outer_weights(tensor: TensorShape, shape: ModelShape) -> Weights:
     if shape.embedding_bits is None:
         return Weights(name, rows, columns, DTYPE_BYTES[tensor.dtype] * 8)
     return Weights(name, rows, columns, shape.embedding_bits, 2 * SCALE_BITS, 1, True)  # scale and minimum a row
+
+
+def last_part(name: str) -> str:
+    """The part of a dotted name after the last dot."""
+    return name.rpartition(".")[2]

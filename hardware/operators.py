@@ -14,8 +14,7 @@ from checkpoints.errors import PlanError
 from checkpoints.packed_sizes import bytes_of, is_head
 from checkpoints.shape import BlockShape, LinearShape, ModelShape
 from hardware.attention import has_rope, softcaps, window_of
-from hardware.footprint import last_part
-from hardware.matrices import Weights, adapter_weights, linear_weights, norm_weights, outer_weights
+from hardware.matrices import Weights, adapter_weights, last_part, linear_weights, norm_weights, outer_weights
 
 ACCELERATOR, CORES = "accelerator", "cores"
 
@@ -253,7 +252,7 @@ class _Pass:
         yield self._product(name, index, self.tokens, linear_weights(prefix, x), (source,), targets)
         if x.adapter_rank:
             low = self._buffer(f"{index}.{name}.lora", self.tokens * x.adapter_rank)
-            down, up = (adapter_weights(f"{prefix}.{t.name}", t) for t in x.adapter())
+            down, up = (adapter_weights(f"{prefix}.{t.name}", t, x.adapter_packed) for t in x.adapter())
             yield self._product(f"{name}.lora_A", index, self.tokens, down, (source,), (low,))
             yield self._product(f"{name}.lora_B", index, self.tokens, up, (low, *targets), targets)
 

@@ -13,10 +13,11 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
-from pipeline import cli_eval, cli_hardware, cli_model
+from pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
 from pipeline.flags import Json, Out, RecipeFile, Skip, quiet_libraries, recipe_flags
 from pipeline.help import PlainCommand, PlainGroup
 from pipeline.recipe import Recipe, build
+from pipeline.sweep_recipe import is_sweep
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -76,18 +77,21 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
 
     Parameters, bytes, peak memory and the chip's verdict, without touching a weight.
     """
+    if is_sweep(recipe):
+        cli_sweep.plan_sweep(recipe, flags, skip, as_json)
+        return
     wanted = build(recipe or None, flags, skip)
     quiet_libraries()
-    from hardware.check import check
     from hardware.soc import load_soc
     from pipeline.plan import plan as plan_stages
     from pipeline.report import print_plan
     from pipeline.shapes import model_shape
+    from pipeline.verdicts import judge, to_dict
 
     shape = model_shape(wanted.model)
     stages = plan_stages(wanted, shape)
     final = stages[-1].shape if stages else shape
-    verdict = check(final, load_soc(wanted.soc), context=min(256, shape.positions), name=_model_name(wanted))
+    verdict = judge(final, load_soc(wanted.soc), _model_name(wanted), timing=True)
     if as_json:
         typer.echo(
             json.dumps(
@@ -101,7 +105,7 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
                     },
                     "stages": [stage.to_dict() for stage in stages],
                     "notes": list(wanted.notes),
-                    "hardware": verdict.to_dict(),
+                    "hardware": to_dict(verdict),
                 },
                 indent=2,
             )
@@ -116,7 +120,8 @@ def _model_name(recipe: Recipe) -> str:
 
 # In the order of use: what would come out, then what a result is worth, then its files.
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Before a run": (plan, cli_hardware.check, cli_hardware.fit, cli_model.rank),
+    "Before a run": (plan, cli_hardware.check, cli_hardware.fit, cli_hardware.socs, cli_model.rank),
+    "Many runs": (cli_sweep.sweep, cli_sweep.ablate, cli_report.report),
     "What a result is worth": (cli_eval.evaluate, cli_eval.compare, cli_eval.generate),
     "A result's files": (cli_model.verify, cli_model.pack, cli_model.unpack),
 }

@@ -16,7 +16,7 @@ from checkpoints.errors import PlanError
 from eval.settings import Settings
 from eval.tasks import TASKS, find_tasks
 from pipeline.eval_flags import settings_flags
-from pipeline.flags import Device, Dtype, Json, quiet_libraries
+from pipeline.flags import Device, Json, quiet_libraries
 
 if TYPE_CHECKING:
     from pipeline.progress import Reporter
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _TASKS = f"What to measure, comma-separated: {', '.join(TASKS)}, or any task of lm-eval; default: perplexity."
 _CHECKPOINTS = "Checkpoints of any stage, any models --model takes, or an output folder; default: the packaged model."
 Tasks = Annotated[str, typer.Option("--task", help=_TASKS)]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32; auto is float32 for tasks that answer.")]
 ReportFile = Annotated[
     str, typer.Option("--out", "-o", help="Report as JSON; for several checkpoints a .png beside it.")
 ]

@@ -13,7 +13,10 @@ from stages.options import STAGES
 
 pytestmark = pytest.mark.unit
 
-COMMANDS = ("plan", "check", "fit", "rank", "eval", "compare", "generate", "verify", "pack", "unpack")
+COMMANDS = (
+    "plan", "check", "fit", "socs", "rank", "sweep", "ablate", "report",
+    "eval", "compare", "generate", "verify", "pack", "unpack",
+)  # fmt: skip
 
 
 def shown(*words: str) -> str:
