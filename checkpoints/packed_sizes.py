@@ -99,7 +99,13 @@ def packed_bits(linear: LinearShape) -> int:
 
 
 def value_bits(linear: LinearShape) -> int:
+    """Width of one stored weight."""
     return DTYPE_BYTES[linear.dtype] * 8 if linear.grid is None else linear.grid.bits
+
+
+def bytes_of(bits: int) -> int:
+    """Whole bytes that hold so many bits."""
+    return -(-bits // 8)
 
 
 # --- what lies where ---------------------------------------------------------------------------------------------
@@ -164,16 +170,16 @@ def _linear(x: LinearShape, ordered: bool) -> Record:
         about["pattern"] = str(x.pattern)
     if index is not None:
         about["index"] = {"form": index.form, "bits": index.bits, "groups": index.groups}
-        parts["index"] = _bytes(index.total_bits(x.weights // index.of))
-    parts["values"] = _bytes((x.weights if index is None else x.nonzero) * value_bits(x))
+        parts["index"] = bytes_of(index.total_bits(x.weights // index.of))
+    parts["values"] = bytes_of((x.weights if index is None else x.nonzero) * value_bits(x))
     if x.grid is not None:
         groups = x.grid.groups(x.in_features)
         about |= asdict(x.grid)
         parts["scales"] = groups * x.out_features * DTYPE_BYTES["F16"]
         if not x.grid.symmetric:
-            parts["zeros"] = _bytes(groups * x.out_features * x.grid.bits)
+            parts["zeros"] = bytes_of(groups * x.out_features * x.grid.bits)
         if not ordered:
-            parts["order"] = _bytes(x.in_features * (groups - 1).bit_length())
+            parts["order"] = bytes_of(x.in_features * (groups - 1).bit_length())
     return Record("linear", x.name, about, tuple((name, size) for name, size in parts.items() if size))
 
 
@@ -294,7 +300,3 @@ def _sum_of(record: Record, part: str) -> str:
     if len(record.about["shape"]) != 2:
         return "norms"
     return "head" if is_head(record.name) else "embedding"
-
-
-def _bytes(bits: int) -> int:
-    return -(-bits // 8)

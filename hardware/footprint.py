@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
-from checkpoints.packed_sizes import block_records, groups_in_order, outer_records, packed_bits
+from checkpoints.packed_sizes import block_records, bytes_of, groups_in_order, outer_records, packed_bits, value_bits
 from checkpoints.packed_sizes import is_head as is_head  # what follows the order of computing asks for it here
 from checkpoints.shape import DTYPE_BYTES, BlockShape, LinearShape, ModelShape, TensorShape
 from hardware.attention import window_of
@@ -117,7 +117,7 @@ def kv_cache_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
 def kv_block_bytes(shape: ModelShape, block: int, context: int, kv_bits: int) -> int:
     """Keys and values of one block."""
     held = min(context, window_of(shape, block) or context)
-    return _bytes(2 * shape.kv_heads * shape.head_dim * held * kv_bits)
+    return bytes_of(2 * shape.kv_heads * shape.head_dim * held * kv_bits)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------
@@ -152,13 +152,13 @@ def _block_table(block: BlockShape, layout: Layout, ordered: bool) -> tuple[Tens
     rows = []
     for x in block.linears:
         bias = x.bias * x.out_features * DTYPE_BYTES[x.dtype]
-        codes, scales = map(_bytes, _linear_bits(x, layout))
+        codes, scales = map(bytes_of, _linear_bits(x, layout))
         scales += parts[x.name].get("order", 0)
         file_bytes = sum(t.nbytes for t in x.stored())
         size = (x.out_features, x.in_features)
         part = "dense_linears" if x.grid is None else "block_codes"
         packed_size = packed[x.name] + packed.get(f"{x.name}.bias", 0)
-        row = TensorBytes(x.name, part, None, size, _width(x), file_bytes, packed_size, codes, scales, bias)
+        row = TensorBytes(x.name, part, None, size, value_bits(x), file_bytes, packed_size, codes, scales, bias)
         rows += [row, *_adapter(x)]
     rows += [_plain(t, "biases" if t.name.endswith(".bias") else "norms") for t in block.others]
     return tuple(rows)
@@ -174,7 +174,7 @@ def _linear_bits(x: LinearShape, layout: Layout) -> tuple[int, int]:
 
     A dense layer has no codes to put in slots: it keeps its width and shape.
     """
-    dense = x.weights * _width(x)
+    dense = x.weights * value_bits(x)
     if x.grid is None:
         return (min(dense, packed_bits(x)) if layout.patterns else dense), 0
     scale = layout.scale_bits + (x.grid.bits if layout.zero_points and not x.grid.symmetric else 0)
@@ -246,12 +246,4 @@ def outer_table(shape: ModelShape, layout: Layout) -> list[TensorBytes]:
 
 def _outer_codes(tensor: TensorShape, bits: int, layout: Layout, multiplied: bool) -> int:
     rows, columns = tensor.shape
-    return _bytes(_slotted(rows, columns, bits, layout) if multiplied else rows * columns * bits)
-
-
-def _width(linear: LinearShape) -> int:
-    return DTYPE_BYTES[linear.dtype] * 8 if linear.grid is None else linear.grid.bits
-
-
-def _bytes(bits: int) -> int:
-    return -(-bits // 8)
+    return bytes_of(_slotted(rows, columns, bits, layout) if multiplied else rows * columns * bits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from checkpoints.packed_sizes import bytes_of, value_bits
 from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape, TensorShape
 from hardware.footprint import SCALE_BITS
 
@@ -35,10 +36,10 @@ def linear_weights(prefix: str, x: LinearShape) -> Weights:
     """A block's linear layer, as stored or quantised."""
     name, bias = f"{prefix}.{x.name}", x.bias * DTYPE_BYTES[x.dtype] * 8
     if x.grid is None:
-        return Weights(name, x.out_features, x.in_features, DTYPE_BYTES[x.dtype] * 8, bias)
+        return Weights(name, x.out_features, x.in_features, value_bits(x), bias)
     groups = x.grid.groups(x.in_features)
     scales = groups * (SCALE_BITS + (0 if x.grid.symmetric else x.grid.bits))
-    return Weights(name, x.out_features, x.in_features, x.grid.bits, scales + bias, groups, not x.grid.symmetric)
+    return Weights(name, x.out_features, x.in_features, value_bits(x), scales + bias, groups, not x.grid.symmetric)
 
 
 def adapter_weights(name: str, tensor: TensorShape, packed: bool = False) -> Weights:
@@ -63,8 +64,3 @@ def outer_weights(tensor: TensorShape, shape: ModelShape) -> Weights:
 def last_part(name: str) -> str:
     """The part of a dotted name after the last dot."""
     return name.rpartition(".")[2]
-
-
-def bytes_of(bits: int) -> int:
-    """Whole bytes that hold so many bits."""
-    return -(-bits // 8)

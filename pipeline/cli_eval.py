@@ -82,11 +82,10 @@ def evaluate(
 def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, as_json: bool) -> None:
     """One checkpoint, no task named: its perplexity on one line."""
     from checkpoints.runtime import Runtime, choose_device, choose_dtype
-    from eval.perplexity import Protocol, measure
-    from eval.text import NAMED, load_text
+    from eval.perplexity import measure
+    from eval.text_tasks import protocol_of, text_of
 
-    how = Protocol(settings.protocol, settings.window, settings.tokens)
-    data = load_text(settings.text, "evaluate" if settings.text in NAMED else "whole")
+    how, data = protocol_of(settings, settings.protocol), text_of("perplexity", settings)
     where = choose_device(device)
     precision = choose_dtype(dtype, where, model.shape.blocks[0].linears[0].dtype)
     with _reporter(as_json) as reporter:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # Every stage with budgets of seconds. Rank 4 fits the 32 rows of k_proj.
 QUICK = [
@@ -65,20 +64,31 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
-@pytest.fixture(scope="session")
-def compress() -> Command:
-    """Run the command as a person would; returns code, output and errors."""
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
-    def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=cwd,
-        )
 
-    return call
+@pytest.fixture
+def compress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
+    """Run the command as a person would, in this process: importing torch for every call would take minutes in all."""
+    from pipeline.cli import main
+
+    def call(*arguments: object, cwd: Path | None = None) -> Done:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        if cwd:
+            monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Done(int(ended.value.code or 0), said.out, said.err)
+
+    before = signal.getsignal(signal.SIGINT)
+    yield call
+    signal.signal(signal.SIGINT, before)  # a run takes it over
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +14,7 @@ import pytest
 pytestmark = pytest.mark.pipeline
 
 
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def compress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process: importing torch anew for each of these calls would take minutes in all."""
-    from pipeline.cli import main
-
-    def call(*arguments: object, cwd: Path | None = None) -> Done:
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        if cwd:
-            monkeypatch.chdir(cwd)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Done(int(ended.value.code or 0), said.out, said.err)
-
-    return call
+Command = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")

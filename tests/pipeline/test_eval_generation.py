@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pipeline.evaluate import check_request
 
 pytestmark = pytest.mark.pipeline
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Command = Callable[..., Any]
 SHORT = ("--reply-tokens", 8, "--sbert", "none")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -14,9 +14,6 @@ from pipeline.plan import plan
 from pipeline.sweep_recipe import load_sweep
 from pipeline.tree import grow, spec_fingerprints
 from stages.options import STAGES
-
-if TYPE_CHECKING:
-    import subprocess
 
 pytestmark = pytest.mark.unit
 
@@ -52,7 +49,7 @@ def test_operations_grow_with_what_they_are_made_of() -> None:
     assert operations("wanda", samples=4, length=100) == 2 * 400 * weights
 
 
-def test_plan_of_a_sweep_needs_no_weights(compress: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_plan_of_a_sweep_needs_no_weights(compress: Callable[..., Any]) -> None:
     done = compress("plan", "--recipe", "table-a1", "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,7 +17,7 @@ from pipeline.side_by_side import print_table
 
 pytestmark = pytest.mark.pipeline
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Command = Callable[..., Any]
 PROMPT = "The for statement"
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.pipeline
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Command = Callable[..., Any]
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "taylor", "magnitude", "influence"])

@@ -31,7 +31,7 @@ from pipeline.workers import Here
 
 pytestmark = pytest.mark.pipeline
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Command = Callable[..., Any]
 
 RECIPE = """
 name: tiny
