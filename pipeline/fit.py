@@ -23,6 +23,7 @@ from hardware import quality
 from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, search
 from hardware.soc import Soc
 from hardware.verdict import size_text, times_text
+from pipeline.tables import print_whole
 
 SMALLEST_VOCABULARY = 512  # 256 bytes, special tokens, and a few hundred pieces
 _SAMPLE_CHARACTERS = 2**18  # of the corpus, to see how much longer it gets
@@ -271,7 +272,7 @@ def print_fit(console: Console, title: str, found: Found, commands: list[str], n
     console.print(title, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     zeros = ["N:M"] if found.patterns_help else []
-    for column in ("", "tokens", "blocks", *zeros, "bits", "embedding", "weights", "of room", "loss", "x ppl"):
+    for column in ("", "tokens", "blocks", *zeros, "bits", "embed.", "weights", "room", "loss", "x ppl"):
         table.add_column(column, justify="right", no_wrap=True)
     for number, c in enumerate(shown, 1):
         how, need, room = c.settings.quantisation, c.weight_bytes, c.weight_room
@@ -287,7 +288,7 @@ def print_fit(console: Console, title: str, found: Found, commands: list[str], n
             f"{c.loss:.3f}{'m' if c.measured else ''}",
             f"{math.exp(c.loss):.2f}" if c.loss < 7 else "> 1000",
         )
-    console.print(table)
+    print_whole(console, table)
     if not found.fitting:
         console.print(shown[0].verdict.summary, highlight=False, emoji=False)
     for number, command in enumerate(commands, 1):

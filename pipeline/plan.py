@@ -115,7 +115,7 @@ def forecast_scratch(stage: str, options: Any, before: ModelShape) -> int:
 
     if stage == "lora":
         return teacher_disk_bytes(before, options) if teacher_kind(before, options) == "streamed" else 0
-    if stage == "depth":  # its states need not last; they lie in memory or a temporary folder
+    if stage not in ("wanda", "gptq", "eora"):  # depth's need not last; vocabulary and pad have none
         return 0
     return int(2 * options.samples * options.length * before.hidden_size * 2)
 

@@ -14,6 +14,7 @@ from checkpoints.packed_sizes import PackedSizes
 from checkpoints.shape import ModelShape
 from hardware.verdict import Verdict
 from pipeline.plan import StagePlan
+from pipeline.tables import print_whole
 
 if TYPE_CHECKING:
     from pipeline.run import RunResult
@@ -44,7 +45,7 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
             f"{stage['peak_memory_bytes'] / _MIB:.0f}",
         )
     console.print(f"\n{report['model']}; ppl: {first['protocol']}; {first['text']}", highlight=False)
-    console.print(table)
+    print_whole(console, table)
     console.print(report["hardware"]["summary"], highlight=False)
     console.print(f"Measured in {first['dtype']} on {machine()}.", highlight=False)
     if "smollm2-135m-instruct" in report["model"]:
@@ -55,7 +56,12 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
 
 
 def print_plan(
-    console: Console, model: str, shape: ModelShape, stages: list[StagePlan], notes: tuple[str, ...], verdict: Verdict
+    console: Console,
+    model: str,
+    shape: ModelShape,
+    stages: list[StagePlan],
+    notes: tuple[str, ...],
+    verdict: Verdict | str,
 ) -> None:
     """The forecast as a table."""
     console.print(f"Plan for {model}", highlight=False)
@@ -72,7 +78,7 @@ def print_plan(
     row("0 source", shape, "")
     for position, stage in enumerate(stages, 1):
         row(f"{position} {stage.stage}", stage.shape, f"{stage.peak_memory_bytes / _MIB:.0f}")
-    console.print(table)
+    print_whole(console, table)
     for note in (*notes, *(remark for stage in stages for remark in stage.remarks)):
         console.print(f"  ! {note}", style="yellow", highlight=False)
     total = sum(stage.shape.file_bytes for stage in stages)
@@ -82,7 +88,7 @@ def print_plan(
         f"Up to {scratch / _MIB:.1f} MiB more while a stage runs.",
         highlight=False,
     )
-    console.print(verdict.summary, highlight=False)
+    console.print(verdict if isinstance(verdict, str) else verdict.summary, highlight=False)
 
 
 def print_packed(console: Console, path: Path, nbytes: int, file_bytes: int, sizes: PackedSizes) -> None:
@@ -93,7 +99,7 @@ def print_packed(console: Console, path: Path, nbytes: int, file_bytes: int, siz
     parts = sizes.parts() | ({"tokenizer": nbytes - sizes.total} if nbytes != sizes.total else {})
     for name, size in parts.items():
         table.add_row(name, f"{size:,}")
-    console.print(table)
+    print_whole(console, table)
     console.print(
         f"{path}: {nbytes:,} bytes, {nbytes / file_bytes:.1%} of the {file_bytes:,} of the checkpoint's files",
         highlight=False,

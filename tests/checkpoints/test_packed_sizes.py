@@ -103,6 +103,16 @@ def test_parts_of_a_quantised_model_by_hand() -> None:
     }  # fmt: skip
 
 
+def test_an_adapter_at_8_bits_by_hand() -> None:
+    sixteen = model("smollm2-135m", grid=Grid(4, 64), adapter_rank=16)
+    eight = model("smollm2-135m", grid=Grid(4, 64), adapter_rank=16, adapter_packed=True)
+    sides = 30 * (2 * 1152 + 2 * 768 + 2 * 2112 + 2112)  # of each layer, rows and columns together
+    assert packed_sizes(sixteen).adapters == 16 * sides * 2
+    assert packed_sizes(eight).adapters == 16 * sides + 30 * 7 * 2 * 16 * 4
+    assert packed_sizes(eight).codes == packed_sizes(sixteen).codes
+    assert eight.packed_bytes < sixteen.packed_bytes
+
+
 def test_a_symmetric_grid_has_no_zero_points_and_dense_layers_are_dense() -> None:
     asymmetric = packed_sizes(model("stories260k", grid=Grid(8, -1)))
     symmetric = packed_sizes(model("stories260k", grid=Grid(8, -1, symmetric=True)))
