@@ -2,7 +2,7 @@
 
 32 x 512 calibration tokens and the first 16,384 tokens of the text in windows of 512, both from files:
 
-    .venv/bin/python -m benchmarks.gptq wiki.valid.raw wiki.test.raw [--library] [--only NAME]
+    .venv/bin/python -m benchmarks.gptq wiki.valid.raw wiki.test.raw [--library] [--only NAME] [--blocks N]
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from checkpoints.tokens import TokenBatches, sample_windows
 from checkpoints.writer import CheckpointWriter
 from eval.perplexity import Protocol, measure
 from eval.text import Text, load_text
-from stages import gptq
-from stages.options import Gptq
+from stages import depth, gptq
+from stages.options import Depth, Gptq
 
 OURS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -71,18 +71,28 @@ def library(
         return measure(Checkpoint(Path(folder), None), text, Protocol(), runtime).perplexity, seconds
 
 
+def first_blocks(source: Checkpoint, count: int, windows: TokenBatches, runtime: Runtime) -> Checkpoint:
+    """A shorter model for a ratio of times in a minute; every block costs the same."""
+    target = CheckpointWriter(Path(tempfile.mkdtemp(prefix="edgepress-")) / "short")
+    depth.run(source, target, windows, Depth(layers=f"0-{count - 1}"), runtime)
+    return Checkpoint(target.folder, None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("calibration")
     parser.add_argument("text")
     parser.add_argument("--library", action="store_true", help="GPTQModel's solver as well")
     parser.add_argument("--only", nargs="*", default=list(OURS))
+    parser.add_argument("--blocks", type=int, default=0, help="time a model of only the first N blocks")
     arguments = parser.parse_args()
     source = open_source(None)
     runtime = Runtime(dtype=choose_dtype("auto", torch.device("cpu"), "BF16"))
     text = load_text(arguments.text, "whole")
     ids = load_text(arguments.calibration, "whole").token_ids(source.tokenizer())
     windows = sample_windows("calibration", ids, 32, 512, torch.Generator().manual_seed(0))
+    if arguments.blocks:
+        source = first_blocks(source, arguments.blocks, windows, runtime)
     print(f"{'settings':<40} {'perplexity':>10} {'seconds':>8}", flush=True)
     print(f"{'dense':<40} {measure(source, text, Protocol(), runtime).perplexity:10.2f}", flush=True)
     for name in arguments.only:

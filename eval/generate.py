@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.runtime import Runtime
-from eval.answers import end_tokens
+from eval.decoding import end_tokens
 from eval.subject import Subject
 
 

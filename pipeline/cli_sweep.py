@@ -54,7 +54,7 @@ def sweep(
     store: StoreUrl = "",
     track: Track = "",
 ) -> None:
-    """Run every configuration of a sweep; beginnings that several share are computed once.
+    """Run every configuration of a sweep, what they share once.
 
     Flags go over the recipe's base. The same command again goes on where it stopped. Exit code 1: some
     configurations failed; the others are done.
@@ -74,7 +74,10 @@ def ablate(
     store: StoreUrl = "",
     track: Track = "",
 ) -> None:
-    """Show what each stage is worth: run all stages, each left out, each alone, and none."""
+    """Show what each stage is worth.
+
+    Runs all stages, each left out, each alone, and none.
+    """
     from pipeline.ablation import ablation
 
     run_command(ablation(build(recipe or None, flags, skip)), out, jobs, ray, store, track)

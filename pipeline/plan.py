@@ -20,6 +20,7 @@ _BASE_BYTES = 850 * 2**20
 _TRAINER_BYTES = 220 * 2**20
 _SPILL_BYTES = 64 * 2**20  # Runtime.spill_bytes
 _CHUNK_TOKENS = 4096  # Runtime.chunk_tokens
+_REFINE_TOKENS = 1024  # stages.refine.REFINE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,13 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
         biggest = max(x.weights for b in before.blocks for x in b.linears)
         # Hessians, their factor in float64, and a layer's weights in several float32 copies.
         at_block += sum(2 * n * n * 4 for n in inputs) + 3 * widest * widest * 8 + 8 * biggest * 4
+        if stage == "gptq" and options.effort == "high":
+            # Afterwards all layers of a block at once: positions, gradients, Adam's two moments, levels, weights and
+            # a float32 copy in passing, codes and mask; what one step's tokens leave for the gradient; and the states
+            # of the dense blocks' walk.
+            live = max(min(tokens, _REFINE_TOKENS), options.length)
+            tuned = 3 * block + (7 * 4 + 2 + 2) * block // 2 + live * (14 * hidden + 6 * inner) * 4 + 2 * states
+            at_block = max(at_block + states, tuned)
     return int(_BASE_BYTES + max(at_block, at_ends))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.headers import read_header
 from checkpoints.manifest import Manifest
 from checkpoints.runtime import Runtime
@@ -18,6 +20,8 @@ from checkpoints.tokens import TokenBatches
 from checkpoints.verify import verify
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
+from pipeline import plan as plan_module
+from pipeline.plan import forecast_memory
 from stages import gptq, refine
 from stages.options import Gptq
 from tests.stages.lora_help import Watcher
@@ -144,6 +148,28 @@ def test_the_mask_holds_and_verify_says_so(
             name = f"{linear.name}.weight"
             assert not after[name][before[name] == 0].any()
     assert any(line.startswith("2:4: ") for line in verify(result))
+
+
+# --- what is said before the run -----------------------------------------------------------------------------------
+
+
+def test_the_forecast_counts_what_tuning_holds_of_one_block() -> None:
+    shape = shape_from_config(PRESETS["llama-3.2-1b"])
+    effort = {e: forecast_memory("gptq", Gptq(effort=e), shape) for e in ("normal", "high")}
+    weights = sum(x.weights for x in shape.blocks[0].linears)
+    # position, gradient, two moments, level and weight in float32, and the block itself in 16 bit
+    assert effort["high"] > max(effort["normal"], (6 * 4 + 2) * weights)
+    assert effort["high"] < effort["normal"] + 48 * weights
+    deeper = replace(shape, blocks=shape.blocks * 3)
+    assert forecast_memory("gptq", Gptq(effort="high"), deeper) == effort["high"]
+    assert plan_module._REFINE_TOKENS == refine.REFINE_TOKENS
+
+
+def test_the_plan_says_that_it_takes_longer() -> None:
+    shape = shape_from_config(PRESETS["llama-3.2-1b"])
+    (remark,) = gptq.remarks(shape, Gptq(effort="high", effort_steps=40))
+    assert "40 gradient steps in each of 16 blocks" in remark
+    assert gptq.remarks(shape, Gptq()) == []
 
 
 # --- the dense blocks beside it ------------------------------------------------------------------------------------
