@@ -47,6 +47,8 @@ def test_operations_grow_with_what_they_are_made_of() -> None:
     # two passes over the blocks' linear layers, by the parameters of the shape itself
     weights = sum(x.weights for b in SHAPE.blocks for x in b.linears)
     assert operations("wanda", samples=4, length=100) == 2 * 400 * weights
+    assert operations("wanda", method="magnitude") < operations("wanda") < operations("wanda", method="sparsegpt")
+    assert operations("wanda", method="sparsegpt") == operations("gptq")
 
 
 def test_plan_of_a_sweep_needs_no_weights(compress: Callable[..., Any]) -> None:
