@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import PlanError, TextError
+from checkpoints.kv_format import KVFormat
 from eval.answer_file import AnswerFile
 from eval.settings import Settings
 from eval.subject import Subject
@@ -58,7 +59,8 @@ def answer_all(
     """
     prompts = [_as_given(subject, question, settings.chat) for question in questions]
     _require_distinct(questions)
-    how = {"new_tokens": settings.new_tokens, "chat": settings.chat, "dtype": subject.dtype} | (key or {})
+    how = {"new_tokens": settings.new_tokens, "chat": settings.chat, "dtype": subject.dtype}
+    how |= settings.kv.key() | (key or {})
     path = Path(settings.answers) / subject.label / f"{task}.jsonl" if settings.answers else None
     kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how) if path else None
     rows: dict[str, dict[str, Any]] = {}
@@ -92,9 +94,13 @@ def end_tokens(subject: Subject) -> list[int]:
 
 
 @torch.no_grad()
-def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+def greedy(
+    subject: Subject, prompts: Sequence[list[int]], new_tokens: int, kv: KVFormat = KVFormat()
+) -> list[list[int]]:
     """The new tokens of each prompt, computed as one batch; the end mark is left off."""
     from transformers import GenerationConfig
+
+    from eval.kv_cache import on_model
 
     ends = end_tokens(subject)
     ids, mask = padded_left(prompts)
@@ -109,7 +115,11 @@ def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int) -> l
         eos_token_id=ends or None,
     )
     device = subject.runtime.device
-    output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=how)
+    padding = ids.shape[1] - mask.sum(dim=1)
+    with on_model(model, subject.checkpoint.shape, kv, padding) as cache:
+        output = model.generate(
+            ids.to(device), attention_mask=mask.to(device), generation_config=how, past_key_values=cache
+        )
     rows = output[:, ids.shape[1] :].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
@@ -188,7 +198,7 @@ def _batches(subject: Subject, todo: Sequence[tuple[Question, str]], settings: S
 def _answered(subject: Subject, batch: list[_Asked], settings: Settings, grade: Grade | None) -> list[dict[str, Any]]:
     """The batch's lines of the answer file."""
     began = time.perf_counter()
-    replies = greedy(subject, [ids for _, _, ids in batch], settings.new_tokens)
+    replies = greedy(subject, [ids for _, _, ids in batch], settings.new_tokens, settings.kv)
     seconds = (time.perf_counter() - began) / len(batch)
     rows = []
     for (question, prompt, _), reply in zip(batch, replies, strict=True):
