@@ -140,14 +140,15 @@ class CompressedLayer(CacheLayerMixin):
     def _append(self, key: Tensor, value: Tensor) -> None:
         place = self._seen - self._padding  # of the new token
         inside = place - self._form.sinks - self._finished * GROUP
-        slot = torch.where(place < self._form.sinks, place, self._form.sinks + inside).view(-1, 1, 1, 1)
+        slot = torch.where(place < self._form.sinks, place, self._form.sinks + inside)
+        slot = slot.clamp(min=0).view(-1, 1, 1, 1)  # what is padding will be overwritten by the first token
         self.keys.scatter_(2, slot.expand_as(key), key)
         self.values.scatter_(2, slot.expand_as(value), value)
         self._seen += 1
 
     def _kept(self, tokens: Tensor) -> Tensor:
         """How many of a sequence's tokens its newest one sees."""
-        return tokens.clamp(max=self._window + self._form.sinks)
+        return tokens.clamp(1, self._window + self._form.sinks)
 
     def _visible(self) -> Tensor:
         """Places (b, K) of the tokens that the newest one sees, in order, at the right; negative at the left."""
