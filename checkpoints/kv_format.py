@@ -108,6 +108,9 @@ class KVFormat:
         return heads * (codes + key_grids + value_grids) // 8
 
 
+PLAIN = KVFormat()
+
+
 def value_group(head_dim: int) -> int:
     """Channels of a value that share a scale: the largest divisor of the head's width up to 32."""
     return next(size for size in range(min(GROUP, head_dim), 0, -1) if head_dim % size == 0)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import PlanError, TextError
-from checkpoints.kv_format import KVFormat
+from checkpoints.kv_format import PLAIN, KVFormat
 from eval.answer_file import AnswerFile
 from eval.settings import Settings
 from eval.subject import Subject
@@ -94,9 +94,7 @@ def end_tokens(subject: Subject) -> list[int]:
 
 
 @torch.no_grad()
-def greedy(
-    subject: Subject, prompts: Sequence[list[int]], new_tokens: int, kv: KVFormat = KVFormat()
-) -> list[list[int]]:
+def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int, kv: KVFormat = PLAIN) -> list[list[int]]:
     """The new tokens of each prompt, computed as one batch; the end mark is left off."""
     from transformers import GenerationConfig
 

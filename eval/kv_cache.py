@@ -65,9 +65,10 @@ def on_model(model: PreTrainedModel, shape: ModelShape, form: KVFormat, padding:
 
 @contextmanager
 def on_block(block: nn.Module, index: int, config: PreTrainedConfig, form: KVFormat) -> Iterator[None]:
-    """Every forward pass of this block, from a sequence's first token on, sees its keys and values as `form` keeps them.
+    """Every forward pass of this block sees keys and values as `form` keeps them.
 
-    Sequences may be padded on the right, where no token sees it.
+    Each pass is one of whole sequences, from their first token on; they may be padded on the right, where no token
+    sees it.
     """
     if form.plain:
         yield
@@ -108,4 +109,3 @@ def _widening(layer: CompressedLayer) -> Any:
 def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     states: Tensor = args[0] if args else kwargs["hidden_states"]
     return states
-

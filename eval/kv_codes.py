@@ -23,7 +23,11 @@ def encode_keys(keys: Tensor, bits: int) -> Stored:
 
 def encode_values(values: Tensor, bits: int) -> Stored:
     """values (b, heads, groups, tokens, head_dim): a grid for each token and up to 32 of its channels."""
-    return _encode(values.unflatten(-1, (-1, value_group(values.shape[-1]))).flatten(3, 4), bits) if bits < 16 else (values,)
+    return (
+        _encode(values.unflatten(-1, (-1, value_group(values.shape[-1]))).flatten(3, 4), bits)
+        if bits < 16
+        else (values,)
+    )
 
 
 def decode_keys(stored: Stored, bits: int, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
-from checkpoints.kv_format import KVFormat
+from checkpoints.kv_format import PLAIN, KVFormat
 from checkpoints.runtime import Runtime
 from checkpoints.walk import BlockVisit, Walk
 from eval.disturb import Disturbance
@@ -84,7 +84,7 @@ def measure(
     protocol: Protocol,
     runtime: Runtime,
     disturbance: Disturbance | None = None,
-    kv: KVFormat = KVFormat(),
+    kv: KVFormat = PLAIN,
 ) -> Perplexity:
     """exp of the mean negative log-likelihood of each token given those before it in its window or row.
 
@@ -97,7 +97,7 @@ def measure(
 
 
 def summarise(
-    passages: Sequence[Passage], text: Text, protocol: Protocol, runtime: Runtime, kv: KVFormat = KVFormat()
+    passages: Sequence[Passage], text: Text, protocol: Protocol, runtime: Runtime, kv: KVFormat = PLAIN
 ) -> Perplexity:
     nll, scored = math.fsum(p.nll for p in passages), sum(p.scored for p in passages)
     return Perplexity(
@@ -117,7 +117,7 @@ def measure_passages(
     protocol: Protocol,
     runtime: Runtime,
     disturbance: Disturbance | None = None,
-    kv: KVFormat = KVFormat(),
+    kv: KVFormat = PLAIN,
 ) -> list[Passage]:
     """Each window or row by itself, in the text's order."""
     tokenizer = checkpoint.tokenizer()
@@ -151,7 +151,7 @@ def negative_log_likelihoods(
     batches: list[_Batch],
     runtime: Runtime,
     disturbance: Disturbance | None = None,
-    kv: KVFormat = KVFormat(),
+    kv: KVFormat = PLAIN,
 ) -> list[list[tuple[float, int]]]:
     """Of each sequence of each batch: nats summed over its predicted tokens, and how many they are."""
     walk = Walk(checkpoint, [b.ids for b in batches], runtime, last_outputs=True, task="perplexity")

@@ -47,7 +47,9 @@ def test_capacity_is_the_most_ever_held(form: KVFormat) -> None:
 
 def test_eviction_bounds_the_bytes() -> None:
     form = KVFormat(4, 64, 4)
-    assert form.capacity_bytes(10_000, 3, 64) == form.capacity_bytes(300, 3, 64) < KVFormat(4).capacity_bytes(300, 3, 64)
+    assert (
+        form.capacity_bytes(10_000, 3, 64) == form.capacity_bytes(300, 3, 64) < KVFormat(4).capacity_bytes(300, 3, 64)
+    )
 
 
 def test_a_layer_with_a_window_of_its_own_holds_no_more() -> None:

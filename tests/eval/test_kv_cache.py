@@ -106,7 +106,9 @@ def test_attention_is_that_over_each_tokens_own_keys(form: KVFormat, at_once: in
     mask = layer.mask(base, states)
     float_base = torch.zeros(base.shape).masked_fill(~base, torch.finfo(torch.float32).min)
     assert torch.equal(layer.mask(float_base, states) == 0, mask)
-    outputs = [F.scaled_dot_product_attention(q[:, :, :at_once], *layer.update(k[:, :, :at_once], v[:, :, :at_once]), mask)]
+    outputs = [
+        F.scaled_dot_product_attention(q[:, :, :at_once], *layer.update(k[:, :, :at_once], v[:, :, :at_once]), mask)
+    ]
     for t in range(at_once, length):
         held, offset = layer.get_mask_sizes(1)
         keys, values = layer.update(k[:, :, t : t + 1], v[:, :, t : t + 1])

@@ -31,8 +31,8 @@ def test_keys_share_a_grid_by_channel_and_values_by_token(bits: int) -> None:
             row = x[b, h, g, :, channel].tolist()
             torch.testing.assert_close(keys[b, h, g, :, channel], torch.tensor(brute(row, bits)), rtol=1e-5, atol=1e-5)
         for token in (0, 31):
-            halves = [brute(x[b, h, g, token, start : start + 24].tolist(), bits) for start in (0, 24)]
-            torch.testing.assert_close(values[b, h, g, token], torch.tensor(sum(halves, [])), rtol=1e-5, atol=1e-5)
+            first, second = (brute(half.tolist(), bits) for half in x[b, h, g, token].split(24))
+            torch.testing.assert_close(values[b, h, g, token], torch.tensor(first + second), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
