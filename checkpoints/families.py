@@ -47,10 +47,10 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
             f"known are {', '.join(known_families())}. Give a folder that holds the weights as well."
         )
     traits = _FAMILIES[family]
+    bare = config.get("vocab_size") == 0  # blocks alone, between states instead of tokens: no embedding, no head
+    wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     missing = [
-        key
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-        if not isinstance(config.get(key), int) or config[key] <= 0
+        key for key in (wanted[:-1] if bare else wanted) if not isinstance(config.get(key), int) or config[key] <= 0
     ]
     if missing:
         raise PlanError(f"config.json lacks a positive whole number for {', '.join(missing)}")
@@ -90,11 +90,10 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         others += [TensorShape(f"self_attn.{name}.weight", (head_dim,), dtype) for name in ("q_norm", "k_norm")]
     block = BlockShape(linears, tuple(others))
 
-    outer = [
-        TensorShape("model.embed_tokens.weight", (config["vocab_size"], hidden), dtype),
-        TensorShape("model.norm.weight", (hidden,), dtype),
-    ]
-    if not config.get("tie_word_embeddings", bool(traits.get("tied"))):
+    outer = [TensorShape("model.norm.weight", (hidden,), dtype)]
+    if not bare:
+        outer.insert(0, TensorShape("model.embed_tokens.weight", (config["vocab_size"], hidden), dtype))
+    if not bare and not config.get("tie_word_embeddings", bool(traits.get("tied"))):
         outer.append(TensorShape("lm_head.weight", (config["vocab_size"], hidden), dtype))
     return ModelShape(family, dict(config), (block,) * config["num_hidden_layers"], tuple(outer))
 
@@ -117,11 +116,14 @@ def _llama(
 
 
 # Configurations as published with the models: meta-llama/Llama-3.2-1B, HuggingFaceTB/SmolLM2-135M,
-# karpathy/tinyllamas. Enough to plan without downloading anything.
+# karpathy/tinyllamas; microllama is the blocks of Deeploy's test model (DeeployTest/Tests/Models/microLlama), which
+# has neither embedding nor head. Enough to plan without downloading anything.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, max_position_embeddings=131072),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=131072, tie_word_embeddings=False),
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, max_position_embeddings=8192),
     "stories15m": _llama(288, 768, 6, 6, 6, 32000, max_position_embeddings=256, dtype="float32"),
     "stories260k": _llama(64, 172, 5, 8, 4, 512, max_position_embeddings=512, dtype="float32"),
+    "microllama": _llama(64, 256, 8, 16, 16, 0, max_position_embeddings=256, dtype="float32"),
 }
+PRESETS["llama-3.2-1b-instruct"] = PRESETS["llama-3.2-1b"]  # the same shape with other weights

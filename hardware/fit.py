@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoints.errors import PlanError
 from checkpoints.reshape import with_blocks, with_grid, with_pattern, with_vocabulary
-from checkpoints.shape import ModelShape, parse_sparsity
+from checkpoints.shape import ModelShape, Pattern, parse_sparsity
 from hardware.check import check
 from hardware.soc import Soc
 from hardware.verdict import Verdict
@@ -52,7 +52,7 @@ class Candidate:
     @property
     def over_bytes(self) -> int:
         """What lacks in all memories of the chip together."""
-        return sum(max(0, u.used_bytes - u.capacity_bytes) for u in self.verdict.memories if u.role != "off_chip")
+        return sum(max(0, -u.headroom_bytes) for u in self.verdict.memories if u.role != "off_chip")
 
     @property
     def weight_bytes(self) -> int:
@@ -121,8 +121,8 @@ def search(
     sizes = sorted({size for size in vocabularies if size < shape.vocabulary} | {shape.vocabulary}, reverse=True)
     plain = Quantisation()
     ways = [(plain, "none"), *((q, "none") for q in search_.possible(QUANTISATIONS))]
-    helping = [p for p in patterns if search_.saves(p)]
-    ways += [(q, p) for p in helping for q, _ in ways[: len(ways)]]
+    helping = [(q, p) for p in patterns for q, _ in ways if search_.saves(p, q)]
+    ways += helping
     start = Settings(shape.vocabulary)
     ways.sort(key=lambda way: loss(replace(start, quantisation=way[0], pattern=way[1]))[0])
     fitting: list[Candidate] = []
@@ -194,10 +194,13 @@ class _Search:
                 kept.append(replace(way, group=grid.group))
         return kept
 
-    def saves(self, pattern: str) -> bool:
-        """Whether this chip needs less room for the weights with the pattern."""
-        try:
-            with_zeros = self.judge(Settings(self.shape.vocabulary, pattern=pattern))
-        except PlanError:
+    def saves(self, pattern: str, quantisation: Quantisation) -> bool:
+        """Whether the layers can take the pattern and this chip needs less room with it.
+
+        At few bits the index of the zeros can take more than the zeros themselves.
+        """
+        n_of_m = parse_sparsity(pattern)
+        if isinstance(n_of_m, Pattern) and any(x.in_features % n_of_m.of for b in self.shape.blocks for x in b.linears):
             return False
-        return with_zeros.weight_bytes < self.judge(Settings(self.shape.vocabulary)).weight_bytes
+        plain = Settings(self.shape.vocabulary, quantisation=quantisation)
+        return self.judge(replace(plain, pattern=pattern)).weight_bytes < self.judge(plain).weight_bytes

@@ -1,39 +1,67 @@
-"""Bytes a model needs on a chip: weights, KV cache, activations, and the working set of each layer.
+"""Bytes of a model's parameters, tensor by tensor: in its files, in its packed image, and as a chip stores them.
 
 Arithmetic on a ModelShape; no weights are read. All sizes are in bytes, all widths in bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 
-from checkpoints.packed_sizes import is_head, packed_bits, value_bits
-from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape
+from checkpoints.packed_sizes import block_records, groups_in_order, outer_records, packed_bits
+from checkpoints.packed_sizes import is_head as is_head  # what follows the order of computing asks for it here
+from checkpoints.shape import DTYPE_BYTES, BlockShape, LinearShape, ModelShape, TensorShape
+from hardware.attention import window_of
+from hardware.soc import Layout
 
 SCALE_BITS = 16  # scales, and the row minimum of a packed embedding, are float16 in the checkpoints
 
+# Codes without gaps, scales and zero points as the checkpoint has them, zeros in full: what `weight_bytes` counts
+# without a chip.
+PLAIN = Layout("plain", "this project", None, 1, 1, SCALE_BITS, "group", zero_points=True, patterns=False)
+PACKED = replace(PLAIN, name="packed", patterns=True)
 
-# --- weights ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """One matrix or vector with all that belongs to it: scales, zero points, bias."""
+
+    name: str  # in full, without `.weight`: model.layers.0.self_attn.q_proj
+    part: str  # a field of WeightBytes
+    block: int | None
+    shape: tuple[int, ...]
+    bits: int  # of one weight
+    file_bytes: int  # in the checkpoint's safetensors files, group index and 16-bit copies included
+    packed_bytes: int  # in the image of `compress pack`
+    codes: int  # on the chip, as are the next two
+    scales: int  # with zero points
+    bias: int
+    row_read: int | None = None  # bytes that a token reads of it; None: all of it
+
+    @property
+    def chip_bytes(self) -> int:
+        """What it takes in the chip's weight memory."""
+        return self.codes + self.scales + self.bias
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's parameters, codes packed without gaps at their own width.
+    """Bytes of a model's parameters by part.
 
-    A GPTQ file's `g_idx` is left out: groups lie in storage order, so a chip needs no index of them. A
-    symmetric grid has no zero points either: they are all the middle code. Scales are float16, as the checkpoint
-    stores them; an engine with wider ones (N-EUREKA: 8 or 32 bit) needs them converted.
+    A GPTQ file's `g_idx` counts only where its groups do not lie in storage order (desc_act), packed, with the
+    scales. A symmetric grid has no zero points: they are all the middle code.
     """
 
-    block_codes: int
-    scales_and_zeros: int
-    dense_linears: int
-    adapters: int
-    embedding: int  # also the head, if the two are tied
-    head: int
-    norms: int
-    biases: int
+    block_codes: int = 0
+    scales_and_zeros: int = 0
+    dense_linears: int = 0
+    adapters: int = 0
+    embedding: int = 0  # also the head, if the two are tied
+    head: int = 0
+    norms: int = 0
+    biases: int = 0
 
     @property
     def total(self) -> int:
@@ -45,223 +73,184 @@ class WeightBytes:
         return {name.replace("_", " "): size for name, size in asdict(self).items() if size}
 
 
-def weight_bytes(shape: ModelShape, *, packed: bool = False) -> WeightBytes:
-    """Bytes of each part of the model.
-
-    With `packed`, a layer with an N:M pattern counts its kept values and their index alone (`packed_bits`);
-    that is what a kernel which unpacks them would need. Without, zeros take the room of any weight.
-    """
-    codes = scales = dense = adapters = norms = biases = 0
-    for block in shape.blocks:
-        for linear in block.linears:
-            stored = _bytes(packed_bits(linear) if packed else linear.weights * value_bits(linear))
-            if linear.grid is None:
-                dense += stored
-            else:
-                codes += stored
-                scales += _bytes(linear.out_features * _scale_bits(linear))
-            biases += linear.bias * linear.out_features * DTYPE_BYTES[linear.dtype]
-            adapters += linear.adapter_bytes
-        for tensor in block.others:
-            if tensor.name.endswith(".bias"):
-                biases += tensor.nbytes
-            else:
-                norms += tensor.nbytes
-    embedding = head = 0
-    for tensor in shape.outer:
-        if len(tensor.shape) == 2:
-            base = tensor.name.removesuffix(".weight")
-            packed_copy = [t for t in shape.edge_tensors() if t.name.rpartition(".")[0] == base]
-            size = sum(t.nbytes for t in packed_copy or [tensor])
-            if is_head(tensor.name):
-                head += size
-            else:
-                embedding += size
-        elif tensor.name.endswith(".bias"):
-            biases += tensor.nbytes
-        else:
-            norms += tensor.nbytes
-    return WeightBytes(codes, scales, dense, adapters, embedding, head, norms, biases)
+PARTS = tuple(field.name for field in fields(WeightBytes))
 
 
-def slotted_bytes(shape: ModelShape, slot_bits: int, input_block: int) -> int:
-    """Bytes of the blocks' quantised linears when every weight of up to `slot_bits` bits takes a full slot.
+def weight_bytes(shape: ModelShape, layout: Layout = PLAIN) -> WeightBytes:
+    """Bytes of each part of the model as a chip with this layout stores them."""
+    sums = dict.fromkeys(PARTS, 0)
+    ordered = groups_in_order(shape)
+    for block, count in _distinct(shape):
+        for part, size in _block_parts(block, layout, ordered):
+            sums[part] += count * size
+    for tensor in outer_table(shape, layout):
+        for part, size in chip_parts(tensor):
+            sums[part] += size
+    return WeightBytes(**sums)
 
-    N-EUREKA's 1x1 mode: (out, ceil(in / 32), 32 B), pulp-nnx `NeurekaWeight.encode`. Wider codes keep their width.
-    """
-    total = 0
-    for block in shape.blocks:
-        for x in block.linears:
-            if x.grid is not None:
-                padded = -(-x.in_features // input_block) * input_block
-                total += _bytes(x.out_features * padded * max(slot_bits, x.grid.bits))
-    return total
+
+def chip_parts(tensor: TensorBytes) -> Iterator[tuple[str, int]]:
+    """The tensor's bytes on the chip by part, empty ones left out."""
+    # The scales of an embedding count with it, as they do in the packed image.
+    scales = "scales_and_zeros" if tensor.part == "block_codes" else tensor.part
+    for part, size in ((tensor.part, tensor.codes), (scales, tensor.scales), ("biases", tensor.bias)):
+        if size:
+            yield part, size
 
 
-# --- KV cache and activations ----------------------------------------------------------------------------------
+def tensor_table(shape: ModelShape, layout: Layout = PLAIN) -> list[TensorBytes]:
+    """Every matrix and vector of the model in the order of computing, embedding first and head last."""
+    outer = outer_table(shape, layout)
+    first = [t for t in outer if t.part == "embedding"]
+    rows, ordered = [], groups_in_order(shape)
+    for index, block in enumerate(shape.blocks):
+        prefix = f"{shape.block_prefix}.{index}"
+        rows += [replace(t, name=f"{prefix}.{t.name}", block=index) for t in _block_table(block, layout, ordered)]
+    return [*first, *rows, *(t for t in outer if t.part != "embedding")]
 
 
 def kv_cache_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
-    """Keys and values of `context` tokens in every block, without scales.
+    """Keys and values of `context` tokens in every block, no more than a sliding window; scales are not counted."""
+    return sum(kv_block_bytes(shape, index, context, kv_bits) for index in range(len(shape.blocks)))
 
-    For families with a sliding window an upper bound: every block is counted with the full context.
+
+def kv_block_bytes(shape: ModelShape, block: int, context: int, kv_bits: int) -> int:
+    """Keys and values of one block."""
+    held = min(context, window_of(shape, block) or context)
+    return _bytes(2 * shape.kv_heads * shape.head_dim * held * kv_bits)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------
+
+
+def _distinct(shape: ModelShape) -> list[tuple[BlockShape, int]]:
+    """Blocks that differ, with how often each occurs; most models have one."""
+    shape = shared_blocks(shape)
+    blocks = {id(block): block for block in shape.blocks}
+    counted = Counter(map(id, shape.blocks))
+    return [(blocks[key], count) for key, count in counted.items()]
+
+
+def shared_blocks(shape: ModelShape) -> ModelShape:
+    """The same shape with equal blocks as one object, so that they can be told apart by identity.
+
+    Hashing a model's hundreds of layers takes longer than all the arithmetic on one block.
     """
-    return _bytes(2 * len(shape.blocks) * shape.kv_heads * shape.head_dim * context * kv_bits)
+    own = {id(block): block for block in shape.blocks}
+    if len(own) == 1:
+        return shape
+    first: dict[BlockShape, BlockShape] = {}
+    to_first = {key: first.setdefault(block, block) for key, block in own.items()}
+    return replace(shape, blocks=tuple(to_first[id(block)] for block in shape.blocks))
 
 
-@dataclass(frozen=True)
-class Operator:
-    """One step of a block: the tensors it reads and the tensors it writes, by name."""
-
-    name: str
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-
-
-# The order in which a block computes. Rotary embedding, softmax, activation, gate x up and residual additions
-# work in place: each output element needs one row or one element of its own size. Keys and values leave for
-# the KV cache, which is counted apart. Norms on a branch (Gemma, Qwen 3) are in place too. A fused qkv or gate_up
-# projection writes the same bytes at once that the separate ones leave behind.
-_BLOCK = (
-    Operator("input norm", ("residual",), ("normed",)),
-    Operator("query", ("normed",), ("q",)),
-    Operator("key", ("normed",), ("k",)),
-    Operator("value", ("normed",), ("v",)),
-    Operator("append to KV cache", ("k", "v"), ()),
-    Operator("scores and softmax", ("q",), ("scores",)),
-    Operator("weighted values", ("scores",), ("mixed",)),
-    Operator("attention output", ("mixed",), ("attended",)),
-    Operator("first residual", ("residual", "attended"), ("residual",)),
-    Operator("second norm", ("residual",), ("normed2",)),
-    Operator("gate", ("normed2",), ("gated",)),
-    Operator("up", ("normed2",), ("upped",)),
-    Operator("gate x up", ("gated", "upped"), ("gated",)),
-    Operator("down", ("gated",), ("mlp",)),
-    Operator("second residual", ("residual", "mlp"), ("residual",)),
-)
-# After the last block, for the one token whose successor is wanted.
-_HEAD = (Operator("last norm", ("residual",), ("normed",)), Operator("head", ("normed",), ("logits",)))
+@lru_cache(maxsize=1024)
+def _block_table(block: BlockShape, layout: Layout, ordered: bool) -> tuple[TensorBytes, ...]:
+    """One block's tensors, by names relative to it."""
+    parts = {record.name: dict(record.parts) for record in block_records(block, ordered)}
+    packed = {name: sum(sizes.values()) for name, sizes in parts.items()}
+    rows = []
+    for x in block.linears:
+        bias = x.bias * x.out_features * DTYPE_BYTES[x.dtype]
+        codes, scales = map(_bytes, _linear_bits(x, layout))
+        scales += parts[x.name].get("order", 0)
+        file_bytes = sum(t.nbytes for t in x.stored())
+        size = (x.out_features, x.in_features)
+        part = "dense_linears" if x.grid is None else "block_codes"
+        packed_size = packed[x.name] + packed.get(f"{x.name}.bias", 0)
+        row = TensorBytes(x.name, part, None, size, _width(x), file_bytes, packed_size, codes, scales, bias)
+        rows += [row, *_adapter(x)]
+    rows += [_plain(t, "biases" if t.name.endswith(".bias") else "norms") for t in block.others]
+    return tuple(rows)
 
 
-@dataclass(frozen=True)
-class Peak:
-    """The most bytes of activations alive at once, the operator at which, and what is alive there."""
-
-    nbytes: int
-    operator: str
-    alive: tuple[str, ...]
+@lru_cache(maxsize=1024)
+def _block_parts(block: BlockShape, layout: Layout, ordered: bool) -> tuple[tuple[str, int], ...]:
+    return tuple(part for tensor in _block_table(block, layout, ordered) for part in chip_parts(tensor))
 
 
-def activation_peak(shape: ModelShape, tokens: int, context: int, activation_bits: int) -> Peak:
-    """Peak of the activations while `tokens` new tokens pass through the model with `context` tokens in view.
+def _linear_bits(x: LinearShape, layout: Layout) -> tuple[int, int]:
+    """Bits of the codes and of scales with zero points, as the layout stores them.
 
-    tokens 1 is a step of decoding, tokens = context prefill in one go, anything between a prefill in chunks.
-    Scores are held whole, heads x tokens x context, at the width of the other activations.
+    A dense layer has no codes to put in slots: it keeps its width and shape.
     """
-    hidden, inner = shape.hidden_size, shape.number("intermediate_size")
-    attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    widths = {"q": attention, "k": kv, "v": kv, "mixed": attention, "gated": inner, "upped": inner}
-    sizes = {name: width * tokens for name, width in widths.items()}
-    sizes |= dict.fromkeys(("residual", "normed", "attended", "normed2", "mlp"), hidden * tokens)
-    sizes["scores"] = shape.heads * tokens * context
-    block = peak_alive(_BLOCK, sizes, "residual")
-    head = peak_alive(_HEAD, {"residual": hidden * tokens, "normed": hidden, "logits": shape.vocabulary}, "logits")
-    elements, operator, alive = max(block, head, key=lambda peak: peak[0])
-    return Peak(_bytes(elements * activation_bits), operator, alive)
+    dense = x.weights * _width(x)
+    if x.grid is None:
+        return (min(dense, packed_bits(x)) if layout.patterns else dense), 0
+    scale = layout.scale_bits + (x.grid.bits if layout.zero_points and not x.grid.symmetric else 0)
+    groups = x.grid.groups(x.in_features) if layout.scale_per == "group" else 1
+    codes = _slotted(x.out_features, x.in_features, x.grid.bits, layout)
+    if layout.patterns and layout.slot_bits is None:
+        codes = min(codes, packed_bits(x))
+    return codes, x.out_features * groups * scale
 
 
-def peak_alive(
-    operators: Sequence[Operator], sizes: Mapping[str, int], result: str
-) -> tuple[int, str, tuple[str, ...]]:
-    """Elements alive at the fullest operator, that operator's name, and what is alive there.
-
-    Alive at an operator are its reads, its writes, and every tensor written before (or given at the start)
-    that is read later without being written anew first; `result` is read by whoever comes next.
-    """
-    needed = {result}
-    fullest: tuple[int, str, tuple[str, ...]] = (0, "", ())
-    for operator in reversed(operators):
-        alive = needed | set(operator.reads) | set(operator.writes)
-        size = sum(sizes[name] for name in alive)
-        if size >= fullest[0]:  # of equals the first in the order of computing
-            fullest = (size, operator.name, tuple(sorted(alive, key=lambda name: (-sizes[name], name))))
-        needed = (needed - set(operator.writes)) | set(operator.reads)
-    return fullest
+def _slotted(rows: int, columns: int, bits: int, layout: Layout) -> int:
+    rows = -(-rows // layout.output_block) * layout.output_block
+    columns = -(-columns // layout.input_block) * layout.input_block
+    return rows * columns * max(layout.slot_bits or 0, bits)
 
 
-# --- the working set of one layer ------------------------------------------------------------------------------
+def _adapter(x: LinearShape) -> Iterator[TensorBytes]:
+    """A and B; rounded to 8-bit codes the chip holds those, beside which the files keep their 16-bit copies."""
+    for t in x.adapter():
+        row = _plain(t, "adapters")
+        if x.adapter_packed:
+            own = {p.name.rpartition(".")[2]: p.nbytes for p in x.packed_adapter() if p.name.startswith(f"{row.name}.")}
+            codes, scales = own["codes"], own["scales"]
+            row = replace(
+                row,
+                bits=8,
+                file_bytes=t.nbytes + codes + scales,
+                packed_bytes=codes + scales,
+                codes=codes,
+                scales=scales,
+            )
+        yield row
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A matrix as the tiler sees it: a tile is some of its output rows over the full input width."""
-
-    name: str
-    out_features: int
-    in_features: int
-    row_bits: int  # weights of one row with its scales, zero points and bias
-    repeats: int = 1  # how many blocks have this very layer
-
-    def working_set(self, rows: int, buffers: int, activation_bits: int) -> dict[str, int]:
-        """Bytes by part while a tile of `rows` outputs is computed for one token.
-
-        The input vector stays; weights (with scales, zero points, bias) and outputs stream, so both have
-        `buffers` tiles: Deeploy's DBTiler, sum of size x buffers <= level size.
-        """
-        rows = min(rows, self.out_features)
-        return {
-            "input vector": _bytes(self.in_features * activation_bits),
-            "weight tiles": buffers * _bytes(rows * self.row_bits),
-            "output tiles": buffers * _bytes(rows * activation_bits),
-        }
-
-    def largest_tile(self, working_bytes: int, step: int, buffers: int, activation_bits: int) -> int:
-        """The most output rows, a multiple of `step` or the whole layer, that fit; 0 if not even `step` do."""
-        most = 0
-        for rows in range(step, self.out_features + step, step):
-            if sum(self.working_set(rows, buffers, activation_bits).values()) > working_bytes:
-                break
-            most = min(rows, self.out_features)
-        return most
+def _plain(t: TensorShape, part: str) -> TensorBytes:
+    name, bits = t.name.removesuffix(".weight"), DTYPE_BYTES[t.dtype] * 8
+    return TensorBytes(name, part, None, t.shape, bits, t.nbytes, t.nbytes, t.nbytes, 0, 0)
 
 
-def layers(shape: ModelShape) -> list[Layer]:
-    """Every distinct matrix product of the model: the blocks' linears, their adapters, the head."""
-    counted: dict[Layer, int] = {}
-    for block in shape.blocks:
-        for linear in block.linears:
-            for layer in _linear_layers(linear):
-                counted[layer] = counted.get(layer, 0) + 1
-    found = [Layer(x.name, x.out_features, x.in_features, x.row_bits, repeats) for x, repeats in counted.items()]
-    matrices = [t for t in shape.outer if len(t.shape) == 2]
-    for tensor in [t for t in matrices if is_head(t.name)] or matrices[:1]:  # tied: the embedding is the head
-        rows, columns = tensor.shape
-        bits = shape.embedding_bits
-        row_bits = columns * DTYPE_BYTES[tensor.dtype] * 8 if bits is None else columns * bits + 2 * SCALE_BITS
-        tied = "" if is_head(tensor.name) else " as head"
-        found.append(Layer(_last(tensor.name.removesuffix(".weight")) + tied, rows, columns, row_bits))
-    return found
+# --- embedding, head, last norm --------------------------------------------------------------------------------
 
 
-def _linear_layers(x: LinearShape) -> Iterator[Layer]:
-    scale_bits = 0 if x.grid is None else _scale_bits(x)
-    bias_bits = x.bias * DTYPE_BYTES[x.dtype] * 8
-    yield Layer(x.name, x.out_features, x.in_features, x.in_features * value_bits(x) + scale_bits + bias_bits)
-    codes = (t for t in x.packed_adapter() if t.name.endswith(".codes"))  # two scales a rank are no row's
-    for tensor in codes if x.adapter_packed else x.adapter():
-        rows, columns = tensor.shape
-        yield Layer(tensor.name.rpartition(".")[0], rows, columns, columns * DTYPE_BYTES[tensor.dtype] * 8)
+def outer_table(shape: ModelShape, layout: Layout) -> list[TensorBytes]:
+    """What lies outside the blocks. A head, and an embedding tied to it, is a linear layer in the chip's layout."""
+    packed = {record.name: sum(size for _, size in record.parts) for record in outer_records(shape)}
+    untied = any(len(t.shape) == 2 and is_head(t.name) for t in shape.outer)
+    rows = []
+    for tensor in shape.outer:
+        if len(tensor.shape) != 2:
+            rows.append(_plain(tensor, "biases" if tensor.name.endswith(".bias") else "norms"))
+            continue
+        head = is_head(tensor.name)
+        row = _plain(tensor, "head" if head else "embedding")
+        copies = [t for t in shape.edge_tensors() if t.name.rpartition(".")[0] == row.name]
+        if copies and shape.embedding_bits:
+            row = replace(
+                row,
+                bits=shape.embedding_bits,
+                file_bytes=row.file_bytes + sum(t.nbytes for t in copies),
+                packed_bytes=sum(packed[t.name] for t in copies),
+                codes=_outer_codes(tensor, shape.embedding_bits, layout, multiplied=head or not untied),
+                scales=sum(t.nbytes for t in copies if not t.name.endswith(".codes")),
+            )
+        if not head and untied:
+            row = replace(row, row_read=-(-row.chip_bytes // tensor.shape[0]))
+        rows.append(row)
+    return rows
 
 
-def _scale_bits(linear: LinearShape) -> int:
-    """Bits of scales and zero points of one row."""
-    grid = linear.grid
-    assert grid is not None
-    return grid.groups(linear.in_features) * (SCALE_BITS + (0 if grid.symmetric else grid.bits))
+def _outer_codes(tensor: TensorShape, bits: int, layout: Layout, multiplied: bool) -> int:
+    rows, columns = tensor.shape
+    return _bytes(_slotted(rows, columns, bits, layout) if multiplied else rows * columns * bits)
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+def _width(linear: LinearShape) -> int:
+    return DTYPE_BYTES[linear.dtype] * 8 if linear.grid is None else linear.grid.bits
 
 
 def _bytes(bits: int) -> int:

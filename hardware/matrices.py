@@ -41,10 +41,10 @@ def linear_weights(prefix: str, x: LinearShape) -> Weights:
     return Weights(name, x.out_features, x.in_features, x.grid.bits, scales + bias, groups, not x.grid.symmetric)
 
 
-def adapter_weights(name: str, tensor: TensorShape) -> Weights:
-    """One of the two matrices of a low-rank adapter."""
+def adapter_weights(name: str, tensor: TensorShape, packed: bool = False) -> Weights:
+    """One of the two matrices of a low-rank adapter, or its 8-bit codes; their scale a rank is no row's."""
     rows, columns = tensor.shape
-    return Weights(name.removesuffix(".weight"), rows, columns, DTYPE_BYTES[tensor.dtype] * 8)
+    return Weights(name.removesuffix(".weight"), rows, columns, 8 if packed else DTYPE_BYTES[tensor.dtype] * 8)
 
 
 def norm_weights(name: str, tensor: TensorShape) -> Weights:

@@ -252,7 +252,7 @@ class _Pass:
         yield self._product(name, index, self.tokens, linear_weights(prefix, x), (source,), targets)
         if x.adapter_rank:
             low = self._buffer(f"{index}.{name}.lora", self.tokens * x.adapter_rank)
-            down, up = (adapter_weights(f"{prefix}.{t.name}", t) for t in x.adapter())
+            down, up = (adapter_weights(f"{prefix}.{t.name}", t, x.adapter_packed) for t in x.adapter())
             yield self._product(f"{name}.lora_A", index, self.tokens, down, (source,), (low,))
             yield self._product(f"{name}.lora_B", index, self.tokens, up, (low, *targets), targets)
 

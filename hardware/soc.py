@@ -1,14 +1,13 @@
-"""Chips as data: memories, roles and constants from a TOML file, every number with its unit and source.
+"""Chips as data: memories, engines, layout and constants of a System-on-Chip, every number with unit and source.
 
-The shipped files in `socs/` are examples to copy; `load_soc` takes a shipped name or a path. A bad file is
-told all of its faults at once.
+`load_soc` takes a shipped name (the files in `socs/`, whose format `socs/SCHEMA.md` documents) or the path of
+one's own. `hardware.soc_file` reads and checks the files.
 """
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,23 @@ SHIPPED = Path(__file__).parent / "socs"
 ROLES = ("weights", "tiles", "working", "staging", "off_chip")
 KINDS = ("stated", "derived", "assumed")
 CAPACITY_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+ENGINE_KINDS = ("accelerator", "cores")
+
+# What a LLaMA-like model computes: the kinds of `hardware.operators`, by which an engine lists what it runs.
+OPERATORS = (
+    "embedding",  # the row of a token
+    "linear",  # a product with weights
+    "scores",  # queries with the cached keys
+    "softmax",
+    "softcap",  # scores or logits capped by a tanh (Gemma 2)
+    "values",  # softmax with the cached values
+    "norm",
+    "rope",
+    "append",  # keys and values to the cache
+    "activation",
+    "multiply",
+    "add",
+)
 
 # Every constant a file may state, with the one unit it is read in. The first two shape the tiles of every
 # layer, so no chip can be judged without them.
@@ -28,10 +44,10 @@ CONSTANT_UNITS = {
     "weight_slot": "bit",
     "weight_input_block": "channels",
     "weight_bits": "bit",
-    "staging_reserved": "B",
     "kv_cache_copies": "copies",
     "clock": "Hz",
     "weight_link": "B/cycle",
+    "working_link": "B/cycle",
     "dma": "B/cycle",
     "off_chip_bandwidth": "B/s",
     "linear_block_cycles": "cycles",
@@ -47,14 +63,15 @@ CONSTANT_UNITS = {
     "cluster_efficiency": "fraction",
     "off_chip_energy": "pJ/B",
 }
-_COUNTS = {"channels", "buffers", "copies", "bit", "B"}  # units in which a fraction makes no sense
+LINKS = ("weight_link", "working_link", "dma", "off_chip_bandwidth")
+COUNTED_UNITS = {"channels", "buffers", "copies", "bit", "B"}  # units in which a fraction makes no sense
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A number with its unit, where it comes from, and how far it may be off (None: not known)."""
+    """A number with its unit, where it comes from, and how far it may be off (None: exact by its source)."""
 
-    value: float
+    value: float  # the default, between low and high
     unit: str
     kind: str  # one of KINDS
     source: str
@@ -70,32 +87,79 @@ class Memory:
     role: str
     capacity: Constant
     note: str = ""
+    reserved: Constant | None = None  # code, stacks and vectors: no tensor lies there
+    link: str = ""  # the constant that says how fast it is read, one of LINKS
+    latency: Constant | None = None  # cycles to the first byte
 
     @property
     def capacity_bytes(self) -> int:
         """Capacity in bytes, whatever unit the file states."""
-        return int(self.capacity.value * CAPACITY_UNITS[self.capacity.unit])
+        return _whole_bytes(self.capacity)
+
+    @property
+    def reserved_bytes(self) -> int:
+        return 0 if self.reserved is None else _whole_bytes(self.reserved)
 
 
 @dataclass(frozen=True)
-class Accelerator:
-    """The engine that multiplies matrices, and what it cannot use."""
+class Engine:
+    """Something that computes: the operators it runs, how fast, and what it cannot use."""
 
     name: str
+    kind: str  # one of ENGINE_KINDS
+    operators: tuple[str, ...]
     skips_zeros: bool  # False: a zero weight costs the bytes and cycles of any other
     group_scales: bool  # False: one scale an output channel, none for groups along the input
     source: str
+    throughput: Mapping[int, Constant] = field(default_factory=dict, hash=False)  # weight bits -> peak MAC/cycle
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of a linear layer lie in the weight memory."""
+
+    name: str
+    source: str
+    slot_bits: int | None  # every weight up to this width takes so many bits; None: its own width, no gaps
+    input_block: int  # the input width is padded to a multiple of it
+    output_block: int
+    scale_bits: int  # width of one scale
+    scale_per: str  # group: as many as the checkpoint has; channel: one a row, whatever the checkpoint has
+    zero_points: bool  # stored with the scales where a grid has them
+    patterns: bool  # an N:M layer may lie as kept values and their index, where that is smaller
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A choice or a number of the file that the user may change: `--set name=value`."""
+
+    name: str
+    about: str
+    value: str  # as it stands after the user's choice
+    choices: tuple[str, ...]  # empty: a number with a unit
+    default: str
+
+    def __str__(self) -> str:
+        allowed = "|".join(self.choices) if self.choices else "a number, with a unit where it has one"
+        return f"{self.name} ({allowed}; {self.default}): {self.about}"
 
 
 @dataclass(frozen=True)
 class Soc:
-    """A System-on-Chip: memories in the file's order, constants by name, the accelerator if there is one."""
+    """A System-on-Chip: memories and engines in the file's order, constants by name."""
 
     name: str
     description: str
     memories: tuple[Memory, ...]
     constants: Mapping[str, Constant] = field(hash=False)
-    accelerator: Accelerator | None = None
+    engines: tuple[Engine, ...]
+    layout: Layout
+    settings: tuple[Setting, ...] = ()
+
+    @property
+    def accelerator(self) -> Engine | None:
+        """The engine that multiplies matrices beside the cores, if there is one."""
+        return next((engine for engine in self.engines if engine.kind == "accelerator"), None)
 
     def with_role(self, role: str) -> tuple[Memory, ...]:
         """The memories of one role, in the file's order."""
@@ -106,149 +170,76 @@ class Soc:
         found = self.constants.get(constant)
         return None if found is None else int(found.value)
 
+    def runs(self, operator: str) -> bool:
+        """Whether any engine has this operator."""
+        return any(operator in engine.operators for engine in self.engines)
+
+    @property
+    def label(self) -> str:
+        """The name with the settings that differ from the file's own."""
+        changed = [f"{s.name}={s.value}" for s in self.settings if s.value != s.default]
+        return f"{self.name} ({', '.join(changed)})" if changed else self.name
+
 
 def shipped_socs() -> list[str]:
     """Names that `load_soc` takes without a file."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
-def load_soc(name_or_path: str) -> Soc:
+def load_soc(name_or_path: str, settings: Iterable[str] = ()) -> Soc:
     """Read a shipped chip by name (any case) or a user's `.toml` by path.
 
-    Raises PlanError for an unknown name, an unreadable file, and for a file with faults, listing them all.
+    settings: `name=value` each; `siracusa:sram_role=weights,hyperram=16MiB` says the same in one text. Raises
+    PlanError for an unknown name, an unreadable file, and for a file or settings with faults, listing them all.
     """
-    if name_or_path.lower() in shipped_socs():
-        path = SHIPPED / f"{name_or_path.lower()}.toml"
-    else:
-        path = Path(name_or_path)
-        if path.suffix != ".toml" or not path.is_file():
-            what = "no such file" if path.suffix == ".toml" else "not a chip known here"
-            raise PlanError(
-                f"'{name_or_path}': {what}; shipped are {', '.join(shipped_socs())}. "
-                "Give one of these or the path of a .toml file with your chip's memories."
-            )
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise PlanError(f"{path} cannot be read as TOML: {error}") from None
-    faults: list[str] = []
-    soc = _soc(data, faults)
+    from hardware.soc_file import parse_soc
+
+    base, _, inline = name_or_path.partition(":")
+    wanted = [*filter(None, inline.split(",")), *settings]
+    path = _find(base)
+    soc, faults = parse_soc(_read(path), wanted)
     if faults:
         head = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise PlanError("\n".join([f"{head} in {path}:", *(f"  - {fault}" for fault in faults)]))
     return soc
 
 
-# --- reading, one table at a time: each reader notes its faults and goes on ------------------------------------
+def _read(path: Path) -> dict[str, Any]:
+    """The file's tables, laid over those of the shipped file that it is `based_on`; layouts are never mixed."""
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise PlanError(f"{path} cannot be read as TOML: {error}") from None
+    base = data.pop("based_on", None)
+    if base is None:
+        return data
+    if not isinstance(base, str) or base.lower() not in shipped_socs() or base.lower() == path.stem:
+        raise PlanError(f"{path}: based_on {base!r} is not a chip known here; shipped are {', '.join(shipped_socs())}")
+    return _overlay(_read(_find(base)), data)
 
 
-def _soc(data: dict[str, Any], faults: list[str]) -> Soc:
-    _keys(data, "the file", {"name", "memories", "constants"}, {"description", "accelerator"}, faults)
-    memories = tuple(_memory(name, entry, faults) for name, entry in _table(data, "memories", faults).items())
-    for role, least in (("weights", 1), ("tiles", 1), ("working", 1)):
-        found = sum(memory.role == role for memory in memories)
-        if found < least:
-            faults.append(f"no memory has the role '{role}'; one must")
-    if sum(memory.role == "working" for memory in memories) > 1:
-        faults.append("more than one memory has the role 'working'; a layer's tile is computed in one")
+def _overlay(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in data.items():
+        both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
+        # A number or a layout is replaced as a whole, or a bound of the old one would stay behind.
+        whole = key == "layout" or (both_tables and "value" in base[key])
+        merged[key] = _overlay(base[key], value) if both_tables and not whole else value
+    return merged
 
-    constants = {}
-    stated = _table(data, "constants", faults)
-    for name, entry in stated.items():
-        if name not in CONSTANT_UNITS:
-            faults.append(f"constants: unknown key '{name}'; known are {', '.join(sorted(CONSTANT_UNITS))}")
-            continue
-        constants[name] = _constant(f"constants.{name}", entry, {CONSTANT_UNITS[name]}, faults)
-    for name in REQUIRED_CONSTANTS:
-        if "constants" in data and name not in stated:
-            faults.append(f"constants: '{name}' is missing")
 
-    accelerator = None
-    if "accelerator" in data:
-        entry = _table(data, "accelerator", faults)
-        _keys(entry, "accelerator", {"name", "skips_zeros", "group_scales", "source"}, set(), faults)
-        accelerator = Accelerator(
-            _text(entry, "accelerator", "name", faults),
-            _flag(entry, "accelerator", "skips_zeros", faults),
-            _flag(entry, "accelerator", "group_scales", faults),
-            _text(entry, "accelerator", "source", faults),
+def _find(name_or_path: str) -> Path:
+    if name_or_path.lower() in shipped_socs():
+        return SHIPPED / f"{name_or_path.lower()}.toml"
+    path = Path(name_or_path)
+    if path.suffix != ".toml" or not path.is_file():
+        what = "no such file" if path.suffix == ".toml" else "not a chip known here"
+        raise PlanError(
+            f"'{name_or_path}': {what}; shipped are {', '.join(shipped_socs())}. "
+            "Give one of these or the path of a .toml file with your chip's memories."
         )
-    name, description = _text(data, "the file", "name", faults), _text(data, "the file", "description", faults)
-    return Soc(name, description, memories, constants, accelerator)
+    return path
 
 
-def _memory(name: str, entry: Any, faults: list[str]) -> Memory:
-    where = f"memories.{name}"
-    if not isinstance(entry, dict):
-        faults.append(f"{where} must be a table with role and capacity")
-        entry = {}
-    else:
-        _keys(entry, where, {"role", "capacity"}, {"note"}, faults)
-    role = _text(entry, where, "role", faults)
-    if role and role not in ROLES:
-        faults.append(f"{where}: unknown role '{role}'; roles are {', '.join(ROLES)}")
-    capacity = Constant(0, "B", "assumed", "")
-    if "capacity" in entry:
-        capacity = _constant(f"{where}.capacity", entry["capacity"], set(CAPACITY_UNITS), faults, positive=True)
-    return Memory(name, role, capacity, _text(entry, where, "note", faults))
-
-
-def _constant(where: str, entry: Any, units: set[str], faults: list[str], positive: bool = False) -> Constant:
-    if not isinstance(entry, dict):
-        faults.append(f"{where} must be a table: value, unit, kind and source")
-        return Constant(0, "B", "assumed", "")
-    _keys(entry, where, {"value", "unit", "kind", "source"}, {"low", "high"}, faults)
-    unit, kind = _text(entry, where, "unit", faults), _text(entry, where, "kind", faults)
-    if unit and unit not in units:
-        faults.append(f"{where}: unit '{unit}' is not {' or '.join(sorted(units))}")
-    if kind and kind not in KINDS:
-        faults.append(f"{where}: kind '{kind}' is not {', '.join(KINDS)}")
-    numbers = {key: _number(entry, where, key, faults) for key in ("value", "low", "high")}
-    value, low, high = numbers["value"] or 0, numbers["low"], numbers["high"]
-    if numbers["value"] is not None:
-        said = f"{value:g} {unit}".strip()
-        if value < 0 or (value == 0 and (positive or unit in _COUNTS)):
-            faults.append(f"{where}: {said} must be above 0")
-        if unit in _COUNTS and value != int(value):
-            faults.append(f"{where}: {said} must be a whole number")
-        if (low is not None and low > value) or (high is not None and high < value):
-            faults.append(f"{where}: value {value:g} lies outside low and high")
-    return Constant(value, unit, kind, _text(entry, where, "source", faults), low, high)
-
-
-def _keys(entry: Mapping[str, Any], where: str, needed: set[str], optional: set[str], faults: list[str]) -> None:
-    known = needed | optional
-    faults += [f"{where}: unknown key '{k}'; known are {', '.join(sorted(known))}" for k in entry if k not in known]
-    faults += [f"{where}: '{key}' is missing" for key in sorted(needed) if key not in entry]
-
-
-def _table(data: Mapping[str, Any], key: str, faults: list[str]) -> dict[str, Any]:
-    entry = data.get(key, {})
-    if isinstance(entry, dict):
-        return entry
-    faults.append(f"'{key}' must be a table")
-    return {}
-
-
-def _text(entry: Mapping[str, Any], where: str, key: str, faults: list[str]) -> str:
-    text = entry.get(key, "")
-    if key in entry and (not isinstance(text, str) or not text.strip()):
-        faults.append(f"{where}: '{key}' must be a text that is not empty")
-        return ""
-    return str(text)
-
-
-def _flag(entry: Mapping[str, Any], where: str, key: str, faults: list[str]) -> bool:
-    if key in entry and not isinstance(entry[key], bool):
-        faults.append(f"{where}: '{key}' must be true or false")
-    return bool(entry.get(key, False))
-
-
-def _number(entry: Mapping[str, Any], where: str, key: str, faults: list[str]) -> float | None:
-    value = entry.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        faults.append(f"{where}: '{key}' must be a finite number")
-        return None
-    return value
+def _whole_bytes(constant: Constant) -> int:
+    return int(constant.value * CAPACITY_UNITS[constant.unit])

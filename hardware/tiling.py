@@ -95,15 +95,12 @@ def engine_of(operator: Operator, soc: Soc) -> str:
 
 
 def stored_bytes(operator: Operator, soc: Soc) -> int:
-    """Bytes of an operator's weights in the layout of the engine that reads them."""
-    slot, block = soc.count("weight_slot"), soc.count("weight_input_block")
-    if operator.weights is None or operator.kind != "linear" or not slot or not block:
+    """Bytes of an operator's weights as the chip's layout stores them, and so as they move."""
+    if operator.weights is None or operator.kind != "linear" or soc.layout.slot_bits is None:
         return operator.weight_bytes
-    return (
-        operator.weights.slotted_bytes(slot, block)
-        if engine_of(operator, soc) == ACCELERATOR
-        else operator.weight_bytes
-    )
+    if engine_of(operator, soc) != ACCELERATOR:
+        return operator.weight_bytes
+    return operator.weights.slotted_bytes(soc.layout.slot_bits, soc.layout.input_block)
 
 
 def tile(operator: Operator, soc: Soc, *, working_bytes: int | None = None, weights_in_l1: bool = True) -> Tiling:

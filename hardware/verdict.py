@@ -1,15 +1,22 @@
-"""What `check` finds out: which memory holds what, what is left or missing, and how that reads on a terminal."""
+"""What `check` finds out: which memory holds what, what is left or missing, and what would make the model fit."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hardware.footprint import Peak, WeightBytes
+from hardware.units import size_text, times_text
 
-COLUMNS = 100
+if TYPE_CHECKING:  # tiling takes size_text from here, and these are built on it
+    from hardware.footprint import TensorBytes, WeightBytes
+    from hardware.levers import Levers
+    from hardware.needs import Needs, Request
+    from hardware.passes import OperatorTime, Timing
+    from hardware.placement import Placed, Placement
+    from hardware.tiling import Tiling
+
+__all__ = ["Footprint", "MemoryUse", "Verdict", "size_text", "times_text"]
 
 
 @dataclass(frozen=True)
@@ -19,17 +26,23 @@ class MemoryUse:
     name: str
     role: str
     capacity_bytes: int
-    parts: tuple[tuple[str, int], ...]
+    parts: tuple[tuple[str, int], ...]  # what lies there throughout
+    transient: tuple[tuple[str, int], ...] = ()  # what is there at its fullest on top: activations, a tile
 
     @property
     def used_bytes(self) -> int:
-        """All parts together; more than the capacity if they do not fit."""
+        """What lies there throughout; more than the capacity if it does not fit."""
         return sum(size for _, size in self.parts)
 
     @property
+    def peak_bytes(self) -> int:
+        """The most that lies there at once."""
+        return self.used_bytes + sum(size for _, size in self.transient)
+
+    @property
     def headroom_bytes(self) -> int:
-        """What is left; negative by as much as does not fit."""
-        return self.capacity_bytes - self.used_bytes
+        """What is left at the peak; negative by as much as does not fit."""
+        return self.capacity_bytes - self.peak_bytes
 
     @property
     def fits(self) -> bool:
@@ -38,17 +51,25 @@ class MemoryUse:
 
 
 @dataclass(frozen=True)
-class LayerFit:
-    """How one matrix product tiles into the working memory."""
+class Footprint:
+    """The model's bytes in its three forms, and each tensor's."""
 
-    name: str
-    repeats: int  # in how many blocks
-    working_set_bytes: int  # with the smallest tile: the smallest working memory that would do
-    largest_tile: int  # output channels; 0 if not even the smallest tile fits
+    file_bytes: int  # all safetensors files, headers included
+    file_measured: bool  # counted on the disk rather than predicted
+    packed_bytes: int  # the image of `compress pack`, without tokenizer
+    chip: WeightBytes  # in the chip's layout
+    layout: str
+    tensors: tuple[TensorBytes, ...]
 
-    def __str__(self) -> str:
-        """The layer's name, and in how many blocks it lies."""
-        return f"{self.name} ({self.repeats} blocks)" if self.repeats > 1 else self.name
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "file_bytes": self.file_bytes,
+            "file_measured": self.file_measured,
+            "packed_bytes": self.packed_bytes,
+            "chip_bytes": self.chip.total,
+            "chip_parts": asdict(self.chip),
+            "layout": self.layout,
+        }
 
 
 @dataclass(frozen=True)
@@ -59,127 +80,144 @@ class Verdict:
     family: str
     parameters: int
     soc: str
-    context: int
-    kv_bits: int
-    activation_bits: int
-    prefill_chunk: int  # prompt tokens that pass at once
+    request: Request
     memories: tuple[MemoryUse, ...]
-    weights: WeightBytes
-    packed_weights: WeightBytes | None  # N:M layers as kept values and index; None without a pattern
-    decode: Peak
-    prefill: Peak
-    largest_layer: LayerFit
-    layers_too_large: tuple[LayerFit, ...]
+    footprint: Footprint
+    needs: Needs
+    placement: Placement
     summary: str
     notes: tuple[str, ...]
+    levers: Levers | None = None  # asked for apart, as is the next: a search may judge hundreds of shapes
+    timing: Timing | str | None = None  # a text says why there is none
 
     @property
     def fits(self) -> bool:
         """Whether every memory on the chip holds its share; off-chip memory does not count."""
         return all(use.fits for use in self.memories if use.role != "off_chip")
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def weights(self) -> WeightBytes:
+        return self.footprint.chip
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line of the run's log."""
+        words = []
+        for role, name in (("weights", "weights"), ("tiles", "KV cache and activations"), ("working", "hardest tile")):
+            at = [use for use in self.memories if use.role == role]
+            need, room = sum(use.peak_bytes for use in at), sum(use.capacity_bytes for use in at)
+            over = f" ({times_text(need, room)})" if need > room else ""
+            words.append(f"{name} {size_text(need)} of {size_text(room)}{over}")
+        return f"{'fits' if self.fits else 'does not fit'} {self.soc}: {', '.join(words)}"
+
+    def to_dict(self, tensors: bool = False) -> dict[str, Any]:
         """The verdict for JSON: sizes in bytes, headroom negative where over."""
+        placement = self.placement.to_dict()
+        if not tensors:
+            del placement["tensors"]
         return {
             "model": self.model,
             "family": self.family,
             "parameters": self.parameters,
             "soc": self.soc,
-            "context": self.context,
-            "kv_bits": self.kv_bits,
-            "activation_bits": self.activation_bits,
-            "prefill_chunk": self.prefill_chunk,
+            "context": self.request.context,
+            "kv_bits": self.request.kv_bits,
+            "activation_bits": self.request.activation_bits,
+            "prefill_chunk": self.request.chunk,
             "fits": self.fits,
             "summary": self.summary,
-            "memories": [
-                {
-                    "name": use.name,
-                    "role": use.role,
-                    "capacity_bytes": use.capacity_bytes,
-                    "used_bytes": use.used_bytes,
-                    "headroom_bytes": use.headroom_bytes,
-                    "fits": use.fits,
-                    "parts": dict(use.parts),
-                }
-                for use in self.memories
-            ],
+            "memories": [_memory_dict(use) for use in self.memories],
+            "footprint": self.footprint.to_dict(),
             "weight_bytes": self.weights.total,
-            "packed_weight_bytes": self.packed_weights.total if self.packed_weights else None,
+            "kv_cache_bytes": self.needs.kv_cache,
             "activations": {
-                mode: {"bytes": peak.nbytes, "operator": peak.operator, "alive": list(peak.alive)}
-                for mode, peak in (("decode", self.decode), ("prefill", self.prefill))
+                mode: asdict(peak)
+                for mode, peak in (("decode", self.needs.decode.peak), ("prefill", self.needs.prefill.peak))
             },
-            "largest_layer": asdict(self.largest_layer),
-            "layers_too_large": [asdict(layer) for layer in self.layers_too_large],
+            "tiling": {
+                "hardest": self.needs.hardest.to_dict(),
+                "without_a_tile": [x.to_dict() for x in self.needs.tilings if not x.fits],
+            },
+            "placement": placement,
+            "timing": self.timing if self.timing is None or isinstance(self.timing, str) else self.timing.to_dict(),
+            "levers": None if self.levers is None else self.levers.to_dict(),
             "notes": list(self.notes),
         }
 
-    def render(self) -> str:
-        """The verdict as plain text of at most 100 columns."""
-        return "\n".join(self._lines())
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each tensor and memory it lies in: what --csv writes."""
+        sizes = {t.name: t for t in self.footprint.tensors}
+        return [_row(place, sizes.get(place.name)) for place in self.placement.tensors]
 
-    def _lines(self) -> Iterator[str]:
-        yield from textwrap.wrap(
-            f"{self.model} ({self.family}, {_count(self.parameters)} parameters) on {self.soc}: context "
-            f"{self.context}, KV cache {self.kv_bits} bit, activations {self.activation_bits} bit",
-            COLUMNS,
-        )
-        yield ""
-        yield from self._table()
-        yield ""
-        yield from textwrap.wrap(self.summary, COLUMNS)
-        yield ""
-        for line in self._details():
-            yield from textwrap.wrap(line, COLUMNS, subsequent_indent="  ")
-        if self.notes:
-            yield ""
-            yield "Notes"
-        for note in self.notes:
-            yield from textwrap.wrap(note, COLUMNS, initial_indent="  - ", subsequent_indent="    ")
+    def operator_rows(self) -> list[dict[str, Any]]:
+        """One row for each operator of both passes: engine, MACs, tiles, bytes by memory, cycles, what bounds it.
 
-    def _details(self) -> Iterator[str]:
-        yield (
-            f"Activations: {size_text(self.prefill.nbytes)} to prefill {self.prefill_chunk} at once (at "
-            f"{self.prefill.operator}), {size_text(self.decode.nbytes)} to decode (at {self.decode.operator})"
-        )
-        if self.layers_too_large:
-            yield "Layers whose smallest tile does not fit, and the working memory that would do:"
-            yield from (f"- {layer}: {size_text(layer.working_set_bytes)}" for layer in self.layers_too_large)
-        else:
-            yield f"Largest layer: {self.largest_layer}, up to {self.largest_layer.largest_tile} output channels a tile"
-
-    def _table(self) -> Iterator[str]:
-        names = [name for use in self.memories for name in (use.name, *(f"  {part}" for part, _ in use.parts))]
-        width = max(map(len, (*names, "memory")))
-        header = f"{'memory':<{width}}  {'role':<8}  {'capacity':>9}  {'used':>9}  {'headroom':>9}"
-        yield header
-        yield "-" * len(header)
-        for use in self.memories:
-            if use.role == "off_chip" and not use.used_bytes:
-                continue
-            sizes = "  ".join(f"{size_text(x):>9}" for x in (use.capacity_bytes, use.used_bytes, use.headroom_bytes))
-            over = "" if use.fits else f"  over, {times_text(use.used_bytes, use.capacity_bytes)}"
-            yield f"{use.name:<{width}}  {use.role:<8}  {sizes}{over}"
-            for part, size in use.parts:
-                yield f"{'  ' + part:<{width}}  {'':<8}  {'':>9}  {size_text(size):>9}"
+        Where the chip's file states too little for times, the tiles alone.
+        """
+        if self.timing is None or isinstance(self.timing, str):
+            return [_tiling_row(tiling) for tiling in self.needs.tilings]
+        passes = (self.timing.decode, self.timing.prefill)
+        return [_operator_row(run.mode, x) for run in passes for x in run.operators]
 
 
-def size_text(size: int) -> str:
-    """Bytes for people, three digits: 68.4 MiB, 256 KiB, -1.5 KiB, 12 B."""
-    if abs(size) < 1024:
-        return f"{size} B"
-    value, units = size / 1024, ["KiB", "MiB", "GiB", "TiB"]
-    while abs(value) >= 999.5 and len(units) > 1:  # 1,023 KiB would need a fourth digit
-        value /= 1024
-        units.pop(0)
-    return f"{value:.3g} {units[0]}"
+def _operator_row(mode: str, x: OperatorTime) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "name": x.name,
+        "kind": x.kind,
+        "engine": x.engine,
+        "macs": x.macs,
+        "tiles": x.tiles,
+        "bytes": " ".join(f"{memory}:{size}" for memory, size in x.bytes.items()),
+        "cycles_low": round(x.cycles.low),
+        "cycles": round(x.cycles.default),
+        "cycles_high": round(x.cycles.high),
+        "bound_cycles": round(x.bound_cycles.default),
+        "bounded_by": x.bounded_by,
+    }
 
 
-def times_text(need: int, room: int) -> str:
-    """How often the room would be needed, three digits or all of them: 17.1 x, 3,826 x."""
-    times = need / room
-    return f"{times:,.0f} x" if times >= 999.5 else f"{times:.3g} x"
+def _tiling_row(tiling: Tiling) -> dict[str, Any]:
+    return {
+        "name": tiling.operator,
+        "engine": tiling.engine,
+        "rows": tiling.rows,
+        "columns": tiling.columns,
+        "tiles": tiling.tiles,
+        "tile_bytes": tiling.tile_bytes,
+        "smallest_bytes": tiling.smallest_bytes,
+        "reason": tiling.reason,
+    }
 
 
-def _count(number: int) -> str:
-    return f"{number / 1e9:.4g} billion" if number >= 1e9 else f"{number / 1e6:.4g} million"
+def _memory_dict(use: MemoryUse) -> dict[str, Any]:
+    return {
+        "name": use.name,
+        "role": use.role,
+        "capacity_bytes": use.capacity_bytes,
+        "used_bytes": use.used_bytes,
+        "peak_bytes": use.peak_bytes,
+        "headroom_bytes": use.headroom_bytes,
+        "fits": use.fits,
+        "parts": dict((*use.parts, *use.transient)),
+    }
+
+
+def _row(place: Placed, tensor: TensorBytes | None) -> dict[str, Any]:
+    shape: Sequence[int] = () if tensor is None else tensor.shape
+    return {
+        "name": place.name,
+        "part": place.part,
+        "block": "" if place.block is None else place.block,
+        "shape": "x".join(map(str, shape)),
+        "bits": "" if tensor is None else tensor.bits,
+        "file_bytes": "" if tensor is None else tensor.file_bytes,
+        "packed_bytes": "" if tensor is None else tensor.packed_bytes,
+        "chip_bytes": place.nbytes if tensor is None else tensor.chip_bytes,
+        "memory": place.memory,
+        "state": place.state,
+        "offset": place.offset,
+        "placed_bytes": place.nbytes,
+        "read_per_token": place.read_per_token,
+        "written_per_token": place.written_per_token,
+    }

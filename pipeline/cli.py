@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
-from pipeline import cli_eval, cli_hardware, cli_model
+from pipeline import cli_eval, cli_hardware, cli_model, cli_sweep
 from pipeline.flags import Json, Out, RecipeFile, Skip, quiet_libraries, recipe_flags
 from pipeline.recipe import Recipe, build
+from pipeline.sweep_recipe import is_sweep
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -71,18 +72,21 @@ def compress(
 @recipe_flags
 def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_json: Json = False) -> None:
     """Forecast every stage's parameters, bytes and memory, and the verdict, without touching a weight."""
+    if is_sweep(recipe):
+        cli_sweep.plan_sweep(recipe, flags, skip, as_json)
+        return
     wanted = build(recipe or None, flags, skip)
     quiet_libraries()
-    from hardware.check import check
     from hardware.soc import load_soc
     from pipeline.plan import plan as plan_stages
     from pipeline.report import print_plan
     from pipeline.shapes import model_shape
+    from pipeline.verdicts import judge, to_dict
 
     shape = model_shape(wanted.model)
     stages = plan_stages(wanted, shape)
     final = stages[-1].shape if stages else shape
-    verdict = check(final, load_soc(wanted.soc), context=min(256, shape.positions), name=_model_name(wanted))
+    verdict = judge(final, load_soc(wanted.soc), _model_name(wanted), timing=True)
     if as_json:
         typer.echo(
             json.dumps(
@@ -96,7 +100,7 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
                     },
                     "stages": [stage.to_dict() for stage in stages],
                     "notes": list(wanted.notes),
-                    "hardware": verdict.to_dict(),
+                    "hardware": to_dict(verdict),
                 },
                 indent=2,
             )
@@ -119,6 +123,9 @@ for command in (
     cli_model.unpack,
     cli_hardware.check,
     cli_hardware.fit,
+    cli_sweep.sweep,
+    cli_sweep.ablate,
+    cli_hardware.socs,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 

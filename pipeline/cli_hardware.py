@@ -1,14 +1,20 @@
-"""Commands that hold a model against a chip: check, fit."""
+"""Commands that hold a model against a chip: check, fit, socs."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from checkpoints.errors import PlanError
+from checkpoints.shape import ModelShape
 from pipeline.flags import Json, quiet_libraries
+
+if TYPE_CHECKING:
+    from hardware.soc import Soc
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -16,25 +22,66 @@ EXIT_DOES_NOT_FIT = 3
 def check(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, model folder, config.json or preset.")] = "",
     soc: Annotated[str, typer.Option(help="A shipped chip or a .toml file.")] = "siracusa",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the chip, name=value; may come often.")
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 256,
     kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value.")] = 8,
     activation_bits: Annotated[int, typer.Option(help="Bits of an activation.")] = 8,
+    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens that pass at once; 0 is the whole context.")] = 0,
+    bits: Annotated[int, typer.Option(help="Judge as if the stage gptq had left 8, 4 or 3 bits; 0: as it is.")] = 0,
+    embedding_bits: Annotated[int, typer.Option(help="As if embedding and head had 8 or 4 bits; 0: as it is.")] = 0,
+    csv: Annotated[Path | None, typer.Option(help="Write every tensor's bytes and place.")] = None,
+    operators: Annotated[
+        Path | None, typer.Option(help="Write every operator's tiles, bytes and cycles (CSV).")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the memories, and address x time of the tile memory.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge whether a model fits a chip's memories. Exit code 0: it fits; 3: it does not."""
+    """Judge whether a model fits a chip's memories, and what would have to give. Exit code 0: it fits; 3: not."""
     from hardware.check import check as judge
     from hardware.soc import load_soc
-    from pipeline.shapes import model_shape
+    from pipeline.shapes import measured_bytes, model_shape, require_consistent
 
+    faults = [
+        f"{path.parent}: there is no such folder to write to"
+        for path in (csv, operators, png)
+        if path and not path.parent.is_dir()
+    ]
+    if faults:
+        raise PlanError("\n".join(faults))
+    shape = model_shape(checkpoint or None)
+    require_consistent(checkpoint, shape)
+    chip = load_soc(soc, setting or ())
+    as_if = _as_if(shape, bits, embedding_bits, chip)
     verdict = judge(
-        model_shape(checkpoint or None),
-        load_soc(soc),
+        as_if,
+        chip,
         context=context,
         kv_bits=kv_bits,
         activation_bits=activation_bits,
+        prefill_chunk=prefill_chunk or None,
         name=checkpoint or "smollm2-135m",
+        file_bytes=measured_bytes(checkpoint) if as_if is shape else None,
+        levers=True,
+        timing=True,
     )
-    typer.echo(json.dumps(verdict.to_dict(), indent=2) if as_json else verdict.render())
+    if csv:
+        _write_csv(csv, verdict.rows())
+    if operators:
+        _write_csv(operators, verdict.operator_rows())
+    if png:
+        from hardware.draw import draw_verdict
+
+        draw_verdict(verdict, png)
+    if as_json:
+        typer.echo(json.dumps(verdict.to_dict(tensors=True), indent=2))
+    else:
+        from rich.console import Console
+
+        from hardware.show import print_verdict
+
+        print_verdict(Console(), verdict)
     raise typer.Exit(0 if verdict.fits else EXIT_DOES_NOT_FIT)
 
 
@@ -78,3 +125,38 @@ def fit(
         title = f"{name} fits {chip.name} with" if found.fitting else f"{name} fits {chip.name} with nothing; closest:"
         print_fit(Console(), title, found, commands, notes)
     raise typer.Exit(0 if found.fitting else EXIT_DOES_NOT_FIT)
+
+
+def socs() -> None:
+    """List the shipped chips with their memories and settings."""
+    from rich.console import Console
+
+    from hardware.show import print_soc
+    from hardware.soc import load_soc, shipped_socs
+
+    for name in shipped_socs():
+        print_soc(Console(), name, load_soc(name))
+
+
+def _as_if(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> ModelShape:
+    from hardware.changes import GROUP, quantised
+
+    faults = []
+    if bits not in (0, 3, 4, 8):
+        faults.append(f"--bits {bits}: there are 8, 4 and 3, or 0 for the model as it is")
+    if embedding_bits not in (0, 4, 8):
+        faults.append(f"--embedding-bits {embedding_bits}: there are 8 and 4, or 0 for the model as it is")
+    if faults:
+        raise PlanError("\n".join(faults))
+    if bits:
+        shape = quantised(shape, bits, -1 if chip.layout.scale_per == "channel" else GROUP)
+    return replace(shape, embedding_bits=embedding_bits) if embedding_bits else shape
+
+
+def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -271,7 +271,7 @@ def print_fit(console: Console, title: str, found: Found, commands: list[str], n
     console.print(title, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     zeros = ["N:M"] if found.patterns_help else []
-    for column in ("", "tokens", "blocks", *zeros, "bits", "embedding", "weights", "of room", "loss", "x ppl"):
+    for column in ("", "tokens", "blocks", *zeros, "bits", "embed.", "weights", "room", "loss", "x ppl"):
         table.add_column(column, justify="right", no_wrap=True)
     for number, c in enumerate(shown, 1):
         how, need, room = c.settings.quantisation, c.weight_bytes, c.weight_room

@@ -6,7 +6,7 @@ dataclass are the same thing under three names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -17,7 +17,7 @@ import yaml
 from checkpoints.errors import PlanError, RecipeError
 from stages.options import STAGES, Eora, Options
 
-_PLAIN_KEYS: dict[str, type] = {
+PLAIN_KEYS: dict[str, type] = {
     "model": str,
     "data": str,
     "text": str,
@@ -60,7 +60,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as it could be written to YAML."""
-        plain = {key: getattr(self, key) for key in _PLAIN_KEYS}
+        plain = {key: getattr(self, key) for key in PLAIN_KEYS}
         return plain | {"stages": [{name: asdict(options)} for name, options in self.stages]}
 
 
@@ -72,7 +72,7 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
     """
     faults: list[str] = []
     given = load_yaml(file, faults) if file else {}
-    plain, stages = _from_mapping(given, faults)
+    plain, stages = from_mapping(given, faults)
     for key, value in flags.items():
         if value is None:
             continue
@@ -87,6 +87,21 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
             flag = next(f.metadata["flag"] for f in fields(STAGES[stage]) if f.name == name)
             faults.append(f"{flag} belongs to the stage {stage}, which {file} leaves out")
     left_out = _skipped(skip or str(given.get("skip") or ""), faults)
+    asked = any(k.startswith("eora.") and v is not None for k, v in flags.items())
+    recipe = assemble(plain, stages, left_out, asked, faults)
+    if faults:
+        raise RecipeError(faults)
+    return recipe
+
+
+def assemble(
+    plain: Mapping[str, Any],
+    stages: Mapping[str, Mapping[str, Any]],
+    left_out: Set[str],
+    eora_asked: bool,
+    faults: list[str],
+) -> Recipe:
+    """A recipe of checked plain keys and options. Values that can never work are added to the faults."""
     built = []
     for stage, values in stages.items():
         try:
@@ -99,13 +114,11 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
     if any(s == "pad" for s, _ in built) and any(isinstance(o, Eora) and o.against == "dense" for _, o in built):
         faults.append("--eora-against dense needs the uncompressed model's widths, which --pad-ffn changes; use parent")
     notes = []
-    names, asked = [stage for stage, _ in built], any(k.startswith("eora.") and v is not None for k, v in flags.items())
-    if "eora" in names and "gptq" not in names and not asked:
+    names = [stage for stage, _ in built]
+    if "eora" in names and "gptq" not in names and not eora_asked:
         # Left out rather than refused: `--quant none` says that nothing is to be compensated.
         built = [entry for entry in built if entry[0] != "eora"]
         notes.append("eora is left out: without gptq there is no quantisation error to compensate")
-    if faults:
-        raise RecipeError(faults)
     return Recipe(stages=tuple(built), notes=tuple(notes), **plain)
 
 
@@ -134,18 +147,20 @@ def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:
     return data
 
 
-def _from_mapping(data: Mapping[str, Any], faults: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def from_mapping(data: Mapping[str, Any], faults: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     plain: dict[str, Any] = {}
     for key, value in data.items():
-        if key in _PLAIN_KEYS:
+        if key in PLAIN_KEYS:
             if key == "model" and value is None:
                 continue
-            if not isinstance(value, _PLAIN_KEYS[key]) or isinstance(value, bool):
-                faults.append(f"{key}: {value!r} is not {_words(_PLAIN_KEYS[key])}")
+            if not isinstance(value, PLAIN_KEYS[key]) or isinstance(value, bool):
+                faults.append(f"{key}: {value!r} is not {_words(PLAIN_KEYS[key])}")
             else:
                 plain[key] = value
+        elif key == "sweep":
+            faults.append("this recipe is a sweep of several configurations: compress sweep RECIPE")
         elif key not in ("stages", "skip", "name", "about"):
-            known = sorted([*_PLAIN_KEYS, "stages", "skip", "name", "about"])
+            known = sorted([*PLAIN_KEYS, "stages", "skip", "name", "about"])
             faults.append(f"unknown key '{key}'; there are {', '.join(known)}")
     if "stages" not in data:
         return plain, {name: {} for name in STAGES}
@@ -161,11 +176,11 @@ def _from_mapping(data: Mapping[str, Any], faults: list[str]) -> tuple[dict[str,
         elif name in stages:
             faults.append(f"the stage {name} is listed twice")
         else:
-            stages[name] = _stage_values(name, values or {}, faults)
+            stages[name] = stage_values(name, values or {}, faults)
     return plain, stages
 
 
-def _stage_values(stage: str, values: Any, faults: list[str]) -> dict[str, Any]:
+def stage_values(stage: str, values: Any, faults: list[str]) -> dict[str, Any]:
     types = get_type_hints(STAGES[stage])
     if not isinstance(values, dict):
         faults.append(f"{stage}: options must be keys and values")

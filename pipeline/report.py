@@ -55,7 +55,12 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
 
 
 def print_plan(
-    console: Console, model: str, shape: ModelShape, stages: list[StagePlan], notes: tuple[str, ...], verdict: Verdict
+    console: Console,
+    model: str,
+    shape: ModelShape,
+    stages: list[StagePlan],
+    notes: tuple[str, ...],
+    verdict: Verdict | str,
 ) -> None:
     """The forecast as a table."""
     console.print(f"Plan for {model}", highlight=False)
@@ -82,7 +87,7 @@ def print_plan(
         f"Up to {scratch / _MIB:.1f} MiB more while a stage runs.",
         highlight=False,
     )
-    console.print(verdict.summary, highlight=False)
+    console.print(verdict if isinstance(verdict, str) else verdict.summary, highlight=False)
 
 
 def print_packed(console: Console, path: Path, nbytes: int, file_bytes: int, sizes: PackedSizes) -> None:

@@ -14,18 +14,19 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, write_json
 from checkpoints.memory import available_bytes, peak_bytes, reset_peak
-from checkpoints.runtime import Runtime, choose_device, choose_dtype
+from checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
 from checkpoints.shape import ModelShape
 from checkpoints.sources import open_source
 from checkpoints.verify import prove_pattern
 from checkpoints.writer import CheckpointWriter
 from eval.perplexity import Protocol, measure, measurement_key
-from hardware.check import check
 from hardware.soc import load_soc
 from pipeline.calibration import Calibration
 from pipeline.plan import StagePlan, plan
 from pipeline.progress import Reporter
 from pipeline.recipe import Recipe
+from pipeline.store import Store
+from pipeline.verdicts import judge, say_measured, say_planned, to_dict
 from stages.options import Options
 
 _PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")
@@ -74,44 +75,59 @@ class RunResult:
     computed: int  # stages that were not in the store already
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What all stage runs of a recipe share: where they start, on what they calibrate, how they are measured."""
+
+    recipe: Recipe
+    source: Checkpoint
+    calibration: Calibration
+    protocol: Protocol
+    runtime: Runtime
+    store: Store
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, out: Path, progress: Progress) -> Conditions:
+        device = choose_device(recipe.device)
+        protocol = Protocol(recipe.protocol, recipe.window, recipe.tokens)
+        source = open_source(recipe.model)
+        dtype = choose_dtype(recipe.dtype, device, source.shape.blocks[0].linears[0].dtype)
+        runtime = Runtime(device, dtype, recipe.seed, progress, spill_bytes=recipe.spill_mib * 2**20)
+        return cls(recipe, source, Calibration(recipe, source, out, runtime), protocol, runtime, Store(out))
+
+    def fingerprints(self, plans: list[StagePlan]) -> list[str]:
+        return _fingerprints(self.recipe, self.source, plans, self.calibration, self.runtime)
+
+    def measured(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return _measured(checkpoint, self.calibration, self.protocol, self.runtime, self.store)
+
+
 def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
     """Carry out a recipe in the output folder. The caller holds the store open (Store.opened)."""
-    from pipeline.store import Store
-
-    store = Store(out)
-    device = choose_device(recipe.device)
     soc = load_soc(recipe.soc)
-    protocol = Protocol(recipe.protocol, recipe.window, recipe.tokens)
-    source = open_source(recipe.model)
+    at = Conditions.prepare(recipe, out, reporter)
+    source, store = at.source, at.store
     plans = plan(recipe, source.shape)
-    dtype = choose_dtype(recipe.dtype, device, source.shape.blocks[0].linears[0].dtype)
-    runtime = Runtime(device, dtype, recipe.seed, reporter, spill_bytes=recipe.spill_mib * 2**20)
-    calibration = Calibration(recipe, source, out, runtime)
-
-    keys = _fingerprints(recipe, source, plans, calibration, runtime)
+    keys = at.fingerprints(plans)
     _require_room(out, store, plans, keys)
+    say_planned(reporter, plans[-1].shape if plans else source.shape, soc, _name(recipe))
     for note in (*recipe.notes, *(remark for p in plans for remark in p.remarks)):
         reporter.note(note)
 
-    before = baseline = _measured(source, calibration, protocol, runtime, store)
+    before = baseline = at.measured(source)
     reporter.say(
         f"{_name(recipe)}: {_bytes(source.shape.file_bytes)}, perplexity {before['perplexity']:.2f} "
-        f"({protocol}; {calibration.evaluation.name}; {before['dtype']})"
+        f"({at.protocol}; {at.calibration.evaluation.name}; {before['dtype']})"
     )
     current, results = source, []
     for position, (step, key) in enumerate(zip(plans, keys, strict=True), 1):
-        folder = store.stage_folder(position, step.options.label, key)
         reporter.say(f"{position}/{len(plans)} {step.stage}  {_settings(step.options)}", style="bold")
-        done = store.finished(folder, key)
-        reused = done is not None
-        if done is None:
-            done = _compute(step, current, folder, key, calibration, protocol, runtime, store, before)
-        after = _measured(done, calibration, protocol, runtime, store)
-        results.append(StageResult(done, reused, before, after))
+        results.append(run_stage(step, position, key, current, at, before))
         _say_stage(reporter, results[-1], current)
-        current, before = done, after
+        current, before = results[-1].checkpoint, results[-1].after
+        say_measured(reporter, step.shape, current.shape, soc, _name(recipe))
 
-    verdict = check(current.shape, soc, context=min(256, current.shape.positions), name=_name(recipe))
+    verdict = judge(current.shape, soc, _name(recipe), file_bytes=current.shape.file_bytes, timing=True)
     if results:
         store.link_result(current.folder)
     report = {
@@ -125,10 +141,26 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         "recipe": recipe.to_dict(),
         "baseline": baseline,
         "stages": [result.to_dict() for result in results],
-        "hardware": verdict.to_dict(),
+        "hardware": to_dict(verdict),
     }
     write_json(out / "report.json", report)
     return RunResult(report, results, sum(not r.reused for r in results))
+
+
+def run_stage(
+    step: StagePlan, position: int, key: str, parent: Checkpoint, at: Conditions, before: dict[str, Any]
+) -> StageResult:
+    """One stage run: from the store if it is finished there, else computed; measured either way.
+
+    Whoever else wants the same stage run waits until this one is finished, and then finds it in the store.
+    """
+    folder = at.store.stage_folder(position, step.options.label, key)
+    with at.store.claimed(folder):
+        done = at.store.finished(folder, key)
+        reused = done is not None
+        if done is None:
+            done = _compute(step, parent, folder, key, at.calibration, at.protocol, at.runtime, at.store, before)
+        return StageResult(done, reused, before, at.measured(done))
 
 
 def _compute(

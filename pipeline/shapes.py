@@ -7,6 +7,7 @@ from pathlib import Path
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.headers import INDEX, read_config, shape_from_folder
+from checkpoints.manifest import MANIFEST, Manifest, check_files
 from checkpoints.shape import ModelShape
 
 PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
@@ -52,3 +53,45 @@ def tokenizer_folder(model: str | None) -> Path:
     from checkpoints.sources import open_source  # converts what is not a folder yet, and needs torch
 
     return open_source(model).folder
+
+
+def measured_bytes(model: str | None) -> int | None:
+    """Bytes of the safetensors files of a folder with weights, as they lie on the disk; None for anything else."""
+    folder = Path(model).expanduser() if model else None
+    if folder is None or not folder.is_dir():
+        return None
+    sizes = [path.stat().st_size for path in folder.rglob("*.safetensors") if not _hidden(path, folder)]
+    return sum(sizes) or None
+
+
+def require_consistent(model: str | None, shape: ModelShape) -> None:
+    """Raise CheckpointError, all faults at once, where a checkpoint's manifest disagrees with its files.
+
+    Sizes and counts are compared, which takes no time; `compress verify` compares every hash as well.
+    """
+    folder = Path(model).expanduser() if model else None
+    if folder is None or not (folder / MANIFEST).is_file():
+        return
+    manifest = Manifest.read(folder)
+    faults = []
+    try:
+        check_files(folder, manifest, hashes=False)
+    except CheckpointError as error:
+        faults.append(str(error))
+    for key in ("parameters_total", "file_bytes"):
+        claimed, held = getattr(manifest, key), getattr(shape, key)
+        if claimed != held:
+            faults.append(f"{folder}: the manifest says {key} {claimed}, the files hold {held}")
+    strays = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*.safetensors")
+        if str(path.relative_to(folder)) not in manifest.files and not _hidden(path, folder)
+    )
+    if strays:
+        faults.append(f"{folder}: the manifest does not list {', '.join(strays[:5])}")
+    if faults:
+        raise CheckpointError("\n".join(faults))
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)

@@ -1,4 +1,8 @@
-"""The output folder: a store of stage folders keyed by fingerprint, owned by one run at a time."""
+"""The output folder: a store of stage folders keyed by fingerprint.
+
+One command owns the folder at a time; the workers that it starts each claim the stage folder they write.
+Both are flocks, which the kernel drops with the process that held them, however it ended.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.manifest import MANIFEST, WORK, write_json
 
-MARKER = ".edgepress"
+MARKER, LOCKS = ".edgepress", ".locks"
 
 
 class Store:
@@ -42,6 +46,18 @@ class Store:
 
     def stage_folder(self, position: int, label: str, fingerprint: str) -> Path:
         return self.folder / f"{position}-{label}-{fingerprint[:8]}"
+
+    @contextmanager
+    def claimed(self, folder: Path) -> Iterator[None]:
+        """Hold a stage folder for this process; waits while another one computes it."""
+        locks = self.folder / LOCKS
+        locks.mkdir(parents=True, exist_ok=True)
+        with (locks / folder.name).open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.truncate(0)
+            lock.write(str(os.getpid()))  # for whoever wonders who holds it
+            lock.flush()
+            yield
 
     def finished(self, folder: Path, fingerprint: str) -> Checkpoint | None:
         """The stage's checkpoint if it is there and sound, None if it is not finished.

@@ -85,9 +85,16 @@ def test_what_a_silent_configuration_means(family: str) -> None:
     assert {dtype for _, dtype in listed(shape).values()} == {"BF16"}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name, config in PRESETS.items() if config["vocab_size"]])
 def test_presets_are_models_that_transformers_can_build(name: str) -> None:
     assert_same(dict(PRESETS[name]))
+
+
+def test_blocks_alone_are_those_of_the_model_with_a_vocabulary() -> None:
+    whole = PRESETS["microllama"] | {"vocab_size": 96}
+    assert_same(whole)
+    bare, full = shape_from_config(PRESETS["microllama"]), shape_from_config(whole)
+    assert bare.blocks == full.blocks and [t.name for t in bare.outer] == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize(

@@ -7,24 +7,70 @@ from pathlib import Path
 import pytest
 
 from checkpoints.errors import PlanError
-from hardware.soc import CONSTANT_UNITS, KINDS, SHIPPED, load_soc, shipped_socs
+from hardware.soc import (
+    CONSTANT_UNITS,
+    ENGINE_KINDS,
+    KINDS,
+    LINKS,
+    OPERATORS,
+    REQUIRED_CONSTANTS,
+    ROLES,
+    SHIPPED,
+    load_soc,
+    shipped_socs,
+)
 
 pytestmark = pytest.mark.unit
 
 GOOD = """
 name = "Toy"
+[settings.use]
+about = "what ram holds"
+default = "tiles"
+[settings.use.choices.tiles]
+"memories.ram.role" = "tiles"
+[settings.use.choices.weights]
+"memories.ram.role" = "weights"
+"memories.spare.role" = "tiles"
+[settings.flash_size]
+about = "size of the flash"
+sets = "memories.flash.capacity"
 [memories.flash]
 role = "weights"
+link = "dma"
 capacity = { value = 1.5, unit = "KiB", kind = "stated", source = "data sheet" }
 [memories.ram]
 role = "tiles"
+link = "dma"
 capacity = { value = 1000, unit = "B", kind = "stated", source = "data sheet" }
+[memories.spare]
+role = "staging"
+link = "dma"
+capacity = { value = 2, unit = "KiB", kind = "stated", source = "data sheet" }
+reserved = { value = 1, unit = "KiB", kind = "stated", source = "data sheet" }
 [memories.scratch]
 role = "working"
-capacity = { value = 1, unit = "MiB", kind = "assumed", source = "a guess" }
+link = "dma"
+capacity = { value = 1, unit = "MiB", low = 1, high = 1, kind = "assumed", source = "a guess" }
+[engines.core]
+kind = "cores"
+operators = ["linear", "norm"]
+skips_zeros = true
+group_scales = true
+source = "data sheet"
+[engines.core.throughput]
+8 = { value = 4, unit = "MAC/cycle", kind = "stated", source = "data sheet" }
+[layout]
+name = "packed"
+source = "ours"
+scale = { value = 16, unit = "bit", kind = "stated", source = "ours" }
+scale_per = "group"
+zero_points = true
+patterns = true
 [constants]
-tile_output_channels = { value = 4, unit = "channels", kind = "assumed", source = "a guess" }
-tile_buffers = { value = 1, unit = "buffers", kind = "assumed", source = "a guess" }
+tile_output_channels = { value = 4, low = 4, high = 8, unit = "channels", kind = "assumed", source = "a guess" }
+tile_buffers = { value = 1, unit = "buffers", kind = "stated", source = "ours" }
+dma = { value = 8, unit = "B/cycle", kind = "stated", source = "data sheet" }
 """
 
 
@@ -43,24 +89,123 @@ def test_siracusa_has_the_memories_of_the_thesis() -> None:
     found = {memory.name: (memory.role, memory.capacity_bytes) for memory in soc.memories}
     assert found == {
         "MRAM": ("weights", 4_194_304),
-        "tile memory": ("tiles", 4_194_304),
+        "SRAM": ("tiles", 4_194_304),
         "L1": ("working", 262_144),
         "L2": ("staging", 2_097_152),
         "HyperRAM": ("off_chip", 64_000_000),
     }
     assert "disagree" in soc.with_role("tiles")[0].note
     assert (soc.count("tile_output_channels"), soc.count("tile_buffers")) == (32, 2)
-    assert soc.count("staging_reserved") == 2 * 2**20 - 1_024_000
+    assert soc.with_role("staging")[0].reserved_bytes == 2 * 2**20 - 1_024_000
     assert soc.accelerator and not soc.accelerator.skips_zeros and not soc.accelerator.group_scales
+    # the 1x1 mode gains nothing from narrow weights
+    assert {soc.accelerator.throughput[bits].value for bits in (2, 4, 8)} == {1152}
+    assert soc.constants["linear_macs"].value == 1152 and soc.constants["cluster_macs"].value == 32
+
+
+def test_the_accelerators_own_layout_differs_in_nothing_else() -> None:
+    plain, own = load_soc("siracusa"), load_soc("siracusa-neureka")
+    assert (own.memories, own.constants, own.engines) == (plain.memories, plain.constants, plain.engines)
+    assert (own.layout.slot_bits, own.layout.input_block, own.layout.scale_per) == (8, 32, "channel")
+    assert not own.layout.patterns and plain.layout.patterns and plain.layout.slot_bits is None
+
+
+def test_gap9_has_the_vendors_memories() -> None:
+    soc = load_soc("gap9")
+    assert [(m.role, m.capacity_bytes) for m in soc.memories][:3] == [
+        ("weights", 2 << 20),
+        ("tiles", 1_572_864),
+        ("working", 128 << 10),
+    ]
 
 
 def test_every_shipped_file_loads_and_states_only_sourced_numbers() -> None:
-    assert shipped_socs() == ["siracusa"]
+    assert shipped_socs() == ["gap9", "siracusa", "siracusa-neureka"]
     for name in shipped_socs():
         soc = load_soc(name)
-        numbers = [*soc.constants.values(), *(memory.capacity for memory in soc.memories)]
-        assert all(number.kind in KINDS and number.source for number in numbers)
+        parts = [x for m in soc.memories for x in (m.capacity, m.reserved, m.latency) if x]
+        numbers = [*soc.constants.values(), *parts, *(t for e in soc.engines for t in e.throughput.values())]
+        assert all(number.kind in KINDS and number.source and number.unit for number in numbers)
+        assert all(x.low is not None and x.high is not None for x in numbers if x.kind == "assumed")
         assert set(soc.constants) <= set(CONSTANT_UNITS)
+        assert all(soc.runs(operator) for operator in OPERATORS)
+
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+
+def test_the_role_of_the_sram_is_a_setting() -> None:
+    soc = load_soc("siracusa", ["sram_role=weights", "hyperram=16MiB"])
+    assert [m.name for m in soc.with_role("weights")] == ["MRAM", "SRAM"]
+    assert [m.name for m in soc.with_role("tiles")] == ["L2"] and soc.with_role("staging") == ()
+    assert soc.with_role("off_chip")[0].capacity_bytes == 16 << 20
+    assert soc.with_role("off_chip")[0].capacity.source == "given by the user"
+    assert soc.label == "Siracusa (sram_role=weights, hyperram=16MiB)"
+    assert load_soc("siracusa:sram_role=weights,hyperram=16MiB") == soc
+    assert load_soc("siracusa:sram_role=tiles") == load_soc("siracusa") and load_soc("siracusa").label == "Siracusa"
+
+
+def test_a_number_keeps_its_unit_where_none_is_given() -> None:
+    assert load_soc("siracusa", ["hyperram=8000000"]).with_role("off_chip")[0].capacity_bytes == 8_000_000
+    assert load_soc("siracusa", ["kv_copies=2"]).count("kv_cache_copies") == 2
+
+
+def test_bad_settings_come_at_once_and_list_those_there_are() -> None:
+    wanted = ["colour=red", "sram_role=flash", "hyperram=-3 MiB", "kv_copies=1.5", "hyperram_bandwidth", "kv_copies=x"]
+    with pytest.raises(PlanError) as caught:
+        load_soc("siracusa", wanted)
+    text = str(caught.value)
+    assert "there is no setting 'colour'" in text and "sram_role (tiles|weights; tiles)" in text and "hyperram" in text
+    for words in (
+        "there is no 'flash'; choose tiles or weights",
+        "-3 MiB must be above 0",
+        "'x' is not a number",
+        "'hyperram_bandwidth': write name=value",
+    ):
+        assert words in text
+    with pytest.raises(PlanError, match=r"1\.5 copies must be a whole number"):
+        load_soc("siracusa", ["kv_copies=1.5"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ('sets = "memories.flash.capacity"', 'sets = "memories.flush.capacity"', "is no number of this file"),
+        ('default = "tiles"', 'default = "tile"', "the default 'tile' is not among its choices"),
+        ('"memories.ram.role" = "weights"', '"memories.rom.role" = "weights"', "names nothing in this file"),
+        ('about = "size of the flash"', "", "'about' is missing"),
+    ],
+)
+def test_a_bad_setting_of_the_file_is_a_fault(tmp_path: Path, old: str, new: str, fault: str) -> None:
+    assert old in GOOD
+    path = tmp_path / "toy.toml"
+    path.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(PlanError, match=fault):
+        load_soc(str(path), ["use=weights"])
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_based_on_a_shipped_one_holds_only_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text(
+        'based_on = "siracusa"\nname = "Board"\n[memories.HyperRAM]\n'
+        'capacity = { value = 8, unit = "MiB", kind = "stated", source = "the board" }\n'
+    )
+    soc, base = load_soc(str(path)), load_soc("siracusa")
+    assert soc.name == "Board" and soc.with_role("off_chip")[0].capacity_bytes == 8 << 20
+    assert soc.with_role("off_chip")[0].capacity.high is None  # no bound of the old number stays behind
+    assert soc.constants == base.constants and soc.memories[:4] == base.memories[:4]
+    path.write_text('based_on = "sirakusa"\n')
+    with pytest.raises(PlanError, match="based_on 'sirakusa' is not a chip known here; shipped are gap9"):
+        load_soc(str(path))
+
+
+def test_the_schema_names_what_the_reader_takes() -> None:
+    text = (SHIPPED / "SCHEMA.md").read_text()
+    for word in (*OPERATORS, *ROLES, *KINDS, *ENGINE_KINDS, *LINKS, *REQUIRED_CONSTANTS):
+        assert f"`{word}`" in text, word
 
 
 def test_name_in_any_case_or_path_give_the_same_chip(tmp_path: Path) -> None:
@@ -73,13 +218,16 @@ def test_a_small_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "toy.toml"
     path.write_text(GOOD)
     soc = load_soc(str(path))
-    assert [memory.capacity_bytes for memory in soc.memories] == [1536, 1000, 1 << 20]
+    assert [memory.capacity_bytes for memory in soc.memories] == [1536, 1000, 2048, 1 << 20]
+    turned = load_soc(str(path), ["use=weights", "flash_size=2KiB"])
+    assert [m.name for m in turned.with_role("weights")] == ["flash", "ram"]
+    assert turned.with_role("weights")[0].capacity_bytes == 2048 and turned.with_role("tiles")[0].name == "spare"
     assert soc.accelerator is None and soc.count("kv_cache_copies") is None
 
 
 @pytest.mark.parametrize("asked", ["sirakusa", "no/such/folder", "missing.toml", ""])
 def test_unknown_name_lists_those_shipped(asked: str) -> None:
-    with pytest.raises(PlanError, match=r"shipped are siracusa"):
+    with pytest.raises(PlanError, match=r"shipped are gap9, siracusa"):
         load_soc(asked)
 
 
@@ -96,30 +244,44 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
     colour = "red"
     [memories.flash]
     role = "wieghts"
+    link = "dam"
     capacity = { value = 0, unit = "B", kind = "stated", source = "data sheet" }
     [memories.ram]
     role = "tiles"
+    link = "dma"
     capacity = { value = -5, kind = "guessed" }
     speed = 3
     [memories.scratch]
     role = "working"
     [memories.other]
     role = "working"
+    link = "weight_link"
     capacity = 12
-    [accelerator]
-    name = "X"
+    [engines.X]
+    kind = "npu"
+    operators = ["matmull"]
     skips_zeros = "no"
     group_scales = true
     source = ""
+    [engines.X.throughput]
+    zero = { value = 4, unit = "MAC/cycle", kind = "stated", source = "x" }
+    [layout]
+    name = "own"
+    source = "x"
+    scale = { value = 16, unit = "B", kind = "stated", source = "x" }
+    scale_per = "row"
+    zero_points = 1
     [constants]
     tile_output_channel = { value = 4, unit = "channels", kind = "stated", source = "x" }
     tile_buffers = { value = 1.5, unit = "buffers", kind = "stated", source = "x" }
     clock = { value = 3, low = 4, unit = "MHz", kind = "stated", source = "x" }
+    dma = { value = 8, unit = "B/cycle", kind = "assumed", source = "x" }
     """
     faults = _faults(tmp_path, text)
     expected = [
         "unknown key 'colour'",
         "memories.flash: unknown role 'wieghts'",
+        "memories.flash: unknown link 'dam'",
         "memories.flash.capacity: 0 B must be above 0",
         "memories.ram: unknown key 'speed'",
         "memories.ram.capacity: 'unit' is missing",
@@ -127,20 +289,31 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         "memories.ram.capacity: kind 'guessed'",
         "memories.ram.capacity: -5 must be above 0",
         "memories.scratch: 'capacity' is missing",
+        "memories.scratch: 'link' is missing",
         "memories.other.capacity must be a table",
+        "memories.other: its link 'weight_link' is not among the constants",
         "no memory has the role 'weights'",
         "more than one memory has the role 'working'",
+        "engines.X: unknown kind 'npu'",
+        "engines.X: unknown operator 'matmull'",
+        "engines.X: 'skips_zeros' must be true or false",
+        "engines.X: 'source' must be a text",
+        "engines.X.throughput: 'zero' is no weight width",
+        "no engine lists the operator 'linear'",
+        "layout: 'patterns' is missing",
+        "layout.scale: unit 'B' is not bit",
+        "layout: scale_per 'row' is not group or channel",
+        "layout: 'zero_points' must be true or false",
         "constants: unknown key 'tile_output_channel'",
         "constants: 'tile_output_channels' is missing",
         "constants.tile_buffers: 1.5 buffers must be a whole number",
         "constants.clock: unit 'MHz' is not Hz",
         "constants.clock: value 3 lies outside",
-        "accelerator: 'skips_zeros' must be true or false",
-        "accelerator: 'source' must be a text",
+        "constants.dma: what is assumed needs 'low' and 'high'",
     ]
     for start in expected:
         assert sum(start in fault for fault in faults) == 1, start
-    assert len(faults) == len(expected)
+    assert len(faults) == len(expected), [f for f in faults if not any(start in f for start in expected)]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +326,7 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         ("value = 1000", 'value = "1000"', "'value' must be a finite number"),
         ("value = 1000", "value = 1000.5", "must be a whole number"),
         ('unit = "KiB"', 'unit = "KB"', "unit 'KB' is not"),
-        ('role = "tiles"', 'role = "working"', "no memory has the role 'tiles'"),
+        ('"memories.ram.role" = "tiles"', '"memories.ram.role" = "staging"', "no memory has the role 'tiles'"),
         ("[memories.ram]", "[memories.ram.bank]", "unknown key 'bank'"),
     ],
 )
@@ -162,7 +335,7 @@ def test_each_fault_alone_is_found(tmp_path: Path, old: str, new: str, fault: st
     assert any(fault in line for line in _faults(tmp_path, GOOD.replace(old, new)))
 
 
-@pytest.mark.parametrize("key", ["memories", "constants", "accelerator"])
+@pytest.mark.parametrize("key", ["memories", "constants", "engines", "layout", "settings"])
 def test_a_table_that_is_none(tmp_path: Path, key: str) -> None:
     text = f'name = "Toy"\n{key} = 4\n'
     assert any(f"'{key}' must be a table" in line for line in _faults(tmp_path, text))
@@ -170,5 +343,5 @@ def test_a_table_that_is_none(tmp_path: Path, key: str) -> None:
 
 def test_an_empty_file_misses_what_it_must_have(tmp_path: Path) -> None:
     faults = "\n".join(_faults(tmp_path, ""))
-    for key in ("name", "memories", "constants"):
+    for key in ("name", "memories", "engines", "layout", "constants"):
         assert f"'{key}' is missing" in faults

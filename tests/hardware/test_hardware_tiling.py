@@ -120,8 +120,9 @@ def test_wide_weights_and_chips_without_accelerator_use_the_cores(make: Make, so
     q = by_label(make("stories260k"))["0.q_proj"]  # 32 bit
     assert engine_of(q, soc) == "cores" and stored_bytes(q, soc) == 64 * 64 * 4
     q = by_label(make("stories260k", grid=Grid(4, -1, True)))["0.q_proj"]
-    assert engine_of(q, soc) == "accelerator" and stored_bytes(q, soc) == 64 * 64 + 64 * 2
-    alone = replace(soc, accelerator=None)
+    assert engine_of(q, soc) == "accelerator" and stored_bytes(q, soc) == 64 * 32 + 64 * 2
+    assert stored_bytes(q, load_soc("siracusa-neureka")) == 64 * 64 + 64 * 2  # slots of 8 bit
+    alone = replace(soc, engines=tuple(engine for engine in soc.engines if engine.kind == "cores"))
     assert engine_of(q, alone) == "cores" and stored_bytes(q, alone) == 64 * 32 + 64 * 2
 
 

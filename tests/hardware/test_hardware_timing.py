@@ -142,12 +142,14 @@ def test_stories15m_with_4096_words_on_the_chip(soc: Soc, make: Make) -> None:
 
 
 def test_llama_1b_streamed_at_300_mb_per_second(soc: Soc, make: Make) -> None:
-    """589 MiB of codes at 4 bit: 2.06 s a token at least. Slots of 8 bit, as the engine reads them: twice that."""
+    """589 MiB of codes at 4 bit: 2.06 s a token at least. Stored in slots of 8 bit, as the engine reads them: twice."""
     shape = make("llama-3.2-1b", embedding_bits=4, grid=Grid(4, -1, True))
     decode = time_model(shape, soc, {}, context=256).decode
     assert decode.bound_by == "off-chip"
     assert 2.058 <= decode.bound_seconds.default == pytest.approx(2.06, rel=0.01)
-    assert decode.seconds.default == pytest.approx(2 * 2.06, rel=0.01)
+    assert 2.06 < decode.seconds.default < 2.06 * 1.05
+    slots = time_model(shape, load_soc("siracusa-neureka"), {}, context=256).decode
+    assert slots.seconds.default == pytest.approx(2 * 2.06, rel=0.01)
     assert decode.bound_joules is not None
     assert decode.bound_joules.low == pytest.approx(0.062, rel=0.01)  # at 100 pJ/B
     assert decode.bound_joules.high == pytest.approx(0.544, rel=0.01)  # at 880 pJ/B
@@ -252,7 +254,8 @@ def test_groups_cost_a_job_each(soc: Soc, make: Make) -> None:
 
 def test_a_chip_without_accelerator_or_without_constants(soc: Soc, make: Make) -> None:
     shape = make("stories260k", embedding_bits=8, grid=INT8)
-    alone = time_model(shape, replace(soc, accelerator=None), resident(shape), context=16).decode
+    cores = replace(soc, engines=tuple(engine for engine in soc.engines if engine.kind == "cores"))
+    alone = time_model(shape, cores, resident(shape), context=16).decode
     assert {row.engine for row in alone.operators} == {"cores"}
     check_pass(alone)
     bare = replace(soc, constants={k: v for k, v in soc.constants.items() if k not in ("clock", "linear_macs")})

@@ -78,8 +78,14 @@ def test_all_faults_of_a_recipe_come_at_once(tmp_path: Path) -> None:
 def test_every_shipped_recipe_plans(name: str) -> None:
     from checkpoints.families import PRESETS, shape_from_config
     from pipeline.plan import plan
+    from pipeline.sweep_recipe import is_sweep, load_sweep
+    from pipeline.tree import grow, spec_fingerprints
 
-    assert plan(build(name, {}), shape_from_config(PRESETS["llama-3.1-8b"]))
+    shape = shape_from_config(PRESETS["llama-3.1-8b"])
+    if is_sweep(name):
+        assert grow(load_sweep(name, {}).configurations, lambda recipe: shape, spec_fingerprints).distinct
+    else:
+        assert plan(build(name, {}), shape)
 
 
 def test_plan_prints_json_from_presets_and_config_json(compress: Command, tiny_llama: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_stories15m_s_table_commands_and_note(compress: Callable[..., Any]) -> N
     assert len(commands) == 8
     assert all("--trim-vocabulary CORPUS --vocabulary-size" in line for line in commands)
     assert "The vocabulary was taken as free" in done.stdout
-    assert "N:M zeros save no room on Siracusa" in done.stdout
+    assert "N:M" in done.stdout.splitlines()[2]  # kept weights with their index take less room there
 
 
 def test_what_does_not_fit_exits_with_3_and_shows_the_closest(compress: Callable[..., Any]) -> None:

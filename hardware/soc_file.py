@@ -1,0 +1,240 @@
+"""Reading a chip's file: the settings are laid over it, then every table is checked; all faults come at once.
+
+Each reader notes its faults and goes on with something harmless, so that one run names everything to mend.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hardware.soc import (
+    CAPACITY_UNITS,
+    CONSTANT_UNITS,
+    ENGINE_KINDS,
+    LINKS,
+    OPERATORS,
+    REQUIRED_CONSTANTS,
+    ROLES,
+    Constant,
+    Engine,
+    Layout,
+    Memory,
+    Setting,
+    Soc,
+)
+from hardware.soc_values import NOTHING, check_keys, constant, flag, table, text
+
+_PEAKS = {"accelerator": "linear_macs", "cores": "cluster_macs"}
+
+
+def parse_soc(data: dict[str, Any], wanted: Iterable[str]) -> tuple[Soc, list[str]]:
+    """The chip that a file's tables describe with the wanted settings, and everything wrong with either."""
+    faults: list[str] = []
+    data = copy.deepcopy(data)
+    settings = _settings(data, wanted, faults)
+    check_keys(
+        data, "the file", {"name", "memories", "engines", "layout", "constants"}, {"description", "settings"}, faults
+    )
+    constants = _constants(data, faults)
+    memories = tuple(_memory(name, entry, faults) for name, entry in table(data, "memories", faults).items())
+    if "memories" in data:
+        _check_roles(memories, faults)
+    for memory in memories:
+        if memory.link in LINKS and memory.link not in constants:
+            faults.append(f"memories.{memory.name}: its link '{memory.link}' is not among the constants")
+    engines = tuple(_engine(name, entry, faults) for name, entry in table(data, "engines", faults).items())
+    if "engines" in data and not any("linear" in engine.operators for engine in engines):
+        faults.append("no engine lists the operator 'linear'; one must")
+    name, about = text(data, "the file", "name", faults), text(data, "the file", "description", faults)
+    layout = _layout(table(data, "layout", faults), "layout" in data, faults)
+    for engine in engines:  # the peaks at 8 bit under the names that a time estimate reads
+        if 8 in engine.throughput and engine.kind in _PEAKS:
+            constants.setdefault(_PEAKS[engine.kind], engine.throughput[8])
+    return Soc(name, about, memories, constants, engines, layout, settings), faults
+
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+
+def _settings(data: dict[str, Any], wanted: Iterable[str], faults: list[str]) -> tuple[Setting, ...]:
+    """Lay the chosen values over the data, which changes; the settings as they stand then."""
+    asked: dict[str, str] = {}
+    for given in wanted:
+        name, equals, value = (part.strip() for part in given.partition("="))
+        if not (name and equals and value):
+            faults.append(f"setting '{given}': write name=value, e.g. sram_role=weights")
+        else:
+            asked[name] = value
+    declared = table(data, "settings", faults)
+    found = []
+    for name, entry in declared.items():
+        setting = _setting(name, entry, asked.get(name), data, faults)
+        if setting is not None:
+            found.append(setting)
+    for name in asked:
+        if name not in declared:
+            there = "; ".join(map(str, found)) or "this file has none"
+            faults.append(f"there is no setting '{name}'. Settings: {there}")
+    return tuple(found)
+
+
+def _setting(name: str, entry: Any, asked: str | None, data: dict[str, Any], faults: list[str]) -> Setting | None:
+    where = f"settings.{name}"
+    if not isinstance(entry, dict):
+        faults.append(f"{where} must be a table: about, and choices with default, or sets")
+        return None
+    about = text(entry, where, "about", faults)
+    if "sets" in entry:
+        check_keys(entry, where, {"about", "sets"}, set(), faults)
+        target = _follow(data, str(entry["sets"]))
+        if not isinstance(target, dict) or "value" not in target:
+            faults.append(f"{where}: 'sets' names {entry['sets']!r}, which is no number of this file")
+            return None
+        before = f"{target['value']} {target.get('unit', '')}".strip()
+        if asked is not None:
+            _set_number(where, target, asked, faults)
+        return Setting(name, about, before if asked is None else asked, (), before)
+    check_keys(entry, where, {"about", "choices", "default"}, set(), faults)
+    choices, default = table(entry, "choices", faults), text(entry, where, "default", faults)
+    if default not in choices:
+        faults.append(f"{where}: the default '{default}' is not among its choices {', '.join(choices)}")
+        return None
+    chosen = default if asked is None else asked
+    if chosen not in choices:
+        faults.append(f"{where}: there is no '{chosen}'; choose {' or '.join(choices)}")
+        chosen = default
+    for path, value in choices[chosen].items() if isinstance(choices[chosen], dict) else ():
+        parent, _, key = path.rpartition(".")
+        target = _follow(data, parent)
+        if isinstance(target, dict):
+            target[key] = value
+        else:
+            faults.append(f"{where}.choices.{chosen}: '{path}' names nothing in this file")
+    return Setting(name, about, chosen, tuple(choices), default)
+
+
+def _set_number(where: str, target: dict[str, Any], given: str, faults: list[str]) -> None:
+    match = re.fullmatch(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([A-Za-z/]*)", given, re.IGNORECASE)
+    try:
+        value = float(match[1]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    if match is None or math.isnan(value):
+        faults.append(f"{where}: '{given}' is not a number, with or without a unit")
+        return
+    target["value"] = int(value) if value.is_integer() else value
+    target["unit"] = match[2] or target.get("unit", "")
+    target |= {"kind": "stated", "source": "given by the user"}
+    for bound in ("low", "high"):
+        target.pop(bound, None)
+
+
+def _follow(data: Any, path: str) -> Any:
+    for key in path.split("."):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+
+
+def _constants(data: Mapping[str, Any], faults: list[str]) -> dict[str, Constant]:
+    stated, constants = table(data, "constants", faults), {}
+    for name, entry in stated.items():
+        if name not in CONSTANT_UNITS:
+            faults.append(f"constants: unknown key '{name}'; known are {', '.join(sorted(CONSTANT_UNITS))}")
+            continue
+        constants[name] = constant(f"constants.{name}", entry, {CONSTANT_UNITS[name]}, faults)
+    for name in REQUIRED_CONSTANTS:
+        if "constants" in data and name not in stated:
+            faults.append(f"constants: '{name}' is missing")
+    return constants
+
+
+def _memory(name: str, entry: Any, faults: list[str]) -> Memory:
+    where = f"memories.{name}"
+    if not isinstance(entry, dict):
+        faults.append(f"{where} must be a table with role, capacity and link")
+        entry = {}
+    else:
+        check_keys(entry, where, {"role", "capacity", "link"}, {"note", "reserved", "latency"}, faults)
+    role, link = text(entry, where, "role", faults), text(entry, where, "link", faults)
+    if role and role not in ROLES:
+        faults.append(f"{where}: unknown role '{role}'; roles are {', '.join(ROLES)}")
+    if link and link not in LINKS:
+        faults.append(f"{where}: unknown link '{link}'; links are {', '.join(LINKS)}")
+    capacity, reserved, latency = NOTHING, None, None
+    if "capacity" in entry:
+        capacity = constant(f"{where}.capacity", entry["capacity"], set(CAPACITY_UNITS), faults, positive=True)
+    if "reserved" in entry:
+        reserved = constant(f"{where}.reserved", entry["reserved"], set(CAPACITY_UNITS), faults, positive=True)
+    if "latency" in entry:
+        latency = constant(f"{where}.latency", entry["latency"], {"cycles"}, faults)
+    return Memory(name, role, capacity, text(entry, where, "note", faults), reserved, link, latency)
+
+
+def _check_roles(memories: tuple[Memory, ...], faults: list[str]) -> None:
+    for role in ("weights", "tiles", "working"):
+        if not any(memory.role == role for memory in memories):
+            faults.append(f"no memory has the role '{role}'; one must")
+    if sum(memory.role == "working" for memory in memories) > 1:
+        faults.append("more than one memory has the role 'working'; a layer's tile is computed in one")
+
+
+def _engine(name: str, entry: Any, faults: list[str]) -> Engine:
+    where = f"engines.{name}"
+    if not isinstance(entry, dict):
+        faults.append(f"{where} must be a table with kind, operators, skips_zeros, group_scales, throughput, source")
+        entry = {}
+    else:
+        needed = {"kind", "operators", "skips_zeros", "group_scales", "throughput", "source"}
+        check_keys(entry, where, needed, set(), faults)
+    kind = text(entry, where, "kind", faults)
+    if kind and kind not in ENGINE_KINDS:
+        faults.append(f"{where}: unknown kind '{kind}'; kinds are {', '.join(ENGINE_KINDS)}")
+    operators = entry.get("operators", [])
+    if not isinstance(operators, list) or not all(isinstance(o, str) for o in operators):
+        faults.append(f"{where}: 'operators' must be a list of texts")
+        operators = []
+    for operator in operators:
+        if operator not in OPERATORS:
+            faults.append(f"{where}: unknown operator '{operator}'; known are {', '.join(OPERATORS)}")
+    throughput = {}
+    for bits, peak in table(entry, "throughput", faults).items():
+        if not bits.isdigit() or not 1 <= int(bits) <= 32:
+            faults.append(f"{where}.throughput: '{bits}' is no weight width from 1 to 32 bits")
+        else:
+            at = f"{where}.throughput.{bits}"
+            throughput[int(bits)] = constant(at, peak, {"MAC/cycle"}, faults, positive=True)
+    skips, groups = (flag(entry, where, key, faults) for key in ("skips_zeros", "group_scales"))
+    return Engine(name, kind, tuple(operators), skips, groups, text(entry, where, "source", faults), throughput)
+
+
+def _layout(entry: Mapping[str, Any], present: bool, faults: list[str]) -> Layout:
+    counts = {"slot": "bit", "input_block": "channels", "output_block": "channels", "scale": "bit"}
+    if present:
+        needed = {"name", "source", "scale", "scale_per", "zero_points", "patterns"}
+        check_keys(entry, "layout", needed, {"slot", "input_block", "output_block"}, faults)
+    numbers = {
+        key: int(constant(f"layout.{key}", entry[key], {unit}, faults).value)
+        for key, unit in counts.items()
+        if key in entry
+    }
+    scale_per = text(entry, "layout", "scale_per", faults)
+    if scale_per and scale_per not in ("group", "channel"):
+        faults.append(f"layout: scale_per '{scale_per}' is not group or channel")
+    return Layout(
+        name=text(entry, "layout", "name", faults),
+        source=text(entry, "layout", "source", faults),
+        slot_bits=numbers.get("slot"),
+        input_block=numbers.get("input_block", 1),
+        output_block=numbers.get("output_block", 1),
+        scale_bits=numbers.get("scale", 0),
+        scale_per=scale_per,
+        zero_points=flag(entry, "layout", "zero_points", faults),
+        patterns=flag(entry, "layout", "patterns", faults),
+    )

@@ -1,0 +1,35 @@
+"""What each stage of a recipe is worth: all of them, each left out, each alone, and none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from checkpoints.errors import PlanError
+from pipeline.recipe import Recipe
+from pipeline.sweep_recipe import Configuration, Sweep
+
+
+def ablation(recipe: Recipe) -> Sweep:
+    """The recipe taken apart as a sweep. Raises PlanError where there is nothing to take apart."""
+    names = [stage for stage, _ in recipe.stages]
+    if not names:
+        raise PlanError("every stage is left out; there is nothing to take apart")
+    wanted = [("all stages", names)]
+    wanted += [(f"without {name}", [other for other in names if other != name]) for name in names]
+    wanted += [(f"only {name}", [name]) for name in names]
+    configurations, notes = [Configuration("no stage", replace(recipe, stages=()))], list(recipe.notes)
+    seen: list[list[str]] = [[]]
+    for label, stages in wanted:
+        if "eora" in stages and "gptq" not in stages:
+            # It answers the error of quantisation, so it cannot be without it.
+            if stages == ["eora"]:
+                label, stages = "only gptq and eora", [n for n in names if n in ("gptq", "eora")]
+                notes.append("eora alone has no quantisation error to answer: it is shown with gptq")
+            else:
+                label, stages = f"{label} and eora", [name for name in stages if name != "eora"]
+        if stages in seen:
+            continue
+        seen.append(stages)
+        chosen = tuple(entry for entry in recipe.stages if entry[0] in stages)
+        configurations.append(Configuration(label, replace(recipe, stages=chosen, notes=())))
+    return Sweep("ablation", tuple(configurations), "What each stage is worth.", tuple(notes))

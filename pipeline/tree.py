@@ -1,0 +1,131 @@
+"""The configurations of a sweep as a tree of stage runs, in which every shared beginning is one node."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from checkpoints.errors import EdgepressError, PlanError, RecipeError
+from checkpoints.shape import ModelShape
+from pipeline.plan import StagePlan, plan
+from pipeline.recipe import PLAIN_KEYS, Recipe
+from pipeline.sweep_recipe import Configuration
+
+
+@dataclass
+class Node:
+    """One stage run, or at position 0 the uncompressed model, which is only measured."""
+
+    key: str
+    fingerprint: str
+    parent: str | None  # the key of the node it starts from
+    position: int
+    step: StagePlan | None
+    before: ModelShape  # what the stage reads
+    recipe: Recipe  # of the first configuration that asks for it; its plain keys count
+    configurations: list[str] = field(default_factory=list)
+
+    @property
+    def stage(self) -> str:
+        return self.step.stage if self.step else "source"
+
+    @property
+    def label(self) -> str:
+        return self.step.options.label if self.step else "source"
+
+
+@dataclass(frozen=True)
+class Tree:
+    nodes: dict[str, Node]  # parents before children
+    paths: dict[str, tuple[str, ...]]  # configuration -> the keys of its nodes, the source first
+
+    @property
+    def asked(self) -> int:
+        """Stage runs that the configurations would take one by one."""
+        return sum(len(path) - 1 for path in self.paths.values())
+
+    @property
+    def distinct(self) -> int:
+        """Stage runs with different results: what has to be computed."""
+        return len(self.stage_runs())
+
+    @property
+    def shared(self) -> int:
+        return self.asked - self.distinct
+
+    def stage_runs(self) -> dict[str, Node]:
+        """By fingerprint. Configurations that differ only in how they are measured have nodes of their own, and
+        the store's one stage run between them."""
+        return {node.fingerprint: node for node in reversed(self.nodes.values()) if node.step is not None}
+
+    def ends(self, key: str) -> list[str]:
+        """The configurations that this node is the result of."""
+        return [name for name, path in self.paths.items() if path[-1] == key]
+
+
+Fingerprints = Callable[[Recipe, list[StagePlan]], list[str]]  # the source's first
+
+
+def grow(
+    configurations: Iterable[Configuration], shape: Callable[[Recipe], ModelShape], fingerprints: Fingerprints
+) -> Tree:
+    """The tree of all configurations. Raises RecipeError with the faults of all of them at once."""
+    nodes: dict[str, Node] = {}
+    paths: dict[str, tuple[str, ...]] = {}
+    faults: dict[str, list[str]] = {}
+    for name, recipe in ((c.name, c.recipe) for c in configurations):
+        try:
+            source = shape(recipe)
+            steps = plan(recipe, source)
+            keys = fingerprints(recipe, steps)
+        except EdgepressError as error:
+            for fault in error.faults if isinstance(error, RecipeError) else (str(error),):
+                faults.setdefault(fault, []).append(name)
+            continue
+        path: list[str] = []
+        before = source
+        for position, (key, step) in enumerate(zip(keys, [None, *steps], strict=True)):
+            full = f"{key}:{_measured_like(recipe)}"
+            if full not in nodes:
+                nodes[full] = Node(full, key, path[-1] if path else None, position, step, before, recipe)
+            nodes[full].configurations.append(name)
+            path.append(full)
+            before = step.shape if step else source
+        paths[name] = tuple(path)
+    if faults:
+        raise RecipeError([f"'{names[0]}'{_more(names)}: {fault}" for fault, names in faults.items()])
+    if not paths:
+        raise PlanError("no configuration is left; nothing to do")
+    return Tree(nodes, paths)
+
+
+def spec_fingerprints(recipe: Recipe, steps: list[StagePlan]) -> list[str]:
+    """What tells stage runs apart where there are no weights and no texts: everything that names them."""
+    start = [recipe.model, recipe.calibration_text, recipe.seed, recipe.dtype, recipe.device]
+    keys = [_digest(start)]
+    for step in steps:
+        keys.append(_digest([keys[-1], step.stage, repr(step.options)]))
+    return keys
+
+
+def conditions_of(recipe: Recipe) -> Recipe:
+    """The recipe without its stages: equal for all whose runs can share a source and its texts.
+
+    A trimmed vocabulary changes the tokens of every text for the stages behind it, so there the stages count too.
+    """
+    trims = any(stage == "vocabulary" for stage, _ in recipe.stages)
+    return replace(recipe, stages=recipe.stages if trims else (), notes=())
+
+
+def _measured_like(recipe: Recipe) -> str:
+    return _digest([getattr(recipe, key) for key in PLAIN_KEYS])[:8]
+
+
+def _digest(facts: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(list(facts)).encode()).hexdigest()
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,0 +1,50 @@
+"""The chip's verdict in a run: by plan before it starts, measured after each stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints.errors import PlanError
+from checkpoints.shape import ModelShape
+from hardware.check import check
+from hardware.soc import Soc
+from hardware.units import size_text
+from hardware.verdict import Verdict
+from pipeline.progress import Reporter
+
+CONTEXT = 256  # as `compress check`
+
+
+def judge(shape: ModelShape, soc: Soc, name: str, file_bytes: int | None = None, timing: bool = False) -> Verdict | str:
+    """The verdict, or why there is none: a model that no chip's file can judge is compressed all the same."""
+    try:
+        context = min(CONTEXT, shape.positions)
+        return check(shape, soc, context=context, name=name, file_bytes=file_bytes, timing=timing)
+    except PlanError as error:
+        return f"No verdict for {soc.name}: {error}"
+
+
+def say_planned(reporter: Reporter, planned: ModelShape, soc: Soc, name: str) -> None:
+    """One line before the run starts."""
+    verdict = judge(planned, soc, name)
+    reporter.say(f"by plan the result {verdict.line}" if isinstance(verdict, Verdict) else verdict)
+
+
+def say_measured(reporter: Reporter, planned: ModelShape, found: ModelShape, soc: Soc, name: str) -> None:
+    """One line after a stage, and a warning where the files need other bytes on the chip than the plan said."""
+    verdict, forecast = judge(found, soc, name), judge(planned, soc, name)
+    if isinstance(verdict, str) or isinstance(forecast, str):
+        reporter.note(verdict if isinstance(verdict, str) else str(forecast))
+        return
+    reporter.say(f"  {verdict.line}")
+    for use, said in zip(verdict.memories, forecast.memories, strict=True):
+        if use.peak_bytes != said.peak_bytes:
+            reporter.note(
+                f"{use.name} must hold {size_text(use.peak_bytes)} ({use.peak_bytes} bytes), the plan said "
+                f"{said.peak_bytes}; the forecast is wrong for this model, please report it"
+            )
+
+
+def to_dict(verdict: Verdict | str) -> dict[str, Any]:
+    """For report.json."""
+    return {"fits": None, "summary": verdict} if isinstance(verdict, str) else verdict.to_dict()

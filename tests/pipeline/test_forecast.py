@@ -1,0 +1,62 @@
+"""The forecast of a sweep: counts, bytes and operations against sums made another way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from checkpoints.families import PRESETS, shape_from_config
+from pipeline.forecast import forecast, node_seconds, stage_operations
+from pipeline.plan import plan
+from pipeline.sweep_recipe import load_sweep
+from pipeline.tree import grow, spec_fingerprints
+from stages.options import STAGES
+
+if TYPE_CHECKING:
+    import subprocess
+
+pytestmark = pytest.mark.unit
+
+SHAPE = shape_from_config(PRESETS["smollm2-135m"])
+
+
+def test_disk_memory_and_time_are_those_of_the_distinct_stage_runs() -> None:
+    sweep = load_sweep("table-b1", {"depth.remove": 4})
+    tree = grow(sweep.configurations, lambda recipe: SHAPE, spec_fingerprints)
+    expected = forecast(tree)
+    standard, early = (plan(c.recipe, SHAPE) for c in sweep.configurations[1:])
+    steps = [*standard, *early[1:]]  # they share depth
+    assert expected.disk_bytes == sum(step.shape.file_bytes for step in steps)
+    assert expected.peak_memory_bytes == max(step.peak_memory_bytes for step in steps)
+    assert (expected.asked, expected.distinct, expected.shared, expected.configurations) == (10, 9, 1, 3)
+    alone = [node_seconds(node, 1e9) for node in tree.nodes.values()]
+    assert all(seconds > 0 for seconds in alone)
+    assert sum(node_seconds(node, 2e9) for node in tree.nodes.values()) < sum(alone)
+    assert expected.seconds > 0
+
+
+def test_operations_grow_with_what_they_are_made_of() -> None:
+    def operations(stage: str, **options: Any) -> float:
+        return stage_operations(stage, STAGES[stage](**options), SHAPE)
+
+    for stage in ("wanda", "gptq", "eora"):
+        assert operations(stage, samples=64) > operations(stage, samples=8)
+    assert operations("lora", steps=20, held_out=0) == 2 * operations("lora", steps=10, held_out=0)
+    assert operations("depth", remove=2, rerank=True) == 2 * operations("depth", remove=2)
+    assert operations("depth", metric="influence") < operations("depth", metric="perplexity")
+    # two passes over the blocks' linear layers, by the parameters of the shape itself
+    weights = sum(x.weights for b in SHAPE.blocks for x in b.linears)
+    assert operations("wanda", samples=4, length=100) == 2 * 400 * weights
+
+
+def test_plan_of_a_sweep_needs_no_weights(compress: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = compress("plan", "--recipe", "table-a1", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["asked"], facts["distinct"], facts["shared"], facts["configurations"]) == (73, 43, 30, 45)
+    assert facts["disk_bytes"] > 40 * 2**30 and facts["seconds"] > 0 and facts["peak_memory_bytes"] > 2**30
+    refused = compress("plan", "--recipe", "table-a1", "--skip", "wanda")
+    assert refused.returncode == 2 and "--skip belongs to a recipe of one run" in refused.stderr
