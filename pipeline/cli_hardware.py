@@ -27,6 +27,11 @@ def check(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 256,
     kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value.")] = 8,
+    kv_window: Annotated[int, typer.Option(help="Newest tokens that stay in the KV cache; 0 is all.")] = 0,
+    kv_sinks: Annotated[int, typer.Option(help="First tokens that stay beside the window.")] = 4,
+    kv_groups: Annotated[
+        bool, typer.Option("--kv-groups", help="Count the KV cache's scales and zero points, as eval --kv-bits has it.")
+    ] = False,
     activation_bits: Annotated[int, typer.Option(help="Bits of an activation.")] = 8,
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens that pass at once; 0 is the whole context.")] = 0,
     bits: Annotated[int, typer.Option(help="Judge as if the stage gptq had left 8, 4 or 3 bits; 0: as it is.")] = 0,
@@ -59,6 +64,9 @@ def check(
         chip,
         context=context,
         kv_bits=kv_bits,
+        kv_window=kv_window,
+        kv_sinks=kv_sinks,
+        kv_groups=kv_groups,
         activation_bits=activation_bits,
         prefill_chunk=prefill_chunk or None,
         name=checkpoint or "smollm2-135m",
