@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import NumericsError
-from checkpoints.kv_format import value_group
+from checkpoints.kv_format import GROUP, value_group
 
 Stored = tuple[Tensor, ...]  # each (b, heads, groups, ...): codes, scale, least; or the values themselves at 16 bit
 
@@ -23,11 +23,10 @@ def encode_keys(keys: Tensor, bits: int) -> Stored:
 
 def encode_values(values: Tensor, bits: int) -> Stored:
     """values (b, heads, groups, tokens, head_dim): a grid for each token and up to 32 of its channels."""
-    return (
-        _encode(values.unflatten(-1, (-1, value_group(values.shape[-1]))).flatten(3, 4), bits)
-        if bits < 16
-        else (values,)
-    )
+    if bits == 16:
+        return (values,)
+    width, head_dim = value_group(values.shape[-1]), values.shape[-1]
+    return _encode(values.reshape(*values.shape[:3], GROUP * head_dim // width, width), bits)
 
 
 def decode_keys(stored: Stored, bits: int, dtype: torch.dtype) -> Tensor:
@@ -35,7 +34,10 @@ def decode_keys(stored: Stored, bits: int, dtype: torch.dtype) -> Tensor:
 
 
 def decode_values(stored: Stored, bits: int, dtype: torch.dtype, head_dim: int) -> Tensor:
-    return _decode(stored, bits, dtype).flatten(3).unflatten(-1, (-1, head_dim)) if bits < 16 else stored[0]
+    if bits == 16:
+        return stored[0]
+    values = _decode(stored, bits, dtype)
+    return values.reshape(*values.shape[:3], GROUP, head_dim)
 
 
 def _encode(x: Tensor, bits: int) -> Stored:
@@ -55,7 +57,8 @@ def _encode(x: Tensor, bits: int) -> Stored:
 
 def _decode(stored: Stored, bits: int, dtype: torch.dtype) -> Tensor:
     codes, scale, least = stored
-    codes = (_unpack(codes) if bits == 4 else codes).unflatten(-1, (scale.shape[-1], -1))
+    codes = _unpack(codes) if bits == 4 else codes
+    codes = codes.reshape(*scale.shape, codes.shape[-1] // scale.shape[-1])
     return torch.addcmul(least.float().unsqueeze(-1), codes.float(), scale.float().unsqueeze(-1)).to(dtype)
 
 

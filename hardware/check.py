@@ -46,8 +46,8 @@ def check(
     `prefill_chunk` is how many prompt tokens pass at once (all of the context by default); `name` is what to call
     the model; `file_bytes` is what its files take on the disk, where there are any. The widths default to 8 bit,
     N-EUREKA's. `kv_window` and `kv_sinks` evict tokens from the cache, `kv_groups` counts its scales, zero points and
-    tokens in full (checkpoints/kv_format.py). `levers` asks what would make a model fit that does not, `timing` for time
-    and energy per token; a search over shapes needs neither. Raises PlanError for a context the model
+    tokens in full (checkpoints/kv_format.py). `levers` asks what would make a model fit that does not, `timing` for
+    time and energy per token; a search over shapes needs neither. Raises PlanError for a context the model
     has no positions for, for widths that are none, and for operators that no engine runs, all in one message.
     """
     shape = shared_blocks(shape)
