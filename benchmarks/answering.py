@@ -48,7 +48,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
     return result, (time.perf_counter() - began[0], time.process_time() - began[1])
 
 
-def main(file: str, number: int = 64, dtype: str = "bfloat16") -> None:
+def main(file: str, number: int = 64, dtype: str = "float32") -> None:
     source = open_source(None)
     subject = Subject(source, Runtime(dtype=getattr(torch, dtype)))
     settings = Settings(limit=number, sources=(f"triviaqa-closed={file}",))

@@ -21,6 +21,7 @@ from checkpoints.writer import CheckpointWriter
 from eval.text import load_text
 from stages import wanda
 from stages.options import Wanda
+from stages.pruning.wanda import prune_n_of_m
 
 
 def loop_over_groups(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
@@ -68,10 +69,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     norms = {name: torch.rand(w.shape[1], generator=generator) for name, w in layers.items()}
     for n, m in ((1, 8), (2, 4), (4, 8), (8, 16)):
-        ours = sum(best_of(7, wanda.prune_n_of_m, w, norms[k], n, m) for k, w in layers.items())
+        ours = sum(best_of(7, prune_n_of_m, w, norms[k], n, m) for k, w in layers.items())
         loop = sum(best_of(7, loop_over_groups, w, norms[k], n, m) for k, w in layers.items())
         for name, weight in layers.items():
-            masks = (f(weight, norms[name], n, m) for f in (wanda.prune_n_of_m, loop_over_groups))
+            masks = (f(weight, norms[name], n, m) for f in (prune_n_of_m, loop_over_groups))
             # of equal scores either may go, so compare what is kept, not where
             kept = [(weight.abs() * norms[name] * mask).view(-1, m).sort(dim=-1).values for mask in masks]
             assert torch.equal(*kept), name

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from checkpoints.headers import ADAPTER, EDGE, read_config, shape_from_folder, weight_files
+from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, read_config, shape_from_folder, weight_files
 from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.packing import dequantise
@@ -168,6 +168,18 @@ class Checkpoint:
             return {}
         with safe_open(self.folder / ADAPTER, framework="pt") as file:
             key = f"base_model.model.{self.shape.block_prefix}.{index}"
+            return {name: file.get_tensor(f"{key}.{name}") for name in names}
+
+    def adapter_codes_part(self, index: int) -> dict[str, Tensor]:
+        """The block's adapter as 8-bit codes and scales, names relative to the block; empty where it has none."""
+        names = [t.name for t in self.shape.blocks[index].packed_adapter()]
+        if not names:
+            return {}
+        key = f"base_model.model.{self.shape.block_prefix}.{index}"
+        with safe_open(self.folder / ADAPTER_PACKED, framework="pt") as file:
+            present = set(file.keys())
+            if missing := [name for name in names if f"{key}.{name}" not in present]:
+                raise CheckpointError(f"{self.folder / ADAPTER_PACKED} lacks {key}.{missing[0]}")
             return {name: file.get_tensor(f"{key}.{name}") for name in names}
 
     def edge(self) -> dict[str, Tensor]:

@@ -141,13 +141,14 @@ def _block(
         base, _, kind = name.rpartition(".")
         adapter = ranks.get(base, (0, "BF16", False))
         bias = f"{base}.bias" in members
+        zeros = pattern if pattern is not None and pattern.covers(base) else None
         if kind == "qweight":
             outs, ins = tensor.shape[1], members[f"{base}.g_idx"].elements
             dense = next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
-            linears.append(LinearShape(base, outs, ins, dense, bias, pattern, grid, *adapter))
+            linears.append(LinearShape(base, outs, ins, dense, bias, zeros, grid, *adapter))
         elif kind == "weight" and len(tensor.shape) == 2:
             outs, ins = tensor.shape
-            linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, pattern, None, *adapter))
+            linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, zeros, None, *adapter))
         elif kind not in ("qzeros", "scales", "g_idx") and not (kind == "bias" and _is_linear(base, members)):
             others.append(TensorShape(name, tensor.shape, tensor.dtype))
     return BlockShape(tuple(linears), tuple(others))

@@ -14,7 +14,9 @@ files). An entry of kind `linear` has these parts:
   format, absent on a symmetric grid, whose zero point is 2^(bits - 1);
 - order: the group of each column, only where GPTQ's activation order was left in the checkpoint.
 
-The streams' bit order stands in `bits.py`. The other kinds are told in `packed_sizes.Record`.
+An adapter at 8 bits has entries of kind `adapter_codes`, `….codes` (int8) and `….scales` (float32, one for each
+rank): A and B are codes x scales, rounded to the `dtype` of their `derived_adapter` entry, which has no bytes. The
+streams' bit order stands in `bits.py`. The other kinds are told in `packed_sizes.Record`.
 """
 
 from __future__ import annotations
@@ -23,10 +25,9 @@ import hashlib
 import json
 import os
 import struct
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,8 +40,9 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.manifest import PARTIAL, sync_folder
 from checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, aligned, header_text, image_table
+from checkpoints.peft_config import beyond_plain
 from checkpoints.runtime import Progress, Silent
-from checkpoints.writer import TOKENIZER_FILES
+from checkpoints.writer import ADAPTER_CONFIG, TOKENIZER_FILES
 
 MAGIC, VERSION = b"EDGEPACK", 1
 _FIXED = struct.Struct("<8sIIQd")  # and the digest
@@ -57,6 +59,25 @@ class Image:
     data_at: int
     adapter_scale: float
     sha256: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Tensors of one block, or of what is outside the blocks, as the checkpoint's files hold them, by kind."""
+
+    tensor: dict[str, Tensor] = field(default_factory=dict)  # of the shards
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    adapter_codes: dict[str, Tensor] = field(default_factory=dict)
+    edge: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, kind: str) -> dict[str, Tensor]:
+        """Where the tensors of a record of this kind are."""
+        tensors: dict[str, Tensor] = getattr(self, kind)
+        return tensors
+
+
+# Kinds of which the image holds only what they are made from: where such a tensor lies, and where its codes.
+_DERIVED = {"derived": ("tensor", "edge"), "derived_adapter": ("adapter", "adapter_codes")}
 
 
 # --- packing -------------------------------------------------------------------------------------------------------
@@ -87,14 +108,18 @@ def pack_checkpoint(
         sink.write(text.ljust(data_at - PREAMBLE_BYTES))
         progress.start("packing", len(table["blocks"]))
         for index, block in enumerate(table["blocks"]):
-            stored, adapter = checkpoint.stored_block(index), checkpoint.adapter_part(index)
+            contents = Contents(
+                tensor=checkpoint.stored_block(index),
+                adapter=checkpoint.adapter_part(index),
+                adapter_codes=checkpoint.adapter_codes_part(index),
+            )
             place = f"{checkpoint.shape.block_prefix}.{index}."
             for entry in table["layouts"][block["layout"]]:
-                sink.parts(entry, _encode(entry, stored, adapter, {}, place))
+                sink.parts(entry, _encode(entry, contents, place))
             progress.step(block=f"{index + 1}/{len(table['blocks'])}")
-        outer, edge = checkpoint.outer(), checkpoint.edge()
+        contents = Contents(tensor=checkpoint.outer(), edge=checkpoint.edge())
         for entry in table["outer"]["records"]:
-            sink.parts(entry, _encode(entry, outer, {}, edge, ""))
+            sink.parts(entry, _encode(entry, contents, ""))
         for name in table.get("documents", {}):
             sink.padded(documents[name])
         digest = sink.finish()
@@ -103,27 +128,27 @@ def pack_checkpoint(
 
 def _adapter_scale(checkpoint: Checkpoint) -> float:
     """0 without an adapter. Raises CheckpointError where one number does not tell how layers are scaled."""
-    ranks = {x.adapter_rank for block in checkpoint.shape.blocks for x in block.linears} - {0}
+    ranks = {x.name: x.adapter_rank for block in checkpoint.shape.blocks for x in block.linears if x.adapter_rank}
     if not ranks:
         return 0.0
-    if len(ranks) > 1:
+    if faults := beyond_plain(json.loads((checkpoint.folder / ADAPTER_CONFIG).read_text()), ranks):
         raise CheckpointError(
-            f"cannot be packed: the adapter in {checkpoint.folder} has ranks {sorted(ranks)}; an image has one scale"
+            f"cannot be packed: {checkpoint.folder / ADAPTER_CONFIG} asks for what an image has no place for: "
+            f"{'; '.join(faults)}. An image holds plain LoRA: A and B of one rank and one scale, lora_alpha / r"
         )
     return checkpoint.adapter_scale
 
 
-def _encode(
-    entry: form.Entry, stored: Mapping[str, Tensor], adapter: Mapping[str, Tensor], edge: Mapping[str, Tensor], at: str
-) -> dict[str, Bytes]:
+def _encode(entry: form.Entry, contents: Contents, at: str) -> dict[str, Bytes]:
     kind, name = entry["kind"], entry["name"]
     try:
         if kind == "linear":
-            own = {key.rpartition(".")[2]: t for key, t in stored.items() if key.rpartition(".")[0] == name}
+            own = {key.rpartition(".")[2]: t for key, t in contents.tensor.items() if key.rpartition(".")[0] == name}
             return form.encode_linear(entry, own)
-        if kind == "derived":
-            return form.encode_derived(entry, edge, stored[name])
-        return form.encode_tensor(entry, {"adapter": adapter, "edge": edge}.get(kind, stored)[name])
+        if kind in _DERIVED:
+            whole, packed = _DERIVED[kind]
+            return form.encode_derived(entry, contents.of(packed), contents.of(whole)[name])
+        return form.encode_tensor(entry, contents.of(kind)[name])
     except CheckpointError as error:
         raise CheckpointError(f"cannot be packed: {at}{error}") from None
 
@@ -221,15 +246,6 @@ def open_image(path: Path) -> Image:
     return Image(path, table, nbytes, aligned(PREAMBLE_BYTES + header_bytes, PAGE), scale, digest.hexdigest())
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Tensors of one block, or of what is outside the blocks, as the checkpoint's files hold them."""
-
-    stored: dict[str, Tensor]
-    adapter: dict[str, Tensor]
-    edge: dict[str, Tensor]
-
-
 def read_block(image: Image, index: int) -> Contents:
     """One block's tensors, names relative to it."""
     block = image.table["blocks"][index]
@@ -252,17 +268,19 @@ def read_documents(image: Image) -> dict[str, bytes]:
 
 
 def _contents(image: Image, entries: list[dict[str, Any]], at: int) -> Contents:
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    found = Contents()
     for entry in entries:
         parts = {name: _read(image, at + offset, size) for name, (offset, size) in entry["parts"].items()}
         if entry["kind"] == "linear":
-            found["tensor"] |= {f"{entry['name']}.{key}": t for key, t in form.decode_linear(entry, parts).items()}
-        elif entry["kind"] != "derived":
-            found[entry["kind"]][entry["name"]] = form.decode_tensor(entry, parts)
+            tensors = form.decode_linear(entry, parts)
+            found.tensor.update({f"{entry['name']}.{key}": tensor for key, tensor in tensors.items()})
+        elif entry["kind"] not in _DERIVED:
+            found.of(entry["kind"])[entry["name"]] = form.decode_tensor(entry, parts)
     for entry in entries:
-        if entry["kind"] == "derived":
-            found["tensor"][entry["name"]] = form.decode_derived(entry, found["edge"])
-    return Contents(found["tensor"], found["adapter"], found["edge"])
+        if entry["kind"] in _DERIVED:
+            whole, packed = _DERIVED[entry["kind"]]
+            found.of(whole)[entry["name"]] = form.decode_derived(entry, found.of(packed))
+    return found
 
 
 def _read(image: Image, at: int, size: int) -> Bytes:

@@ -59,12 +59,12 @@ def _write(image: Image, draft: Path, progress: Progress) -> None:
     progress.start("unpacking", count)
     for index in range(count):
         contents = read_block(image, index)
-        writer.write_block(index, contents.stored)
+        writer.write_block(index, contents.tensor)
         if contents.adapter:
-            writer.write_adapter_part(index, contents.adapter)
+            writer.write_adapter_part(index, contents.adapter | contents.adapter_codes)
         progress.step(block=f"{index + 1}/{count}")
     outer = read_outer(image)
-    writer.write_outer(outer.stored)
+    writer.write_outer(outer.tensor)
     if outer.edge:
         writer.write_edge(outer.edge)
     adapted = _adapted(image)
@@ -79,7 +79,7 @@ def _write(image: Image, draft: Path, progress: Progress) -> None:
 
 def _adapted(image: Image) -> dict[str, int]:
     """Rank of the adapter by the name of the layer that has one."""
-    entries = [entry for layout in image.table["layouts"] for entry in layout if entry["kind"] == "adapter"]
+    entries = [entry for layout in image.table["layouts"] for entry in layout if "adapter" in entry["kind"]]
     suffix = ".lora_A.weight"
     return {e["name"].removesuffix(suffix): e["shape"][0] for e in entries if e["name"].endswith(suffix)}
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from checkpoints.adapter_codes import unpacked
 from checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
 from checkpoints.errors import CheckpointError
 from checkpoints.packed_sizes import MaskIndex
@@ -139,7 +140,8 @@ def entry_index(entry: Entry) -> MaskIndex | None:
     """The form of a layer's mask, None where all its weights are stored."""
     if "index" not in entry:
         return None
-    pattern = parse_sparsity(entry["pattern"]).on(entry["shape"][1])
+    rows, columns = entry["shape"]
+    pattern = parse_sparsity(entry["pattern"]).on(columns, rows)
     form = entry["index"]
     return MaskIndex(form["form"], pattern.removed, pattern.of, form["bits"], form["groups"])
 
@@ -176,31 +178,34 @@ def _put_back(entry: Entry, parts: Mapping[str, Bytes], kept: NDArray[Any], empt
     return groups.reshape(entry["shape"])
 
 
-# --- embeddings ----------------------------------------------------------------------------------------------------
+# --- embeddings and adapters of which codes are stored ----------------------------------------------------------------
 
 
-def stands_for(edge: Mapping[str, Tensor], name: str, like: Entry) -> Iterator[tuple[int, Tensor]]:
+def stands_for(packed: Mapping[str, Tensor], entry: Entry) -> Iterator[tuple[int, Tensor]]:
     """The 16- or 32-bit tensor that packed codes stand for, some rows at a time, with the first row's number."""
-    base = name.removesuffix(".weight")
-    codes, scales, minimum = (edge[f"{base}.{part}"] for part in ("codes", "scales", "minimum"))
-    bits = 8 * codes.shape[1] // like["shape"][1]
-    for row in range(0, like["shape"][0], _ROWS):
+    base, dtype = entry["name"].removesuffix(".weight"), TORCH_DTYPES[entry["dtype"]]
+    codes, scales = packed[f"{base}.codes"], packed[f"{base}.scales"]
+    if entry["kind"] == "derived_adapter":
+        yield 0, unpacked(codes, scales, dtype)
+        return
+    minimum = packed[f"{base}.minimum"]
+    bits = 8 * codes.shape[1] // entry["shape"][1]
+    for row in range(0, entry["shape"][0], _ROWS):
         here = slice(row, row + _ROWS)
-        rows = dequantise_rows(codes[here], scales[here], minimum[here], bits)
-        yield row, rows.to(TORCH_DTYPES[like["dtype"]])
+        yield row, dequantise_rows(codes[here], scales[here], minimum[here], bits).to(dtype)
 
 
-def encode_derived(entry: Entry, edge: Mapping[str, Tensor], tensor: Tensor) -> dict[str, Bytes]:
+def encode_derived(entry: Entry, packed: Mapping[str, Tensor], tensor: Tensor) -> dict[str, Bytes]:
     """No bytes. Raises CheckpointError where the codes do not stand for the tensor, which would be lost."""
     encode_tensor(entry, tensor)
-    for row, rows in stands_for(edge, entry["name"], entry):
+    for row, rows in stands_for(packed, entry):
         if not np.array_equal(_raw(rows), _raw(tensor[row : row + len(rows)])):
             raise CheckpointError(f"{entry['name']} is not what the packed codes beside it stand for")
     return {}
 
 
-def decode_derived(entry: Entry, edge: Mapping[str, Tensor]) -> Tensor:
+def decode_derived(entry: Entry, packed: Mapping[str, Tensor]) -> Tensor:
     tensor = torch.empty(entry["shape"], dtype=TORCH_DTYPES[entry["dtype"]])
-    for row, rows in stands_for(edge, entry["name"], entry):
+    for row, rows in stands_for(packed, entry):
         tensor[row : row + len(rows)] = rows
     return tensor

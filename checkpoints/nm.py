@@ -13,8 +13,13 @@ from checkpoints.shape import Sparsity
 
 
 def group_zeros(weight: Tensor, m: int) -> Tensor:
-    """Zeros in every run of M consecutive weights of a row: (out, in / M). weight (out, in)."""
+    """Zeros in every run of M consecutive weights of a row: (out, in / M). weight (out, in).
+
+    M may be the whole layer's size: (1, 1).
+    """
     rows, columns = weight.shape
+    if m == rows * columns:
+        return (weight == 0).sum().view(1, 1)
     if columns % m:
         raise PlanError(f"a width of {columns} is not divisible by {m}")
     return (weight == 0).view(rows, columns // m, m).sum(dim=-1)
@@ -22,7 +27,7 @@ def group_zeros(weight: Tensor, m: int) -> Tensor:
 
 def holds(weight: Tensor, pattern: Sparsity) -> bool:
     """Whether every group of M has at least N zeros."""
-    nm = pattern.on(weight.shape[1])
+    nm = pattern.on(weight.shape[1], weight.shape[0])
     return bool((group_zeros(weight, nm.of) >= nm.removed).all())
 
 
@@ -40,7 +45,7 @@ class MaskProof:
 
         N zeros are asked of every group of M; with a mask also that each of its zeros is still one.
         """
-        nm = self.pattern.on(weight.shape[1])
+        nm = self.pattern.on(weight.shape[1], weight.shape[0])
         zeros = group_zeros(weight, nm.of).clamp(max=nm.removed)
         self.expected += zeros.numel() * nm.removed
         self.kept += int(zeros.sum())

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from checkpoints.shape import DTYPE_BYTES, BlockShape, LinearShape, ModelShape, Pattern, TensorShape
@@ -61,6 +62,8 @@ def mask_indexes(pattern: Pattern) -> Iterator[MaskIndex]:
     n, m = pattern.removed, pattern.of
     yield MaskIndex("bitmap", n, m, m)
     yield MaskIndex("positions", n, m, (m - 1).bit_length())
+    if min(n, m - n) > WORD_BITS:  # there are at least 2 to this power sets: too many for a word, or to count
+        return
     sets = math.comb(m, n)
     groups = 1
     while (bits := (sets**groups - 1).bit_length()) <= WORD_BITS:
@@ -72,13 +75,19 @@ def mask_index(linear: LinearShape) -> MaskIndex | None:
     """The smallest form for a layer, of equals the simplest; None where leaving out the zeros does not pay."""
     if linear.pattern is None:
         return None
-    pattern = linear.pattern.on(linear.in_features)
+    pattern = linear.pattern.on(linear.in_features, linear.out_features)
     if not pattern.removed:
         return None
     groups = linear.weights // pattern.of
-    best = min(mask_indexes(pattern), key=lambda index: index.total_bits(groups))
+    best = _smallest_index(pattern, groups)
     saved = (linear.weights - linear.nonzero) * value_bits(linear)
     return best if best.total_bits(groups) < saved else None
+
+
+@lru_cache(maxsize=1024)
+def _smallest_index(pattern: Pattern, groups: int) -> MaskIndex:
+    """`compress fit` asks for the same few thousands of times."""
+    return min(mask_indexes(pattern), key=lambda index: index.total_bits(groups))
 
 
 def packed_bits(linear: LinearShape) -> int:
@@ -101,7 +110,8 @@ class Record:
     """One layer or tensor of the image: what a reader must know of it, and its parts in bytes.
 
     kind: linear (a block's matrix), tensor (stored as it is), adapter, edge (codes of an embedding or head and what
-    belongs to them), derived (the 16-bit tensor those codes stand for; it takes no room).
+    belongs to them), derived (the 16-bit tensor those codes stand for; it takes no room), and in the same way
+    adapter_codes and derived_adapter, of an adapter at 8 bits.
     """
 
     kind: str
@@ -114,7 +124,8 @@ def block_records(block: BlockShape, ordered: bool = True) -> list[Record]:
     """The records of one block, by name. ordered: its groups lie in storage order, so there is no index of them."""
     records = [_linear(x, ordered) for x in block.linears] + [_plain("tensor", t) for t in block.others]
     for x in block.linears:
-        records += [_plain("adapter", t) for t in x.adapter()]
+        records += [_derived("derived_adapter", t) if x.adapter_packed else _plain("adapter", t) for t in x.adapter()]
+        records += [_plain("adapter_codes", t) for t in x.packed_adapter()]
         records += [_plain("tensor", t) for t in x.stored() if t.name == f"{x.name}.bias"]
     return sorted(records, key=lambda record: record.name)
 
@@ -126,7 +137,7 @@ def outer_records(shape: ModelShape) -> list[Record]:
     records = [_plain("edge", t) for t in edge]
     for t in shape.outer:
         if t.name.removesuffix(".weight") in derived:
-            records.append(Record("derived", t.name, {"shape": list(t.shape), "dtype": t.dtype}, ()))
+            records.append(_derived("derived", t))
         else:
             records.append(_plain("tensor", t))
     return sorted(records, key=lambda record: record.name)
@@ -139,6 +150,10 @@ def groups_in_order(shape: ModelShape) -> bool:
 
 def _plain(kind: str, t: TensorShape) -> Record:
     return Record(kind, t.name, {"shape": list(t.shape), "dtype": t.dtype}, (("values", t.nbytes),))
+
+
+def _derived(kind: str, t: TensorShape) -> Record:
+    return replace(_plain(kind, t), parts=())
 
 
 def _linear(x: LinearShape, ordered: bool) -> Record:
@@ -270,7 +285,7 @@ def _sum_of(record: Record, part: str) -> str:
     """The field of PackedSizes that a part counts in."""
     if record.kind == "linear":
         return _LINEAR_PARTS.get(part) or ("codes" if "bits" in record.about else "dense_linears")
-    if record.kind == "adapter":
+    if record.kind in ("adapter", "adapter_codes"):
         return "adapters"
     if record.kind == "edge":
         return "head" if is_head(record.name.rpartition(".")[0]) else "embedding"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from checkpoints.quiet import quiet_import
@@ -22,3 +22,25 @@ def peft_config(rank: int, alpha: float, linears: Iterable[str]) -> dict[str, An
         inference_mode=True,
     ).to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+# What says where an adapter comes from or how it was trained, but not what it computes.
+_HISTORY = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout",
+    "peft_version", "revision", "r", "target_modules", "task_type",
+}  # fmt: skip
+
+
+def beyond_plain(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
+    """What an adapter_config.json asks for beyond plain LoRA on these layers (name -> rank), one item each.
+
+    Plain is what `peft_config` writes: x A^T B^T lora_alpha / r, with one r and one lora_alpha for all layers.
+    """
+    rank = config.get("r")
+    plain = peft_config(max(ranks.values()), 1.0, ranks)
+    faults = [f"r is {rank}, but A has rank {found}" for found in sorted(set(ranks.values()) - {rank})]
+    for key in sorted(config.keys() - _HISTORY):
+        # Empty, None and False all say "not asked for"; a newer peft may have settings that this one does not know.
+        if (config[key] or None) != (plain.get(key) or None):
+            faults.append(f"{key} {config[key]}")
+    return faults

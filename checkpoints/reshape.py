@@ -76,8 +76,8 @@ def with_wider_ffn(shape: ModelShape, multiple: int) -> ModelShape:
 
 
 def with_pattern(shape: ModelShape, pattern: Sparsity) -> ModelShape:
-    """The pattern on every linear layer of every block."""
-    return _each_linear(shape, lambda x: replace(x, pattern=pattern))
+    """The pattern on every linear layer of every block that it covers."""
+    return _each_linear(shape, lambda x: replace(x, pattern=pattern) if pattern.covers(x.name) else x)
 
 
 def packable(out_features: int, in_features: int) -> bool:

@@ -40,9 +40,13 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.removed}:{self.of}"
 
-    def on(self, width: int) -> Pattern:
+    def on(self, width: int, rows: int = 1) -> Pattern:
         """The pattern of a row of this width: itself."""
         return self
+
+    def covers(self, name: str) -> bool:
+        """Whether the layer of this name has the pattern: all do."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,46 @@ class Unstructured:
     def __str__(self) -> str:
         return str(self.fraction)  # all digits: the manifest's text is read back
 
-    def on(self, width: int) -> Pattern:
+    def on(self, width: int, rows: int = 1) -> Pattern:
         """The same as an N:M pattern whose group is the whole row."""
         return Pattern(int(self.fraction * width), width)
 
+    def covers(self, name: str) -> bool:
+        """Whether the layer of this name has the pattern: all do."""
+        return True
 
-Sparsity = Pattern | Unstructured
+
+@dataclass(frozen=True)
+class Within:
+    """A pattern on the layers of one name alone; a fraction then counts over the whole layer, not row by row."""
+
+    amount: Pattern | Unstructured
+    layer: str  # the last part of the layers' names, e.g. gate_proj
+
+    def __str__(self) -> str:
+        return f"{self.amount} in {self.layer}"
+
+    def on(self, width: int, rows: int = 1) -> Pattern:
+        """N:M itself; of a fraction, a pattern whose group is the whole layer of `rows` rows."""
+        if isinstance(self.amount, Pattern):
+            return self.amount
+        return Pattern(round(self.amount.fraction * width * rows), width * rows)
+
+    def covers(self, name: str) -> bool:
+        """Whether the layer of this name has the pattern."""
+        return name.rpartition(".")[2] == self.layer
+
+
+Sparsity = Pattern | Unstructured | Within
 
 
 def parse_sparsity(text: str) -> Sparsity:
+    """Read what str() of a pattern gives: an amount, or an amount `in` a layer. Raises PlanError."""
+    amount, within, layer = text.partition(" in ")
+    return Within(parse_amount(amount), layer) if within else parse_amount(text)
+
+
+def parse_amount(text: str) -> Pattern | Unstructured:
     """Read `N:M`, or a fraction such as 0.5. Raises PlanError for anything else."""
     if ":" in text:
         return Pattern.parse(text)
@@ -132,7 +167,7 @@ class LinearShape:
         """Weights left by the N:M pattern (a quantiser may round some of them to zero as well)."""
         if self.pattern is None:
             return self.weights
-        pattern = self.pattern.on(self.in_features)
+        pattern = self.pattern.on(self.in_features, self.out_features)
         return self.weights // pattern.of * (pattern.of - pattern.removed)
 
     @property

@@ -14,7 +14,7 @@ from checkpoints.shape import Sparsity, parse_sparsity
 
 
 def prove_pattern(checkpoint: Checkpoint, pattern: Sparsity, masks_from: Checkpoint | None = None) -> dict[str, Any]:
-    """Count, over all linear layers of all blocks, the zeros expected and kept.
+    """Count, over the linear layers of all blocks that the pattern covers, the zeros expected and kept.
 
     masks_from: a checkpoint with the same blocks whose zeros must all still be zeros; without it the pattern
     alone is asked for. An adapter that is stored beside the weights is not part of them.
@@ -22,7 +22,7 @@ def prove_pattern(checkpoint: Checkpoint, pattern: Sparsity, masks_from: Checkpo
     proof = MaskProof(pattern)
     for index, block in enumerate(checkpoint.shape.blocks):
         masks = {x.name: x for x in masks_from.shape.blocks[index].linears} if masks_from else {}
-        for linear in block.linears:
+        for linear in (x for x in block.linears if pattern.covers(x.name)):
             mask = masks_from.base_weight(index, masks[linear.name]) != 0 if masks_from else None
             proof.add(checkpoint.base_weight(index, linear), mask)
     return proof.facts()

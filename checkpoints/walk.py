@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,14 @@ class BlockVisit:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The precision in which `weights` gives the block to its file."""
+        return self._walk.source.stored_dtype
+
     def weights(self) -> dict[str, Tensor]:
         """The block's tensors in host memory, in the checkpoint's stored precision."""
-        stored = self._walk.source.stored_dtype
+        stored = self.stored_dtype
         return {name: tensor.detach().to("cpu", stored) for name, tensor in self.module.state_dict().items()}
 
     def done(self, facts: dict[str, Any] | None = None) -> None:
@@ -173,7 +178,7 @@ class Walk:
         """What `done` was given for each block, earlier runs included."""
         return [entry["facts"] for entry in self.work.entries] if self.work else []
 
-    def __iter__(self) -> Iterator[BlockVisit]:
+    def __iter__(self) -> Generator[BlockVisit]:
         count = len(self.skeleton.blocks)
         self.runtime.progress.start(self._task, count - self._next)
         while self._next < count:

@@ -1,12 +1,11 @@
 """Greedy answers to many questions: batched, kept on disk, the same whatever the batch.
 
-Prompts are sorted by length and padded on the left; the padding is masked, and positions count from the first real
-token, so a sequence's logits are those it has alone, up to rounding.
+Prompts of like length are answered together (eval/decoding.py). In float32 rounding is too small to change a word; in
+bfloat16 the likeliest two tokens can be so close that the batch decides, which is why `auto` means float32 here.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -14,12 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from checkpoints.errors import PlanError, TextError
-from checkpoints.kv_format import PLAIN, KVFormat
 from eval.answer_file import AnswerFile
+from eval.decoding import greedy
 from eval.settings import Settings
 from eval.subject import Subject
 
@@ -83,53 +79,6 @@ def answer_all(
     ]
 
 
-def end_tokens(subject: Subject) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, the configuration's and the generation settings'."""
-    wanted: list[Any] = [subject.tokenizer.eos_token_id, getattr(subject.model.config, "eos_token_id", None)]
-    path = subject.checkpoint.folder / "generation_config.json"
-    if path.is_file():
-        wanted.append(json.loads(path.read_text()).get("eos_token_id"))
-    flat = {token for item in wanted for token in (item if isinstance(item, list) else [item])}
-    return sorted(token for token in flat if token is not None)
-
-
-@torch.no_grad()
-def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int, kv: KVFormat = PLAIN) -> list[list[int]]:
-    """The new tokens of each prompt, computed as one batch; the end mark is left off."""
-    from transformers import GenerationConfig
-
-    from eval.kv_cache import on_model
-
-    ends = end_tokens(subject)
-    ids, mask = padded_left(prompts)
-    model: Any = subject.model
-    # Settings of the checkpoint's own (sampling, penalties) stay out: the protocol is greedy. What the padding
-    # holds does not matter, so a tokenizer needs no pad token.
-    how = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=new_tokens,
-        min_new_tokens=1,
-        do_sample=False,
-        pad_token_id=ends[0] if ends else 0,
-        eos_token_id=ends or None,
-    )
-    device = subject.runtime.device
-    padding = ids.shape[1] - mask.sum(dim=1)
-    with on_model(model, subject.checkpoint.shape, kv, padding) as cache:
-        output = model.generate(
-            ids.to(device), attention_mask=mask.to(device), generation_config=how, past_key_values=cache
-        )
-    rows = output[:, ids.shape[1] :].tolist()
-    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
-
-
-def padded_left(prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (prompts, longest) int64."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
-
-
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +120,10 @@ _Asked = tuple[Question, str, list[int]]
 
 def _batches(subject: Subject, todo: Sequence[tuple[Question, str]], settings: Settings) -> Iterator[list[_Asked]]:
     """Questions of like length together, the longest first: memory runs out at once or never."""
-    tokenised = [(q, p, list(subject.tokenizer(p, add_special_tokens=not settings.chat)["input_ids"])) for q, p in todo]
+    if not todo:
+        return
+    ids_of = subject.tokenizer([p for _, p in todo], add_special_tokens=not settings.chat)["input_ids"]
+    tokenised = [(q, p, list(ids)) for (q, p), ids in zip(todo, ids_of, strict=True)]
     room = subject.positions - settings.new_tokens
     for question, _, ids in tokenised:
         if not ids:

@@ -14,7 +14,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.kv_format import KVFormat
 from checkpoints.runtime import Runtime
-from eval.answers import end_tokens
+from eval.decoding import end_tokens
 from eval.subject import Subject
 
 

@@ -110,7 +110,7 @@ def _scores(answers: Sequence[Answer], data: InstructionSet, subject: Subject, s
     chat = "chat template" if settings.chat else "no chat template"
     embeddings = sbert if cosines else "not measured"
     protocol = (
-        f"{data.name}, {len(answers)} rows, greedy, 1 to {settings.reply_tokens} tokens, {chat}; {subject.dtype}; "
+        f"{data.name}, {len(answers)} rows, greedy, 1 to {settings.reply_tokens} tokens, {chat}; {subject.answering}; "
         f"rouge_l: {rouge_protocol()}; f1: multisets of words; sbert: {embeddings}; bleu: {bleu_protocol()}; "
         f"seconds: each answer's share of batches of at most {settings.batch_tokens} tokens"
     )

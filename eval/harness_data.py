@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import PlanError, TextError
+from eval.row_files import RowError, read_rows
 from eval.settings import Settings
 
 _LETTERS = "ABCD"
@@ -89,15 +89,10 @@ def jsonl_splits(place: Path, examples: bool) -> Any:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}, line {number}: {'empty' if not line.strip() else error.msg}") from None
-        if not isinstance(row, dict):
-            raise TextError(f"{path}, line {number}: not an object")
-        rows.append(row)
-    if not rows:
-        raise TextError(f"{path} is empty")
-    return rows
+    return read_rows(path, _row, "an object with the fields of the task's data set in each row")
+
+
+def _row(_: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise RowError("not an object")
+    return row

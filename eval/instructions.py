@@ -11,13 +11,13 @@ Of a conversation the last request that was answered counts, with its answer, as
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import TextError
+from eval.row_files import RowError, hub_rows, read_rows
 
 # Name on the hub, and its splits in order; empty for the only one.
 HUB = {
@@ -26,7 +26,6 @@ HUB = {
     "agent": ("zai-org/AgentInstruct", ("os", "db", "alfworld", "webshop", "kg", "mind2web")),
 }
 _ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant")
-_SHOWN_FAULTS = 5
 FILE_FORM = (
     "a .json, .jsonl or .parquet file whose rows have {instruction, input, output}, {instruction, context, response}, "
     "{prompt, answer}, {conversations} or {messages}"
@@ -61,8 +60,8 @@ class InstructionSet:
 def load_instructions(source: str, limit: int = 0) -> InstructionSet:
     """The first `limit` rows (0: all) of a hub name or a .json, .jsonl or .parquet file.
 
-    Raises TextError naming every faulty row of a file, or, without a hub, the file form to give instead. The hub's
-    faulty rows, which nobody here can mend, are left out and counted.
+    Raises TextError naming every faulty one of these rows in a file, or, without a hub, the file form to give
+    instead. The hub's faulty rows, which nobody here can mend, are left out and counted.
     """
     if source in HUB:
         return _from_hub(source, limit)
@@ -71,16 +70,17 @@ def load_instructions(source: str, limit: int = 0) -> InstructionSet:
         raise TextError(
             f"there is no instruction data '{source}': not one of {', '.join(HUB)}, and not a file. Give {FILE_FORM}"
         )
-    rows = _from_file(path)
-    return InstructionSet(path.stem, tuple(rows[: limit or None]))
+    return InstructionSet(path.stem, tuple(read_rows(path, parse_row, FILE_FORM, limit)))
 
 
 def _from_hub(source: str, limit: int) -> InstructionSet:
     rows: list[Instruction] = []
     unusable = 0
-    for place, row in _hub_rows(source):
+    name, splits = HUB[source]
+    streams = (hub_rows(name, "default", split, source, FILE_FORM) for split in splits)
+    for number, row in enumerate(itertools.chain.from_iterable(streams), 1):
         try:
-            rows.append(parse_row(place.rpartition(" ")[2], row))
+            rows.append(parse_row(number, row))
         except RowError:
             unusable += 1
         if limit and len(rows) == limit:
@@ -90,39 +90,17 @@ def _from_hub(source: str, limit: int) -> InstructionSet:
     return InstructionSet(source, tuple(rows), unusable)
 
 
-def _from_file(path: Path) -> list[Instruction]:
-    found, faults = [], []
-    for place, row in _file_rows(path):
-        try:
-            found.append(parse_row(place.rpartition(" ")[2], row))
-        except RowError as fault:
-            faults.append(f"{place}: {fault}")
-    if faults:
-        more = len(faults) - _SHOWN_FAULTS
-        raise TextError(f"{path}, " + "; ".join(faults[:_SHOWN_FAULTS]) + (f"; and {more} more" if more > 0 else ""))
-    if not found:
-        raise TextError(f"{path} has no row")
-    return found
-
-
 # --- rows to instructions -------------------------------------------------------------------------------------------
 
 
-class RowError(ValueError):
-    """What is wrong with one row."""
-
-
-def parse_row(number: str, row: Any) -> Instruction:
+def parse_row(number: int, row: Any) -> Instruction:
     """One row of any of the schemas. Raises RowError."""
-    if isinstance(row, RowError):
-        raise row
     if not isinstance(row, Mapping):
         raise RowError(f"not an object with fields but {type(row).__name__}")
     for needed, parse in _SCHEMAS:
         if all(name in row for name in needed):
-            return parse(number, row)
-    forms = " or ".join("{" + ", ".join(needed) + "}" for needed, _ in _SCHEMAS)
-    raise RowError(f"fields {', '.join(map(str, row)) or 'none'}; needed are {forms}")
+            return parse(str(number), row)
+    raise RowError(f"no instruction; it has {', '.join(map(str, row)) or 'no field'}")
 
 
 def _plain(asked: str, context: str, answered: str, prepared: bool = False) -> Callable[[str, Any], Instruction]:
@@ -164,47 +142,3 @@ def _text(row: Mapping[str, Any], name: str, may_be_empty: bool = False) -> str:
     if not value.strip() and not may_be_empty:
         raise RowError(f"'{name}' is empty")
     return value.strip()
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row with its place; a line that is no JSON is a fault in the row's place."""
-    try:
-        if path.suffix == ".jsonl":
-            # Not splitlines(): a JSON string may hold U+2028 and its like.
-            lines = path.read_text(encoding="utf-8").rstrip().split("\n")
-            rows = [_json_line(line) for line in lines]
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            rows = parquet.read_table(path).to_pylist()
-        else:
-            raise TextError(f"{path} is no instruction data; give {FILE_FORM}")
-    except (ValueError, OSError) as error:  # undecodable bytes, JSON's and pyarrow's own are all ValueErrors
-        raise TextError(f"{path} cannot be read as {path.suffix}: {error}") from None
-    if not isinstance(rows, list):
-        raise TextError(f"{path} must hold a list of rows")
-    word = "line" if path.suffix == ".jsonl" else "row"
-    return ((f"{word} {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _json_line(line: str) -> Any:
-    if not line.strip():
-        return RowError("empty")
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return RowError(f"not JSON ({error.msg})")
-
-
-def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
-    """Rows of the hub's splits one after the other."""
-    from eval.text import hub_rows
-
-    name, splits = HUB[source]
-    streams = (hub_rows(name, "default", split, source, FILE_FORM) for split in splits)
-    return ((f"row {number}", row) for number, row in enumerate(itertools.chain.from_iterable(streams), 1))

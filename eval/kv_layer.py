@@ -79,6 +79,14 @@ class CompressedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these sequences alone."""
+        self._padding, self._first, self._finished = (t[indices] for t in (self._padding, self._first, self._finished))
+        self.keys, self.values = self.keys[indices], self.values[indices]
+        room = self._room()
+        keys, values = (tuple(t[indices, :, :room] for t in part) for part in self._groups)
+        self._groups = keys, values
+
     # --- the first tokens, at once ------------------------------------------------------------------------------
 
     def mask(self, base: Tensor | None, states: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ evaluation (section 3.6.2): "Question: ...", "Answer: ..." on a line of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import TextError
+from eval.row_files import RowError, read_rows
 
-_SHOWN_FAULTS = 5
 # What data sets write where the tokenizer's own end token belongs.
 _END_MARKS = ("###eos_token###", "<|endoftext|>", "</s>")
 
@@ -39,10 +38,6 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], tuple[str, str]]] = {
 FORMS_TEXT = "text; " + "; ".join(", ".join(names) for names in FORMS).replace("instruction,", "instruction, (input,)")
 
 
-class RowError(ValueError):
-    """What is wrong with one row; whoever knows its place adds it."""
-
-
 def row_text(row: Any) -> tuple[str, bool]:
     """A row's text, and whether it is an exchange that an end token should close.
 
@@ -57,7 +52,7 @@ def row_text(row: Any) -> tuple[str, bool]:
         if isinstance(row.get("text"), str):
             return row["text"], False
         there = ", ".join(map(str, row)) or "no field"
-        raise RowError(f"no text field; it has {there}, and needs one of: {FORMS_TEXT}")
+        raise RowError(f"no text; it has {there}")
     values = dict(row)
     if isinstance(values.get("answer"), Mapping):  # TriviaQA on the hub: {"value": ..., "aliases": [...]}
         values["answer"] = values["answer"].get("value")
@@ -92,52 +87,8 @@ def usable_texts(rows: Iterable[Any]) -> tuple[list[str], int]:
 
 
 def file_texts(path: Path) -> tuple[list[str], bool]:
-    """The texts of a .jsonl, .json or .parquet file's rows, and whether they are exchanges.
-
-    Raises TextError naming the line or row of every fault, at most a few of them.
-    """
-    texts, faults, exchanges = [], [], False
-    for place, row in _rows(path):
-        try:
-            if isinstance(row, RowError):
-                raise row
-            text, exchange = row_text(row)
-            exchanges |= exchange
-            texts.append(text)
-        except RowError as error:
-            faults.append(f"{place}: {error}")
-    if faults:
-        more = len(faults) - _SHOWN_FAULTS
-        shown = [*faults[:_SHOWN_FAULTS], *([f"and {more} more"] if more > 0 else [])]
-        raise TextError(f"{path}, " + "\n  ".join(shown))
-    if not any(text.strip() for text in texts):
+    """The texts of a file's rows, and whether they are exchanges. Raises TextError naming the place of every fault."""
+    rows = read_rows(path, lambda _, row: row_text(row), f"rows that are text or have the fields {FORMS_TEXT}")
+    if not any(text.strip() for text, _ in rows):
         raise TextError(f"{path} holds no text; rows need one of: {FORMS_TEXT}")
-    return texts, exchanges
-
-
-def _rows(path: Path) -> Iterable[tuple[str, Any]]:
-    """Each row with its place; a line that is not JSON is a RowError in the row's place."""
-    if path.suffix == ".jsonl":
-        # Not splitlines(): JSON allows line separators such as U+2028 inside a string.
-        for number, line in enumerate(path.read_text().rstrip().split("\n"), 1):
-            yield f"line {number}", _json_line(line)
-        return
-    if path.suffix == ".json":
-        rows = json.loads(path.read_text())
-    else:
-        from pyarrow import parquet
-
-        rows = parquet.read_table(path).to_pylist()
-    if not isinstance(rows, list):
-        raise TextError(f"{path} must hold a list of rows")
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
-
-
-def _json_line(line: str) -> Any:
-    if not line.strip():
-        return RowError("empty")
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return RowError(f"not JSON ({error.msg})")
+    return [text for text, _ in rows], any(exchange for _, exchange in rows)

@@ -31,6 +31,11 @@ class Subject:
         return str(self.runtime.dtype).removeprefix("torch.")
 
     @property
+    def answering(self) -> str:
+        """The precision as the protocol of greedy answers names it."""
+        return self.dtype if self.dtype == "float32" else f"{self.dtype}, near-ties may depend on the batch"
+
+    @property
     def positions(self) -> int:
         """Tokens the model was made for."""
         return self.checkpoint.shape.positions

@@ -31,6 +31,7 @@ class Task:
     summary: str
     place: str  # "module:function" that runs it
     checker: str = ""  # "module:function" that reads its data, called as check(name, settings) before any model loads
+    answers: bool = False  # greedy answers of many tokens: float32 by default, so that no near-tie hangs on the batch
 
     def load(self) -> Run:
         run: Run = _found(self.place)
@@ -74,13 +75,21 @@ TASKS = {
             "questions alone; exact, substring and 80 % of words",
             "eval.trivia:closed",
             "eval.trivia:check",
+            answers=True,
         ),
-        Task("triviaqa-open", "questions with their shortest context", "eval.trivia:opened", "eval.trivia:check"),
+        Task(
+            "triviaqa-open",
+            "questions with their shortest context",
+            "eval.trivia:opened",
+            "eval.trivia:check",
+            answers=True,
+        ),
         Task(
             "generation",
             "ROUGE-L, F1, SBERT and BLEU of answers to instructions; seconds and sizes",
             "eval.generation:run",
             "eval.generation:check",
+            answers=True,
         ),
         Task("speed", "decode and prefill tokens/s, time to first token, memory", "eval.speed:run", "eval.speed:check"),
         Task("robustness", "a score under noise and masks", "eval.robustness:run", "eval.robustness:check"),

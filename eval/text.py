@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
-import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import TextError
+from eval.row_files import SUFFIXES, hub_rows
 from eval.rows import FORMS_TEXT, file_texts, usable_texts
 
 if TYPE_CHECKING:
@@ -121,14 +121,14 @@ def _part(text: Text, use: Use, origin: Path | str) -> Text:
 
 def read_file(path: Path) -> Text:
     """A text file, JSON lines, JSON or parquet; rows as in eval/rows.py. Raises TextError naming each bad row."""
+    if path.suffix in SUFFIXES:
+        texts, exchanges = file_texts(path)
+        return Text(path.name, tuple(texts), exchanges)
     try:
-        if path.suffix in (".jsonl", ".json", ".parquet"):
-            texts, exchanges = file_texts(path)
-            return Text(path.name, tuple(texts), exchanges)
-        parts = path.read_text().split(END_OF_TEXT)
-        return Text(path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],))
-    except (ValueError, OSError) as error:  # undecodable bytes, JSON, and pyarrow's own are all ValueErrors
-        raise TextError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from None
+        parts = path.read_text(encoding="utf-8").split(END_OF_TEXT)
+    except (ValueError, OSError) as error:  # undecodable bytes are a ValueError
+        raise TextError(f"{path} cannot be read as text: {error}") from None
+    return Text(path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],))
 
 
 def _embedded(use: Use) -> Text:
@@ -199,25 +199,3 @@ def _hub(
     instead = f"a local file ({form}), or 'embedded', which needs no network"
     rows = hub_rows(name, config, split, spec, instead, stream=take is not None, columns=columns)
     return list(itertools.islice(rows, take))
-
-
-def hub_rows(
-    name: str, config: str | None, split: str, spec: str, instead: str, stream: bool = True,
-    columns: list[str] | None = None,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The rows of a data set of the hub, one by one, whole or with these columns.
-
-    Raises TextError where it cannot be reached, saying what to pass `instead`.
-    """
-    from datasets import load_dataset
-
-    # Each of its retries would be two lines of warning; the error below says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        data = load_dataset(name, config, split=split, streaming=stream)
-        yield from data.select_columns(columns) if columns else data
-    except Exception as error:  # datasets raises its own, the hub's and the network's errors alike
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TextError(
-            f"the data set '{spec}' could not be had from the hub: {reason}\nPass instead {instead}"
-        ) from None

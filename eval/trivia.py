@@ -1,6 +1,6 @@
 """Question answering after the thesis (section 3.6.2): closed book, and open book with the shortest context.
 
-Questions come from the hub (TriviaQA's validation split) or from a .jsonl file whose rows have one of three forms:
+Questions come from the hub (TriviaQA's validation split) or from a file whose rows have one of three forms:
 {"question", "answer": {"value", "aliases"}, "search_results": {"search_context": [...]}}, the hub's own;
 {"question", "answers": [...], "ctxs": [{"text"}, ...]}; {"context": "Question: ...\\nAnswer:", "answer", "aliases"}.
 """
@@ -8,9 +8,8 @@ Questions come from the hub (TriviaQA's validation split) or from a .jsonl file 
 from __future__ import annotations
 
 import itertools
-import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from checkpoints.errors import TextError
 from eval.answers import Answer, Question, answer_all
 from eval.matching import TIERS, VERSION, inside_a_word, match, normalise
 from eval.results import Result, Score, proportion
+from eval.row_files import SUFFIXES, RowError, hub_rows, read_rows
 from eval.settings import Settings
 from eval.subject import Subject
 
@@ -64,8 +64,8 @@ def _asked(name: str, subject: Subject, settings: Settings, questions: list[Ques
     answers = answer_all(subject, questions, settings, name, _grade)
     chat = "chat template" if settings.chat else "no chat template"
     origin = ", ".join(path.name for path in settings.files_of(name)) or f"{_HUB}, validation"
-    protocol = f"{book}; {origin}; greedy, 1 to {settings.new_tokens} tokens, {chat}; match v{VERSION}; {subject.dtype}"
-    protocol += "" if settings.kv.plain else f"; {settings.kv}"
+    how = f"greedy, 1 to {settings.new_tokens} tokens, {chat}; match v{VERSION}; {subject.answering}"
+    protocol = f"{book}; {origin}; {how}" + ("" if settings.kv.plain else f"; {settings.kv}")
     ids = [q.id for q in questions]
     counted: dict[str, set[str]] = {"accuracy": set(TIERS), **{tier: {tier} for tier in TIERS}}
     return Result(
@@ -120,52 +120,46 @@ def load_items(name: str, settings: Settings) -> tuple[Item, ...]:
     the hub's data.
     """
     files, with_context = settings.files_of(name), name == OPEN
-    items = _from_files(files, with_context) if files else _from_hub(name, with_context)
-    chosen = tuple(itertools.islice(items, settings.limit or SAMPLES))
+    limit = settings.limit or SAMPLES
+    if files:
+        return tuple(_from_files(files, with_context, limit))
+    chosen = tuple(itertools.islice(_from_hub(name, with_context), limit))
     if not chosen:
-        raise TextError(f"{name}: there is no question in {', '.join(map(str, files)) or _HUB}")
+        raise TextError(f"{name}: there is no question in {_HUB}")
     return chosen
 
 
-def _from_files(files: list[Path], with_context: bool) -> Iterator[Item]:
+def _from_files(files: list[Path], with_context: bool, limit: int) -> list[Item]:
+    items: list[Item] = []
     for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError) as error:
-            raise TextError(f"{file} cannot be read: {error}") from None
-        if lines[-1] == "":
-            lines.pop()
-        for number, line in enumerate(lines, 1):
-            place = f"{file}, line {number}"
-            if not line.strip():
-                raise TextError(f"{place}: empty; remove the line")
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TextError(f"{place}: not JSON ({error.msg})") from None
-            prefix = f"{file.stem}/" if len(files) > 1 else ""
-            item = _item(f"{prefix}{number}", row, place)
+        prefix = f"{file.stem}/" if len(files) > 1 else ""
+
+        def parse(number: int, row: Any, prefix: str = prefix) -> Item:
+            item = _item(f"{prefix}{number}", row)
             if with_context and not item.contexts:
-                raise TextError(f"{place}: no context; open-book questions need ctxs or search_results")
-            yield item
+                raise RowError("no context; open-book questions need ctxs or search_results")
+            return item
+
+        if len(items) < limit:
+            items += read_rows(file, parse, _FORMS, limit - len(items))
+    return items
 
 
 def _from_hub(name: str, with_context: bool) -> Iterator[Item]:
-    from eval.text import hub_rows
-
     config = _OPEN if with_context else _CLOSED
-    rows: Iterable[dict[str, Any]] = hub_rows(
-        _HUB, config, "validation", name, f"a .jsonl file with --from {name}=FILE: {_FORMS}"
-    )
-    for number, row in enumerate(rows, 1):
-        item = _item(str(row.get("question_id") or number), row, f"{_HUB}, row {number}")
+    instead = f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file with --from {name}=FILE: {_FORMS}"
+    for number, row in enumerate(hub_rows(_HUB, config, "validation", name, instead), 1):
+        try:
+            item = _item(str(row.get("question_id") or number), row)
+        except RowError as fault:
+            raise TextError(f"{_HUB}, row {number}: {fault}") from None
         if item.contexts or not with_context:
             yield item
 
 
-def _item(number: str, row: Any, place: str) -> Item:
+def _item(number: str, row: Any) -> Item:
     if not isinstance(row, dict):
-        raise TextError(f"{place}: not an object; expected {_FORMS}")
+        raise RowError("not an object")
     answer = row.get("answer")
     if isinstance(answer, dict):
         expected = [answer.get("value"), *(answer.get("aliases") or [])]
@@ -176,8 +170,7 @@ def _item(number: str, row: Any, place: str) -> Item:
         question = row["context"].strip().removeprefix("Question:").removesuffix("Answer:")
     known = tuple(dict.fromkeys(e for e in expected if isinstance(e, str) and normalise(e)))
     if not isinstance(question, str) or not question.strip() or not known:
-        lacks = "no question" if not isinstance(question, str) or not question.strip() else "no answer"
-        raise TextError(f"{place}: {lacks}; expected {_FORMS}")
+        raise RowError("no question" if not isinstance(question, str) or not question.strip() else "no answer")
     return Item(number, question.strip(), known, _contexts(row))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,20 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
-from pipeline import cli_eval, cli_hardware, cli_model, cli_sweep
+from pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
 from pipeline.flags import Json, Out, RecipeFile, Skip, quiet_libraries, recipe_flags
+from pipeline.help import PlainCommand, PlainGroup
 from pipeline.recipe import Recipe, build
 from pipeline.sweep_recipe import is_sweep
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 app = typer.Typer(
+    cls=PlainGroup,
     add_completion=False,
     rich_markup_mode="rich",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
-    help="Turn a LLaMA-like language model into something that fits a tiny chip, honestly measured.",
 )
 
 
@@ -38,10 +40,11 @@ def compress(
     out: Out = Path("out"),
     as_json: Json = False,
 ) -> None:
-    """Compress a causal language model in five stages: depth, wanda, lora, gptq, eora.
+    """Turn a LLaMA-like language model into something that fits a tiny chip, honestly measured.
 
-    Each stage runs with its default unless skipped, writes a checkpoint that loads on its own, and is measured.
-    The same command again goes on where it stopped; finished stages are never computed twice.
+    Without a command, a model goes through the stages below: depth, wanda, lora, gptq, eora, or those not skipped.
+    Each writes a checkpoint that loads on its own, and is measured. The same command again goes on where it stopped;
+    finished stages are never computed twice.
     """
     if ctx.invoked_subcommand is not None:
         if given := [key for key, value in flags.items() if value is not None]:
@@ -68,10 +71,12 @@ def compress(
         print_summary(console, result, out)
 
 
-@app.command()
 @recipe_flags
 def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_json: Json = False) -> None:
-    """Forecast every stage's parameters, bytes and memory, and the verdict, without touching a weight."""
+    """Forecast what each stage leaves, needs and fits.
+
+    Parameters, bytes, peak memory and the chip's verdict, without touching a weight.
+    """
     if is_sweep(recipe):
         cli_sweep.plan_sweep(recipe, flags, skip, as_json)
         return
@@ -113,27 +118,23 @@ def _model_name(recipe: Recipe) -> str:
     return recipe.model or "smollm2-135m-instruct"
 
 
-for command in (
-    cli_eval.evaluate,
-    cli_eval.compare,
-    cli_eval.generate,
-    cli_model.rank,
-    cli_model.verify,
-    cli_model.pack,
-    cli_model.unpack,
-    cli_hardware.check,
-    cli_hardware.fit,
-    cli_sweep.sweep,
-    cli_sweep.ablate,
-    cli_hardware.socs,
-):
-    app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
+# In the order of use: what would come out, then what a result is worth, then its files.
+_COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Before a run": (plan, cli_hardware.check, cli_hardware.fit, cli_hardware.socs, cli_model.rank),
+    "Many runs": (cli_sweep.sweep, cli_sweep.ablate, cli_report.report),
+    "What a result is worth": (cli_eval.evaluate, cli_eval.compare, cli_eval.generate),
+    "A result's files": (cli_model.verify, cli_model.pack, cli_model.unpack),
+}
+for panel, commands in _COMMANDS.items():
+    for command in commands:
+        name = {"evaluate": "eval"}.get(command.__name__, command.__name__)
+        app.command(name=name, cls=PlainCommand, rich_help_panel=panel)(command)
 
 
 def main() -> None:
     """Entry point of the `compress` command."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="compress", standalone_mode=True)
     except RecipeError as error:
         _fail(str(error))
     except EdgepressError as error:

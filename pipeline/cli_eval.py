@@ -16,15 +16,15 @@ from checkpoints.errors import PlanError
 from eval.settings import Settings
 from eval.tasks import TASKS, find_tasks
 from pipeline.eval_flags import settings_flags
-from pipeline.flags import Json, quiet_libraries
+from pipeline.flags import Device, Json, quiet_libraries
 
 if TYPE_CHECKING:
     from pipeline.progress import Reporter
 
 _TASKS = f"What to measure, comma-separated: {', '.join(TASKS)}, or any task of lm-eval; default: perplexity."
+_CHECKPOINTS = "Checkpoints of any stage, any models --model takes, or an output folder; default: the packaged model."
 Tasks = Annotated[str, typer.Option("--task", help=_TASKS)]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32; auto is float32 for tasks that answer.")]
 ReportFile = Annotated[
     str, typer.Option("--out", "-o", help="Report as JSON; for several checkpoints a .png beside it.")
 ]
@@ -34,7 +34,8 @@ ReportFile = Annotated[
 def evaluate(
     settings: Settings,
     checkpoints: Annotated[
-        list[str], typer.Argument(help="Checkpoints of any stage, any models --model takes, or an output folder.")
+        list[str],
+        typer.Argument(help=_CHECKPOINTS),
     ] = [],  # noqa: B006  typer reads the default and copies it
     task: Tasks = "",
     device: Device = "auto",
@@ -42,10 +43,10 @@ def evaluate(
     out: ReportFile = "",
     as_json: Json = False,
 ) -> None:
-    """Measure checkpoints: perplexity, question answering, lm-eval's tasks, each with its interval and protocol.
+    """Measure checkpoints: perplexity, questions, lm-eval's tasks.
 
-    An output folder stands for all stages of its last run. Answers are kept and resumed (--answers). A file is
-    measured from its beginning, named texts on their test part.
+    Each number comes with its interval and protocol. An output folder stands for all stages of its last run. Answers
+    are kept and resumed (--answers). A file is measured from its beginning, named texts on their test part.
     """
     tasks = find_tasks(task.split(",") if task else ["perplexity"])
     quiet_libraries()
@@ -109,9 +110,9 @@ def compare(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say for each metric whether B differs from A by more than noise, item by item.
+    """Say whether B differs from A by more than noise.
 
-    Exact McNemar test where items are right or wrong, paired bootstrap elsewhere.
+    Every metric, item by item: exact McNemar test where items are right or wrong, paired bootstrap elsewhere.
     """
     reports = [".json" in name for name in (a, b)]
     if reports[0] != reports[1]:
@@ -174,10 +175,10 @@ def generate(
     kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value: 16, 8 or 4.")] = 16,
     kv_window: Annotated[int, typer.Option(help="Newest tokens that stay in the KV cache; 0 is all.")] = 0,
     kv_sinks: Annotated[int, typer.Option(help="First tokens that the KV cache keeps, and keeps in full.")] = 4,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt with a checkpoint's effective weights; several checkpoints stand side by side."""
+    """Continue a prompt, with several checkpoints side by side."""
     quiet_libraries()
     from checkpoints.kv_format import KVFormat
     from checkpoints.memory import release

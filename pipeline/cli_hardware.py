@@ -19,20 +19,28 @@ if TYPE_CHECKING:
 EXIT_DOES_NOT_FIT = 3
 
 
+_MODEL = "A checkpoint, model folder, config.json or preset; default: the packaged model."
+Model = Annotated[str, typer.Argument(help=_MODEL)]
+Chip = Annotated[str, typer.Option(help="A shipped chip or a .toml file.")]
+Context = Annotated[int, typer.Option(help="Tokens in the KV cache.")]
+KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value.")]
+ActivationBits = Annotated[int, typer.Option(help="Bits of an activation.")]
+
+
 def check(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, model folder, config.json or preset.")] = "",
-    soc: Annotated[str, typer.Option(help="A shipped chip or a .toml file.")] = "siracusa",
+    checkpoint: Model = "",
+    soc: Chip = "siracusa",
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the chip, name=value; may come often.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 256,
-    kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value.")] = 8,
+    context: Context = 256,
+    kv_bits: KvBits = 8,
     kv_window: Annotated[int, typer.Option(help="Newest tokens that stay in the KV cache; 0 is all.")] = 0,
     kv_sinks: Annotated[int, typer.Option(help="First tokens that stay beside the window.")] = 4,
     kv_groups: Annotated[
         bool, typer.Option("--kv-groups", help="Count the KV cache's scales and zero points, as eval --kv-bits has it.")
     ] = False,
-    activation_bits: Annotated[int, typer.Option(help="Bits of an activation.")] = 8,
+    activation_bits: ActivationBits = 8,
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens that pass at once; 0 is the whole context.")] = 0,
     bits: Annotated[int, typer.Option(help="Judge as if the stage gptq had left 8, 4 or 3 bits; 0: as it is.")] = 0,
     embedding_bits: Annotated[int, typer.Option(help="As if embedding and head had 8 or 4 bits; 0: as it is.")] = 0,
@@ -43,10 +51,13 @@ def check(
     png: Annotated[Path | None, typer.Option(help="Draw the memories, and address x time of the tile memory.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge whether a model fits a chip's memories, and what would have to give. Exit code 0: it fits; 3: not."""
+    """Judge whether a model fits a chip's memories, and what would have to give.
+
+    Exit code 0: it fits; 3: it does not.
+    """
     from hardware.check import check as judge
     from hardware.soc import load_soc
-    from pipeline.shapes import measured_bytes, model_shape, require_consistent
+    from pipeline.shapes import PACKAGED_PRESET, measured_bytes, model_shape, require_consistent
 
     faults = [
         f"{path.parent}: there is no such folder to write to"
@@ -69,7 +80,7 @@ def check(
         kv_groups=kv_groups,
         activation_bits=activation_bits,
         prefill_chunk=prefill_chunk or None,
-        name=checkpoint or "smollm2-135m",
+        name=checkpoint or PACKAGED_PRESET,
         file_bytes=measured_bytes(checkpoint) if as_if is shape else None,
         levers=True,
         timing=True,
@@ -94,11 +105,11 @@ def check(
 
 
 def fit(
-    model: Annotated[str, typer.Argument(help="A model folder, checkpoint, config.json or preset.")] = "",
-    soc: Annotated[str, typer.Option(help="A shipped chip or a .toml file.")] = "siracusa",
-    context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 256,
-    kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value.")] = 8,
-    activation_bits: Annotated[int, typer.Option(help="Bits of an activation.")] = 8,
+    model: Model = "",
+    soc: Chip = "siracusa",
+    context: Context = 256,
+    kv_bits: KvBits = 8,
+    activation_bits: ActivationBits = 8,
     corpus: Annotated[str, typer.Option("--trim-vocabulary", help="Text the vocabulary may be trimmed to.")] = "",
     sweep: Annotated[
         Path | None, typer.Option(help="Output folder of earlier runs; what they measured counts.")
@@ -108,7 +119,10 @@ def fit(
     best: Annotated[int, typer.Option(help="Settings to show at most.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Find settings of the stages with which a model fits a chip. Exit code 0: there are some; 3: there are none."""
+    """Find settings of the stages with which a model fits a chip.
+
+    Exit code 0: there are some; 3: there are none.
+    """
     quiet_libraries()
     from rich.console import Console
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.flags import Json, quiet_libraries
+from pipeline.flags import Device, Dtype, Json, quiet_libraries
 from pipeline.recipe import build
 
 
@@ -22,12 +22,15 @@ def rank(
     protect_first: Annotated[int, typer.Option(help="First blocks left out of the ranking.")] = 0,
     protect_last: Annotated[int, typer.Option(help="Last blocks left out of the ranking.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the calibration windows.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write OUT.png and OUT.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Rank a model's blocks by what each is worth; the lowest would be removed first."""
+    """Rank a model's blocks by what each is worth.
+
+    The lowest would be removed first.
+    """
     quiet_libraries()
     from pipeline.progress import Reporter
     from pipeline.rank import print_ranking, rank_blocks, write_ranking
@@ -47,7 +50,10 @@ def rank(
 
 
 def verify(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
-    """Re-check a checkpoint: every hash, the N:M pattern, finiteness, and the manifest's numbers."""
+    """Prove a checkpoint: hashes, zeros, finiteness, sizes.
+
+    Every file's hash, the N:M pattern and the manifest's numbers are computed anew.
+    """
     quiet_libraries()
     from checkpoints.checkpoint import Checkpoint
     from checkpoints.verify import verify as prove
@@ -62,7 +68,10 @@ def pack(
     tokenizer: Annotated[bool, typer.Option("--tokenizer", help="Take the tokenizer's files along.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as one packed file: kept weights at their bit width, and the index of the zeros."""
+    """Write a checkpoint as one packed file for a chip.
+
+    It holds the kept weights at their bit width and the index of the zeros.
+    """
     quiet_libraries()
     from checkpoints.checkpoint import Checkpoint
     from checkpoints.image import pack_checkpoint
@@ -85,7 +94,7 @@ def unpack(
     image: Annotated[Path, typer.Argument(help="A file that pack wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
 ) -> None:
-    """Restore the checkpoint folder that a packed file was made from, bit for bit."""
+    """Restore a packed file's checkpoint folder, bit for bit."""
     quiet_libraries()
     from checkpoints.image_restore import unpack_checkpoint
     from pipeline.progress import Reporter

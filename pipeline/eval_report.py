@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from eval.compare import Difference
 from eval.results import Result, Score
 from pipeline.evaluate import Measured
+from pipeline.tables import print_whole
 
 _MIB = 2**20
 
@@ -40,7 +40,7 @@ def _print_one(console: Console, measured: Sequence[Measured]) -> None:
             name = task if place == 0 else ""
             table.add_row(name, score.metric, number(score.value, score.unit), _interval(score), str(score.n), seconds)
     console.print(f"\n{measured[0].label}, {measured[0].file_bytes / _MIB:.1f} MiB", highlight=False)
-    _print_whole(console, table)
+    print_whole(console, table, labels=2)
 
 
 def _print_several(console: Console, measured: Sequence[Measured]) -> None:
@@ -54,19 +54,13 @@ def _print_several(console: Console, measured: Sequence[Measured]) -> None:
         cells = [_number_over_interval(score) for result in m.results.values() for score in main(result)]
         table.add_row(m.label, f"{m.file_bytes / _MIB:.1f}", *cells)
     console.print()
-    _print_whole(console, table)
+    print_whole(console, table)
 
 
 def _number_over_interval(score: Score) -> str:
     """The unit is in the column's title."""
     value, low, high = (number(x, score.unit).removesuffix(" %") for x in (score.value, score.low, score.high))
     return f"{value}\n({low}–{high})"
-
-
-def _print_whole(console: Console, table: Table) -> None:
-    """At its own width, also where the terminal is narrower: half a number is worse than a broken line."""
-    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(file=console.file, width=max(console.width, width)).print(table)
 
 
 def main(result: Result) -> list[Score]:
@@ -136,7 +130,7 @@ def print_differences(console: Console, a: str, b: str, differences: Sequence[Di
         cells = (number(d.a, d.unit), number(d.b, d.unit), number(d.difference, d.unit), interval, p, str(d.n))
         table.add_row(d.task, d.metric, *cells, verdict(d))
     console.print(f"\nA: {a}\nB: {b}", highlight=False, markup=False)
-    _print_whole(console, table)
+    print_whole(console, table, labels=2)
     for line in dict.fromkeys(f"{d.task}: {d.protocol}; {d.test}" for d in differences):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, EdgepressError, PlanError
 from checkpoints.manifest import write_json
@@ -16,7 +18,7 @@ from checkpoints.sources import open_source
 from eval.results import Result
 from eval.settings import Settings
 from eval.subject import Subject
-from eval.tasks import Task
+from eval.tasks import TASKS, Task
 from pipeline.store import MARKER
 
 
@@ -111,13 +113,15 @@ def measure_all(
 ) -> list[Measured]:
     """Every task on every checkpoint, one model in memory at a time."""
     where = choose_device(device)
-    # One precision for all, or a difference between them could be that of the precisions.
-    stored = {checkpoint.shape.blocks[0].linears[0].dtype for _, checkpoint in named}
-    precision = choose_dtype(dtype, where, "F32" if "F32" in stored else "BF16")
+    precisions = _precisions(named, tasks, settings, dtype, where)
     measured = []
     for label, checkpoint in named:
-        subject = Subject(checkpoint, Runtime(where, precision, progress=progress), label)
-        results = {task.name: task.load()(task.name, subject, settings) for task in tasks}
+        found: dict[str, Result] = {}
+        for precision in dict.fromkeys(precisions.values()):
+            subject = Subject(checkpoint, Runtime(where, precision, progress=progress), label)
+            group = [task for task in tasks if precisions[task.name] == precision]
+            found |= {task.name: task.load()(task.name, subject, settings) for task in group}
+        results = {task.name: found[task.name] for task in tasks}
         shape = checkpoint.shape
         measured.append(
             Measured(
@@ -125,6 +129,20 @@ def measure_all(
             )
         )
     return measured
+
+
+def _precisions(
+    named: Sequence[tuple[str, Checkpoint]], tasks: Sequence[Task], settings: Settings, dtype: str, where: torch.device
+) -> dict[str, torch.dtype]:
+    """Each task's precision: one for all checkpoints, or a difference between them could be that of the precisions.
+
+    `auto` is float32 for greedy answers, and for robustness that follows them.
+    """
+    stored = {checkpoint.shape.blocks[0].linears[0].dtype for _, checkpoint in named}
+    usual = choose_dtype(dtype, where, "F32" if "F32" in stored else "BF16")
+    exact = usual if dtype != "auto" else torch.float32
+    measured = {t.name: TASKS.get(settings.robust_task, t) if t.name == "robustness" else t for t in tasks}
+    return {name: exact if task.answers else usual for name, task in measured.items()}
 
 
 def keeping_answers(settings: Settings, home: Path) -> Settings:

@@ -23,6 +23,7 @@ from hardware import quality
 from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, search
 from hardware.soc import Soc
 from hardware.verdict import size_text, times_text
+from pipeline.tables import print_whole
 
 SMALLEST_VOCABULARY = 512  # 256 bytes, special tokens, and a few hundred pieces
 _SAMPLE_CHARACTERS = 2**18  # of the corpus, to see how much longer it gets
@@ -161,7 +162,7 @@ def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
             vocabulary = int(options["size"])
         elif manifest.stage == "depth" and not options["layers"]:
             removed = int(options["remove"])
-        elif manifest.stage == "wanda":
+        elif manifest.stage == "wanda" and options.get("method", "wanda") == "wanda":
             pattern = str(options["pattern"])
         elif manifest.stage == "gptq" and not options["symmetric"]:
             group = _resolved_group(shape, options)
@@ -287,7 +288,7 @@ def print_fit(console: Console, title: str, found: Found, commands: list[str], n
             f"{c.loss:.3f}{'m' if c.measured else ''}",
             f"{math.exp(c.loss):.2f}" if c.loss < 7 else "> 1000",
         )
-    console.print(table)
+    print_whole(console, table)
     if not found.fitting:
         console.print(shown[0].verdict.summary, highlight=False, emoji=False)
     for number, command in enumerate(commands, 1):

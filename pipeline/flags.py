@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
+from pipeline.recipe import Recipe
 from stages.options import STAGES
 
 _COMMON: dict[str, tuple[str, type, str]] = {
@@ -38,7 +40,10 @@ def recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
     parameters = list(wanted.values())
     names: dict[str, str] = {}
 
-    def add(key: str, flag: str, kind: Any, text: str, panel: str) -> None:
+    def add(key: str, flag: str, kind: Any, text: str, default: Any, panel: str) -> None:
+        if default not in ("", None):
+            shown = ("no", "yes")[default] if kind is bool else str(default).replace(",", ", ")
+            text = f"{text} {escape(f'[default: {shown}]')}"
         name = key.replace(".", "__")
         names[name] = key
         flag_names = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
@@ -47,12 +52,12 @@ def recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
     for key, (flag, kind, text) in _COMMON.items():
-        add(key, flag, kind, text, "Model, data, measuring")
+        add(key, flag, kind, text, getattr(Recipe, key), "Model, data, measuring")
     for stage, options in STAGES.items():
         types = get_type_hints(options)
         for field in fields(options):
-            text = f"{field.metadata['help']} [{field.default}]" if field.default != "" else field.metadata["help"]
-            add(f"{stage}.{field.name}", field.metadata["flag"], types[field.name], text, f"Stage {stage}")
+            flag, text = field.metadata["flag"], field.metadata["help"]
+            add(f"{stage}.{field.name}", flag, types[field.name], text, field.default, f"Stage {stage}")
 
     def wrapper(**given: Any) -> None:
         flags = {names[name]: given.pop(name) for name in names}
@@ -71,6 +76,8 @@ def recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
 RecipeFile = Annotated[str, typer.Option("--recipe", help="YAML file or shipped recipe; flags go over it.")]
 Skip = Annotated[str, typer.Option("--skip", help="Stages to leave out, comma-separated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on standard output, nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="Precision of forward passes: auto, bfloat16 or float32.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder, a store of finished stages.")]
 
 

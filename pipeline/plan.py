@@ -10,7 +10,9 @@ from checkpoints.errors import EdgepressError, PlanError, RecipeError
 from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import counted
-from stages.options import Options, Pad, Vocabulary
+from stages.options import Options, Pad, Vocabulary, Wanda
+from stages.pruning import HESSIANS
+from stages.pruning import method as pruning_method
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
 # measured on Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
@@ -18,6 +20,7 @@ _BASE_BYTES = 850 * 2**20
 _TRAINER_BYTES = 220 * 2**20
 _SPILL_BYTES = 64 * 2**20  # Runtime.spill_bytes
 _CHUNK_TOKENS = 4096  # Runtime.chunk_tokens
+_REFINE_TOKENS = 1024  # stages.refine.REFINE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,18 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
         held = min(kept_states * tokens * hidden * 2, _SPILL_BYTES)
         gradients = 2 * block if options.metric == "taylor" else 0
         at_block, at_ends = at_block + held + gradients, at_ends + held + options.length * vocabulary * 10
-    elif stage in ("gptq", "eora"):
+    elif stage in ("gptq", "eora") or (isinstance(options, Wanda) and pruning_method(options.method).NEEDS == HESSIANS):
         inputs = {x.in_features for b in before.blocks for x in b.linears}
         biggest = max(x.weights for b in before.blocks for x in b.linears)
         # Hessians, their factor in float64, and a layer's weights in several float32 copies.
         at_block += sum(2 * n * n * 4 for n in inputs) + 3 * widest * widest * 8 + 8 * biggest * 4
+        if stage == "gptq" and options.effort == "high":
+            # Afterwards all layers of a block at once: positions, gradients, Adam's two moments, levels, weights and
+            # a float32 copy in passing, codes and mask; what one step's tokens leave for the gradient; and the states
+            # of the dense blocks' walk.
+            live = max(min(tokens, _REFINE_TOKENS), options.length)
+            tuned = 3 * block + (7 * 4 + 2 + 2) * block // 2 + live * (14 * hidden + 6 * inner) * 4 + 2 * states
+            at_block = max(at_block + states, tuned)
     return int(_BASE_BYTES + max(at_block, at_ends))
 
 

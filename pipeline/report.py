@@ -14,6 +14,7 @@ from checkpoints.packed_sizes import PackedSizes
 from checkpoints.shape import ModelShape
 from hardware.verdict import Verdict
 from pipeline.plan import StagePlan
+from pipeline.tables import print_whole
 
 if TYPE_CHECKING:
     from pipeline.run import RunResult
@@ -44,7 +45,7 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
             f"{stage['peak_memory_bytes'] / _MIB:.0f}",
         )
     console.print(f"\n{report['model']}; ppl: {first['protocol']}; {first['text']}", highlight=False)
-    console.print(table)
+    print_whole(console, table)
     console.print(report["hardware"]["summary"], highlight=False)
     console.print(f"Measured in {first['dtype']} on {machine()}.", highlight=False)
     if "smollm2-135m-instruct" in report["model"]:
@@ -77,7 +78,7 @@ def print_plan(
     row("0 source", shape, "")
     for position, stage in enumerate(stages, 1):
         row(f"{position} {stage.stage}", stage.shape, f"{stage.peak_memory_bytes / _MIB:.0f}")
-    console.print(table)
+    print_whole(console, table)
     for note in (*notes, *(remark for stage in stages for remark in stage.remarks)):
         console.print(f"  ! {note}", style="yellow", highlight=False)
     total = sum(stage.shape.file_bytes for stage in stages)
@@ -98,7 +99,7 @@ def print_packed(console: Console, path: Path, nbytes: int, file_bytes: int, siz
     parts = sizes.parts() | ({"tokenizer": nbytes - sizes.total} if nbytes != sizes.total else {})
     for name, size in parts.items():
         table.add_row(name, f"{size:,}")
-    console.print(table)
+    print_whole(console, table)
     console.print(
         f"{path}: {nbytes:,} bytes, {nbytes / file_bytes:.1%} of the {file_bytes:,} of the checkpoint's files",
         highlight=False,

@@ -25,6 +25,7 @@ from pipeline.calibration import Calibration
 from pipeline.plan import StagePlan, plan
 from pipeline.progress import Reporter
 from pipeline.recipe import Recipe
+from pipeline.report import machine
 from pipeline.store import Store
 from pipeline.verdicts import judge, say_measured, say_planned, to_dict
 from stages.options import Options
@@ -132,6 +133,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         store.link_result(current.folder)
     report = {
         "model": _name(recipe),
+        "machine": machine(),
         "source": {
             "path": str(source.folder),
             "fingerprint": source.fingerprint,

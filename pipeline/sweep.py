@@ -15,6 +15,7 @@ from checkpoints.memory import available_bytes
 from checkpoints.shape import ModelShape
 from pipeline.plan import StagePlan
 from pipeline.recipe import Recipe
+from pipeline.report import machine
 from pipeline.store import Store
 from pipeline.sweep_recipe import Sweep
 from pipeline.sweep_view import SweepView
@@ -182,7 +183,7 @@ def write_state(out: Path, sweep: Sweep, result: SweepResult) -> None:
         )
     counts: dict[str, Any] = {"asked": tree.asked, "distinct": tree.distinct, "shared": tree.shared}
     counts |= {"done": result.done, "computed": result.computed}
-    about = {"name": sweep.name, "about": sweep.about, "notes": list(sweep.notes)}
+    about = {"name": sweep.name, "about": sweep.about, "notes": list(sweep.notes), "machine": machine()}
     write_json(out / "sweep.json", about | {"stage_runs": counts, "configurations": configurations})
 
 

@@ -123,6 +123,7 @@ def _source_facts(source: Checkpoint) -> dict[str, Any]:
     shape = source.shape
     return {
         "file_bytes": shape.file_bytes,
+        "packed_bytes": shape.packed_bytes,
         "parameters_total": shape.parameters_total,
         "parameters_nonzero": shape.parameters_nonzero,
         "seconds": 0.0,

@@ -24,7 +24,7 @@ from checkpoints.shape import LinearShape, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
-from stages.gptq import hessians
+from stages.hessian import hessians
 from stages.options import Eora as Options
 
 VERSION = 1

@@ -7,6 +7,7 @@ own because no public one keeps a mask; packing and file format are GPTQModel's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -25,8 +26,9 @@ from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
 from stages import edge
 from stages.dense import require_dense
+from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from stages.options import Gptq as Options
-from stages.refine import REFINE_TOKENS, DenseOutputs, Tuned, refine
+from stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
 
 VERSION = 1
 COLUMNS = 128  # columns solved before their errors are applied to the rest: GPTQ's lazy batch
@@ -51,6 +53,11 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
         said.append(
             f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
         )
+    if options.effort == "high":
+        said.append(
+            f"gptq: --quant-effort high takes {options.effort_steps} gradient steps in each of {len(shape.blocks)} "
+            "blocks, several times as long as normal effort"
+        )
     return said
 
 
@@ -71,27 +78,17 @@ def run(
     dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
         quantised = {x.name for x in after.blocks[block.index].linears if x.grid is not None}
-        solved: dict[str, Solution] = {}
-        for names, hessian in hessians(block).items():
-            for name in (n for n in names if n in quantised):
-                weight = block.linears[name].weight.float()
-                try:
-                    solved[name] = solve(weight, hessian, (weight != 0) if masked else None, grid, options)
-                except NumericsError as error:
-                    raise NumericsError(f"{source.shape.block_prefix}.{block.index}.{name}: {error}") from None
+        masks = {name: block.linears[name].weight != 0 if masked else None for name in quantised}
+        solved = solve_block(block, masks, grid, options, f"{source.shape.block_prefix}.{block.index}")
         facts: dict[str, Any] = {
             name: {"error": s.error, "damping": s.damping, "float64": s.float64} for name, s in solved.items()
         }
         if dense is not None:
-            masks = {name: block.linears[name].weight != 0 if masked else None for name in solved}
-            layers = {n: Tuned.start(s.position, s.scales, s.zeros, masks[n], grid) for n, s in solved.items()}
             generator = runtime.generator(f"refine block {block.index}")
-            facts["refined"] = refine(block, layers, dense.of(block.index), options.effort_steps, generator)
-            for name, layer in layers.items():
-                codes, scales, weight = layer.result()
-                solved[name] = replace(solved[name], codes=codes, scales=scales, weight=weight)
-        for name, solution in solved.items():
-            block.linears[name].weight.copy_(solution.weight)
+            targets = dense.of(block.index)
+            facts["refined"] = refine_block(block, solved, masks, grid, targets, options.effort_steps, generator)
+        for name, s in solved.items():
+            block.linears[name].weight.copy_(s.weight)
         tensors = {n: t for n, t in block.weights().items() if n.removesuffix(".weight") not in solved}
         for name, s in solved.items():
             packed = pack_linear(s.codes.cpu(), s.scales.cpu(), s.zeros.cpu(), grid.group, grid.bits)
@@ -110,31 +107,56 @@ def run(
     return {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "blocks": walk.facts}
 
 
-def hessians(block: BlockVisit) -> dict[tuple[str, ...], Tensor]:
-    """X^T X over all calibration tokens for each distinct input, (in, in) float32."""
-    sums: dict[tuple[str, ...], Tensor] = {}
+def solve_block(
+    block: BlockVisit, masks: Mapping[str, Tensor | None], grid: Grid, options: Options, place: str
+) -> dict[str, Solution]:
+    """GPTQ's solution of each layer that `masks` names. Raises NumericsError that names the layer, under `place`."""
+    solved: dict[str, Solution] = {}
+    for names, hessian in hessians(block).items():
+        for name in (n for n in names if n in masks):
+            try:
+                solved[name] = solve(block.linears[name].weight.float(), hessian, masks[name], grid, options)
+            except NumericsError as error:
+                raise NumericsError(f"{place}.{name}: {error}") from None
+    return solved
 
-    def add(names: tuple[str, ...], x: Tensor) -> None:
-        x = x.float()
-        if names in sums:
-            sums[names].addmm_(x.T, x)
-        else:
-            sums[names] = x.T @ x
 
-    block.observe(add)
-    return sums
+def refine_block(
+    block: BlockVisit,
+    solved: dict[str, Solution],
+    masks: Mapping[str, Tensor | None],
+    grid: Grid,
+    targets: Sequence[Tensor],
+    steps: int,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Put better codes and scales into `solved`, and tune the block's norms; the block's error before and after."""
+    layers = {}
+    for name, s in solved.items():
+        assert s.position is not None
+        layers[name] = TunedLinear.start(s.position, s.scales, s.zeros, masks[name], grid)
+    errors = refine(block, layers, targets, steps, generator)
+    for name, layer in layers.items():
+        codes, scales = layer.codes().to(torch.uint8), layer.rounded_scales()
+        solved[name] = replace(solved[name], codes=codes, scales=scales, position=None)
+    return errors
 
 
 @dataclass
 class Solution:
-    codes: Tensor  # (out, in) int32
+    codes: Tensor  # (out, in) uint8
     scales: Tensor  # (out, groups) float32 holding float16 values
     zeros: Tensor  # (out, groups) int32, 1 … 2^bits - 1
-    weight: Tensor  # (out, in) float32: scales * (codes - zeros)
-    position: Tensor  # (out, in) float32: the compensated weight in units of codes, at most half a code away
+    position: Tensor | None  # (out, in) float32: the compensated weight in codes, at most half a one away; high effort
     error: float  # tr(dW H dW^T) / tr(W H W^T): relative squared error of the layer's output
     damping: float  # share of the mean diagonal that the factorisation needed
     float64: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32: scales * (codes - zeros)."""
+        levels = self.codes.view(*self.scales.shape, -1) - self.zeros.unsqueeze(-1)
+        return (self.scales.unsqueeze(-1) * levels).view(self.codes.shape)
 
 
 def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, options: Options) -> Solution:
@@ -146,10 +168,8 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
     """
     columns = weight.shape[1]
     group = columns if grid.group == -1 else grid.group
-    H = hessian.clone()
-    unused = H.diagonal() == 0
     # A feature that calibration never used is rounded on its own, and counts in its group like an average one.
-    H.diagonal()[unused] = 1 if bool(unused.all()) else H.diagonal()[~unused].mean()
+    H, _ = live_diagonal(hessian)
     importance = H.diagonal().clone()
     scales, zeros = fit_grid(weight, importance, grid, options.scale_search)
 
@@ -178,11 +198,10 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
             E1[:, j] = e
         W[:, end:] -= E1 @ U[start:end, end:]
 
-    codes = Q[:, inverse]
-    quantised = scales[:, torch.arange(columns, device=weight.device) // group]
-    quantised = quantised * (codes - Z[:, inverse])
-    error = output_error(weight, quantised, hessian)
-    return Solution(codes.to(torch.int32), scales, zeros, quantised, P[:, inverse], error, damping, float64)
+    codes, position = Q[:, inverse].to(torch.uint8), P[:, inverse] if options.effort == "high" else None
+    solution = Solution(codes, scales, zeros, position, 0.0, damping, float64)
+    solution.error = output_error(weight, solution.weight, hessian)
+    return solution
 
 
 def fit_grid(weight: Tensor, importance: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Tensor]:
@@ -221,33 +240,6 @@ def fit_grid(weight: Tensor, importance: Tensor, grid: Grid, search: bool) -> tu
             best = torch.where(better, error, best)
     assert best_scale is not None and best_zero is not None
     return best_scale, best_zero.to(torch.int32)
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, bool]:
-    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U; damping used; whether in float64.
-
-    Tries float32, then float64, then ten times the damping, until 1. Raises NumericsError saying so.
-    """
-    mean = float(hessian.diagonal().mean())
-    tried = []
-    while damping <= 1:
-        for dtype in (torch.float32, torch.float64):
-            H = hessian.to(dtype).clone()
-            H.diagonal().add_(damping * mean)
-            L, failed = torch.linalg.cholesky_ex(H)
-            if not int(failed):
-                U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-                if not int(failed) and bool(torch.isfinite(U).all()):
-                    return U.float(), damping, dtype == torch.float64
-            tried.append(f"{damping:g} in {str(dtype).removeprefix('torch.')}")
-        damping *= 10
-    raise NumericsError(f"the Hessian stays singular; damping tried: {', '.join(tried)}. Give other calibration text")
-
-
-def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """Relative squared error of the layer's output over the calibration tokens."""
-    delta = weight - approximation
-    return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))
 
 
 def quantization_config(grid: Grid, options: Options, dense: list[str]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import parse_sparsity
+from checkpoints.shape import parse_amount
+from stages.pruning import METHODS
 
 
 def option(default: Any, flag: str, text: str) -> Any:
@@ -108,17 +109,23 @@ class Depth:
 
 @dataclass(frozen=True)
 class Wanda:
-    """Zeroes N of every M weights of a row (WANDA, arXiv 2306.11695)."""
+    """Zeroes N of every M weights of a row, by WANDA (arXiv 2306.11695) or another method of stages/pruning."""
 
     pattern: str = option(
         "1:8", "--wanda", "N:M removes N of every M consecutive weights of a row, 0.5 half of each row; none skips."
     )
     samples: int = option(32, "--wanda-samples", "Calibration windows.")
     length: int = option(512, "--wanda-length", "Tokens per calibration window.")
+    method: str = option("wanda", "--prune", f"What chooses the zeros: {', '.join(METHODS)}.")
 
     def __post_init__(self) -> None:
+        _require(self.method in METHODS, f"--prune {self.method}: there are {', '.join(METHODS)}")
+        _require(
+            not self.skipped or self.method == "wanda",
+            f"--prune {self.method} has nothing to prune with --wanda none; give an amount, e.g. --wanda 2:4",
+        )
         if not self.skipped:
-            parse_sparsity(self.pattern)
+            parse_amount(self.pattern)
         _windows("wanda", self.samples, self.length)
 
     @property
@@ -127,7 +134,7 @@ class Wanda:
 
     @property
     def label(self) -> str:
-        return f"wanda-{self.pattern.replace(':', 'of')}"
+        return f"{self.method}-{self.pattern.replace(':', 'of')}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.adapter_codes import eight_bit, unpacked
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.manifest import Manifest, describe_files
 from checkpoints.packing import dequantise_rows, pack_linear
@@ -31,6 +32,7 @@ class Wanted:
     symmetric: bool = False
     desc_act: bool = False
     rank: int = 0
+    adapter_bits: int = 16
     edge_bits: int | None = None
     bias: bool = False
     zeros: float = 0.0  # share of further zeros among the weights that are left
@@ -50,8 +52,8 @@ class Wanted:
                 if self.bias:
                     tensors[f"{name}.bias"] = self.random(shape[0])
                 if self.rank:
-                    adapter[f"{name}.lora_A.weight"] = self.random(self.rank, shape[1])
-                    adapter[f"{name}.lora_B.weight"] = self.random(shape[0], self.rank)
+                    adapter |= self.side(f"{name}.lora_A", (self.rank, shape[1]), within=1)
+                    adapter |= self.side(f"{name}.lora_B", (shape[0], self.rank), within=0)
             writer.write_block(index, tensors)
             if adapter:
                 writer.write_adapter_part(index, adapter)
@@ -82,6 +84,15 @@ class Wanted:
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.g).to(DTYPES[self.dtype])
+
+    def side(self, name: str, shape: tuple[int, int], within: int) -> dict[str, Tensor]:
+        """A or B of an adapter, at 8 bits with the codes and scales that it is made of."""
+        matrix = self.random(*shape)
+        if self.adapter_bits == 16:
+            return {f"{name}.weight": matrix}
+        codes, scales = eight_bit(matrix, within)
+        weight = unpacked(codes, scales, matrix.dtype)
+        return {f"{name}.weight": weight, f"{name}.codes": codes, f"{name}.scales": scales}
 
     def removed(self, rows: int, columns: int) -> Tensor:
         """A random mask of the pattern, True where a weight goes."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.bits import pack_bits
@@ -64,6 +64,7 @@ def wanted(draw: st.DrawFn) -> Wanted:
         symmetric=draw(st.booleans()),
         desc_act=draw(st.booleans()) if bits else False,
         rank=draw(st.sampled_from([0, 3])) if bits else 0,
+        adapter_bits=draw(st.sampled_from([8, 16])),
         edge_bits=draw(st.sampled_from([None, 4, 8])),
         bias=draw(st.booleans()),
         zeros=draw(st.sampled_from([0.0, 0.3])),
@@ -167,8 +168,8 @@ def test_blocks_can_be_read_alone(tmp_path: Path) -> None:
     pack_checkpoint(checkpoint, tmp_path / "model.bin")
     contents = read_block(open_image(tmp_path / "model.bin"), 1)
     stored = checkpoint.stored_block(1)
-    assert contents.stored.keys() == stored.keys()
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in contents.stored.items())
+    assert contents.tensor.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in contents.tensor.items())
     assert contents.adapter.keys() == checkpoint.adapter_part(1).keys()
 
 
@@ -188,6 +189,33 @@ def test_a_family_model_with_tokenizer_generates_the_same_text(tiny_model: Calla
     one, other = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (source.folder, back))
     with torch.no_grad():
         assert torch.equal(one(ids).logits, other(ids).logits)
+
+
+def test_an_adapter_at_8_bits_travels_as_its_codes(tmp_path: Path) -> None:
+    checkpoint = Wanted(bits=4, rank=5, adapter_bits=8, pattern="2:4").make(tmp_path / "it")
+    image = pack_checkpoint(checkpoint, tmp_path / "model.bin")
+    entries = [e for e in image.table["layouts"][0] if "adapter" in e["kind"]]
+    sizes = {e["name"]: sum(size for _, size in e["parts"].values()) for e in entries}
+    assert sizes == {
+        "self_attn.q_proj.lora_A.codes": 5 * 32,
+        "self_attn.q_proj.lora_A.scales": 5 * 4,
+        "self_attn.q_proj.lora_A.weight": 0,
+        "self_attn.q_proj.lora_B.codes": 32 * 5,
+        "self_attn.q_proj.lora_B.scales": 5 * 4,
+        "self_attn.q_proj.lora_B.weight": 0,
+        "mlp.down_proj.lora_A.codes": 5 * 64,
+        "mlp.down_proj.lora_A.scales": 5 * 4,
+        "mlp.down_proj.lora_A.weight": 0,
+        "mlp.down_proj.lora_B.codes": 64 * 5,
+        "mlp.down_proj.lora_B.scales": 5 * 4,
+        "mlp.down_proj.lora_B.weight": 0,
+    }
+    linears = [x for block in checkpoint.shape.blocks for x in block.linears]
+    assert packed_sizes(checkpoint.shape).adapters == 2 * sum(sizes.values()) == sum(x.adapter_bytes for x in linears)
+    back = unpack_checkpoint(tmp_path / "model.bin", tmp_path / "back")
+    for name in ("packed.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+        assert (back.folder / "adapter" / name).read_bytes() == (checkpoint.folder / "adapter" / name).read_bytes()
+    assert any("8-bit codes" in line for line in verify(back))
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -291,6 +319,49 @@ def test_what_the_image_could_not_bring_back_is_refused(tmp_path: Path) -> None:
     refused("sym", "not all the middle code", 0, zero_points, Wanted(bits=4, symmetric=True))
     refused("order", "out of storage order", 0, order, Wanted(bits=4))
     refused("edge", "embed_tokens.weight is not what the packed codes", None, embedding, Wanted(edge_bits=8))
+
+
+def test_an_adapter_that_is_not_what_its_codes_stand_for_is_refused(tmp_path: Path) -> None:
+    made = Wanted(bits=4, rank=2, adapter_bits=8).make(tmp_path / "it")
+    path = made.folder / "adapter" / "packed.safetensors"
+    codes = load_file(path)
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B"
+    codes[f"{name}.codes"][3, 1] ^= 64
+    save_file(codes, path, metadata={"format": "pt"})
+    message = r"layers\.1\.mlp\.down_proj\.lora_B\.weight is not what the packed codes beside it stand for"
+    with pytest.raises(CheckpointError, match=message):
+        pack_checkpoint(Checkpoint(made.folder, made.manifest), tmp_path / "model.bin")
+    del codes[f"{name}.scales"]
+    save_file(codes, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"packed\.safetensors lacks {name}\.scales"):
+        pack_checkpoint(Checkpoint(made.folder, made.manifest), tmp_path / "model.bin")
+    assert not (tmp_path / "model.bin").exists()
+
+
+def test_an_adapter_beyond_plain_lora_is_refused_with_all_its_reasons(tmp_path: Path) -> None:
+    made = Wanted(bits=4, rank=2).make(tmp_path / "it")
+    path = made.folder / "adapter" / "adapter_config.json"
+    plain = json.loads(path.read_text())
+
+    def refused(*reasons: str, **changes: object) -> None:
+        path.write_text(json.dumps(plain | changes))
+        with pytest.raises(CheckpointError, match="asks for what an image has no place for") as caught:
+            pack_checkpoint(made, tmp_path / "model.bin")
+        assert all(reason in str(caught.value) for reason in reasons), caught.value
+
+    refused("use_rslora True", "rank_pattern {'q_proj': 4}", use_rslora=True, rank_pattern={"q_proj": 4})
+    refused("alpha_pattern {'q_proj': 4}", alpha_pattern={"q_proj": 4})
+    refused("use_dora True", use_dora=True)
+    refused("bias lora_only", bias="lora_only")
+    refused("fan_in_fan_out True", fan_in_fan_out=True)
+    refused("r is 4, but A has rank 2", r=4)
+    refused("peft_type LOHA", peft_type="LOHA")
+    refused("from_the_future 3", from_the_future=3)
+    # what does not change the sum, or was not there in an older peft, is no reason
+    older = {key: value for key, value in plain.items() if "pattern" not in key}
+    harmless = {"lora_dropout": 0.1, "base_model_name_or_path": "x", "task_type": None, "from_the_future": None}
+    path.write_text(json.dumps(older | harmless))
+    pack_checkpoint(made, tmp_path / "model.bin")
 
 
 def test_three_bit_streams_lie_as_told() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.nm import MaskProof, group_zeros, holds, require_finite
-from checkpoints.shape import Pattern, Sparsity, Unstructured
+from checkpoints.shape import Pattern, Sparsity, Unstructured, Within
 
 pytestmark = pytest.mark.unit
 
@@ -71,6 +71,20 @@ def test_fraction_counts_over_the_whole_row(pattern: Sparsity, of: int) -> None:
     proof.add(weight)
     assert (proof.expected, proof.kept) == count(weight, 3 if of == 12 else 1, of)
     assert proof.holds == holds(weight, pattern) == (of == 12)
+
+
+def test_a_fraction_within_layers_counts_over_the_whole_layer() -> None:
+    weight = torch.ones(4, 6)
+    weight[:2] = 0  # two whole rows: half of the layer, nothing of the other rows
+    pattern = Within(Unstructured(0.5), "gate_proj")
+    proof = MaskProof(pattern)
+    proof.add(weight, weight != 0)
+    assert (proof.expected, proof.kept, proof.holds) == (12, 12, True)
+    assert holds(weight, pattern)
+    assert not holds(weight, Unstructured(0.5))
+    weight[0, 0] = 1
+    assert not holds(weight, pattern)
+    assert not holds(weight, Within(Pattern(1, 2), "gate_proj"))
 
 
 def test_one_refilled_weight_is_seen() -> None:

@@ -76,6 +76,8 @@ def test_a_fraction_takes_the_bitmap_or_the_list_of_places() -> None:
     assert most is not None
     assert (most.form, most.listed, most.lists_removed) == ("positions", 12, False)
     assert mask_index(layer(Unstructured(0.001), columns=576)) is None  # not one weight of a row
+    layer_wide = list(mask_indexes(Pattern(44_237, 576 * 1536)))  # too many sets to number, or to count in a test
+    assert [x.form for x in layer_wide] == ["bitmap", "positions"]
     wide = list(mask_indexes(Pattern(4, 4096)))
     assert {x.form for x in wide} == {"bitmap", "positions", "combinations"}
     assert {x.form for x in mask_indexes(Pattern(2048, 4096))} == {"bitmap", "positions"}
@@ -99,6 +101,16 @@ def test_parts_of_a_quantised_model_by_hand() -> None:
     assert sizes.parts().keys() == {
         "codes", "mask index", "scales", "zero points", "adapters", "embedding", "norms", "header"
     }  # fmt: skip
+
+
+def test_an_adapter_at_8_bits_by_hand() -> None:
+    sixteen = model("smollm2-135m", grid=Grid(4, 64), adapter_rank=16)
+    eight = model("smollm2-135m", grid=Grid(4, 64), adapter_rank=16, adapter_packed=True)
+    sides = 30 * (2 * 1152 + 2 * 768 + 2 * 2112 + 2112)  # of each layer, rows and columns together
+    assert packed_sizes(sixteen).adapters == 16 * sides * 2
+    assert packed_sizes(eight).adapters == 16 * sides + 30 * 7 * 2 * 16 * 4
+    assert packed_sizes(eight).codes == packed_sizes(sixteen).codes
+    assert eight.packed_bytes < sixteen.packed_bytes
 
 
 def test_a_symmetric_grid_has_no_zero_points_and_dense_layers_are_dense() -> None:

@@ -22,7 +22,9 @@ from checkpoints.shape import (
     Pattern,
     TensorShape,
     Unstructured,
+    Within,
     largest_group,
+    parse_amount,
     parse_sparsity,
     safetensors_bytes,
 )
@@ -97,6 +99,21 @@ def test_fraction_survives_the_manifest(fraction: float, width: int) -> None:
     again = parse_sparsity(str(sparsity))
     assert again == sparsity
     assert again.on(width) == Pattern(int(fraction * width), width)
+
+
+@given(st.floats(0, 1, exclude_min=True, exclude_max=True), st.integers(1, 900), st.integers(1, 900))
+def test_a_pattern_within_layers_of_one_name(fraction: float, width: int, rows: int) -> None:
+    whole = Within(Unstructured(fraction), "gate_proj")
+    again = parse_sparsity(str(whole))
+    assert again == whole
+    assert again.on(width, rows) == Pattern(round(fraction * width * rows), width * rows)
+    assert again.covers("mlp.gate_proj") and again.covers("gate_proj")
+    assert not again.covers("mlp.up_proj") and not again.covers("mlp.big_gate_proj")
+    few = parse_sparsity("2:4 in gate_proj")
+    assert (few, few.on(width, rows)) == (Within(Pattern(2, 4), "gate_proj"), Pattern(2, 4))
+    assert Pattern(2, 4).covers("anything") and Unstructured(0.5).covers("anything")
+    with pytest.raises(PlanError, match="is not an N:M pattern"):
+        parse_amount("2:4 in gate_proj")  # which a user does not write
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError, TextError
 from checkpoints.runtime import Runtime, Silent
-from eval.answers import Question, answer_all, greedy, padded_left
+from eval.answers import Question, answer_all
+from eval.decoding import greedy, padded_left
 from eval.settings import Settings
 from eval.subject import Subject
 
@@ -48,28 +49,6 @@ def test_left_padding_leaves_logits_as_they_are(tiny_model: Tiny, family: str) -
     for row, prompt in zip(together, prompts, strict=True):
         alone = model(input_ids=torch.tensor([prompt])).logits[0, -1]
         torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
-@torch.no_grad()
-def test_answers_equal_a_plain_loop_without_cache_or_padding(tiny_model: Tiny, family: str) -> None:
-    """The loop runs the whole sequence anew for each token: no cache, no batch, no padding."""
-    subject = subject_of(tiny_model(family))
-    prompts = [subject.tokenizer(text)["input_ids"] for text in TEXTS]
-    model: Any = AutoModelForCausalLM.from_pretrained(subject.checkpoint.folder, dtype=torch.float32)
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        for step in range(8):
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
-            if step == 0:
-                logits[2] = -torch.inf  # at least one token
-            ids.append(int(logits.argmax()))
-            if ids[-1] == 2:
-                ids.pop()
-                break
-        expected.append(ids[len(prompt) :])
-    assert greedy(subject, prompts, 8) == expected
 
 
 def test_answers_do_not_depend_on_the_batch(subject: Subject) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from checkpoints.errors import TextError
-from eval import text
+from eval import instructions
 from eval.instructions import HUB, Instruction, load_instructions, parse_row
 
 pytestmark = pytest.mark.unit
@@ -88,7 +88,11 @@ GOOD = '{"instruction": "a", "output": "b"}'
         ("x.jsonl", f"{GOOD}\n[1]\n", ["line 2: not an object", "list"]),
         ("x.jsonl", '{"instruction": "a", "output": " "}\n', ["line 1: 'output' is empty"]),
         ("x.jsonl", '{"instruction": 3, "output": "b"}\n', ["line 1: 'instruction' is not text"]),
-        ("x.json", f'[{GOOD}, {{"text": "c"}}]', ["row 2: fields text", "{instruction, output}", "{conversations}"]),
+        (
+            "x.json",
+            f'[{GOOD}, {{"text": "c"}}]',
+            ["row 2: no instruction; it has text", "{instruction, input, output}"],
+        ),
         ("x.json", '[{"conversations": [{"from": "human", "value": "a"}]}]', ["row 1", "followed by one of gpt"]),
         ("x.json", '[{"conversations": "none"}]', ["row 1", "not a list of turns"]),
         ("x.json", "[]", ["no row"]),
@@ -96,7 +100,7 @@ GOOD = '{"instruction": "a", "output": "b"}'
         ("x.json", "[", ["cannot be read as .json"]),
         ("x.jsonl", b"\xff\xfe", ["cannot be read as .jsonl"]),
         ("x.parquet", "no parquet", ["cannot be read as .parquet"]),
-        ("x.txt", "words", ["no instruction data", ".jsonl"]),
+        ("x.txt", "words", ["no file of rows", ".jsonl"]),
         ("x.jsonl", "{\n" * 8, ["line 1: not JSON", "line 5", "and 3 more"]),
     ],
 )
@@ -122,7 +126,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         yield {"instruction": f"{split} 1", "output": ""}
         yield {"instruction": f"{split} 2", "output": "done"}
 
-    monkeypatch.setattr(text, "hub_rows", hub_rows)
+    monkeypatch.setattr(instructions, "hub_rows", hub_rows)
     found = load_instructions("agent", limit=2)
     assert [(r.id, r.instruction) for r in found.rows] == [("2", "os 2"), ("4", "db 2")]
     assert found.unusable == 2

@@ -15,7 +15,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.kv_format import GROUP, KVFormat
 from checkpoints.runtime import Runtime
-from eval.answers import greedy, padded_left
+from eval.decoding import greedy, padded_left
 from eval.generate import Decoding, continue_prompt
 from eval.kv_cache import KVCache, on_model
 from eval.kv_codes import decode_keys, decode_values, encode_keys, encode_values
@@ -162,6 +162,28 @@ def test_padding_on_the_left_changes_nothing(subject: Subject, form: KVFormat) -
         torch.testing.assert_close(together[row, -len(prompt) :], alone[0], rtol=1e-4, atol=1e-4)
     answers = greedy(subject, prompts, 6, form)
     assert answers == [greedy(subject, [prompt], 6, form)[0] for prompt in prompts]
+
+
+@torch.no_grad()
+def test_sequences_that_leave_the_batch_change_nothing(subject: Subject) -> None:
+    prompts, form = [some_ids(70, 1), some_ids(69, 2), some_ids(37, 3)], KVFormat(4, 40, 2)
+    ids, mask = padded_left(prompts)
+    model: Any = subject.model
+    kept = torch.tensor([2])
+    alone, single = logits_of(subject, [prompts[2]], form, 35)
+    with on_model(model, subject.checkpoint.shape, form, ids.shape[1] - mask.sum(1)) as cache:
+        assert cache is not None
+        for begin, end in ((0, 68), (68, 69), (69, 70)):
+            if begin == 68:
+                cache.batch_select_indices(kept)
+                ids, mask = ids[kept], mask[kept]
+            places = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:end]
+            found = model(
+                input_ids=ids[:, begin:end], attention_mask=mask[:, :end], position_ids=places,
+                past_key_values=cache, use_cache=True,
+            ).logits  # fmt: skip
+    torch.testing.assert_close(found[0, -1], alone[0, -1], rtol=1e-4, atol=1e-4)
+    assert cache.nbytes == single.nbytes
 
 
 @pytest.mark.parametrize("form", [KVFormat(8), KVFormat(4, 40, 4), KVFormat(4, sinks=0)], ids=str)

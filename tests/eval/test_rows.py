@@ -12,7 +12,8 @@ import pytest
 
 from checkpoints.errors import TextError
 from eval import text as texts
-from eval.rows import RowError, row_text
+from eval.row_files import RowError
+from eval.rows import row_text
 from eval.text import load_text
 
 pytestmark = pytest.mark.unit
@@ -77,7 +78,7 @@ def test_all_faults_of_a_file_come_with_their_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n"), ("a.json", "[]")])
 def test_a_file_without_text(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(TextError, match=r"line 1: empty|holds no text"):
+    with pytest.raises(TextError, match=r"holds no row\. Expected rows that are text"):
         load_text(str(tmp_path / name), "whole")
 
 

@@ -119,13 +119,13 @@ def test_the_thesis_s_number_of_questions_unless_told(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_named(tmp_path: Path, row: Any, words: str) -> None:
     with pytest.raises(TextError, match=words):
-        trivia.check("triviaqa-closed", settings_for(tmp_path, [CLOSED_FORM, row]))
+        trivia.check("triviaqa-closed", settings_for(tmp_path, [CLOSED_FORM, row, CLOSED_FORM]))
 
 
 def test_a_question_without_context_and_a_file_without_questions(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="line 1: no context"):
         trivia.check("triviaqa-open", settings_for(tmp_path, [CLOSED_FORM], "triviaqa-open"))
-    with pytest.raises(TextError, match="there is no question in"):
+    with pytest.raises(TextError, match=r"holds no row\. Expected rows of question"):
         trivia.check("triviaqa-closed", settings_for(tmp_path, [], limit=3))
     with pytest.raises(PlanError, match="no such file"):
         trivia.check("triviaqa-closed", Settings(sources=("triviaqa-closed=nowhere.jsonl",)))
@@ -149,5 +149,7 @@ def test_the_hub_s_rows_are_read_and_its_absence_names_the_file_form(monkeypatch
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(TextError, match=r"no network\nPass instead a .jsonl file with --from triviaqa-closed=FILE"):
+    with pytest.raises(
+        TextError, match=r"no network\nPass instead a .jsonl, .json or .parquet file with --from triviaqa-closed=FILE"
+    ):
         trivia.load_items("triviaqa-closed", Settings(limit=7))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shlex
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,16 @@ def test_every_way_to_quantise_is_one_the_stage_knows() -> None:
         assert (planned.grid, planned.file_bytes) == (mine.grid, mine.file_bytes)
 
 
+def _children_seconds() -> float:
+    """Of the processor, imports included: what a busy machine does besides does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_stories15m_s_table_commands_and_note(compress: Callable[..., Any]) -> None:
-    start = time.monotonic()
+    before = _children_seconds()
     done = compress("fit", "stories15m", "--soc", "siracusa")
-    assert time.monotonic() - start < 10
+    assert _children_seconds() - before < 10
     assert done.returncode == 0
     assert done.stdout.startswith("stories15m fits Siracusa with\n")
     commands = [line for line in done.stdout.splitlines() if " compress --model FOLDER" in line]
@@ -77,9 +83,9 @@ def test_stories15m_s_table_commands_and_note(compress: Callable[..., Any]) -> N
 
 
 def test_what_does_not_fit_exits_with_3_and_shows_the_closest(compress: Callable[..., Any]) -> None:
-    start = time.monotonic()
+    before = _children_seconds()
     done = compress("fit", "smollm2-135m", "--json")
-    assert time.monotonic() - start < 10
+    assert _children_seconds() - before < 10
     assert done.returncode == 3
     said = json.loads(done.stdout)
     assert said["fitting"] == []

@@ -22,7 +22,8 @@ from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches
 from checkpoints.verify import verify
 from checkpoints.writer import CheckpointWriter
-from hardware.footprint import layers, weight_bytes
+from hardware.footprint import weight_bytes
+from hardware.operators import weights_read
 from stages import eora, gptq
 from stages.options import Eora, Gptq
 from tests.stages.lora_help import Watcher
@@ -156,9 +157,9 @@ def test_the_codes_lie_beside_the_adapter_and_are_counted_everywhere(chain: Chai
     assert weight_bytes(result.shape).adapters == weight_bytes(planned).adapters == size
     wide = eora.plan(quantised.shape, Eora(rank=4))
     assert weight_bytes(wide).adapters == sum(4 * (x.out_features + x.in_features) * 4 for x in linears)  # float32
-    adapters = {x.name: x.row_bits for x in layers(result.shape) if "lora_" in x.name}
-    assert adapters["mlp.down_proj.lora_A"] == 128 * 8
-    assert adapters["mlp.down_proj.lora_B"] == 4 * 8
+    read, down = weights_read(result.shape), next(x for x in linears if x.name == "mlp.down_proj")
+    assert read["model.layers.0.mlp.down_proj.lora_A"] == 4 * down.in_features  # a byte each, not 2 or 4
+    assert read["model.layers.0.mlp.down_proj.lora_B"] == down.out_features * 4
 
 
 def test_peft_loads_what_the_codes_stand_for(chain: Chain, tokens: Callable[..., TokenBatches]) -> None:

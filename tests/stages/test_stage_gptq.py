@@ -18,6 +18,7 @@ from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
 from stages import gptq
+from stages.hessian import hessians
 from stages.options import Gptq
 
 pytestmark = pytest.mark.unit
@@ -58,7 +59,7 @@ def test_hessians_equal_hooks_on_the_whole_model(
     model = source.model().double()
     for block in Walk(source, chunks, RUNTIME):
         expected = gram_by_hooks(model, block.index, chunks)
-        found = gptq.hessians(block)
+        found = hessians(block)
         assert sorted(name for names in found for name in names) == sorted(expected)
         assert len(found) == 4
         for names, hessian in found.items():
@@ -104,7 +105,7 @@ def test_a_singular_hessian_names_the_layer(
     writer: CheckpointWriter,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = gptq.hessians
+    real = hessians
 
     def spoilt(block: Any) -> dict[tuple[str, ...], Tensor]:
         found = real(block)

@@ -22,6 +22,8 @@ from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
 from stages import gptq, wanda
 from stages.options import Gptq, Wanda
+from stages.pruning.select import lost_share
+from stages.pruning.wanda import input_norms, prune_n_of_m
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +46,7 @@ def test_mask_equals_the_per_group_loop(n: int, m: int) -> None:
     generator = torch.Generator().manual_seed(n * m)
     weight = torch.randn(24, 96, generator=generator)
     norm = torch.rand(96, generator=generator) + 0.01
-    mask = wanda.prune_n_of_m(weight, norm, n, m)
+    mask = prune_n_of_m(weight, norm, n, m)
     assert mask.dtype == torch.bool
     assert np.array_equal(mask.numpy(), loop((weight.abs() * norm).numpy(), n, m))
 
@@ -56,7 +58,7 @@ def test_ties_fall_to_the_lower_column(data: Any, pattern: tuple[int, int], grou
     values = data.draw(st.lists(st.integers(-2, 2), min_size=rows * groups * m, max_size=rows * groups * m))
     norms = data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=groups * m, max_size=groups * m))
     weight, norm = torch.tensor(values).float().view(rows, -1), torch.tensor(norms)
-    mask = wanda.prune_n_of_m(weight, norm, n, m)
+    mask = prune_n_of_m(weight, norm, n, m)
     assert np.array_equal(mask.numpy(), loop((weight.abs() * norm).numpy(), n, m))
     assert bool(((~mask).view(rows, groups, m).sum(-1) == n).all())
 
@@ -65,12 +67,12 @@ def test_half_precision_weights_are_scored_in_float32() -> None:
     # in bfloat16 both products would round to the same number and the lower column would go
     weight = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
     norm = torch.tensor([1.0001, 1.0])
-    assert wanda.prune_n_of_m(weight, norm, 1, 2).tolist() == [[True, False]]
+    assert prune_n_of_m(weight, norm, 1, 2).tolist() == [[True, False]]
 
 
 def test_width_that_the_group_does_not_divide() -> None:
     with pytest.raises(PlanError, match="2:5 needs an input width divisible by 5; this layer has 64"):
-        wanda.prune_n_of_m(torch.ones(2, 64), torch.ones(64), 2, 5)
+        prune_n_of_m(torch.ones(2, 64), torch.ones(64), 2, 5)
 
 
 def n_of_m(pattern: str, width: int) -> tuple[int, int]:
@@ -158,7 +160,7 @@ def test_statistics_come_once_per_distinct_input_and_equal_a_float64_sum(
     q, k, v = (f"self_attn.{x}_proj" for x in "qkv")
     per_chunk = [(q, k, v), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
     assert groups == per_chunk * 3
-    norms = wanda.input_norms(visit)
+    norms = input_norms(visit)
     model = source.model().double()
     arriving: dict[str, torch.Tensor] = {}
     for name, linear in model.model.layers[0].named_modules():
@@ -173,13 +175,12 @@ def test_statistics_come_once_per_distinct_input_and_equal_a_float64_sum(
 
 
 def test_lost_share_is_the_dropped_part_of_the_score() -> None:
-    weight, norm = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([2.0, 0.5])
-    # scores 2 1 / 6 2: sum 11
-    assert wanda.lost_share(weight, norm, torch.tensor([[False, True], [True, True]])) == pytest.approx(2 / 11)
-    assert wanda.lost_share(weight, norm, torch.tensor([[True, False], [True, False]])) == pytest.approx(3 / 11)
-    assert wanda.lost_share(weight, norm, torch.ones(2, 2, dtype=torch.bool)) == 0
-    assert wanda.lost_share(weight, norm, torch.zeros(2, 2, dtype=torch.bool)) == pytest.approx(1)
-    assert wanda.lost_share(torch.zeros(2, 2), norm, torch.zeros(2, 2, dtype=torch.bool)) == 0
+    score = torch.tensor([[2.0, 1.0], [6.0, 2.0]])  # sum 11
+    assert lost_share(score, torch.tensor([[False, True], [True, True]])) == pytest.approx(2 / 11)
+    assert lost_share(score, torch.tensor([[True, False], [True, False]])) == pytest.approx(3 / 11)
+    assert lost_share(score, torch.ones(2, 2, dtype=torch.bool)) == 0
+    assert lost_share(score, torch.zeros(2, 2, dtype=torch.bool)) == pytest.approx(1)
+    assert lost_share(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)) == 0
 
 
 def test_plan_names_every_layer_whose_width_does_not_fit() -> None:

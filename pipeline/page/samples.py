@@ -1,0 +1,105 @@
+"""What checkpoints make of the same prompts, greedily; kept in OUT, so that a second report costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints.errors import CheckpointError, PlanError
+from checkpoints.manifest import write_json
+from pipeline.page.read import clean
+from pipeline.page.study import StageRun, Study
+
+PROMPTS = ("The three most important things about a good bridge are", "A small computer in a sensor can")
+FILE = "samples.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str  # of the checkpoint
+    text: str  # the continuation
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """For each prompt one sample a checkpoint, the uncompressed model first."""
+
+    by_prompt: dict[str, list[Sample]]
+    tokens: int
+
+
+def chosen(study: Study, count: int) -> list[tuple[str, StageRun]]:
+    """At most `count` checkpoints that are on this disk: the uncompressed model, then the most telling results.
+
+    Of a run its last stages, of a sweep its Pareto front before the rest. In the order of the table.
+    """
+    candidates = [c for c in study.candidates if c.run.folder is not None]
+    front = [c for c in study.front if c in candidates]
+    last = candidates[::-1] if study.kind == "run" else [*front, *candidates]
+    wanted = [c for c in candidates if c.run.position == 0][:1]
+    if not wanted and study.source.folder is not None:  # a sweep need not have the uncompressed model among its results
+        wanted = []
+        kept = {study.source.fingerprint: ("uncompressed", study.source)}
+    else:
+        kept = {c.run.fingerprint: (c.name, c.run) for c in wanted}
+    for choice in last:
+        if len(kept) < count:
+            kept.setdefault(choice.run.fingerprint, (choice.name, choice.run))
+    place = {c.run.fingerprint: i for i, c in enumerate(study.candidates)}
+    return sorted(list(kept.values())[:count], key=lambda named: place.get(named[1].fingerprint, -1))
+
+
+def generate_samples(
+    study: Study, prompts: Sequence[str], count: int, tokens: int, device: str, tell: Callable[[str], None]
+) -> Samples:
+    """Raises PlanError for an empty prompt. A checkpoint that cannot be opened is told and left out."""
+    if blank := [p for p in prompts if not p.strip()]:
+        raise PlanError(f"--prompts {blank[0]!r}: a prompt needs at least one word")
+    known = _known(study.out / FILE)
+    wanted = dict(chosen(study, count))
+    by_prompt: dict[str, list[Sample]] = {clean(prompt): [] for prompt in prompts}
+    for name, run in wanted.items():
+        keys = {prompt: _key(run.fingerprint, prompt, tokens) for prompt in prompts}
+        if missing := [prompt for prompt, key in keys.items() if key not in known]:
+            tell(f"generating with {name}")
+            try:
+                known |= _generated(run, {p: keys[p] for p in missing}, tokens, device)
+            except CheckpointError as error:
+                tell(f"no samples of {name}: {error}")
+                continue
+            write_json(study.out / FILE, known)
+        for prompt, key in keys.items():
+            by_prompt[clean(prompt)].append(Sample(name, clean(known[key], 4000), run.perplexity))
+    return Samples({prompt: found for prompt, found in by_prompt.items() if found}, tokens)
+
+
+def _generated(run: StageRun, prompts: dict[str, str], tokens: int, device: str) -> dict[str, str]:
+    """Prompt -> key in, key -> continuation out."""
+    from checkpoints.checkpoint import Checkpoint
+    from checkpoints.memory import release
+    from checkpoints.runtime import choose_device
+    from eval.generate import Decoding, continue_prompt
+
+    assert run.folder is not None
+    checkpoint, where = Checkpoint.open(run.folder), choose_device(device)
+    found = {}
+    for prompt, key in prompts.items():
+        found[key] = continue_prompt(checkpoint, prompt, Decoding(tokens), where).text
+        release()  # one model at a time in memory
+    return found
+
+
+def _key(fingerprint: str, prompt: str, tokens: int) -> str:
+    return hashlib.sha256(json.dumps([fingerprint, prompt, tokens]).encode()).hexdigest()
+
+
+def _known(path: Path) -> dict[str, str]:
+    try:
+        data = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        raise CheckpointError(f"{path} is damaged; remove it, and the samples are generated again") from None
+    return dict(data)

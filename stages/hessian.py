@@ -1,0 +1,66 @@
+"""The Hessian of a layer's squared output error, and what solvers that spread an error over later columns do with it.
+
+For a layer W (out, in) with inputs X (tokens, in) the error of a change dW is tr(dW H dW^T) with H = X^T X: the same
+H for every row (OBS, Hassibi and Stork 1993; GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from checkpoints.errors import NumericsError
+from checkpoints.walk import BlockVisit
+
+
+def hessians(block: BlockVisit) -> dict[tuple[str, ...], Tensor]:
+    """X^T X over all calibration tokens for each distinct input, (in, in) float32."""
+    sums: dict[tuple[str, ...], Tensor] = {}
+
+    def add(names: tuple[str, ...], x: Tensor) -> None:
+        x = x.float()
+        if names in sums:
+            sums[names].addmm_(x.T, x)
+        else:
+            sums[names] = x.T @ x
+
+    block.observe(add)
+    return sums
+
+
+def live_diagonal(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of H that can be inverted where calibration never used a feature, and which those are: (in,) bool.
+
+    Such a feature's diagonal becomes the mean of the others; its rows and columns are zero, so it touches no other.
+    """
+    H = hessian.clone()
+    unused = H.diagonal() == 0
+    H.diagonal()[unused] = 1 if bool(unused.all()) else H.diagonal()[~unused].mean()
+    return H, unused
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, bool]:
+    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U; damping used; whether in float64.
+
+    Tries float32, then float64, then ten times the damping, until 1. Raises NumericsError saying so.
+    """
+    mean = float(hessian.diagonal().mean())
+    tried = []
+    while damping <= 1:
+        for dtype in (torch.float32, torch.float64):
+            H = hessian.to(dtype).clone()
+            H.diagonal().add_(damping * mean)
+            L, failed = torch.linalg.cholesky_ex(H)
+            if not int(failed):
+                U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+                if not int(failed) and bool(torch.isfinite(U).all()):
+                    return U.float(), damping, dtype == torch.float64
+            tried.append(f"{damping:g} in {str(dtype).removeprefix('torch.')}")
+        damping *= 10
+    raise NumericsError(f"the Hessian stays singular; damping tried: {', '.join(tried)}. Give other calibration text")
+
+
+def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """Relative squared error of the layer's output over the calibration tokens."""
+    delta = weight - approximation
+    return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))

@@ -1,0 +1,46 @@
+"""The ways in which the wanda stage can choose its zeros (`--prune`): one file each, and one line here.
+
+stages/README.md shows how to add one. No torch here: `--help` and planning read this list.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from checkpoints.shape import Pattern, Sparsity, Unstructured
+
+if TYPE_CHECKING:
+    from checkpoints.walk import BlockVisit
+
+METHODS = {
+    "wanda": "stages.pruning.wanda",
+    "magnitude": "stages.pruning.magnitude",
+    "sparsegpt": "stages.pruning.sparsegpt",
+    "gate-l1": "stages.pruning.gate_l1",
+}
+
+# What a method needs to see besides the weights.
+NOTHING, NORMS, HESSIANS = "nothing", "norms", "hessians"
+
+
+class Method(Protocol):
+    """What every file of this folder holds."""
+
+    NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
+
+    def sparsity(self, amount: Pattern | Unstructured) -> Sparsity:
+        """Where the zeros of `--wanda AMOUNT` will lie: what the manifest states and every later stage must keep."""
+
+    def prune(self, block: BlockVisit, groups: Mapping[str, Pattern]) -> dict[str, Any]:
+        """Zero N of every M weights in the block's layers named in `groups`, in place; facts for the manifest.
+
+        M may be a whole row's width, or a whole layer's size. A weight that is zero already must stay zero: an
+        earlier mask may hold it.
+        """
+
+
+def method(name: str) -> Method:
+    """The file of this name."""
+    return cast(Method, importlib.import_module(METHODS[name]))

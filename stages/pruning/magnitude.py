@@ -1,0 +1,28 @@
+"""Smallest abs(weight) first (Han et al., arXiv 1510.00149): no calibration, and the yardstick of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoints.shape import Pattern, Sparsity, Unstructured
+from checkpoints.walk import BlockVisit
+from stages.pruning import NOTHING
+from stages.pruning.select import keep_best, lost_share, set_zeros
+
+NEEDS = NOTHING
+
+
+def sparsity(amount: Pattern | Unstructured) -> Sparsity:
+    return amount
+
+
+def prune(block: BlockVisit, groups: Mapping[str, Pattern]) -> dict[str, Any]:
+    lost = {}
+    for name, nm in groups.items():
+        weight = block.linears[name].weight
+        score = weight.float().abs()
+        mask = keep_best(score, nm.removed, nm.of)
+        lost[name] = lost_share(score, mask)
+        set_zeros(weight, mask)
+    return {"lost_score_share": lost}

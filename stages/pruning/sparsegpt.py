@@ -1,0 +1,107 @@
+"""Zeros chosen column by column, and the weights that stay moved to make up for them.
+
+SparseGPT (Frantar and Alistarh, arXiv 2301.00774, algorithm 1): the error of a zero is spread over the later columns
+of its row by the inverse Hessian, and the next zeros are chosen from the weights as they then are. A fraction is
+met in every row, part by part, where the paper lets rows of a part differ: so the manifest can state it, and a
+packed row has a known length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.errors import NumericsError
+from checkpoints.shape import Pattern, Sparsity, Unstructured
+from checkpoints.walk import BlockVisit
+from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
+from stages.pruning import HESSIANS
+from stages.pruning.select import keep_best
+
+NEEDS = HESSIANS
+COLUMNS = 128  # solved before their errors reach the rest; of a wider group, those whose zeros are chosen at once
+DAMPING = 0.01  # share of the mean diagonal added to the Hessian, the paper's
+
+
+def sparsity(amount: Pattern | Unstructured) -> Sparsity:
+    return amount
+
+
+def prune(block: BlockVisit, groups: Mapping[str, Pattern]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for names, hessian in hessians(block).items():
+        for name in (n for n in names if n in groups):
+            weight = block.linears[name].weight
+            try:
+                solved = solve(weight.float(), hessian, groups[name])
+            except NumericsError as error:
+                raise NumericsError(f"block {block.index}, {name}: {error}") from None
+            weight.copy_(solved.weight)
+            facts[name] = {"error": solved.error, "damping": solved.damping, "float64": solved.float64}
+    return facts
+
+
+@dataclass
+class Solution:
+    weight: Tensor  # (out, in) float32, zeros in place
+    error: float  # tr(dW H dW^T) / tr(W H W^T): relative squared error of the layer's output
+    damping: float  # share of the mean diagonal that the factorisation needed
+    float64: bool
+
+
+def solve(weight: Tensor, hessian: Tensor, nm: Pattern) -> Solution:
+    """The pruned and compensated layer. weight (out, in) float32; hessian (in, in) = X^T X.
+
+    U is the upper Cholesky factor of the inverse Hessian. Zeroing w_j costs w_j^2 / U_jj^2 (equation 4 with the
+    columns before j frozen) and moves the later columns by -w_j / U_jj U_j,: (equation 3). Zeros of an earlier mask
+    stay and go first; then features that calibration never used, whose other weights stay as they are.
+    """
+    W, columns = weight.clone(), weight.shape[1]
+    H, unused = live_diagonal(hessian)
+    U, damping, float64 = inverse_factor(H, DAMPING)
+    d = U.diagonal()
+    live = W != 0
+    keep = torch.ones_like(live)
+    for spans in blocks(columns, nm):
+        start, end = spans[0].start, spans[-1].end
+        E = torch.zeros_like(W[:, start:end])
+        for span in spans:
+            here = slice(span.start, span.end)
+            score = (W[:, here] / d[here]).square_()
+            score.masked_fill_(unused[here], 0).masked_fill_(~live[:, here], -1)
+            keep[:, here] = keep_best(score, span.removed, span.end - span.start) & live[:, here]
+            for j in range(span.start, span.end):
+                e = W[:, j].masked_fill(keep[:, j], 0) / d[j]
+                W[:, j + 1 : end] -= torch.outer(e, U[j, j + 1 : end])
+                E[:, j - start] = e
+        W[:, end:] -= E @ U[start:end, end:]
+    W.masked_fill_(~keep, 0)
+    return Solution(W, output_error(weight, W, hessian), damping, float64)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Columns whose zeros are chosen at once: `removed` of them in every row."""
+
+    start: int
+    end: int
+    removed: int
+
+
+def blocks(columns: int, nm: Pattern) -> list[list[Span]]:
+    """The row in blocks of at most COLUMNS columns: several groups each, or a part of a wider group.
+
+    The parts of a wider group share its zeros by their width, to the last one.
+    """
+    n, m = nm.removed, nm.of
+    spans = []
+    for group in range(0, columns, m):
+        for at in range(0, m, COLUMNS):
+            to = min(at + COLUMNS, m)
+            spans.append(Span(group + at, group + to, n * to // m - n * at // m))
+    together = max(1, COLUMNS // m)
+    return [spans[i : i + together] for i in range(0, len(spans), together)]
