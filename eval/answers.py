@@ -55,7 +55,8 @@ def answer_all(
     """
     prompts = [_as_given(subject, question, settings.chat) for question in questions]
     _require_distinct(questions)
-    how = {"new_tokens": settings.new_tokens, "chat": settings.chat, "dtype": subject.dtype} | (key or {})
+    how = {"new_tokens": settings.new_tokens, "chat": settings.chat, "dtype": subject.dtype}
+    how |= settings.kv.key() | (key or {})
     path = Path(settings.answers) / subject.label / f"{task}.jsonl" if settings.answers else None
     kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how) if path else None
     rows: dict[str, dict[str, Any]] = {}
@@ -147,7 +148,7 @@ def _batches(subject: Subject, todo: Sequence[tuple[Question, str]], settings: S
 def _answered(subject: Subject, batch: list[_Asked], settings: Settings, grade: Grade | None) -> list[dict[str, Any]]:
     """The batch's lines of the answer file."""
     began = time.perf_counter()
-    replies = greedy(subject, [ids for _, _, ids in batch], settings.new_tokens)
+    replies = greedy(subject, [ids for _, _, ids in batch], settings.new_tokens, settings.kv)
     seconds = (time.perf_counter() - began) / len(batch)
     rows = []
     for (question, prompt, _), reply in zip(batch, replies, strict=True):

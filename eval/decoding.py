@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.kv_format import PLAIN, KVFormat
 from eval.subject import Subject
 
 # Times at which the rows of a batch may enter. Each costs one more reading of the weights, about a step of decoding.
@@ -32,17 +33,17 @@ def end_tokens(subject: Subject) -> list[int]:
 
 
 @torch.no_grad()
-def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int, kv: KVFormat = PLAIN) -> list[list[int]]:
     """1 to new_tokens tokens after each prompt, the likeliest at each step, in one batch; the end mark is left off.
 
     Settings of the checkpoint's own (sampling, penalties) stay out. What the padding holds does not matter, so a
-    tokenizer needs no pad token.
+    tokenizer needs no pad token. kv: each token sees those before it as they come out of such a cache.
     """
     device = subject.runtime.device
     ends = end_tokens(subject)
     rows = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the prompt of each row
     ids, mask = (t.to(device) for t in padded_left([prompts[i] for i in rows]))
-    cache, logits = prefill(subject.model, ids, mask)
+    cache, logits = _compressed(subject, ids, mask, kv) if not kv.plain else prefill(subject.model, ids, mask)
     logits[:, ends] = -torch.inf  # an answer has at least one token
     replies: list[list[int]] = [[] for _ in prompts]
     while True:
@@ -83,6 +84,14 @@ def prefill(model: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
         logits = _last_logits(model, ids[:count, start:stop], mask[:count, :stop], cache)
         present = count
     return cache, logits
+
+
+def _compressed(subject: Subject, ids: Tensor, mask: Tensor, kv: KVFormat) -> tuple[Any, Tensor]:
+    """As `prefill`, with all rows in one piece: a compressed cache takes its prompts at once."""
+    from eval.kv_cache import on_model
+
+    with on_model(subject.model, subject.checkpoint.shape, kv, (mask == 0).sum(-1)) as cache:
+        return cache, _last_logits(subject.model, ids, mask, cache)
 
 
 def _last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
+from checkpoints.kv_format import KVFormat
 from checkpoints.runtime import Runtime
 from eval.decoding import end_tokens
 from eval.subject import Subject
@@ -23,6 +24,7 @@ class Decoding:
     temperature: float = 0.0  # 0: the likeliest token at each step
     seed: int = 0
     chat: bool = False  # the prompt is a user's turn in the tokenizer's chat template
+    kv: KVFormat = field(default_factory=KVFormat)
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -32,7 +34,8 @@ class Decoding:
 
     def __str__(self) -> str:
         how = f"temperature {self.temperature:g}, seed {self.seed}" if self.temperature else "greedy"
-        return f"{how}, at most {self.tokens} new tokens{', chat template' if self.chat else ''}"
+        cache = "" if self.kv.plain else f", {self.kv}"
+        return f"{how}, at most {self.tokens} new tokens{', chat template' if self.chat else ''}{cache}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def continue_prompt(checkpoint: Checkpoint, prompt: str, decoding: Decoding, dev
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
+    from eval.kv_cache import on_model
+
     subject = Subject(checkpoint, Runtime(device, checkpoint.stored_dtype))
     tokenizer: Any = subject.tokenizer
     ids = _prompt_ids(checkpoint, tokenizer, prompt, decoding.chat).to(device)
@@ -63,11 +68,16 @@ def continue_prompt(checkpoint: Checkpoint, prompt: str, decoding: Decoding, dev
         max_new_tokens=decoding.tokens, do_sample=False, pad_token_id=ends[0] if ends else 0, eos_token_id=ends or None
     )
     processors = LogitsProcessorList([GumbelNoise(decoding)] if decoding.temperature else [])
-    began = time.perf_counter()
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_config=config, logits_processor=processors
-    )[0].tolist()
-    seconds = time.perf_counter() - began
+    with on_model(model, checkpoint.shape, decoding.kv, torch.zeros(1, dtype=torch.long)) as cache:
+        began = time.perf_counter()
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=processors,
+            past_key_values=cache,
+        )[0].tolist()
+        seconds = time.perf_counter() - began
     new = output[ids.shape[1] :]
     ended = bool(new) and new[-1] in ends
     asked, whole = (str(tokenizer.decode(t, skip_special_tokens=True)) for t in (output[: ids.shape[1]], output))

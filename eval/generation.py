@@ -114,6 +114,7 @@ def _scores(answers: Sequence[Answer], data: InstructionSet, subject: Subject, s
         f"rouge_l: {rouge_protocol()}; f1: multisets of words; sbert: {embeddings}; bleu: {bleu_protocol()}; "
         f"seconds: each answer's share of batches of at most {settings.batch_tokens} tokens"
     )
+    protocol += "" if settings.kv.plain else f"; {settings.kv}"
 
     def of(metric: str, values: Sequence[float], higher: bool = True, unit: str = "") -> Score:
         name = f"{metric}, {data.name}"

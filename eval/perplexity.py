@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
+from checkpoints.kv_format import PLAIN, KVFormat
 from checkpoints.runtime import Runtime
-from checkpoints.walk import Walk
+from checkpoints.walk import BlockVisit, Walk
 from eval.disturb import Disturbance
 from eval.text import Text
 
@@ -78,36 +79,50 @@ class Passage:
 
 
 def measure(
-    checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime, disturbance: Disturbance | None = None
+    checkpoint: Checkpoint,
+    text: Text,
+    protocol: Protocol,
+    runtime: Runtime,
+    disturbance: Disturbance | None = None,
+    kv: KVFormat = PLAIN,
 ) -> Perplexity:
     """exp of the mean negative log-likelihood of each token given those before it in its window or row.
 
     Logits in the runtime's precision, losses in float32. disturbance: noise or masks on every block, as
-    eval/robustness.py asks for. Raises TextError where the text is too short.
+    eval/robustness.py asks for. kv: each token sees those before it as they come out of such a cache. Raises
+    TextError where the text is too short.
     """
-    return summarise(measure_passages(checkpoint, text, protocol, runtime, disturbance), text, protocol, runtime)
+    passages = measure_passages(checkpoint, text, protocol, runtime, disturbance, kv)
+    return summarise(passages, text, protocol, runtime, kv)
 
 
-def summarise(passages: Sequence[Passage], text: Text, protocol: Protocol, runtime: Runtime) -> Perplexity:
+def summarise(
+    passages: Sequence[Passage], text: Text, protocol: Protocol, runtime: Runtime, kv: KVFormat = PLAIN
+) -> Perplexity:
     nll, scored = math.fsum(p.nll for p in passages), sum(p.scored for p in passages)
     return Perplexity(
         perplexity=math.exp(nll / scored),
         tokens=sum(p.read for p in passages),
         scored_tokens=scored,
         bits_per_byte=nll / math.log(2) / sum(p.size for p in passages),
-        protocol=str(protocol),
+        protocol=str(protocol) + ("" if kv.plain else f", {kv}"),
         text=text.name,
         dtype=str(runtime.dtype).removeprefix("torch."),
     )
 
 
 def measure_passages(
-    checkpoint: Checkpoint, text: Text, protocol: Protocol, runtime: Runtime, disturbance: Disturbance | None = None
+    checkpoint: Checkpoint,
+    text: Text,
+    protocol: Protocol,
+    runtime: Runtime,
+    disturbance: Disturbance | None = None,
+    kv: KVFormat = PLAIN,
 ) -> list[Passage]:
     """Each window or row by itself, in the text's order."""
     tokenizer = checkpoint.tokenizer()
     batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
-    losses = negative_log_likelihoods(checkpoint, batches, runtime, disturbance)
+    losses = negative_log_likelihoods(checkpoint, batches, runtime, disturbance, kv)
     passages = {}
     for batch, batch_losses in zip(batches, losses, strict=True):
         for place, padded, (nll, scored) in zip(batch.places, batch.targets, batch_losses, strict=True):
@@ -132,13 +147,16 @@ class _Batch:
 
 
 def negative_log_likelihoods(
-    checkpoint: Checkpoint, batches: list[_Batch], runtime: Runtime, disturbance: Disturbance | None = None
+    checkpoint: Checkpoint,
+    batches: list[_Batch],
+    runtime: Runtime,
+    disturbance: Disturbance | None = None,
+    kv: KVFormat = PLAIN,
 ) -> list[list[tuple[float, int]]]:
     """Of each sequence of each batch: nats summed over its predicted tokens, and how many they are."""
     walk = Walk(checkpoint, [b.ids for b in batches], runtime, last_outputs=True, task="perplexity")
     for block in walk:
-        shape = checkpoint.shape.blocks[block.index]
-        with disturbance.on_block(block.module, shape, block.index) if disturbance else nullcontext():
+        with _changed(block, walk, disturbance, kv):
             block.done()
     losses = []
     with walk.skeleton.head() as head, torch.no_grad():
@@ -152,6 +170,20 @@ def negative_log_likelihoods(
                 of_batch.append((nll, int((wanted != _IGNORED).sum())))
             losses.append(of_batch)
     return losses
+
+
+@contextmanager
+def _changed(block: BlockVisit, walk: Walk, disturbance: Disturbance | None, kv: KVFormat) -> Iterator[None]:
+    """The block under a disturbance, its keys and values kept as `kv` says."""
+    with ExitStack() as stack:
+        if disturbance:
+            shape = walk.source.shape.blocks[block.index]
+            stack.enter_context(disturbance.on_block(block.module, shape, block.index))
+        if not kv.plain:
+            from eval.kv_cache import on_block  # with transformers' caches, which a plain measurement does not need
+
+            stack.enter_context(on_block(block.module, block.index, walk.skeleton.model.config, kv))
+        yield
 
 
 def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[_Batch]:

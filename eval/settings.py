@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import PlanError
+from checkpoints.kv_format import KVFormat
 
 
 def option(default: Any, flag: str, text: str) -> Any:
@@ -30,6 +31,9 @@ class Settings:
     protocol: str = option("windows", "--protocol", "How perplexity is measured: windows or rows.")
     window: int = option(512, "--window", "Tokens per window or row.")
     tokens: int = option(16384, "--tokens", "Tokens of the text that are measured; 0 is all.")
+    kv_bits: int = option(16, "--kv-bits", "Bits of a cached key or value: 16, 8 or 4.")
+    kv_window: int = option(0, "--kv-window", "Newest tokens that stay in the KV cache beside the sinks; 0 is all.")
+    kv_sinks: int = option(4, "--kv-sinks", "First tokens that the KV cache keeps, and keeps in full.")
     sbert: str = option("", "--sbert", "Model of sentence embeddings for generation: a name, a folder, or none.")
     reply_tokens: int = option(128, "--reply-tokens", "Tokens of an answer to an instruction at most (generation).")
     speed_prompt: int = option(128, "--speed-prompt", "Tokens of the prompt that speed reads.")
@@ -55,8 +59,13 @@ class Settings:
             raise PlanError(f"--reply-tokens {self.reply_tokens}: between 1 and 4096")
         if self.seeds < 1:
             raise PlanError(f"--seeds {self.seeds}: at least 1")
+        _ = self.kv  # raises for what cannot be
         for flag, text in (("--noise", self.noise), ("--mask", self.mask)):
             numbers(flag, text)
+
+    @property
+    def kv(self) -> KVFormat:
+        return KVFormat(self.kv_bits, self.kv_window, self.kv_sinks)
 
     def files_of(self, task: str) -> list[Path]:
         """The local files given for a task, in order; empty where it reads from the hub.

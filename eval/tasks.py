@@ -39,6 +39,11 @@ class Task:
 
     def check(self, settings: Settings) -> None:
         """Raise what is wrong with the task's data, while nothing has been computed yet."""
+        if not settings.kv.plain and self.name not in KV_CACHE_TASKS:
+            raise PlanError(
+                f"--task {self.name} runs with the model's own KV cache; --kv-bits and --kv-window are for "
+                f"{', '.join(KV_CACHE_TASKS)}. Leave them out, or the task"
+            )
         if self.checker:
             _found(self.checker)(self.name, settings)
 
@@ -48,6 +53,7 @@ def _found(place: str) -> Any:
     return getattr(importlib.import_module(module), function)
 
 
+KV_CACHE_TASKS = ("perplexity", "wikitext2", "triviaqa-closed", "triviaqa-open", "generation")
 _HARNESS = "eval.harness:run", "eval.harness_data:check"
 TASKS = {
     task.name: task

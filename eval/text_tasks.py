@@ -20,14 +20,13 @@ def check(name: str, settings: Settings) -> None:
 
 
 def any_text(name: str, subject: Subject, settings: Settings) -> Result:
-    return _measured(name, subject, text_of(name, settings), [protocol_of(settings, settings.protocol)])
+    return _measured(name, subject, text_of(name, settings), [protocol_of(settings, settings.protocol)], settings)
 
 
 def wikitext2(name: str, subject: Subject, settings: Settings) -> Result:
     """The test split from the hub, or the original file with --from wikitext2=FILE."""
-    return _measured(
-        name, subject, text_of(name, settings), [protocol_of(settings, kind) for kind in ("windows", "rows")]
-    )
+    protocols = [protocol_of(settings, kind) for kind in ("windows", "rows")]
+    return _measured(name, subject, text_of(name, settings), protocols, settings)
 
 
 @cache  # the same text for every checkpoint
@@ -45,12 +44,13 @@ def protocol_of(settings: Settings, kind: str) -> Protocol:
     return Protocol(kind, settings.window, tokens)
 
 
-def _measured(name: str, subject: Subject, text: Text, protocols: list[Protocol]) -> Result:
+def _measured(name: str, subject: Subject, text: Text, protocols: list[Protocol], settings: Settings) -> Result:
     began = time.perf_counter()
     scores: list[Score] = []
     for protocol in protocols:
-        passages = measure_passages(subject.checkpoint, text, protocol, subject.runtime)
-        scores += _scores(passages, f"{protocol}; {text.name}; {subject.dtype}", protocol.kind)
+        passages = measure_passages(subject.checkpoint, text, protocol, subject.runtime, kv=settings.kv)
+        how = f"{protocol}; {text.name}; {subject.dtype}" + ("" if settings.kv.plain else f"; {settings.kv}")
+        scores += _scores(passages, how, protocol.kind)
     if len(protocols) > 1:  # two numbers of one name would hide that they cannot be compared
         scores = [replace(s, metric=f"{s.metric}, {s.protocol.split(' ')[0]}") for s in scores]
     return Result(name, tuple(scores), time.perf_counter() - began, {"text_sha256": text.sha256})

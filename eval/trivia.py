@@ -65,7 +65,7 @@ def _asked(name: str, subject: Subject, settings: Settings, questions: list[Ques
     chat = "chat template" if settings.chat else "no chat template"
     origin = ", ".join(path.name for path in settings.files_of(name)) or f"{_HUB}, validation"
     how = f"greedy, 1 to {settings.new_tokens} tokens, {chat}; match v{VERSION}; {subject.answering}"
-    protocol = f"{book}; {origin}; {how}"
+    protocol = f"{book}; {origin}; {how}" + ("" if settings.kv.plain else f"; {settings.kv}")
     ids = [q.id for q in questions]
     counted: dict[str, set[str]] = {"accuracy": set(TIERS), **{tier: {tier} for tier in TIERS}}
     return Result(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from checkpoints.shape import ModelShape
-from hardware.attention import has_rope, window_of
+from hardware.attention import has_rope, own_window, window_of
 from hardware.footprint import shared_blocks
 from hardware.liveness import AddressPlan, address_plan, alive_bytes, lifetimes
 from hardware.operators import Operator, forward
@@ -57,7 +57,7 @@ def one_of_each_kind(shape: ModelShape) -> tuple[ModelShape, tuple[int, ...]]:
         kinds.setdefault((id(block), window_of(shape, index), has_rope(shape, index)), []).append(index)
     firsts = [indexes[0] for indexes in kinds.values()]
     config = dict(shape.config) | {
-        "layer_types": ["full_attention" if window_of(shape, i) is None else "sliding_attention" for i in firsts],
+        "layer_types": ["full_attention" if own_window(shape, i) is None else "sliding_attention" for i in firsts],
         "no_rope_layers": [int(has_rope(shape, i)) for i in firsts],
     }
     reduced = replace(shape, blocks=tuple(shape.blocks[i] for i in firsts), config=config)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from checkpoints.kv_format import FULL_BITS, KVFormat
 from checkpoints.packed_sizes import packed_sizes
 from checkpoints.shape import ModelShape
+from hardware.attention import CacheRule, with_cache
 from hardware.clock import timed
 from hardware.footprint import shared_blocks, tensor_table, weight_bytes
 from hardware.levers import find_levers
@@ -29,6 +31,9 @@ def check(
     *,
     context: int = 256,
     kv_bits: int = 8,
+    kv_window: int = 0,
+    kv_sinks: int = 4,
+    kv_groups: bool = False,
     activation_bits: int = 8,
     prefill_chunk: int | None = None,
     name: str | None = None,
@@ -40,11 +45,15 @@ def check(
 
     `prefill_chunk` is how many prompt tokens pass at once (all of the context by default); `name` is what to call
     the model; `file_bytes` is what its files take on the disk, where there are any. The widths default to 8 bit,
-    N-EUREKA's. `levers` asks what would make a model fit that does not, `timing` for time
-    and energy per token; a search over shapes needs neither. Raises PlanError for a context the model
+    N-EUREKA's. `kv_window` and `kv_sinks` evict tokens from the cache, `kv_groups` counts its scales, zero points and
+    tokens in full (checkpoints/kv_format.py). `levers` asks what would make a model fit that does not, `timing` for
+    time and energy per token; a search over shapes needs neither. Raises PlanError for a context the model
     has no positions for, for widths that are none, and for operators that no engine runs, all in one message.
     """
     shape = shared_blocks(shape)
+    if kv_window or kv_groups:
+        form = KVFormat(kv_bits if kv_groups else FULL_BITS, kv_window, kv_sinks)
+        shape = with_cache(shape, CacheRule(form, kv_groups))
     request = Request(context, kv_bits, activation_bits, prefill_chunk)
     request.require(shape, soc)
     found = needs(shape, soc, request)

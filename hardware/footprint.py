@@ -13,7 +13,7 @@ from functools import lru_cache
 from checkpoints.packed_sizes import block_records, bytes_of, groups_in_order, outer_records, packed_bits, value_bits
 from checkpoints.packed_sizes import is_head as is_head  # what follows the order of computing asks for it here
 from checkpoints.shape import DTYPE_BYTES, BlockShape, LinearShape, ModelShape, TensorShape
-from hardware.attention import window_of
+from hardware.attention import cache_rule, own_window, window_of
 from hardware.soc import Layout
 
 SCALE_BITS = 16  # scales, and the row minimum of a packed embedding, are float16 in the checkpoints
@@ -110,12 +110,16 @@ def tensor_table(shape: ModelShape, layout: Layout = PLAIN) -> list[TensorBytes]
 
 
 def kv_cache_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
-    """Keys and values of `context` tokens in every block, no more than a sliding window; scales are not counted."""
+    """Keys and values of `context` tokens in every block, no more than a window; with groups, as `CacheRule` says."""
     return sum(kv_block_bytes(shape, index, context, kv_bits) for index in range(len(shape.blocks)))
 
 
 def kv_block_bytes(shape: ModelShape, block: int, context: int, kv_bits: int) -> int:
     """Keys and values of one block."""
+    rule = cache_rule(shape)
+    if rule is not None and rule.groups:
+        form = replace(rule.form, bits=kv_bits).for_layer(own_window(shape, block))
+        return form.capacity_bytes(context, shape.kv_heads, shape.head_dim)
     held = min(context, window_of(shape, block) or context)
     return bytes_of(2 * shape.kv_heads * shape.head_dim * held * kv_bits)
 

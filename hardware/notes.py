@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from checkpoints.kv_format import FULL_BITS, GROUP
 from checkpoints.shape import LinearShape, ModelShape
-from hardware.attention import window_of
+from hardware.attention import cache_rule, own_window
 from hardware.footprint import PACKED, PLAIN, weight_bytes
 from hardware.needs import Needs
 from hardware.soc import Engine, Soc
@@ -24,11 +25,30 @@ def notes(shape: ModelShape, soc: Soc, found: Needs) -> Iterator[str]:
             "One KV cache is counted, updated in place. A graph that takes it in and gives it out grown, as Deeploy's "
             "do, holds two: --set kv_copies=2."
         )
-    if any(window_of(shape, index) for index in range(len(shape.blocks))):
+    yield from _cache(shape)
+    if any(own_window(shape, index) for index in range(len(shape.blocks))):
         yield "Blocks with a sliding window keep no more of the KV cache than the window."
     for memory in soc.memories:
         if memory.note:
             yield memory.note
+
+
+def _cache(shape: ModelShape) -> Iterator[str]:
+    rule = cache_rule(shape)
+    if rule is None:
+        return
+    form = rule.form
+    if form.window:
+        yield (
+            f"The KV cache keeps the first {form.sinks} and the newest {form.window} tokens, at their places in the "
+            "text; blocks with a sliding window of their own keep no more tokens than that, and no first ones."
+        )
+    if rule.groups:
+        yield (
+            f"The KV cache is counted with float16 scales and zero points, of keys by channel over {GROUP} tokens and "
+            f"of values by token over at most {GROUP} channels, and with {form.sinks} sinks and one open group of "
+            f"{GROUP} tokens at {FULL_BITS} bit. Times count its codes alone."
+        )
 
 
 def _patterns(shape: ModelShape, linears: list[LinearShape], soc: Soc, found: Needs) -> Iterator[str]:

@@ -89,7 +89,7 @@ def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, a
     where = choose_device(device)
     precision = choose_dtype(dtype, where, model.shape.blocks[0].linears[0].dtype)
     with _reporter(as_json) as reporter:
-        result = measure(model, data, how, Runtime(where, precision, progress=reporter))
+        result = measure(model, data, how, Runtime(where, precision, progress=reporter), kv=settings.kv)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
     else:
@@ -171,18 +171,23 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Sample at this temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines, also on a terminal.")] = False,
+    kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value: 16, 8 or 4.")] = 16,
+    kv_window: Annotated[int, typer.Option(help="Newest tokens that stay in the KV cache; 0 is all.")] = 0,
+    kv_sinks: Annotated[int, typer.Option(help="First tokens that the KV cache keeps, and keeps in full.")] = 4,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, with several checkpoints side by side."""
     quiet_libraries()
+    from checkpoints.kv_format import KVFormat
     from checkpoints.memory import release
     from checkpoints.runtime import choose_device
     from eval.generate import Decoding, continue_prompt
     from pipeline.evaluate import open_all
     from pipeline.side_by_side import as_dict, print_plain, print_table
 
-    decoding, where = Decoding(tokens, temperature, seed, chat), choose_device(device)
+    kv = KVFormat(kv_bits, kv_window, kv_sinks)
+    decoding, where = Decoding(tokens, temperature, seed, chat, kv), choose_device(device)
     entries = open_all(checkpoints)
     found = []
     for _, checkpoint in entries:

@@ -35,6 +35,11 @@ def check(
     ] = None,
     context: Context = 256,
     kv_bits: KvBits = 8,
+    kv_window: Annotated[int, typer.Option(help="Newest tokens that stay in the KV cache; 0 is all.")] = 0,
+    kv_sinks: Annotated[int, typer.Option(help="First tokens that stay beside the window.")] = 4,
+    kv_groups: Annotated[
+        bool, typer.Option("--kv-groups", help="Count the KV cache's scales and zero points, as eval --kv-bits has it.")
+    ] = False,
     activation_bits: ActivationBits = 8,
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens that pass at once; 0 is the whole context.")] = 0,
     bits: Annotated[int, typer.Option(help="Judge as if the stage gptq had left 8, 4 or 3 bits; 0: as it is.")] = 0,
@@ -70,6 +75,9 @@ def check(
         chip,
         context=context,
         kv_bits=kv_bits,
+        kv_window=kv_window,
+        kv_sinks=kv_sinks,
+        kv_groups=kv_groups,
         activation_bits=activation_bits,
         prefill_chunk=prefill_chunk or None,
         name=checkpoint or PACKAGED_PRESET,

@@ -118,3 +118,9 @@ def test_passages_are_in_the_text_s_order_and_named_by_their_tokens(tiny_model: 
     assert passages[1].id.split("-")[1] == passages[2].id.split("-")[1]
     assert passages[1].nll == pytest.approx(passages[2].nll)
     assert math.isfinite(sum(p.nll for p in passages))
+
+
+def test_a_task_that_cannot_compress_the_cache_says_so() -> None:
+    for name in ("speed", "robustness", "mmlu"):
+        with pytest.raises(PlanError, match="perplexity, wikitext2"):
+            find_tasks([name])[0].check(Settings(kv_bits=4))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from checkpoints.errors import PlanError
+from checkpoints.kv_format import KVFormat
 from checkpoints.shape import Grid, ModelShape, Pattern
 from hardware.check import check
 from hardware.footprint import weight_bytes
@@ -323,3 +324,25 @@ def test_check_answers_in_2_seconds_without_heavy_imports(arguments: list[str]) 
     assert imported == "[]"
     # The processor's time: others share the machine. The wall clock only catches a hang.
     assert float(seconds) < 2 and time.monotonic() - began < 60
+
+
+def test_a_compressed_cache_is_counted_and_noted(make: Make, siracusa: Soc) -> None:
+    shape = make("smollm2-135m")
+    plain = check(shape, siracusa, context=512, kv_bits=4, timing=True)
+    capped = check(shape, siracusa, context=512, kv_bits=4, kv_window=60, kv_sinks=4, timing=True)
+    grouped = check(shape, siracusa, context=512, kv_bits=4, kv_groups=True)
+    assert capped.needs.kv_cache * 8 == plain.needs.kv_cache < grouped.needs.kv_cache
+    read = [sum(x.kv_read for x in verdict.needs.decode.operators) for verdict in (capped, plain)]
+    assert read[0] * 8 == read[1]
+    assert any("newest 60 tokens" in note for note in capped.notes)
+    assert any("float16 scales" in note for note in grouped.notes) and not any("KV cache is" in n for n in plain.notes)
+    placed = sum(t.nbytes for t in grouped.placement.tensors if t.part == "KV cache")
+    assert placed == grouped.needs.kv_cache == 30 * KVFormat(4).capacity_bytes(512, 3, 64)
+
+
+def test_a_cache_that_cannot_be_is_refused(make: Make, siracusa: Soc) -> None:
+    shape = make("smollm2-135m")
+    wrong: dict[str, Any]
+    for wrong, words in (({"kv_window": 4}, "at least 5"), ({"kv_bits": 5, "kv_groups": True}, "--kv-bits 5")):
+        with pytest.raises(PlanError, match=words):
+            check(shape, siracusa, **wrong)

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from checkpoints.kv_format import KVFormat
 from checkpoints.packed_sizes import packed_sizes
 from checkpoints.shape import Grid, ModelShape, Pattern
+from hardware.attention import CacheRule, with_cache
 from hardware.footprint import PACKED, kv_block_bytes, kv_cache_bytes, tensor_table, weight_bytes
 from hardware.soc import load_soc
 
@@ -202,3 +204,26 @@ def test_a_sliding_window_holds_no_more_than_itself(make: Make) -> None:
     gemma = make({**PHI3, "model_type": "gemma2", "sliding_window": 8})
     assert [kv_block_bytes(gemma, index, 64, 8) for index in (0, 1)] == [2 * 32 * 8, 2 * 32 * 64]
     assert kv_cache_bytes(gemma, 4, 8) == 2 * 2 * 32 * 4
+
+
+# --- a compressed KV cache --------------------------------------------------------------------------------------
+
+
+def test_groups_are_counted_token_by_token(make: Make) -> None:
+    shape = with_cache(make("smollm2-135m"), CacheRule(KVFormat(4, sinks=4), groups=True))
+    # While token 100 is computed: 4 sinks and 32 of the open group in full, 2 finished groups of 32 tokens of 4-bit
+    # codes, each with two float16 for 64 channels of a key and for 2 x 32 halves of values, in 3 heads.
+    one = 36 * 2 * 3 * 64 * 2 + 2 * 3 * (2 * 32 * 64 // 2 + (64 + 64) * 2 * 2)
+    assert kv_cache_bytes(shape, 100, 4) == 30 * one
+    assert kv_cache_bytes(shape, 20, 4) == 30 * 20 * 2 * 3 * 64 * 2  # nothing is finished yet
+
+
+def test_eviction_caps_what_every_block_holds(make: Make) -> None:
+    gemma = make({**PHI3, "model_type": "gemma2", "sliding_window": 8})
+    for window, sinks, expected in ((20, 4, (8, 24)), (5, 1, (6, 6))):
+        capped = with_cache(gemma, CacheRule(KVFormat(window=window, sinks=sinks)))
+        found = [kv_block_bytes(capped, index, 64, 8) for index in (0, 1)]
+        assert found == [2 * 32 * tokens for tokens in expected]
+    shape = make("smollm2-135m")
+    capped = with_cache(shape, CacheRule(KVFormat(window=60, sinks=4)))
+    assert kv_cache_bytes(capped, 1000, 8) == kv_cache_bytes(shape, 64, 8)
