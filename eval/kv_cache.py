@@ -23,13 +23,13 @@ class KVCache(Cache):
 
     def __init__(self, form: KVFormat, config: PreTrainedConfig, padding: Tensor) -> None:
         windows = own_windows(config)
-        layers = [CompressedLayer(form.for_layer(w), padding, is_sliding=w is not None) for w in windows]
-        super().__init__(layers=layers)
+        self.compressed = [CompressedLayer(form.for_layer(w), padding, is_sliding=w is not None) for w in windows]
+        super().__init__(layers=list(self.compressed))
 
     @property
     def nbytes(self) -> int:
         """Bytes held between two tokens, all layers and sequences."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.compressed)
 
 
 def own_windows(config: PreTrainedConfig) -> list[int | None]:
@@ -56,7 +56,7 @@ def on_model(model: PreTrainedModel, shape: ModelShape, form: KVFormat, padding:
         return
     cache = KVCache(form, model.config, padding)
     with ExitStack() as stack:
-        for index, layer in enumerate(cache.layers):
+        for index, layer in enumerate(cache.compressed):
             block = model.get_submodule(f"{shape.block_prefix}.{index}")
             hook = find_attention(block, index).register_forward_pre_hook(_widening(layer), with_kwargs=True)
             stack.callback(hook.remove)
@@ -79,7 +79,7 @@ def on_block(block: nn.Module, index: int, config: PreTrainedConfig, form: KVFor
         states = _states(args, kwargs)
         layer = CompressedLayer(form.for_layer(window), torch.zeros(len(states), dtype=torch.long))
         mask = layer.mask(kwargs["attention_mask"], states)
-        return args, kwargs | {"attention_mask": mask, "past_key_values": _Alone(layers=[layer])}
+        return args, kwargs | {"attention_mask": mask, "past_key_values": _Alone(layer)}
 
     handle = find_attention(block, index).register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -91,8 +91,12 @@ def on_block(block: nn.Module, index: int, config: PreTrainedConfig, form: KVFor
 class _Alone(Cache):
     """The cache of one layer, wherever in the model that lies."""
 
+    def __init__(self, layer: CompressedLayer) -> None:
+        super().__init__(layers=[layer])
+        self._layer = layer
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return self.layers[0].update(key_states, value_states)
+        return self._layer.update(key_states, value_states)
 
 
 def _widening(layer: CompressedLayer) -> Any:

@@ -20,7 +20,7 @@ from eval.kv_codes import Stored, decode_keys, decode_values, encode_keys, encod
 _FAR = 2**40  # a window that nothing leaves
 
 
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values (b, heads, tokens, head_dim) of one layer.
 
     padding (b,): how many tokens at the left of each sequence are none. `update` returns, for the first tokens, those
@@ -31,7 +31,7 @@ class CompressedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, form: KVFormat, padding: Tensor, is_sliding: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._form, self._padding, self.is_sliding = form, padding, is_sliding
         self._window = form.window or _FAR
         self._seen = 0  # tokens, padding included
@@ -126,7 +126,7 @@ class CompressedLayer(CacheLayerMixin):
         source = slots + self._padding.unsqueeze(1)
         there = (source < length)[:, None, :, None]
         own = [_take(x, source.clamp(max=length - 1)).masked_fill(~there, 0) for x in (keys, values)]
-        grouped = [x[:, :, sinks:].unflatten(2, (count, GROUP)) for x in own]
+        grouped = [_groups_of(x[:, :, sinks:]) for x in own]
         stored = self._encoded(*grouped)
         back = (torch.arange(length, device=self.device) - self._padding.unsqueeze(1)).clamp(min=0)
         decoded = [
@@ -218,6 +218,11 @@ class CompressedLayer(CacheLayerMixin):
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Entries index (b, n) of x (b, heads, entries, ...) along its third axis."""
     return torch.take_along_dim(x, index.view(index.shape[0], 1, index.shape[1], *[1] * (x.dim() - 3)), dim=2)
+
+
+def _groups_of(x: Tensor) -> Tensor:
+    """(b, heads, groups * GROUP, head_dim) as (b, heads, groups, GROUP, head_dim)."""
+    return x.reshape(*x.shape[:2], x.shape[2] // GROUP, GROUP, x.shape[-1])
 
 
 def _side_by_side(old: Tensor, new: Tensor) -> Tensor:
