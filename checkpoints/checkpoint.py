@@ -67,6 +67,14 @@ class Checkpoint:
             return self.manifest.fingerprint
         return foreign_fingerprint(self.folder)
 
+    @property
+    def name(self) -> str:
+        """What tables call it: its folder's name, and for a model converted from one file that model's."""
+        folder = self.folder.resolve().name
+        if self.manifest is None or self.manifest.stage != "source":
+            return folder
+        return folder.removesuffix(f"-{self.manifest.options['sha256'][:12]}-v{self.manifest.stage_version}")
+
     @cached_property
     def stored_dtype(self) -> torch.dtype:
         """The precision that dense weights of this checkpoint have, or had before quantisation."""
