@@ -29,7 +29,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.headers import ADAPTER
 from checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes
-from checkpoints.quiet import quiet_import
+from checkpoints.quiet import quiet_import, quiet_libraries
 from eval.results import Result, Score, not_measured
 from eval.settings import Settings
 from eval.subject import Subject
@@ -190,6 +190,7 @@ def _require(checkpoint: Checkpoint, engine: str, workload: Workload) -> None:
 def _timed(folder: Path, engine: str, workload: Workload, device: str, dtype: torch.dtype, threads: int) -> Timing:
     """In the new process: load, repeat, report."""
     torch.set_num_threads(threads)
+    quiet_libraries()
     with quiet_import():
         import transformers  # noqa: F401  # counted with the libraries, not with the model
     reset_peak()

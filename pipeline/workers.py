@@ -159,7 +159,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    from pipeline.flags import quiet_libraries
+    from checkpoints.quiet import quiet_libraries
 
     quiet_libraries()
     import torch
