@@ -68,19 +68,52 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
+class Capped(Pattern):
+    """A pattern of wide groups of which no run of `within.of` weights may lose more than `within.removed`."""
+
+    within: Pattern
+
+
+@dataclass(frozen=True)
+class Part:
+    """`part` of `parts` equal shares of the zeros of N:M, at most N in every M: the zeros can grow into N:M.
+
+    The shares count in every row, so a group may hold all its zeros early and another none.
+    """
+
+    part: int
+    parts: int
+    whole: Pattern
+
+    def __str__(self) -> str:
+        return f"{self.part}/{self.parts} of {self.whole}"
+
+    def on(self, width: int, rows: int = 1) -> Pattern:
+        """A pattern whose group is the whole row, with the cap on every M."""
+        return Capped(width * self.whole.removed * self.part // (self.whole.of * self.parts), width, self.whole)
+
+    def covers(self, name: str) -> bool:
+        """Whether the layer of this name has the pattern: all do."""
+        return True
+
+
+Amount = Pattern | Unstructured | Part  # what --wanda can ask of a row
+
+
+@dataclass(frozen=True)
 class Within:
     """A pattern on the layers of one name alone; a fraction then counts over the whole layer, not row by row."""
 
-    amount: Pattern | Unstructured
+    amount: Amount
     layer: str  # the last part of the layers' names, e.g. gate_proj
 
     def __str__(self) -> str:
         return f"{self.amount} in {self.layer}"
 
     def on(self, width: int, rows: int = 1) -> Pattern:
-        """N:M itself; of a fraction, a pattern whose group is the whole layer of `rows` rows."""
-        if isinstance(self.amount, Pattern):
-            return self.amount
+        """N:M and its parts themselves; of a fraction, a pattern whose group is the whole layer of `rows` rows."""
+        if not isinstance(self.amount, Unstructured):
+            return self.amount.on(width)
         return Pattern(round(self.amount.fraction * width * rows), width * rows)
 
     def covers(self, name: str) -> bool:
@@ -88,7 +121,7 @@ class Within:
         return name.rpartition(".")[2] == self.layer
 
 
-Sparsity = Pattern | Unstructured | Within
+Sparsity = Pattern | Unstructured | Part | Within
 
 
 def parse_sparsity(text: str) -> Sparsity:
@@ -97,8 +130,12 @@ def parse_sparsity(text: str) -> Sparsity:
     return Within(parse_amount(amount), layer) if within else parse_amount(text)
 
 
-def parse_amount(text: str) -> Pattern | Unstructured:
-    """Read `N:M`, or a fraction such as 0.5. Raises PlanError for anything else."""
+def parse_amount(text: str) -> Amount:
+    """Read `N:M`, a fraction such as 0.5, or a part of N:M such as `1/4 of 2:4`. Raises PlanError for anything else."""
+    if match := re.fullmatch(r"(\d+)/(\d+) of (.+)", text.strip()):
+        if not 0 < int(match[1]) < int(match[2]):
+            raise PlanError(f"'{text}': the part must be between 0 and 1, e.g. 1/4 of 2:4")
+        return Part(int(match[1]), int(match[2]), Pattern.parse(match[3]))
     if ":" in text:
         return Pattern.parse(text)
     try:

@@ -161,9 +161,9 @@ def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
         if manifest.stage == "vocabulary":
             vocabulary = int(options["size"])
         elif manifest.stage == "depth" and not options["layers"]:
-            removed = int(options["remove"])
+            removed += int(options["remove"])  # --homotopic removes them in several turns
         elif manifest.stage == "wanda" and options.get("method", "wanda") == "wanda":
-            pattern = str(options["pattern"])
+            pattern = pattern if pattern != "none" else str(options["pattern"])  # the last turn's, which comes first
         elif manifest.stage == "gptq" and not options["symmetric"]:
             group = _resolved_group(shape, options)
             how = Quantisation(options["quant"], _bits(options["quant"]), group, int(options["quant_embeddings"]))

@@ -8,6 +8,7 @@ from typing import Any
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
 from checkpoints.shape import ModelShape
+from pipeline.homotopic import unrolled
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import counted
 from stages.options import Options, Pad, Vocabulary, Wanda
@@ -31,6 +32,7 @@ class StagePlan:
     peak_memory_bytes: int
     remarks: tuple[str, ...] = ()
     scratch_bytes: int = 0  # of disk while the stage runs, given back when it is finished
+    turn: int = 0  # how often the stage came before in the same recipe
 
     def to_dict(self) -> dict[str, Any]:
         pattern = self.shape.pattern
@@ -51,8 +53,9 @@ class StagePlan:
 
 def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
     """Every stage's outcome, in order. Raises RecipeError with the faults of all stages at once."""
-    plans, faults = [], []
-    for name, options in recipe.stages:
+    plans: list[StagePlan] = []
+    faults: list[str] = []
+    for name, options in unrolled(recipe):
         module = importlib.import_module(f"stages.{name}")
         try:
             if isinstance(options, Vocabulary):
@@ -60,14 +63,15 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
             after = module.plan(shape, options)
             remarks = tuple(module.remarks(shape, options)) if hasattr(module, "remarks") else ()
             scratch = forecast_scratch(name, options, shape)
-            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks, scratch))
+            turn = sum(earlier.stage == name for earlier in plans)
+            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks, scratch, turn))
             shape = after
         except PlanError as error:
             faults.append(str(error))
         except EdgepressError as error:
             faults.append(f"{name}: {error}")
     if faults:
-        raise RecipeError(faults)
+        raise RecipeError(list(dict.fromkeys(faults)))  # each round of --homotopic would say the same
     return plans
 
 

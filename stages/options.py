@@ -134,7 +134,7 @@ class Wanda:
 
     @property
     def label(self) -> str:
-        return f"{self.method}-{self.pattern.replace(':', 'of')}"
+        return f"{self.method}-{self.pattern.replace(' of ', '-').replace('/', 'in').replace(':', 'of')}"
 
 
 @dataclass(frozen=True)
