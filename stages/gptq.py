@@ -57,6 +57,9 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
     said = []
     grid, wanted = plan(shape, options).grid, form(options)
+    if wanted.group != options.group != Options.group:
+        own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
+        said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
     if grid is not None and grid.group != wanted.group:
         said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
     if dense := left_dense(shape):

@@ -27,6 +27,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq8": ("stages.quantisers.gptq", {"bits": 8}),
     "gptq4-channel": ("stages.quantisers.gptq", {"bits": 4, "group": -1}),
     "gptq8-channel": ("stages.quantisers.gptq", {"bits": 8, "group": -1}),
+    "int8": ("stages.quantisers.absmax", {"bits": 8}),
+    "int4": ("stages.quantisers.absmax", {"bits": 4}),
+    "hqq4": ("stages.quantisers.hqq", {"bits": 4}),
+    "hqq2": ("stages.quantisers.hqq", {"bits": 2, "group": 64}),
 }
 
 
