@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("stages.quantisers.absmax", {"bits": 4}),
     "hqq4": ("stages.quantisers.hqq", {"bits": 4}),
     "hqq2": ("stages.quantisers.hqq", {"bits": 2, "group": 64}),
+    "awq4": ("stages.quantisers.awq", {"bits": 4}),
 }
 
 
