@@ -18,15 +18,16 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.reshape import packable, with_grid
+from checkpoints.rounded_inputs import rounded_inputs
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Grid, ModelShape
+from checkpoints.shape import OWN_KEY, Grid, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
 from stages import edge
 from stages.dense import require_dense
 from stages.options import Gptq as Options
-from stages.quantisers import METHODS, NOTHING, form, method
+from stages.quantisers import METHODS, NOTHING, activation_bits, form, method
 from stages.quantisers.gptq import Solution
 from stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
 
@@ -41,7 +42,13 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     after = with_grid(shape, wanted.bits, wanted.group, wanted.symmetric, options.quant_embeddings)
     assert after.grid is not None
     quantization = quantization_config(after.grid, options, left_dense(shape))
-    return replace(after, config=dict(shape.config) | {"quantization_config": quantization})
+    return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(shape, options))
+
+
+def _own(shape: ModelShape, options: Options) -> dict[str, Any]:
+    """The entry of the configuration that says what transformers has no word for; none at 16 bits."""
+    bits = activation_bits(options)
+    return {OWN_KEY: {**shape.config.get(OWN_KEY, {}), "activation_bits": bits}} if bits < 16 else {}
 
 
 def _require_tunable(options: Options) -> None:
@@ -65,6 +72,11 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     if dense := left_dense(shape):
         said.append(
             f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
+        )
+    if (bits := activation_bits(options)) < 16:
+        said.append(
+            f"gptq: the inputs of quantised layers are rounded to {bits} bits in all measurements; other libraries "
+            "that load the folder leave them as they are"
         )
     if options.effort == "high":
         said.append(
@@ -106,16 +118,16 @@ def run(
         for name, s in solved.items():
             tensors |= {f"{name}.{kind}": tensor for kind, tensor in s.stored().items()}
         target.write_block(block.index, tensors)
-        block.done(facts)
+        with rounded_inputs(block.module, after.blocks[block.index], after.activation_bits):
+            block.done(facts)  # later blocks see what they will get
     target.copy_outer(source)
     if options.quant_embeddings:
         # The 16-bit tensors become what the packed codes stand for, so every loader sees the same model.
         outer, packed = edge.quantise_outer(source.outer(), options.quant_embeddings)
         target.write_outer(outer)
         target.write_edge(packed)
-    config = dict(source.config)
-    config["quantization_config"] = quantization_config(grid, options, left_dense(source.shape))
-    target.finish(config, source)
+    own = {key: after.config[key] for key in ("quantization_config", OWN_KEY) if key in after.config}
+    target.finish(source.config | own, source)
     return {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "blocks": walk.facts}
 
 
@@ -150,7 +162,7 @@ def quantization_config(grid: Grid, options: Options, dense: list[str]) -> dict[
         "desc_act": False,  # groups are static and in storage order, whatever order solved them
         "static_groups": True,
         "lm_head": False,
-        "damp_percent": options.damping,
+        **({"damp_percent": options.damping} if method(options.quant).TUNES else {}),  # GPTQ's solver alone damps
         "pack_dtype": "int32",
         # GPTQModel reads asymmetric files only from writers that store zero points the way it does
         "meta": {"quantizer": ["edgepress:" + version("edgepress"), "gptqmodel:" + version("gptqmodel")]},
