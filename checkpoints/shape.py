@@ -16,6 +16,7 @@ from checkpoints.errors import PlanError
 
 # In the order in which safetensors stores them (its Dtype enum, falling); the header's length depends on it.
 DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for
 _FILE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
 
 
@@ -301,6 +302,11 @@ class ModelShape:
     @property
     def grid(self) -> Grid | None:
         return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
+
+    @property
+    def activation_bits(self) -> int:
+        """Of the inputs of quantised layers as they are measured: 16 leaves them as they are."""
+        return int((self.config.get(OWN_KEY) or {}).get("activation_bits", 16))
 
     # --- bytes --------------------------------------------------------------------------------------------
 
