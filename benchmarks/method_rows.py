@@ -7,14 +7,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.errors import PlanError, RecipeError
+from stages.recovery import ADAPTERS, SETTINGS, parse
+
+from checkpoints.errors import PlanError
+from pipeline.homotopic import DISTILL
 from pipeline.recipe import Recipe, assemble
 from stages.options import QUANTS
 
 BASES = ("dense", "2:4")
 
-# Merging is free, so every linear layer is adapted; one rank and one learning rate for all, but for what follows.
-RECOVERY: dict[str, Any] = {
+# Every linear layer is adapted; one rank, one learning rate and one number of steps for all methods.
+BUDGET: dict[str, Any] = {
     "targets": "all",
     "rank": 16,
     "alpha": 32,
@@ -24,6 +27,8 @@ RECOVERY: dict[str, Any] = {
     "held_out": 8,
     "learning_rate": 1e-3,
 }
+UNDER = "nf4"  # QLoRA's quantiser, below adapters that stay beside quantised weights
+ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Row:
     base: str
     kind: str  # base, quantiser or recovery
     recipe: Recipe
+    faults: tuple[str, ...]  # why it cannot be, if a recipe alone says so
     shared: int  # stages at its beginning that made the base, whose time is not the row's
 
     @property
@@ -52,13 +58,18 @@ def rows(given: argparse.Namespace) -> list[Row]:
         "window": given.length,
         "tokens": given.tokens,
     }
+    budget = _budget(given.recovery_steps, given.recovery_length)
     found = []
     for base in given.base.split(","):
         start: Stages = {} if base == "dense" else {"wanda": {"pattern": base, **windows}}
-        for method, kind, stages in methods(windows, given.recovery_steps, given.recovery_length):
-            found.append(Row(method, base, kind, _recipe(plain, start | stages), len(start)))
-            if kind == "base":  # the time of a base is its own
-                found[-1] = Row(method, base, kind, found[-1].recipe, 0)
+        for method, kind, stages in methods(windows, budget):
+            # The time of a base is its own.
+            found.append(Row(method, base, kind, *_recipe(plain, start | stages), len(start) if stages else 0))
+        if start:
+            distilled = start | {"lora": budget | {"distill": DISTILL}}
+            found.append(Row("lora+distill", base, "recovery", *_recipe(plain, distilled), len(start)))
+            in_rounds = _recipe(plain | {"homotopic": ROUNDS}, distilled)
+            found.append(Row(f"homotopic-{ROUNDS}", base, "recovery", *in_rounds, 0))  # it makes its base itself
     only = [name for name in given.only.split(",") if name]
     if unknown := sorted(set(only) - {row.method for row in found}):
         there = ", ".join(dict.fromkeys(row.method for row in found))
@@ -66,25 +77,28 @@ def rows(given: argparse.Namespace) -> list[Row]:
     return [row for row in found if not only or row.method in only]
 
 
-def methods(windows: Mapping[str, int], steps: int, length: int) -> Iterator[tuple[str, str, Stages]]:
+def methods(windows: Mapping[str, int], budget: Mapping[str, Any]) -> Iterator[tuple[str, str, Stages]]:
     """Name, kind and the stages behind the base. Quantisers and recovery methods are those of the registries."""
     yield "none", "base", {}
     for name in QUANTS:
         if name != "none":
             yield name, "quantiser", {"gptq": {"quant": name, **windows}}
-    budget = RECOVERY | {
-        "length": length,
-        "steps": steps,
-        "samples": steps * RECOVERY["batch"] + RECOVERY["held_out"],  # no window is seen twice
-        "save_steps": max(1, steps // 2),
-    }
-    yield "lora", "recovery", {"lora": budget}
-    yield "gptq4 + eora", "recovery", {"gptq": {"quant": "gptq4", **windows}, "eora": {"rank": 32, **windows}}
+    quantised = [name for name in SETTINGS if parse(name).quantised]
+    for name in (*ADAPTERS, *(name for name in SETTINGS if name not in quantised)):
+        yield name, "recovery", {"lora": {**budget, "method": name}}
+    for name in dict.fromkeys(str(parse(f"qlora+{adapter}")) for adapter in ADAPTERS) | dict.fromkeys(quantised):
+        below = {"gptq": {"quant": UNDER, **windows}}
+        yield f"{UNDER}+{name}", "recovery", below | {"lora": {**budget, "method": name}}
+    yield "gptq4+eora", "recovery", {"gptq": {"quant": "gptq4", **windows}, "eora": {"rank": 32, **windows}}
 
 
-def _recipe(plain: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Recipe:
+def _budget(steps: int, length: int) -> dict[str, Any]:
+    """The lora stage's settings for so many steps; no window is seen twice."""
+    samples = steps * BUDGET["batch"] + BUDGET["held_out"]
+    return BUDGET | {"length": length, "steps": steps, "samples": samples, "save_steps": max(1, steps // 2)}
+
+
+def _recipe(plain: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, tuple[str, ...]]:
     faults: list[str] = []
     recipe = assemble(plain, stages, set(), "eora" in stages, faults)
-    if faults:
-        raise RecipeError(faults)
-    return recipe
+    return recipe, tuple(faults)

@@ -97,10 +97,14 @@ def _planned(wanted: Iterable[Row], model: str, file: Path) -> Iterable[tuple[st
 
     shape = open_source(model).shape
     for row in wanted:
-        try:
-            plan(row.recipe, shape)
-        except RecipeError as error:
-            append(file, head(row) | {"refused": "; ".join(error.faults)})
+        faults = list(row.faults)
+        if not faults:
+            try:
+                plan(row.recipe, shape)
+            except RecipeError as error:
+                faults += error.faults
+        if faults:
+            append(file, head(row) | {"refused": "; ".join(faults)})
         else:
             yield row.name, row
 
