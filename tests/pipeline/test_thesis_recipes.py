@@ -43,8 +43,8 @@ def test_the_approximations_and_their_combinations(number: str) -> None:
     found = tree(f"approx-table-{number}")
     # The table's 16 rows of a model, but for the four that only measure: perturbed and masked, with LoRA and without.
     assert set(found.paths) == {
-        "baseline", "pruned", "int8", "int4", "nf4", "lora", "pruned + lora", "int8 + lora", "int4 + lora", "nf4 + lora",
-        "int8 + pruned + lora", "int4 + pruned + lora",
+        "baseline", "pruned", "int8", "int4", "nf4", "lora", "pruned + lora", "int8 + lora", "int4 + lora",
+        "nf4 + lora", "int8 + pruned + lora", "int4 + pruned + lora",
     }  # fmt: skip
     ends = {name: found.nodes[path[-1]] for name, path in found.paths.items()}
     shape = ends["int4 + pruned + lora"].step.shape  # type: ignore[union-attr]
