@@ -104,7 +104,7 @@ def run(
     walk = Walk(source, chunks, runtime, target.work, task=options.quant)
     dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
-        quantised = {x.name for x in after.blocks[block.index].linears if x.grid is not None}
+        quantised = [x.name for x in after.blocks[block.index].linears if x.grid is not None]
         masks = {name: block.linears[name].weight != 0 if masked else None for name in quantised}
         solved = dict(chosen.quantise(block, masks, grid, options))
         facts: dict[str, Any] = {name: s.facts() for name, s in solved.items()}
