@@ -118,6 +118,7 @@ def run(
         for name, s in solved.items():
             tensors |= {f"{name}.{kind}": tensor for kind, tensor in s.stored().items()}
         target.write_block(block.index, tensors)
+        target.write_scaling(block.index, {f"{n}.{k}": t for n, s in solved.items() for k, t in s.scaling().items()})
         with rounded_inputs(block.module, after.blocks[block.index], after.activation_bits):
             block.done(facts)  # later blocks see what they will get
     target.copy_outer(source)

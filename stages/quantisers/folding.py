@@ -56,6 +56,7 @@ class Folding:
 
     def __init__(self, block: BlockVisit) -> None:
         self.block, self.trace = block, trace(block)
+        self.scaling: dict[str, dict[str, Tensor]] = {name: {} for name in block.linears}  # rows (out,), columns (in,)
         self.weights = {name: linear.weight.to(torch.float32, copy=True) for name, linear in block.linears.items()}
 
     def before(self, names: tuple[str, ...]) -> str | None:
@@ -109,8 +110,10 @@ class Folding:
             return None
         for name in names:
             self.weights[name] *= s
+            self.scaling[name]["columns"] = s.clone()  # safetensors stores no shared memory
         if before in self.block.linears:
             self.weights[before] /= rows.unsqueeze(1)
+            self.scaling[before]["rows"] = 1 / rows
         return s
 
     def _rows(self, names: tuple[str, ...], before: str, s: Tensor) -> Tensor:
