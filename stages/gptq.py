@@ -37,8 +37,7 @@ VERSION = 1
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
-    _require_tunable(options)
-    wanted = form(options)
+    wanted = _wanted_form(options)
     after = with_grid(shape, wanted.bits, wanted.group, wanted.symmetric, options.quant_embeddings)
     assert after.grid is not None
     quantization = quantization_config(after.grid, options, left_dense(shape))
@@ -51,13 +50,22 @@ def _own(shape: ModelShape, options: Options) -> dict[str, Any]:
     return {OWN_KEY: {**shape.config.get(OWN_KEY, {}), "activation_bits": bits}} if bits < 16 else {}
 
 
-def _require_tunable(options: Options) -> None:
+def _wanted_form(options: Options) -> Grid:
+    """Raises PlanError with all that the method cannot do."""
+    faults = []
     if options.effort == "high" and not method(options.quant).TUNES:
         able = ", ".join(name for name in METHODS if method(name).TUNES)
-        raise PlanError(
+        faults.append(
             f"--quant-effort high tunes what GPTQ's solver leaves, and {options.quant} has no such solution; it goes "
             f"with {able}, or leave the effort normal"
         )
+    try:
+        wanted = form(options)
+    except PlanError as error:
+        faults.append(str(error))
+    if faults:
+        raise PlanError(". ".join(faults))
+    return wanted
 
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:

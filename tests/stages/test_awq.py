@@ -98,6 +98,21 @@ def test_a_fold_that_does_not_hold_is_undone(
         break
 
 
+def test_a_fold_is_undone_where_something_else_takes_the_input(
+    build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches]
+) -> None:
+    """A second path from the norm's output to the block's."""
+    for block in Walk(build("llama", blocks=3), tokens(2).chunks(48), RUNTIME):
+        norm, mlp = (block.module.get_submodule(name) for name in ("post_attention_layernorm", "mlp"))
+        seen: list[Tensor] = []
+        norm.register_forward_hook(lambda _, x, y, seen=seen: seen.append(y))
+        mlp.register_forward_hook(lambda _, x, y, seen=seen: y + seen[-1].square())
+        folding = Folding(block)
+        assert folding.before(MLP) == "post_attention_layernorm"
+        assert folding.fold(MLP, "post_attention_layernorm", torch.linspace(0.5, 2, 64)) is None
+        break
+
+
 def test_a_norms_factor_is_what_its_file_leaves(
     build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches], monkeypatch: pytest.MonkeyPatch
 ) -> None:

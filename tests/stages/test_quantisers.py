@@ -155,6 +155,10 @@ def test_what_a_method_fixes_itself_is_said() -> None:
     assert said == ["gptq: int4 has one scale a row; --group 32 is not used"]
     assert gptq.remarks(smollm(), Gptq(quant="int8")) == []
     assert gptq.remarks(smollm(), Gptq(quant="hqq2")) == []
+    with pytest.raises(PlanError, match=r"hqq4 has no such solution.* hqq4 seeks zero points"):
+        gptq.plan(smollm(), Gptq(quant="hqq4", symmetric=True, effort="high"))
+    with pytest.raises(PlanError, match=r"--quant none leaves none; give --quant int8"):
+        Gptq(quant="none", activation_bits=8)
     with pytest.raises(PlanError, match=r"hqq4 seeks zero points, and --symmetric fixes them; .* int4 or int8"):
         gptq.plan(smollm(), Gptq(quant="hqq4", symmetric=True))
 
