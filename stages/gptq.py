@@ -37,8 +37,7 @@ VERSION = 1
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
-    _require_tunable(options)
-    wanted = form(options)
+    wanted = _wanted_form(options)
     after = with_grid(shape, wanted.bits, wanted.group, wanted.symmetric, options.quant_embeddings)
     assert after.grid is not None
     quantization = quantization_config(after.grid, options, left_dense(shape))
@@ -51,13 +50,22 @@ def _own(shape: ModelShape, options: Options) -> dict[str, Any]:
     return {OWN_KEY: {**shape.config.get(OWN_KEY, {}), "activation_bits": bits}} if bits < 16 else {}
 
 
-def _require_tunable(options: Options) -> None:
+def _wanted_form(options: Options) -> Grid:
+    """Raises PlanError with all that the method cannot do."""
+    faults = []
     if options.effort == "high" and not method(options.quant).TUNES:
         able = ", ".join(name for name in METHODS if method(name).TUNES)
-        raise PlanError(
+        faults.append(
             f"--quant-effort high tunes what GPTQ's solver leaves, and {options.quant} has no such solution; it goes "
             f"with {able}, or leave the effort normal"
         )
+    try:
+        wanted = form(options)
+    except PlanError as error:
+        faults.append(str(error))
+    if faults:
+        raise PlanError(". ".join(faults))
+    return wanted
 
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:
@@ -104,7 +112,7 @@ def run(
     walk = Walk(source, chunks, runtime, target.work, task=options.quant)
     dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
-        quantised = {x.name for x in after.blocks[block.index].linears if x.grid is not None}
+        quantised = [x.name for x in after.blocks[block.index].linears if x.grid is not None]
         masks = {name: block.linears[name].weight != 0 if masked else None for name in quantised}
         solved = dict(chosen.quantise(block, masks, grid, options))
         facts: dict[str, Any] = {name: s.facts() for name, s in solved.items()}
@@ -118,6 +126,7 @@ def run(
         for name, s in solved.items():
             tensors |= {f"{name}.{kind}": tensor for kind, tensor in s.stored().items()}
         target.write_block(block.index, tensors)
+        target.write_scaling(block.index, {f"{n}.{k}": t for n, s in solved.items() for k, t in s.scaling().items()})
         with rounded_inputs(block.module, after.blocks[block.index], after.activation_bits):
             block.done(facts)  # later blocks see what they will get
     target.copy_outer(source)

@@ -231,6 +231,10 @@ class Gptq:
         _require(self.effort in ("normal", "high"), f"--quant-effort {self.effort}: there are normal and high")
         _require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
         _require(self.activation_bits in (8, 16), f"--activation-bits {self.activation_bits}: 8, or 16 to leave them")
+        _require(
+            not self.skipped or self.activation_bits == 16,
+            "--activation-bits 8 rounds inputs of quantised layers, and --quant none leaves none; give --quant int8",
+        )
         _require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
         _windows("gptq", self.samples, self.length)
 

@@ -47,6 +47,9 @@ class Solved(Protocol):
     def stored(self) -> dict[str, Tensor]:
         """The layer's tensors in the checkpoint by the last part of their name, in host memory."""
 
+    def scaling(self) -> dict[str, Tensor]:
+        """rows (out,) and columns (in,) that the dense weight was multiplied with; empty where it was not."""
+
     def facts(self) -> dict[str, Any]:
         """For the manifest, as JSON."""
 
