@@ -132,6 +132,6 @@ def _dense(shape: ModelShape) -> ModelShape:
     from dataclasses import replace
 
     def dense(x: Any) -> Any:
-        return replace(x, grid=None, adapter_rank=0)
+        return replace(x, grid=None, adapter_rank=0, adapter_vector="")
 
     return replace(shape, blocks=tuple(replace(b, linears=tuple(map(dense, b.linears))) for b in shape.blocks))
