@@ -93,12 +93,11 @@ def run(
         _write_beside(source, target, model, layers, options)
     else:
         _write_merged(source, target, layers, options)
-    return {
-        "method": str(options.recovery),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "adapter_bytes": sum(x.adapter_bytes for x in adapters(source.shape, options)),
-        **training.facts(),
-    }
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    added = sum(x.adapter_bytes for x in adapters(source.shape, options)) if options.recovery.quantised else 0
+    where = f"{added:,} bytes beside the weights" if added else "merged"
+    runtime.progress.say(f"  {options.method}: {trained:,} parameters trained, {where}")
+    return {"method": options.method, "trainable_parameters": trained, "added_bytes": added, **training.facts()}
 
 
 def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:

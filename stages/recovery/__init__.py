@@ -46,6 +46,9 @@ class Adapter(Protocol):
     def config(self, names: Sequence[str], options: Lora, arguments: Mapping[str, Any]) -> Any:
         """peft's configuration for the layers of these names; `arguments` are the settings'."""
 
+    def kept_bytes(self, masked: bool) -> int:
+        """What a training step keeps for each weight of an adapted layer, beyond the model itself: for the forecast."""
+
     def start(self, layer: Any, mask: Tensor | None) -> None:
         """Make a layer ready to train, so that it computes what it did before. mask (out, in): see `change`."""
 

@@ -31,6 +31,11 @@ def config(names: Sequence[str], options: Lora, arguments: Mapping[str, Any]) ->
     return lora.config(names, options, {**arguments, "use_dora": True})
 
 
+def kept_bytes(masked: bool) -> int:
+    """As masked LoRA, and the direction in 32 bits."""
+    return 7 if masked else 6
+
+
 def start(layer: Any, mask: Tensor | None) -> None:
     """m is the norm of each row as it is now, in float32: peft's own is rounded to the model's precision.
 

@@ -37,6 +37,11 @@ def config(names: Sequence[str], options: Lora, arguments: Mapping[str, Any]) ->
     )
 
 
+def kept_bytes(masked: bool) -> int:
+    """The mask, and W + s B A in 16 bits."""
+    return 3 if masked else 0
+
+
 def start(layer: Any, mask: Tensor | None) -> None:
     """Without a mask peft's own forward pass is the right one."""
     if mask is not None:

@@ -37,6 +37,15 @@ def adapters(shape: ModelShape, options: Lora) -> list[LinearShape]:
     return [x for block in with_adapters(shape, options).blocks for x in block.linears if x.adapted]
 
 
+def training_bytes(shape: ModelShape, options: Lora) -> int:
+    """Memory that training takes for the adapters: each number in 32 bits, its gradient, Adam's two moments; and what
+    a step keeps for each weight of the layers that it computes with anew, of one block if activations are not kept."""
+    recovery, found = options.recovery, adapters(shape, options)
+    kept = recovery.adapter.kept_bytes(shape.pattern is not None and not recovery.quantised)
+    weights = sum(x.weights for x in found) // (len(shape.blocks) if options.checkpointing else 1)
+    return 4 * 4 * sum(x.adapter_parameters for x in found) + kept * weights
+
+
 def trainable_parameters(shape: ModelShape, options: Lora) -> int:
     """Numbers that the method trains on a model of this shape."""
     return sum(x.adapter_parameters for x in adapters(shape, options))
