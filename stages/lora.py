@@ -69,6 +69,8 @@ def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
             "lora: the weights stay packed on the disk and are dense in memory while the adapter is trained; it is not "
             "merged, and a runtime computes it beside them"
         )
+        if recovery.adapter_name != "lora":
+            yield f"lora: peft computes {recovery.adapter_name} beside dequantised weights, not with GPTQ's kernels"
         if shape.pattern is not None and recovery.adapter.RANKED:
             yield f"lora: the {shape.pattern} zeros stay in the packed weights; the adapter beside them is dense"
 
