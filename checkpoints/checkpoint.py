@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from checkpoints.adapters import adapter_scale, applied
 from checkpoints.errors import CheckpointError
 from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, read_config, shape_from_folder, weight_files
 from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_file
@@ -120,9 +121,10 @@ class Checkpoint:
             assert grid is not None
             dense[f"{base}.weight"] = dequantise(parts, grid.bits).to(self.stored_dtype)
         for base, linear in linears.items():
-            if linear.adapter_rank:
-                weight = dense[f"{base}.weight"]
-                dense[f"{base}.weight"] = (weight.float() + self._adapter(index, base)).to(weight.dtype)
+            if linear.adapted:
+                own = {kind: dense[f"{base}.{kind}"] for kind in ("weight", "bias") if f"{base}.{kind}" in dense}
+                for kind, tensor in applied(own, self._adapter(index, linear), self.adapter_scale).items():
+                    dense[f"{base}.{kind}"] = tensor
         return dense
 
     def base_weight(self, index: int, linear: LinearShape) -> Tensor:
@@ -153,13 +155,13 @@ class Checkpoint:
                     tensors[name.removeprefix(prefix)] = file.get_tensor(name)
         return tensors
 
-    def _adapter(self, index: int, base: str) -> Tensor:
-        """scale * B A of one layer, (out, in) float32. PEFT's convention: scale = alpha / r."""
-        key = f"base_model.model.{self.shape.block_prefix}.{index}.{base}"
+    def _adapter(self, index: int, linear: LinearShape) -> dict[str, Tensor]:
+        """One layer's adapter as it is stored, names relative to the layer."""
+        key = f"base_model.model.{self.shape.block_prefix}.{index}"
         with safe_open(self.folder / ADAPTER, framework="pt") as file:
-            a: Tensor = file.get_tensor(f"{key}.lora_A.weight").float()
-            b: Tensor = file.get_tensor(f"{key}.lora_B.weight").float()
-        return self.adapter_scale * (b @ a)
+            return {
+                t.name.removeprefix(f"{linear.name}."): file.get_tensor(f"{key}.{t.name}") for t in linear.adapter()
+            }
 
     def adapter_part(self, index: int) -> dict[str, Tensor]:
         """The block's adapter as it is stored, names relative to the block; empty where it has none."""
@@ -192,9 +194,8 @@ class Checkpoint:
 
     @cached_property
     def adapter_scale(self) -> float:
-        """What B A is multiplied with."""
-        config = json.loads((self.folder / "adapter" / "adapter_config.json").read_text())
-        return float(config["lora_alpha"]) / float(config["r"])
+        """What B A is multiplied with; 1 where an adapter has neither."""
+        return adapter_scale(json.loads((self.folder / "adapter" / "adapter_config.json").read_text()))
 
     # --- transformers' objects ----------------------------------------------------------------------------------
 

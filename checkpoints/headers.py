@@ -17,7 +17,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 ADAPTER_PACKED = "adapter/packed.safetensors"
 EDGE = "edge/embedding.safetensors"
 
-_Adapter = tuple[int, str, bool]  # rank, precision, whether packed codes lie beside it
+_Adapter = tuple[int, str, bool, str]  # rank, precision, whether packed codes lie beside it, vector
+_NO_ADAPTER: _Adapter = (0, "BF16", False, "")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -123,8 +124,8 @@ def shape_from_folder(folder: Path) -> ModelShape:
 
     grid = _grid(config)
     pattern = _pattern(folder)
-    ranks = _adapter_ranks(folder, prefix)
-    blocks = tuple(_block(members[i], grid, pattern, ranks.get(i, {})) for i in range(count))
+    adapters = _adapters(folder, prefix)
+    blocks = tuple(_block(members[i], grid, pattern, adapters.get(i, {})) for i in range(count))
     bits = None
     if (folder / EDGE).is_file():
         codes = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
@@ -133,13 +134,13 @@ def shape_from_folder(folder: Path) -> ModelShape:
 
 
 def _block(
-    members: dict[str, TensorShape], grid: Grid | None, pattern: Sparsity | None, ranks: dict[str, _Adapter]
+    members: dict[str, TensorShape], grid: Grid | None, pattern: Sparsity | None, adapters: dict[str, _Adapter]
 ) -> BlockShape:
     linears, others = [], []
     dtypes = Counter(t.dtype for t in members.values() if t.dtype in ("F32", "F16", "BF16"))
     for name, tensor in members.items():
         base, _, kind = name.rpartition(".")
-        adapter = ranks.get(base, (0, "BF16", False))
+        adapter = adapters.get(base, _NO_ADAPTER)
         bias = f"{base}.bias" in members
         zeros = pattern if pattern is not None and pattern.covers(base) else None
         if kind == "qweight":
@@ -178,11 +179,18 @@ def _pattern(folder: Path) -> Sparsity | None:
     return parse_sparsity(sparsity["pattern"]) if sparsity else None
 
 
-def _adapter_ranks(folder: Path, prefix: str) -> dict[int, dict[str, _Adapter]]:
-    ranks: dict[int, dict[str, _Adapter]] = defaultdict(dict)
+def _adapters(folder: Path, prefix: str) -> dict[int, dict[str, _Adapter]]:
+    """What lies beside each block's linear layers, by block and name."""
+    found: dict[int, dict[str, _Adapter]] = defaultdict(dict)
     path, packed = folder / ADAPTER, (folder / ADAPTER_PACKED).is_file()
-    if path.is_file():
-        for name, tensor in read_header(path).items():
-            if match := re.fullmatch(rf"base_model\.model\.{re.escape(prefix)}\.(\d+)\.(.+)\.lora_A\.weight", name):
-                ranks[int(match[1])][match[2]] = (tensor.shape[0], tensor.dtype, packed)
-    return ranks
+    kinds = r"lora_A\.weight|lora_magnitude_vector|ia3_l"
+    for name, tensor in (read_header(path) if path.is_file() else {}).items():
+        if match := re.fullmatch(rf"base_model\.model\.{re.escape(prefix)}\.(\d+)\.(.+)\.({kinds})", name):
+            index, base, kind = int(match[1]), match[2], match[3]
+            rank, dtype, _, vector = found[index].get(base, _NO_ADAPTER)
+            if kind == "lora_A.weight":
+                rank, dtype = tensor.shape[0], tensor.dtype
+            else:
+                vector = "magnitude" if kind != "ia3_l" else "rows" if tensor.shape[1] == 1 else "columns"
+            found[index][base] = (rank, dtype, packed, vector)
+    return found

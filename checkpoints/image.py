@@ -128,13 +128,17 @@ def pack_checkpoint(
 
 def _adapter_scale(checkpoint: Checkpoint) -> float:
     """0 without an adapter. Raises CheckpointError where one number does not tell how layers are scaled."""
-    ranks = {x.name: x.adapter_rank for block in checkpoint.shape.blocks for x in block.linears if x.adapter_rank}
-    if not ranks:
+    adapted = [x for block in checkpoint.shape.blocks for x in block.linears if x.adapted]
+    if not adapted:
         return 0.0
-    if faults := beyond_plain(json.loads((checkpoint.folder / ADAPTER_CONFIG).read_text()), ranks):
+    ranks = {x.name: x.adapter_rank for x in adapted if x.adapter_rank}
+    config = json.loads((checkpoint.folder / ADAPTER_CONFIG).read_text())
+    if not ranks:
+        return 1.0  # IA3: its vectors are all there is
+    if faults := beyond_plain(config, ranks, dora=any(x.adapter_vector == "magnitude" for x in adapted)):
         raise CheckpointError(
             f"cannot be packed: {checkpoint.folder / ADAPTER_CONFIG} asks for what an image has no place for: "
-            f"{'; '.join(faults)}. An image holds plain LoRA: A and B of one rank and one scale, lora_alpha / r"
+            f"{'; '.join(faults)}. An image holds A and B of one rank and one scale, DoRA's magnitudes, IA3's factors"
         )
     return checkpoint.adapter_scale
 

@@ -18,6 +18,8 @@ from checkpoints.errors import PlanError
 DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for
 _FILE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
+# What an adapter can learn besides A and B, by the name that PEFT gives its tensor.
+ADAPTER_VECTORS = {"magnitude": "lora_magnitude_vector", "rows": "ia3_l", "columns": "ia3_l"}
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class LinearShape:
     adapter_rank: int = 0
     adapter_dtype: str = "BF16"
     adapter_packed: bool = False  # 8-bit codes of the adapter lie beside it
+    adapter_vector: str = ""  # magnitude: DoRA's, a number a row; rows or columns: IA3's factors of what is so named
 
     @property
     def weights(self) -> int:
@@ -209,8 +212,13 @@ class LinearShape:
         return self.weights // pattern.of * (pattern.of - pattern.removed)
 
     @property
+    def adapted(self) -> bool:
+        """Whether an adapter lies beside the weights."""
+        return bool(self.adapter_rank or self.adapter_vector)
+
+    @property
     def adapter_parameters(self) -> int:
-        return self.adapter_rank * (self.out_features + self.in_features)
+        return sum(t.elements for t in self.adapter())
 
     def stored(self) -> Iterator[TensorShape]:
         """The tensors in the checkpoint's shard, names relative to the block."""
@@ -229,6 +237,10 @@ class LinearShape:
         if self.adapter_rank:
             yield TensorShape(f"{self.name}.lora_A.weight", (self.adapter_rank, self.in_features), self.adapter_dtype)
             yield TensorShape(f"{self.name}.lora_B.weight", (self.out_features, self.adapter_rank), self.adapter_dtype)
+        if self.adapter_vector:  # in 32 bits: a few numbers, each of which acts on a whole row or column
+            rows, columns = self.out_features, self.in_features
+            shape = {"magnitude": (rows,), "rows": (rows, 1), "columns": (1, columns)}[self.adapter_vector]
+            yield TensorShape(f"{self.name}.{ADAPTER_VECTORS[self.adapter_vector]}", shape, "F32")
 
     def packed_adapter(self) -> Iterator[TensorShape]:
         """The 8-bit codes of A and B with a scale for each rank, if the adapter was rounded to them."""

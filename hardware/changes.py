@@ -152,4 +152,8 @@ def _chunk(state: State, chunk: int) -> State:
 
 
 def _rank(state: State, rank: int) -> State:
-    return with_linears(state[0], lambda x: replace(x, adapter_rank=min(rank, x.adapter_rank))), state[1]
+    def on(x: LinearShape) -> LinearShape:
+        left = min(rank, x.adapter_rank)
+        return replace(x, adapter_rank=left, adapter_vector=x.adapter_vector if left or not x.adapter_rank else "")
+
+    return with_linears(state[0], on), state[1]

@@ -107,7 +107,7 @@ def _accelerator(
             )
     widest = soc.constants.get("weight_bits")
     head = 0 if shape.embedding_bits else found.weights.head or found.weights.embedding
-    adapters = sum(t.nbytes for x in linears if not x.adapter_packed for t in x.adapter())
+    adapters = sum(t.nbytes for x in linears if not x.adapter_packed for t in x.adapter() if t.name.endswith(".weight"))
     unquantised = found.weights.dense_linears + adapters + head
     if widest and unquantised:
         yield (

@@ -106,8 +106,8 @@ def read_sweep(out: Path, shape: ModelShape) -> dict[Settings, float]:
     """What the finished stages in an output folder cost this model, in nats a token of its own vocabulary.
 
     From bits per byte against the uncompressed model, measured by the same protocol on the same text; folders of
-    another model, with an EoRA adapter, or with settings that `fit` does not search are passed over. Raises
-    CheckpointError where there is nothing to read.
+    another model, with an adapter beside the weights, or with settings that `fit` does not search are passed over.
+    Raises CheckpointError where there is nothing to read.
     """
     if not out.is_dir():
         raise CheckpointError(f"there is no folder {out}; --sweep takes the output folder of an earlier run or sweep")
@@ -167,7 +167,7 @@ def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
         elif manifest.stage == "gptq" and not options["symmetric"] and str(options["quant"]).startswith("gptq"):
             group = _resolved_group(shape, options)
             how = Quantisation(options["quant"], _bits(options["quant"]), group, int(options["quant_embeddings"]))
-        elif manifest.stage != "lora":
+        elif manifest.stage != "lora" or manifest.facts.get("added_bytes"):
             return None
     return Settings(vocabulary, removed, pattern, how)
 

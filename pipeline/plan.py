@@ -13,6 +13,7 @@ from pipeline.recipe import Recipe
 from pipeline.vocabulary import counted
 from stages.needs import HESSIANS, NOTHING, needs
 from stages.options import Options, Pad, Vocabulary
+from stages.recovery.shapes import training_bytes
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
 # measured on Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
@@ -96,7 +97,8 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
         activations = live * (len(before.blocks) * (14 * hidden + 4 * inner) * 2 + 3 * vocabulary * 4)
         # A held teacher is a second model; a streamed one keeps its embedding, norm and head to make logits with.
         teacher = {"none": 0, "held": dense, "streamed": outer}[teacher_kind(before, options)]
-        return int(_BASE_BYTES + _TRAINER_BYTES + 2 * dense + teacher + activations)
+        own = training_bytes(before, options)
+        return int(_BASE_BYTES + _TRAINER_BYTES + 2 * dense + teacher + activations + own)
     # Either a block is on: mapped from its file, copied to be edited, and its activations; or the outer part is.
     at_block = 3 * block + states + 12 * min(tokens, _CHUNK_TOKENS) * max(widest, inner)
     at_ends = outer + states
@@ -137,6 +139,6 @@ def _dense(shape: ModelShape) -> ModelShape:
     from dataclasses import replace
 
     def dense(x: Any) -> Any:
-        return replace(x, grid=None, adapter_rank=0)
+        return replace(x, grid=None, adapter_rank=0, adapter_vector="")
 
     return replace(shape, blocks=tuple(replace(b, linears=tuple(map(dense, b.linears))) for b in shape.blocks))

@@ -16,6 +16,7 @@ import yaml
 
 from checkpoints.errors import PlanError, RecipeError
 from pipeline.homotopic import in_rounds
+from pipeline.order import in_working_order
 from stages.options import STAGES, Eora, Options
 
 PLAIN_KEYS: dict[str, type] = {
@@ -91,7 +92,7 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
             faults.append(f"{flag} belongs to the stage {stage}, which {file} leaves out")
     left_out = _skipped(skip or str(given.get("skip") or ""), faults)
     asked = any(k.startswith("eora.") and v is not None for k, v in flags.items())
-    recipe = assemble(plain, stages, left_out, asked, faults)
+    recipe = assemble(plain, stages, left_out, asked, faults, listed="stages" in given)
     if faults:
         raise RecipeError(faults)
     return recipe
@@ -103,8 +104,12 @@ def assemble(
     left_out: Set[str],
     eora_asked: bool,
     faults: list[str],
+    listed: bool = False,
 ) -> Recipe:
-    """A recipe of checked plain keys and options. Values that can never work are added to the faults."""
+    """A recipe of checked plain keys and options. Values that can never work are added to the faults.
+
+    listed: somebody listed the stages, so their order is wanted as it is.
+    """
     built = []
     for stage, values in stages.items():
         try:
@@ -122,6 +127,8 @@ def assemble(
         # Left out rather than refused: `--quant none` says that nothing is to be compensated.
         built = [entry for entry in built if entry[0] != "eora"]
         notes.append("eora is left out: without gptq there is no quantisation error to compensate")
+    if not listed:
+        built = in_working_order(built, eora_asked, notes)
     recipe = Recipe(stages=tuple(built), notes=tuple(notes), **plain)
     return in_rounds(recipe, faults) if recipe.homotopic else recipe
 

@@ -14,6 +14,8 @@ from checkpoints.errors import PlanError
 from checkpoints.shape import parse_amount
 from stages import quantisers
 from stages.pruning import METHODS
+from stages.recovery import METHODS as RECOVERY
+from stages.recovery import Recovery, parse
 
 
 def option(default: Any, flag: str, text: str, later: bool = False) -> Any:
@@ -29,7 +31,6 @@ def _require(holds: bool, message: str) -> None:
 QUANTS = (*quantisers.METHODS, "none")
 METRICS = ("perplexity", "taylor", "magnitude", "influence")
 TEACHERS = ("auto", "held", "streamed")
-ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,14 @@ class Wanda:
 
 @dataclass(frozen=True)
 class Lora:
-    """Recovers quality with low-rank adapters that are merged afterwards (LoRA, arXiv 2106.09685)."""
+    """Recovers quality with adapters that are merged afterwards, by LoRA (arXiv 2106.09685) or stages/recovery."""
 
     rank: int = option(8, "--lora-rank", "Rank of the adapters.")
     alpha: int = option(16, "--lora-alpha", "Scale of the adapters is alpha / rank.")
     dropout: float = option(0.1, "--lora-dropout", "Dropout on the adapters' inputs.")
-    targets: str = option(ATTENTION, "--lora-targets", "Linear layers to adapt, comma-separated, or all.")
+    targets: str = option(
+        "", "--lora-targets", "Linear layers to adapt, comma-separated, or all; default: q, k, v and o, with ia3 all."
+    )
     data: str = option("", "--lora-data", "Training text: wikitext2, trivia_qa, alpaca or a file; default: --data's.")
     samples: int = option(80, "--lora-samples", "Training windows (the thesis: 8192).")
     length: int = option(512, "--lora-length", "Tokens per training window.")
@@ -163,8 +166,14 @@ class Lora:
     teacher: str = option(
         "auto", "--distill-teacher", "held in memory, streamed to disk before training, or auto: streamed up to 16 GiB."
     )
+    method: str = option(
+        "lora", "--recover", f"How, joined with +: {', '.join(RECOVERY)}; qlora and loftq come after gptq.", later=True
+    )
 
     def __post_init__(self) -> None:
+        # What is the same is written the same: in fingerprints, folders' names and manifests.
+        object.__setattr__(self, "method", str(self.recovery))
+        object.__setattr__(self, "targets", self.targets or self.recovery.adapter.TARGETS)
         _require(self.rank > 0, f"--lora-rank {self.rank}: must be positive; use --skip lora to leave the stage out")
         _require(self.alpha > 0, f"--lora-alpha {self.alpha}: must be positive")
         _require(0 <= self.dropout < 1, f"--lora-dropout {self.dropout}: must be in [0, 1)")
@@ -194,7 +203,12 @@ class Lora:
 
     @property
     def label(self) -> str:
-        return f"lora-r{self.rank}"
+        name = self.method.replace("+", "-")
+        return f"{name}-r{self.rank}" if self.recovery.adapter.RANKED else name
+
+    @property
+    def recovery(self) -> Recovery:
+        return parse(self.method)
 
     @property
     def total_steps(self) -> int:
