@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import Grid, LinearShape, ModelShape, Sparsity, largest_group
+from checkpoints.shape import Codebook, Grid, LinearShape, ModelShape, Sparsity, largest_group
 
 WORD = 32
 
@@ -99,6 +99,14 @@ def with_grid(shape: ModelShape, bits: int, wanted_group: int, symmetric: bool, 
         return replace(x, grid=grid) if packable(x.out_features, x.in_features) else x
 
     return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or None)
+
+
+def with_codebook(shape: ModelShape, codebook: Codebook, embedding_bits: int) -> ModelShape:
+    """Codes in place of every linear layer of every block: blocks of weights run on from row to row, so any fits.
+
+    The configuration stays: what it says of the quantisation is the stage's to write.
+    """
+    return replace(_each_linear(shape, lambda x: replace(x, grid=codebook)), embedding_bits=embedding_bits or None)
 
 
 def _each_linear(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:
