@@ -113,6 +113,11 @@ class BlockVisit:
                     observer(groups[name], x.reshape(-1, x.shape[-1]))
 
     @property
+    def name(self) -> str:
+        """Where the model keeps it, e.g. model.layers.3."""
+        return f"{self._walk.source.shape.block_prefix}.{self.index}"
+
+    @property
     def inputs(self) -> Sequence[Tensor]:
         """The hidden states before this block, (b, L, d) each, in host memory."""
         return self._walk.states.chunks

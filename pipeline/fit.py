@@ -164,7 +164,7 @@ def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
             removed = int(options["remove"])
         elif manifest.stage == "wanda" and options.get("method", "wanda") == "wanda":
             pattern = str(options["pattern"])
-        elif manifest.stage == "gptq" and not options["symmetric"]:
+        elif manifest.stage == "gptq" and not options["symmetric"] and str(options["quant"]).startswith("gptq"):
             group = _resolved_group(shape, options)
             how = Quantisation(options["quant"], _bits(options["quant"]), group, int(options["quant_embeddings"]))
         elif manifest.stage != "lora":

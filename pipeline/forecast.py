@@ -13,9 +13,7 @@ from typing import Any
 from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
 from pipeline.tree import Node, Tree
-from stages.options import Wanda
-from stages.pruning import HESSIANS, NOTHING
-from stages.pruning import method as pruning_method
+from stages.needs import HESSIANS, NOTHING, needs
 
 # Seconds measured over seconds that the arithmetic alone would take, in the README's demo (SmolLM2-135M, bfloat16, two
 # cores that multiply 4e11 times a second); and what every stage run costs besides.
@@ -89,10 +87,11 @@ def stage_operations(stage: str, options: Any, shape: ModelShape) -> float:
         return float((passes * trained + looks) * (count * block + head))
     layers = [x for b in shape.blocks for x in b.linears]
     solver = 0
-    needs = pruning_method(options.method).NEEDS if isinstance(options, Wanda) else None
-    if needs == NOTHING:
+    if needs(options) == NOTHING:
         return float(count * block)
-    if stage == "gptq" or needs == HESSIANS:  # the Hessian, its factor, and the columns one after the other
+    if (
+        stage in ("gptq", "wanda") and needs(options) == HESSIANS
+    ):  # the Hessian, its factor, and the columns one after the other
         solver = sum(x.in_features**2 * (tokens + x.out_features + 2 * x.in_features) for x in layers)
     elif stage == "eora":  # the covariance, its eigenvectors, and a decomposition of the error
         narrow = [min(x.in_features, x.out_features) for x in layers]

@@ -10,9 +10,8 @@ from checkpoints.errors import EdgepressError, PlanError, RecipeError
 from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import counted
-from stages.options import Options, Pad, Vocabulary, Wanda
-from stages.pruning import HESSIANS
-from stages.pruning import method as pruning_method
+from stages.needs import HESSIANS, NOTHING, needs
+from stages.options import Options, Pad, Vocabulary
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
 # measured on Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
@@ -102,7 +101,7 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
         held = min(kept_states * tokens * hidden * 2, _SPILL_BYTES)
         gradients = 2 * block if options.metric == "taylor" else 0
         at_block, at_ends = at_block + held + gradients, at_ends + held + options.length * vocabulary * 10
-    elif stage in ("gptq", "eora") or (isinstance(options, Wanda) and pruning_method(options.method).NEEDS == HESSIANS):
+    elif needs(options) == HESSIANS:
         inputs = {x.in_features for b in before.blocks for x in b.linears}
         biggest = max(x.weights for b in before.blocks for x in b.linears)
         # Hessians, their factor in float64, and a layer's weights in several float32 copies.
@@ -123,7 +122,7 @@ def forecast_scratch(stage: str, options: Any, before: ModelShape) -> int:
 
     if stage == "lora":
         return teacher_disk_bytes(before, options) if teacher_kind(before, options) == "streamed" else 0
-    if stage not in ("wanda", "gptq", "eora"):  # depth's need not last; vocabulary and pad have none
+    if stage not in ("wanda", "gptq", "eora") or needs(options) == NOTHING:  # depth's need not last
         return 0
     return int(2 * options.samples * options.length * before.hidden_size * 2)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoints.errors import PlanError
 from checkpoints.shape import parse_amount
+from stages import quantisers
 from stages.pruning import METHODS
 
 
@@ -24,7 +25,7 @@ def _require(holds: bool, message: str) -> None:
         raise PlanError(message)
 
 
-QUANTS = ("gptq4", "gptq3", "gptq8", "gptq4-channel", "gptq8-channel", "none")
+QUANTS = (*quantisers.METHODS, "none")
 METRICS = ("perplexity", "taylor", "magnitude", "influence")
 TEACHERS = ("auto", "held", "streamed")
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
@@ -233,15 +234,6 @@ class Gptq:
     @property
     def skipped(self) -> bool:
         return self.quant == "none"
-
-    @property
-    def bits(self) -> int:
-        return int(self.quant.removeprefix("gptq").removesuffix("-channel"))
-
-    @property
-    def wanted_group(self) -> int:
-        """The group asked for; -1 is one scale for each output channel."""
-        return -1 if self.quant.endswith("-channel") else self.group
 
     @property
     def label(self) -> str:

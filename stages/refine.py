@@ -22,13 +22,13 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.runtime import Runtime, Silent
 from checkpoints.shape import Grid
 from checkpoints.walk import BlockVisit, Walk
+from stages.quantisers.codes import SMALLEST_SCALE
 
 # Chosen on SmolLM2-135M, 4 bits, group 64 (benchmarks/README.md).
 ROUNDING_REACH = 0.25  # how far Adam can move a position at most: its rate summed over all steps
 REFINE_TOKENS = 1024  # in one step; also what goes through a block at once
 SCALE_RATE = 2e-3  # Adam, on the logarithm of a scale
 NORM_RATE = 1e-3  # Adam, relative to what the norm multiplies with on average
-SMALLEST_SCALE = 6.2e-5  # float16 keeps its full precision from here up
 
 
 @dataclass

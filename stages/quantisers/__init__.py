@@ -1,0 +1,73 @@
+"""The ways in which the gptq stage can quantise (`--quant`): one file each, and one line for each name here.
+
+stages/README.md shows how to add one. No torch here: `--help` and planning read this list.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from checkpoints.shape import Grid
+from stages.pruning import HESSIANS, NOTHING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from checkpoints.walk import BlockVisit
+    from stages.options import Gptq
+
+__all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "form", "method"]
+
+# The file of each name, and what its `form` is told besides the options.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq4": ("stages.quantisers.gptq", {"bits": 4}),
+    "gptq3": ("stages.quantisers.gptq", {"bits": 3}),
+    "gptq8": ("stages.quantisers.gptq", {"bits": 8}),
+    "gptq4-channel": ("stages.quantisers.gptq", {"bits": 4, "group": -1}),
+    "gptq8-channel": ("stages.quantisers.gptq", {"bits": 8, "group": -1}),
+}
+
+
+class Solved(Protocol):
+    """One layer, quantised."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32: the dense weights that the stored tensors stand for, exactly 0 where the mask is."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """The layer's tensors in the checkpoint by the last part of their name, in host memory."""
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest, as JSON."""
+
+
+class Method(Protocol):
+    """What every file of this folder holds."""
+
+    NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
+    TUNES: bool  # whether --quant-effort high can go on from its solutions, which then are stages.quantisers.gptq's
+
+    def form(self, options: Gptq, **parameters: Any) -> Grid:
+        """How a layer will be stored, its group the largest wanted: the stage takes the largest that fits the model."""
+
+    def quantise(
+        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, options: Gptq
+    ) -> Mapping[str, Solved]:
+        """Each layer that `masks` names, stored as `form` says; a weight where its mask (out, in) is False is 0.
+
+        The stage writes the block with these in place of the layers. What else the method changes in the block, such
+        as a norm, it changes in place. Raises NumericsError that names the layer.
+        """
+
+
+def method(name: str) -> Method:
+    """The file of this name."""
+    return cast(Method, importlib.import_module(METHODS[name][0]))
+
+
+def form(options: Gptq) -> Grid:
+    """What the method asked for wants to store."""
+    return method(options.quant).form(options, **METHODS[options.quant][1])
