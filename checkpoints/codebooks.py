@@ -19,7 +19,6 @@ from torch import Tensor
 from checkpoints.errors import CheckpointError
 from checkpoints.forms import Codebook
 
-_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SMALLEST = 1e-38  # absmax of a block of zeros: its reciprocal still is a number
 STATE = "weight.quant_state."
 
@@ -39,10 +38,10 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(levels))
 
 
-def encode(weight: Tensor, codebook: Codebook, dtype: str) -> dict[str, Tensor]:
-    """The stored tensors of a layer, by the names of `codebook.kinds`.
+def encode(weight: Tensor, codebook: Codebook, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The stored tensors of a layer, by the names of `codebook.kinds`, in host memory.
 
-    weight (out, in); dtype: what the weights are to be read as, BF16 and so on. Every weight takes the level nearest
+    weight (out, in); dtype: what the weights are to be read as. Every weight takes the level nearest
     to it over its block's absmax as it was before that was rounded, as QLoRA does; an exact 0 takes the level 0.
     """
     blocks = _blocks(weight.detach().float().flatten(), codebook.block)
@@ -83,7 +82,7 @@ def _blocks(flat: Tensor, size: int) -> Tensor:
 
 
 def assemble(
-    codes: Tensor, scales: Mapping[str, Tensor], offset: float, codebook: Codebook, dtype: str
+    codes: Tensor, scales: Mapping[str, Tensor], offset: float, codebook: Codebook, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The stored tensors from codes (out, in) uint8, what is stored of the absmax, and their mean."""
     flat = torch.nn.functional.pad(codes.flatten(), (0, codes.numel() % 2), value=codebook.zero)
@@ -91,7 +90,7 @@ def assemble(
     state: dict[str, Any] = {
         "quant_type": codebook.name,
         "blocksize": codebook.block,
-        "dtype": _DTYPE_NAMES[dtype],
+        "dtype": str(dtype).removeprefix("torch."),
         "shape": list(codes.shape),
     }
     if codebook.nested:

@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 # In the order in which safetensors stores them (its Dtype enum, falling); the header's length depends on it.
 DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CODEBOOK_METHOD = "edgepress-codebook"  # as config.json names codebooks that bitsandbytes does not know
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,22 @@ class Codebook:
     def about(self) -> dict[str, Any]:
         """What a reader of the image must know of it."""
         return {"codebook": self.name, "bits": self.bits, "block": self.block, "nested": self.nested}
+
+    def quantization_config(self, dtype: str, dense: Sequence[str]) -> dict[str, Any]:
+        """What config.json says of it. dtype: of the weights, BF16 and so on; dense: modules that stay as they are."""
+        if not self.foreign:
+            # A name no loader knows, and `weight` of another shape: transformers stops instead of misreading.
+            return {"quant_method": CODEBOOK_METHOD, "codebook": self.name, "levels": list(self.levels)}
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.name,
+            "bnb_4bit_use_double_quant": bool(self.nested),
+            "bnb_4bit_compute_dtype": TORCH_NAMES[dtype],
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": list(dense),
+        }
 
     def describe(self) -> str:
         return self.name

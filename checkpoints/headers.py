@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError
+from checkpoints.forms import CODEBOOK_METHOD, TORCH_NAMES
 from checkpoints.manifest import MANIFEST, Manifest
 from checkpoints.shape import (
-    CODEBOOKS, BlockShape, Codebook, Form, Grid, LinearShape, ModelShape, Sparsity, TensorShape, parse_sparsity,
+    CODEBOOKS,
+    BlockShape,
+    Codebook,
+    Form,
+    Grid,
+    LinearShape,
+    ModelShape,
+    Sparsity,
+    TensorShape,
+    parse_sparsity,
 )  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
@@ -125,7 +135,7 @@ def shape_from_folder(folder: Path) -> ModelShape:
             outer.append(tensor)
 
     form = _form(config)
-    codes = read_states(files) if isinstance(form, Codebook) else {}
+    codes = _read_notes(files) if isinstance(form, Codebook) else {}
     pattern = _pattern(folder)
     ranks = _adapter_ranks(folder, prefix)
     blocks = []
@@ -135,8 +145,8 @@ def shape_from_folder(folder: Path) -> ModelShape:
         blocks.append(_block(members[i], form, coded, pattern, ranks.get(i, {})))
     bits = None
     if (folder / EDGE).is_file():
-        codes = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
-        bits = codes.shape[1] * 8 // int(config["hidden_size"])
+        rows = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
+        bits = rows.shape[1] * 8 // int(config["hidden_size"])
     return ModelShape(str(config.get("model_type")), config, tuple(blocks), tuple(outer), prefix, bits)
 
 
@@ -182,9 +192,8 @@ def _belongs_to_linear(name: str, members: dict[str, TensorShape]) -> bool:
 
 # --- quantised layers ----------------------------------------------------------------------------------------------
 
-CODEBOOK_METHOD = "edgepress-codebook"  # as config.json names codebooks that bitsandbytes does not know
 _Coded = tuple[Codebook, tuple[int, int], str]  # form, (out, in), precision of the weights
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 def _form(config: dict[str, Any]) -> Form | None:
@@ -205,7 +214,7 @@ def _form(config: dict[str, Any]) -> Form | None:
     )
 
 
-def read_states(files: dict[str, Path]) -> dict[str, _Coded]:
+def _read_notes(files: dict[str, Path]) -> dict[str, _Coded]:
     """Of each layer with a codebook its form, sides and precision, by the layer's name.
 
     They stand in a note of a few hundred bytes beside the codes; nothing else of the files is read.

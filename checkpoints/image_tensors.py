@@ -161,7 +161,7 @@ def _decode_codebook(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tens
     if codebook.nested:
         nested = _tensor(parts["nested"], "F32", [-1])
         scales["weight.nested_absmax"], offset = nested[:-1], float(nested[-1])
-    return codebooks.assemble(torch.from_numpy(codes), scales, offset, codebook, entry["dtype"])
+    return codebooks.assemble(torch.from_numpy(codes), scales, offset, codebook, TORCH_DTYPES[entry["dtype"]])
 
 
 def _codebook(entry: Entry) -> Codebook:

@@ -2,7 +2,7 @@
 
 How the codes are chosen is the method's to say (`--quant`, stages/quantisers): GPTQ (Frantar et al., arXiv 2210.17323)
 unless another is asked for. The statistics of a block are taken from the already quantised blocks before it. A mask
-is kept by all. Packing and file format are GPTQModel's.
+is kept by all. Packing and file format are GPTQModel's, of codebooks (nf4) bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
-from checkpoints.reshape import packable, with_grid
+from checkpoints.packed_sizes import is_head
+from checkpoints.reshape import packable, with_form
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Grid, ModelShape
+from checkpoints.shape import Codebook, Grid, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
@@ -38,9 +39,8 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     require_dense(shape, "gptq")
     _require_tunable(options)
     wanted = form(options)
-    after = with_grid(shape, wanted.bits, wanted.group, wanted.symmetric, options.quant_embeddings)
-    assert after.grid is not None
-    quantization = quantization_config(after.grid, options, left_dense(shape))
+    after = with_form(shape, wanted, options.quant_embeddings)
+    quantization = quantization_config(after, options, left_dense(shape))
     return replace(after, config=dict(shape.config) | {"quantization_config": quantization})
 
 
@@ -57,7 +57,11 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
     said = []
     grid, wanted = plan(shape, options).grid, form(options)
-    if grid is not None and grid.group != wanted.group:
+    if isinstance(grid, Codebook):
+        if not grid.loaders:
+            said.append(f"gptq: no library has kernels for {grid.name}: only this project loads the folder")
+        return said
+    if isinstance(grid, Grid) and isinstance(wanted, Grid) and grid.group != wanted.group:
         said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
     if dense := left_dense(shape):
         said.append(
@@ -111,9 +115,9 @@ def run(
         target.write_outer(outer)
         target.write_edge(packed)
     config = dict(source.config)
-    config["quantization_config"] = quantization_config(grid, options, left_dense(source.shape))
+    config["quantization_config"] = after.config["quantization_config"]
     target.finish(config, source)
-    return {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "blocks": walk.facts}
+    return {**grid.about(), "blocks": walk.facts}
 
 
 def refine_block(
@@ -136,8 +140,13 @@ def refine_block(
     return errors
 
 
-def quantization_config(grid: Grid, options: Options, dense: list[str]) -> dict[str, Any]:
-    """What transformers, GPTQModel and vLLM need to read the folder."""
+def quantization_config(shape: ModelShape, options: Options, dense: list[str]) -> dict[str, Any]:
+    """What transformers, GPTQModel and vLLM, or of a codebook bitsandbytes, need to read the folder."""
+    grid = shape.grid
+    if isinstance(grid, Codebook):
+        heads = {t.name.removesuffix(".weight") for t in shape.outer if is_head(t.name)}
+        return grid.quantization_config(shape.blocks[0].linears[0].dtype, sorted({"lm_head", *heads}))
+    assert isinstance(grid, Grid)
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",

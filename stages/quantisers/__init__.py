@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from checkpoints.shape import Grid
+from checkpoints.shape import Form
 from stages.pruning import HESSIANS, NOTHING
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq8": ("stages.quantisers.gptq", {"bits": 8}),
     "gptq4-channel": ("stages.quantisers.gptq", {"bits": 4, "group": -1}),
     "gptq8-channel": ("stages.quantisers.gptq", {"bits": 8, "group": -1}),
+    "nf4": ("stages.quantisers.nf4", {"codebook": "nf4"}),
+    "nf4-thesis": ("stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
 }
 
 
@@ -50,11 +52,11 @@ class Method(Protocol):
     NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
     TUNES: bool  # whether --quant-effort high can go on from its solutions, which then are stages.quantisers.gptq's
 
-    def form(self, options: Gptq, **parameters: Any) -> Grid:
+    def form(self, options: Gptq, **parameters: Any) -> Form:
         """How a layer will be stored, its group the largest wanted: the stage takes the largest that fits the model."""
 
     def quantise(
-        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, options: Gptq
+        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Form, options: Gptq
     ) -> Mapping[str, Solved]:
         """Each layer that `masks` names, stored as `form` says; a weight where its mask (out, in) is False is 0.
 
@@ -68,6 +70,6 @@ def method(name: str) -> Method:
     return cast(Method, importlib.import_module(METHODS[name][0]))
 
 
-def form(options: Gptq) -> Grid:
+def form(options: Gptq) -> Form:
     """What the method asked for wants to store."""
     return method(options.quant).form(options, **METHODS[options.quant][1])
