@@ -149,7 +149,8 @@ def _encode(entry: form.Entry, contents: Contents, at: str) -> dict[str, Bytes]:
     kind, name = entry["kind"], entry["name"]
     try:
         if kind == "linear":
-            own = {key.rpartition(".")[2]: t for key, t in contents.tensor.items() if key.rpartition(".")[0] == name}
+            at_name = f"{name}."
+            own = {key.removeprefix(at_name): t for key, t in contents.tensor.items() if key.startswith(at_name)}
             return form.encode_linear(entry, own)
         if kind in _DERIVED:
             whole, packed = _DERIVED[kind]

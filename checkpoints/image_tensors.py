@@ -58,7 +58,7 @@ def _tensor(data: NDArray[Any], dtype: str, shape: list[int]) -> Tensor:
 
 
 def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
-    """stored: the layer's tensors by the last part of their name.
+    """stored: the layer's tensors by their names within it.
 
     Raises CheckpointError where the layer does not hold its pattern, or is stored in a way that the image has no
     place for.
@@ -76,7 +76,7 @@ def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes
 
 
 def decode_linear(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
-    """The layer's tensors as the checkpoint had them, by the last part of their name."""
+    """The layer's tensors as the checkpoint had them, by their names within it."""
     if "codebook" in entry:
         return _decode_codebook(entry, parts)
     if "bits" in entry:
