@@ -89,14 +89,12 @@ def stage_operations(stage: str, options: Any, shape: ModelShape) -> float:
     solver = 0
     if needs(options) == NOTHING:
         return float(count * block)
-    if (
-        stage in ("gptq", "wanda") and needs(options) == HESSIANS
-    ):  # the Hessian, its factor, and the columns one after the other
-        solver = sum(x.in_features**2 * (tokens + x.out_features + 2 * x.in_features) for x in layers)
-    elif stage == "eora":  # the covariance, its eigenvectors, and a decomposition of the error
+    if stage == "eora":  # the covariance, its eigenvectors, and a decomposition of the error
         narrow = [min(x.in_features, x.out_features) for x in layers]
         solver = sum(x.in_features**2 * (tokens + 9 * x.in_features) for x in layers)
         solver += sum(20 * x.weights * n for x, n in zip(layers, narrow, strict=True))
+    elif needs(options) == HESSIANS:  # the Hessian, its factor, and the columns one after the other
+        solver = sum(x.in_features**2 * (tokens + x.out_features + 2 * x.in_features) for x in layers)
     return 2 * forward + solver
 
 

@@ -58,10 +58,12 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     said = []
     grid, wanted = plan(shape, options).grid, form(options)
     if isinstance(grid, Codebook):
-        if not grid.loaders:
-            said.append(f"gptq: no library has kernels for {grid.name}: only this project loads the folder")
-        return said
-    if isinstance(grid, Grid) and isinstance(wanted, Grid) and grid.group != wanted.group:
+        return codebook_remarks(grid, options)
+    assert isinstance(grid, Grid) and isinstance(wanted, Grid)
+    if wanted.group != options.group != Options.group:
+        own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
+        said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
+    if grid.group != wanted.group:
         said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
     if dense := left_dense(shape):
         said.append(
@@ -72,6 +74,15 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
             f"gptq: --quant-effort high takes {options.effort_steps} gradient steps in each of {len(shape.blocks)} "
             "blocks, several times as long as normal effort"
         )
+    return said
+
+
+def codebook_remarks(codebook: Codebook, options: Options) -> list[str]:
+    said = []
+    if options.group != Options.group:
+        said.append(f"gptq: {codebook.name} has blocks of {codebook.block}; --group {options.group} is not used")
+    if not codebook.loaders:
+        said.append(f"gptq: no library knows the levels of {codebook.name}: only this project loads the folder")
     return said
 
 

@@ -206,11 +206,9 @@ class Lora:
 
 @dataclass(frozen=True)
 class Gptq:
-    """Low-bit weights, error-compensated column by column (GPTQ, arXiv 2210.17323)."""
+    """Low-bit weights: GPTQ's (arXiv 2210.17323) unless another method is asked for."""
 
-    quant: str = option(
-        "gptq4", "--quant", "gptq4, gptq3 or gptq8, with -channel one scale a row (N-EUREKA); none skips."
-    )
+    quant: str = option("gptq4", "--quant", f"Method and bits: {', '.join(QUANTS)}. -channel is one scale a row.")
     group: int = option(128, "--group", "Weights that share a scale; the largest that fits all layers is used.")
     symmetric: bool = option(False, "--symmetric", "Fix the zero point in the middle of the grid.")
     activation_order: bool = option(True, "--activation-order", "Quantise the most used columns first.")

@@ -136,7 +136,7 @@ def refine(
     targets: what the block should give, chunk by chunk as its inputs. Each step takes one chunk. If the error over
     all chunks did not fall, codes, scales and norms are as they were.
     """
-    norms = {f"{n}.weight": TunedNorm.start(m, block.stored_dtype) for n, m in _norms(block.module).items()}
+    norms = {f"{n}.weight": TunedNorm.start(m, block.stored_dtype) for n, m in norms_of(block.module).items()}
     start = {name: layer.codes().to(torch.uint8) for name, layer in layers.items()}
     before = block_error(block, _weights(block, layers, norms), targets)
     _descend(block, layers, norms, targets, steps, generator)
@@ -150,7 +150,7 @@ def refine(
     return {"error_before": before, "error_after": before}
 
 
-def _norms(module: nn.Module) -> dict[str, nn.Module]:
+def norms_of(module: nn.Module) -> dict[str, nn.Module]:
     """The block's norms with a vector to multiply with, by name: all that a family calls a norm in its classes."""
     return {
         name: part

@@ -27,6 +27,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq8": ("stages.quantisers.gptq", {"bits": 8}),
     "gptq4-channel": ("stages.quantisers.gptq", {"bits": 4, "group": -1}),
     "gptq8-channel": ("stages.quantisers.gptq", {"bits": 8, "group": -1}),
+    "int8": ("stages.quantisers.absmax", {"bits": 8}),
+    "int4": ("stages.quantisers.absmax", {"bits": 4}),
+    "hqq4": ("stages.quantisers.hqq", {"bits": 4}),
+    "hqq2": ("stages.quantisers.hqq", {"bits": 2, "group": 64}),
+    "awq4": ("stages.quantisers.awq", {"bits": 4}),
     "nf4": ("stages.quantisers.nf4", {"codebook": "nf4"}),
     "nf4-thesis": ("stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
 }

@@ -44,6 +44,11 @@ def nearest(weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Coded:
     return Coded(codes.view(weight.shape).to(torch.uint8), scales, zeros, grid)
 
 
+def float16_scales(scales: Tensor) -> Tensor:
+    """As the file will hold them: float32 with float16 values."""
+    return scales.clamp(min=SMALLEST_SCALE).to(torch.float16).float()
+
+
 def fit_grid(weight: Tensor, importance: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each group: (out, groups) float32 holding float16 values, and int32.
 
@@ -61,7 +66,7 @@ def fit_grid(weight: Tensor, importance: Tensor, grid: Grid, search: bool) -> tu
         low = -high
     best_scale, best_zero, best = None, None, None
     for shrink in (1 - 0.025 * step for step in range(25 if search else 1)):
-        scale = ((high - low) * shrink / top).clamp(min=SMALLEST_SCALE).to(torch.float16).float()
+        scale = float16_scales((high - low) * shrink / top)
         if grid.symmetric:
             zero = torch.full_like(scale, (top + 1) // 2)
         else:

@@ -64,7 +64,11 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Lora, {"epochs": 0}, "--lora-epochs 0"),
     (Lora, {"teacher": "near"}, "--distill-teacher near: there are auto, held, streamed"),
     (Eora, {"bits": 4}, "--eora-bits 4: 8 or 16"),
-    (Gptq, {"quant": "gptq5"}, "--quant gptq5: there are gptq4, gptq3, gptq8, gptq4-channel, gptq8-channel, none"),
+    (
+        Gptq,
+        {"quant": "gptq5"},
+        "--quant gptq5: there are gptq4, gptq3, gptq8, gptq4-channel, gptq8-channel, int8, ",
+    ),
     (Gptq, {"group": 0}, "--group 0"),
     (Gptq, {"group": 16}, "--group 16: at least 32, or -1 for whole rows"),
     (Gptq, {"group": -2}, "--group -2"),
