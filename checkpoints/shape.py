@@ -268,6 +268,16 @@ class ModelShape:
         )
 
     @property
+    def model_mib(self) -> float:
+        """Model size as thesis 001 defines it, equation 2.55: elements x bits / (8 * 1024^2), over all stored tensors.
+
+        Its MB are MiB. The adapter counts, and so do zeros of an N:M pattern, which are stored; file headers, buffers
+        that no file holds (rotary tables) and the second, packed copies of embedding, head and adapter do not.
+        """
+        blocks = [t for index in range(len(self.blocks)) for t in self.block_tensors(index)]
+        return sum(t.nbytes for t in (*blocks, *self.outer, *self.adapter_tensors())) / 2**20
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of the image that `compress pack` writes, exactly."""
         from checkpoints.packed_sizes import packed_sizes  # which is built on this module

@@ -115,10 +115,7 @@ def run(name: str, subject: Subject, settings: Settings) -> Result:
         missing = without_kernels(subject.checkpoint) if engine == "kernels" else ""
         if missing:
             progress.note(f"{name}: kernels not measured: {subject.label}: {missing}")
-            scores += [
-                not_measured(f"{metric}, {engine}", missing, higher)
-                for metric, higher in _METRICS.items()
-            ]
+            scores += [not_measured(f"{metric}, {engine}", missing, higher) for metric, higher in _METRICS.items()]
         else:
             timing = measure_speed(subject.checkpoint, engine, workload, subject.runtime.device, subject.runtime.dtype)
             timings.append(timing.to_dict())
