@@ -58,7 +58,7 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     said = []
     grid, wanted = plan(shape, options).grid, form(options)
     if isinstance(grid, Codebook):
-        return codebook_remarks(grid, options)
+        return codebook_remarks(shape, grid, options)
     assert isinstance(grid, Grid) and isinstance(wanted, Grid)
     if wanted.group != options.group != Options.group:
         own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
@@ -77,8 +77,15 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     return said
 
 
-def codebook_remarks(codebook: Codebook, options: Options) -> list[str]:
+def codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
     said = []
+    widths = sorted({x.in_features for block in shape.blocks for x in block.linears})
+    misread = [str(width) for width in widths if width % 16 == 0 and width % codebook.block]
+    if codebook.foreign and misread:
+        said.append(
+            f"gptq: bitsandbytes 0.50 misreads rows of {', '.join(misread)} on a CPU: a multiple of 16 that is none of "
+            f"{codebook.block}. What it computes from this folder there will be wrong; this project reads it right"
+        )
     if options.group != Options.group:
         said.append(f"gptq: {codebook.name} has blocks of {codebook.block}; --group {options.group} is not used")
     if not codebook.loaders:

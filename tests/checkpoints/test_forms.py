@@ -49,7 +49,7 @@ def test_both_have_an_exact_zero_and_sixteen_levels(codebook: object) -> None:
         assert (book.levels[0], book.levels[book.zero], book.levels[-1]) == (-1, 0, 1)
 
 
-@pytest.mark.parametrize("rows, columns", [(64, 96), (40, 36), (5, 13), (1, 3)])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (40, 36), (5, 13), (1, 3)])
 @pytest.mark.parametrize("codebook", [NF4, THESIS, replace(NF4, nested=0), replace(NF4, block=128)], ids=repr)
 def test_a_layer_stores_what_its_shape_says(tmp_path: Path, codebook: object, rows: int, columns: int) -> None:
     assert not isinstance(codebook, Grid) and isinstance(codebook, type(NF4))
