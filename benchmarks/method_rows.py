@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.recovery import ADAPTERS, SETTINGS, parse
-
 from checkpoints.errors import PlanError
 from pipeline.homotopic import DISTILL
 from pipeline.recipe import Recipe, assemble
 from stages.options import QUANTS
+from stages.recovery import ADAPTERS, SETTINGS, parse
 
 BASES = ("dense", "2:4")
 
@@ -100,5 +99,5 @@ def _budget(steps: int, length: int) -> dict[str, Any]:
 
 def _recipe(plain: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, tuple[str, ...]]:
     faults: list[str] = []
-    recipe = assemble(plain, stages, set(), "eora" in stages, faults)
+    recipe = assemble(plain, stages, set(), "eora" in stages, faults, listed=True)
     return recipe, tuple(faults)
