@@ -15,7 +15,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.image import Image, open_image, read_block, read_documents, read_outer
 from checkpoints.manifest import PARTIAL, Manifest, describe_files, fingerprint, write_bytes
-from checkpoints.peft_config import peft_config
+from checkpoints.peft_config import ia3_config, peft_config
 from checkpoints.runtime import Progress, Silent
 from checkpoints.shape import Sparsity, parse_sparsity
 from checkpoints.verify import prove_pattern
@@ -67,21 +67,28 @@ def _write(image: Image, draft: Path, progress: Progress) -> None:
     writer.write_outer(outer.tensor)
     if outer.edge:
         writer.write_edge(outer.edge)
-    adapted = _adapted(image)
-    if adapted:
-        rank = max(adapted.values())
-        writer.join_adapter(peft_config(rank, image.adapter_scale * rank, adapted))
+    if config := _adapter_config(image):
+        writer.join_adapter(config)
     for name, data in read_documents(image).items():
         write_bytes(draft / name, data)
     writer.finish(image.table["config"], None)
     writer.work.remove()
 
 
-def _adapted(image: Image) -> dict[str, int]:
-    """Rank of the adapter by the name of the layer that has one."""
+def _adapter_config(image: Image) -> dict[str, Any] | None:
+    """The adapter in PEFT's words, told by the names and shapes of its tensors; None where there is none."""
     entries = [entry for layout in image.table["layouts"] for entry in layout if "adapter" in entry["kind"]]
-    suffix = ".lora_A.weight"
-    return {e["name"].removesuffix(suffix): e["shape"][0] for e in entries if e["name"].endswith(suffix)}
+    shapes: dict[str, dict[str, list[int]]] = {
+        kind: {e["name"].removesuffix(kind): e["shape"] for e in entries if e["name"].endswith(kind)}
+        for kind in (".lora_A.weight", ".lora_magnitude_vector", ".ia3_l")
+    }
+    low_rank, magnitudes, scaled = shapes.values()
+    if scaled:
+        return ia3_config(scaled, [name for name, shape in scaled.items() if shape[1] != 1])
+    if not low_rank:
+        return None
+    rank = max(shape[0] for shape in low_rank.values())
+    return peft_config(rank, image.adapter_scale * rank, low_rank, dora=bool(magnitudes))
 
 
 def _pattern(image: Image) -> Sparsity | None:

@@ -80,7 +80,7 @@ def quantised(shape: ModelShape, bits: int, group: int = GROUP) -> ModelShape:
     def on(x: LinearShape) -> LinearShape:
         if not _packable(x) or (x.grid is not None and x.grid.bits <= bits):
             return x
-        kept = x.grid or Grid(bits, chosen)
+        kept = x.grid if isinstance(x.grid, Grid) else Grid(bits, chosen)
         return replace(x, grid=replace(kept, bits=bits))
 
     return with_linears(shape, on)
@@ -152,4 +152,8 @@ def _chunk(state: State, chunk: int) -> State:
 
 
 def _rank(state: State, rank: int) -> State:
-    return with_linears(state[0], lambda x: replace(x, adapter_rank=min(rank, x.adapter_rank))), state[1]
+    def on(x: LinearShape) -> LinearShape:
+        left = min(rank, x.adapter_rank)
+        return replace(x, adapter_rank=left, adapter_vector=x.adapter_vector if left or not x.adapter_rank else "")
+
+    return with_linears(state[0], on), state[1]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from checkpoints.errors import PlanError
 from checkpoints.packed_sizes import bytes_of, is_head
-from checkpoints.shape import BlockShape, LinearShape, ModelShape
+from checkpoints.shape import BlockShape, LinearShape, ModelShape, TensorShape
 from hardware.attention import has_rope, softcaps, window_of
 from hardware.matrices import Weights, adapter_weights, last_part, linear_weights, norm_weights, outer_weights
 
@@ -249,12 +249,30 @@ class _Pass:
         self, index: int, x: LinearShape, source: Activation, targets: tuple[Activation, ...]
     ) -> Iterator[Operator]:
         name, prefix = last_part(x.name), f"{self.shape.block_prefix}.{index}"
+        tensors = {t.name.removesuffix(".weight").rpartition(".")[2]: t for t in x.adapter()}
+        if x.adapter_vector == "columns":  # IA3 on a feed-forward layer scales what comes in
+            yield self._scaled(f"{prefix}.{x.name}", tensors["ia3_l"], index, (source,))
         yield self._product(name, index, self.tokens, linear_weights(prefix, x), (source,), targets)
         if x.adapter_rank:
             low = self._buffer(f"{index}.{name}.lora", self.tokens * x.adapter_rank)
-            down, up = (adapter_weights(f"{prefix}.{t.name}", t, x.adapter_packed) for t in x.adapter())
+            down, up = (
+                adapter_weights(f"{prefix}.{t.name}", t, x.adapter_packed)
+                for t in (tensors["lora_A"], tensors["lora_B"])
+            )
             yield self._product(f"{name}.lora_A", index, self.tokens, down, (source,), (low,))
             yield self._product(f"{name}.lora_B", index, self.tokens, up, (low, *targets), targets)
+        if x.adapter_vector == "rows":
+            yield self._scaled(f"{prefix}.{x.name}", tensors["ia3_l"], index, targets)
+        elif x.adapter_vector == "magnitude":  # divided by the rows' norms once, before the model is put on the chip
+            yield self._scaled(f"{prefix}.{x.name}", tensors["lora_magnitude_vector"], index, targets)
+
+    def _scaled(self, name: str, vector: TensorShape, index: int, buffers: tuple[Activation, ...]) -> Operator:
+        """Each feature of these buffers times its own factor, in place."""
+        kind = last_part(vector.name)
+        weights = norm_weights(f"{name}.{kind}", vector)
+        label = f"{last_part(name)}.{kind}"
+        scaled = self._element(label, "multiply", index, self.tokens, vector.elements, buffers, None, weights)
+        return replace(scaled, writes=buffers)
 
     # --- makers -----------------------------------------------------------------------------------------------
 

@@ -85,6 +85,7 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
     quiet_libraries()
     from hardware.soc import load_soc
     from pipeline.plan import plan as plan_stages
+    from pipeline.recovery import forecast_recovery
     from pipeline.report import print_plan
     from pipeline.shapes import model_shape
     from pipeline.verdicts import judge, to_dict
@@ -93,6 +94,7 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
     stages = plan_stages(wanted, shape)
     final = stages[-1].shape if stages else shape
     verdict = judge(final, load_soc(wanted.soc), _model_name(wanted), timing=True)
+    recovery = forecast_recovery(wanted, shape, stages)
     if as_json:
         typer.echo(
             json.dumps(
@@ -105,6 +107,7 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
                         "packed_bytes": shape.packed_bytes,
                     },
                     "stages": [stage.to_dict() for stage in stages],
+                    "recovery": [entry.to_dict() for entry in recovery],
                     "notes": list(wanted.notes),
                     "hardware": to_dict(verdict),
                 },
@@ -112,7 +115,15 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
             )
         )
     else:
-        print_plan(Console(), _model_name(wanted), shape, stages, wanted.notes, verdict)
+        print_plan(
+            Console(),
+            _model_name(wanted),
+            shape,
+            stages,
+            wanted.notes,
+            verdict,
+            [entry.in_words() for entry in recovery],
+        )
 
 
 def _model_name(recipe: Recipe) -> str:

@@ -18,7 +18,7 @@ from checkpoints.errors import CheckpointError, EdgepressError, PlanError, TextE
 from checkpoints.families import PRESETS
 from checkpoints.headers import shape_from_folder
 from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.shape import ModelShape
+from checkpoints.shape import Grid, ModelShape
 from hardware import quality
 from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, search
 from hardware.soc import Soc
@@ -106,8 +106,8 @@ def read_sweep(out: Path, shape: ModelShape) -> dict[Settings, float]:
     """What the finished stages in an output folder cost this model, in nats a token of its own vocabulary.
 
     From bits per byte against the uncompressed model, measured by the same protocol on the same text; folders of
-    another model, with an EoRA adapter, or with settings that `fit` does not search are passed over. Raises
-    CheckpointError where there is nothing to read.
+    another model, with an adapter beside the weights, or with settings that `fit` does not search are passed over.
+    Raises CheckpointError where there is nothing to read.
     """
     if not out.is_dir():
         raise CheckpointError(f"there is no folder {out}; --sweep takes the output folder of an earlier run or sweep")
@@ -161,13 +161,13 @@ def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
         if manifest.stage == "vocabulary":
             vocabulary = int(options["size"])
         elif manifest.stage == "depth" and not options["layers"]:
-            removed = int(options["remove"])
+            removed += int(options["remove"])  # --homotopic removes them in several turns
         elif manifest.stage == "wanda" and options.get("method", "wanda") == "wanda":
-            pattern = str(options["pattern"])
-        elif manifest.stage == "gptq" and not options["symmetric"]:
+            pattern = pattern if pattern != "none" else str(options["pattern"])  # the last turn's, which comes first
+        elif manifest.stage == "gptq" and not options["symmetric"] and str(options["quant"]).startswith("gptq"):
             group = _resolved_group(shape, options)
             how = Quantisation(options["quant"], _bits(options["quant"]), group, int(options["quant_embeddings"]))
-        elif manifest.stage != "lora":
+        elif manifest.stage != "lora" or manifest.facts.get("added_bytes"):
             return None
     return Settings(vocabulary, removed, pattern, how)
 
@@ -181,7 +181,7 @@ def _resolved_group(shape: ModelShape, options: Mapping[str, Any]) -> int:
 
     wanted = -1 if str(options["quant"]).endswith("-channel") else int(options["group"])
     grid = with_grid(shape, _bits(options["quant"]), wanted, False, 0).grid
-    assert grid is not None
+    assert isinstance(grid, Grid)
     return grid.group
 
 

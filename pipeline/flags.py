@@ -25,6 +25,7 @@ _COMMON: dict[str, tuple[str, type, str]] = {
     "device": ("--device", str, "auto, cpu or cuda."),
     "dtype": ("--dtype", str, "Precision of forward passes: auto, bfloat16 or float32."),
     "soc": ("--soc", str, "Chip of the verdict: a shipped name or a .toml file."),
+    "homotopic": ("--homotopic", int, "Rounds of a little pruning, then distilling, in place of one of each; 0: one."),
     "spill_mib": ("--spill-mib", int, "Calibration states beyond this many MiB go to a temporary file."),
 }
 

@@ -13,14 +13,14 @@ from typing import Any
 from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
 from pipeline.tree import Node, Tree
-from stages.options import Wanda
-from stages.pruning import HESSIANS, NOTHING
-from stages.pruning import method as pruning_method
+from stages.needs import HESSIANS, NOTHING, needs
+from stages.recovery.shapes import adapters
 
 # Seconds measured over seconds that the arithmetic alone would take, in the README's demo (SmolLM2-135M, bfloat16, two
 # cores that multiply 4e11 times a second); and what every stage run costs besides.
 _FACTOR = {"source": 4.0, "depth": 2.1, "wanda": 3.9, "lora": 2.9, "gptq": 4.5, "eora": 3.1}
 _FIXED_SECONDS = 1.0
+_DORA_STEPS = 400  # multiply-adds in whose time one weight's direction, norm and gradient pass by
 _DISK_BYTES_PER_SECOND = 400e6  # a stage's files are written, hashed, and read again by its check
 _TRIAL_SECONDS = 0.5  # long enough that a busy machine is idle for once
 _ROWS_TEXT_TOKENS = 290_000  # WikiText-2's test split, which `tokens: 0` measures whole
@@ -67,8 +67,13 @@ def node_seconds(node: Node, speed: float) -> float:
     )
     if node.step is None:
         return seconds
-    work = stage_operations(node.stage, node.step.options, node.before) / speed * _FACTOR.get(node.stage, 1.0)
-    return seconds + work + _FIXED_SECONDS + node.step.shape.file_bytes / _DISK_BYTES_PER_SECOND
+    work = stage_seconds(node.stage, node.step.options, node.before, speed)
+    return seconds + work + node.step.shape.file_bytes / _DISK_BYTES_PER_SECOND
+
+
+def stage_seconds(stage: str, options: Any, shape: ModelShape, speed: float) -> float:
+    """Of a stage's own work, without measuring and writing. speed: as for node_seconds."""
+    return stage_operations(stage, options, shape) / speed * _FACTOR.get(stage, 1.0) + _FIXED_SECONDS
 
 
 def stage_operations(stage: str, options: Any, shape: ModelShape) -> float:
@@ -86,19 +91,31 @@ def stage_operations(stage: str, options: Any, shape: ModelShape) -> float:
         trained = int(options.total_steps * options.batch * options.length)
         passes = 3 + bool(options.checkpointing) + bool(options.distill)
         looks = int((options.total_steps // options.save_steps + 1) * options.held_out * options.length)
-        return float((passes * trained + looks) * (count * block + head))
+        return float((passes * trained + looks) * (count * block + head)) + _adapter_operations(options, shape)
     layers = [x for b in shape.blocks for x in b.linears]
     solver = 0
-    needs = pruning_method(options.method).NEEDS if isinstance(options, Wanda) else None
-    if needs == NOTHING:
+    if needs(options) == NOTHING:
         return float(count * block)
-    if stage == "gptq" or needs == HESSIANS:  # the Hessian, its factor, and the columns one after the other
-        solver = sum(x.in_features**2 * (tokens + x.out_features + 2 * x.in_features) for x in layers)
-    elif stage == "eora":  # the covariance, its eigenvectors, and a decomposition of the error
+    if stage == "eora":  # the covariance, its eigenvectors, and a decomposition of the error
         narrow = [min(x.in_features, x.out_features) for x in layers]
         solver = sum(x.in_features**2 * (tokens + 9 * x.in_features) for x in layers)
         solver += sum(20 * x.weights * n for x, n in zip(layers, narrow, strict=True))
+    elif needs(options) == HESSIANS:  # the Hessian, its factor, and the columns one after the other
+        solver = sum(x.in_features**2 * (tokens + x.out_features + 2 * x.in_features) for x in layers)
     return 2 * forward + solver
+
+
+def _adapter_operations(options: Any, shape: ModelShape) -> float:
+    """What a method computes with whole matrices besides: in each micro-batch, and to find where to begin."""
+    found = adapters(shape, options)
+    weights, work = sum(x.weights for x in found), 0.0
+    if any(x.adapter_vector == "magnitude" for x in found):
+        batches = options.total_steps * (options.batch // options.micro_batch)
+        work += float(batches * weights * (3 * options.rank + _DORA_STEPS))
+    if options.recovery.begin is not None:  # eigenvectors of the smaller Gram matrix
+        narrow = [min(x.in_features, x.out_features) for x in found]
+        work += float(sum(2 * x.weights * n + 9 * n**3 for x, n in zip(found, narrow, strict=True)))
+    return work
 
 
 def _depth_operations(options: Any, tokens: int, block: int, head: int, count: int) -> float:

@@ -15,6 +15,8 @@ from typing import Any, get_type_hints
 import yaml
 
 from checkpoints.errors import PlanError, RecipeError
+from pipeline.homotopic import in_rounds
+from pipeline.order import in_working_order
 from stages.options import STAGES, Eora, Options
 
 PLAIN_KEYS: dict[str, type] = {
@@ -29,6 +31,7 @@ PLAIN_KEYS: dict[str, type] = {
     "dtype": str,
     "soc": str,
     "spill_mib": int,
+    "homotopic": int,
 }
 
 
@@ -45,6 +48,7 @@ class Recipe:
     dtype: str = "auto"
     soc: str = "siracusa"
     spill_mib: int = 64  # calibration states beyond this lie in a temporary file
+    homotopic: int = 0  # rounds of depth, wanda and lora with a part of their amounts each; 0: once, in full
     stages: tuple[tuple[str, Options], ...] = tuple(
         (name, options()) for name, options in STAGES.items() if not options().skipped
     )
@@ -88,7 +92,7 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
             faults.append(f"{flag} belongs to the stage {stage}, which {file} leaves out")
     left_out = _skipped(skip or str(given.get("skip") or ""), faults)
     asked = any(k.startswith("eora.") and v is not None for k, v in flags.items())
-    recipe = assemble(plain, stages, left_out, asked, faults)
+    recipe = assemble(plain, stages, left_out, asked, faults, listed="stages" in given)
     if faults:
         raise RecipeError(faults)
     return recipe
@@ -100,8 +104,12 @@ def assemble(
     left_out: Set[str],
     eora_asked: bool,
     faults: list[str],
+    listed: bool = False,
 ) -> Recipe:
-    """A recipe of checked plain keys and options. Values that can never work are added to the faults."""
+    """A recipe of checked plain keys and options. Values that can never work are added to the faults.
+
+    listed: somebody listed the stages, so their order is wanted as it is.
+    """
     built = []
     for stage, values in stages.items():
         try:
@@ -119,7 +127,10 @@ def assemble(
         # Left out rather than refused: `--quant none` says that nothing is to be compensated.
         built = [entry for entry in built if entry[0] != "eora"]
         notes.append("eora is left out: without gptq there is no quantisation error to compensate")
-    return Recipe(stages=tuple(built), notes=tuple(notes), **plain)
+    if not listed:
+        built = in_working_order(built, eora_asked, notes)
+    recipe = Recipe(stages=tuple(built), notes=tuple(notes), **plain)
+    return in_rounds(recipe, faults) if recipe.homotopic else recipe
 
 
 def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,9 @@ def print_plan(
     stages: list[StagePlan],
     notes: tuple[str, ...],
     verdict: Verdict | str,
+    more: Sequence[str] = (),
 ) -> None:
-    """The forecast as a table."""
+    """The forecast as a table; `more` are lines about single stages."""
     console.print(f"Plan for {model}", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("stage", "blocks", "params M", "nonzero M", "file MiB", "packed", "N:M", "bits", "peak MiB"):
@@ -81,6 +83,8 @@ def print_plan(
     print_whole(console, table)
     for note in (*notes, *(remark for stage in stages for remark in stage.remarks)):
         console.print(f"  ! {note}", style="yellow", highlight=False)
+    for line in more:
+        console.print(line, highlight=False)
     total = sum(stage.shape.file_bytes for stage in stages)
     scratch = max((stage.scratch_bytes for stage in stages), default=0)
     console.print(

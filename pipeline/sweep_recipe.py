@@ -87,7 +87,7 @@ def load_sweep(
     _refuse_flags_without_effect(given_flags, drafts, stages, faults)
     built, wrong = [], defaultdict(list)
     for draft in drafts:
-        recipe = _laid_over(draft, plain, stages, given_flags)
+        recipe = _laid_over(draft, plain, stages, given_flags, "stages" in given or draft.stages is not None)
         for fault in draft.faults:
             wrong[fault].append(draft.name)
         if recipe is not None:
@@ -210,8 +210,9 @@ def _multiplied(name: str, own: dict[str, Any], grid: _Grid) -> Iterator[_Draft]
 
 
 def _laid_over(
-    draft: _Draft, plain: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]
-) -> Recipe | None:
+    draft: _Draft, plain: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any],
+    listed: bool,
+) -> Recipe | None:  # fmt: skip
     order = draft.stages if draft.stages is not None else {name: {} for name in base}
     stages = {
         name: {**base.get(name, {}), **_of_stage(flags, name), **inline, **_of_stage(draft.own, name)}
@@ -223,7 +224,7 @@ def _laid_over(
         if stage in STAGES and stage not in order:
             draft.faults.append(f"{key} is set, but the stage {stage} is left out")
     asked = any(key.startswith("eora.") for key in draft.own) or "eora" in (draft.stages or {})
-    recipe = assemble(plain, stages, set(), asked and _quantises(stages), draft.faults)
+    recipe = assemble(plain, stages, set(), asked and _quantises(stages), draft.faults, listed)
     if "eora" in (draft.stages or {}) and "gptq" not in (draft.stages or {}):
         draft.faults.append("eora needs gptq before it: without it there is no quantisation error to compensate")
     return None if draft.faults else recipe

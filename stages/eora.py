@@ -17,15 +17,17 @@ from torch import Tensor
 
 from checkpoints.adapter_codes import eight_bit, unpacked
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
+from checkpoints.errors import PlanError
 from checkpoints.peft_config import peft_config
 from checkpoints.runtime import Runtime
+from checkpoints.scaling import rescaled
 from checkpoints.shape import LinearShape, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
 from stages.hessian import hessians
 from stages.options import Eora as Options
+from stages.reference import reference_weights
 
 VERSION = 1
 
@@ -34,8 +36,11 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with an adapter on every quantised layer. Raises PlanError where nothing was quantised."""
     if shape.grid is None:
         raise PlanError("eora compensates quantisation, and nothing is quantised before it; use --skip eora")
-    if any(x.adapter_rank for block in shape.blocks for x in block.linears):
-        raise PlanError("eora: this checkpoint already carries an adapter; give the quantised one without it")
+    if any(x.adapted for block in shape.blocks for x in block.linears):
+        raise PlanError(
+            "eora: this checkpoint already carries an adapter; give the quantised one without it, or leave eora out: "
+            "--eora 0. A layer has room for one adapter"
+        )
     limit = min(min(x.out_features, x.in_features) for block in shape.blocks for x in block.linears if x.grid)
     if options.rank > limit:
         raise PlanError(f"--eora {options.rank}: the smallest quantised layer has rank {limit}; choose at most that")
@@ -58,7 +63,7 @@ def run(
     walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task="eora")
     for block in walk:
         wanted = {x.name: x for x in after.blocks[block.index].linears if x.adapter_rank}
-        dense = reference.block(numbers[block.index])
+        dense = rescaled(source, block.index, reference.block(numbers[block.index]))
         adapter: dict[str, Tensor] = {}
         facts: dict[str, dict[str, float]] = {}
         for names, covariance in hessians(block).items():
@@ -94,24 +99,6 @@ def run(
         "total": total,
         "blocks": walk.facts,
     }
-
-
-def reference_weights(source: Checkpoint, against: str) -> tuple[Checkpoint, list[int]]:
-    """The checkpoint whose weights are to be reached, and its block number for each block of the source."""
-    chain = list(source.ancestors())
-    if against == "parent":
-        dense = next((c for c in chain if c.shape.grid is None), None)
-        if dense is None:
-            raise CheckpointError(f"{source.folder} has no dense ancestor in the store to compensate against")
-    else:
-        dense = chain[-1]
-    count = len(source.shape.blocks)
-    if len(dense.shape.blocks) == count:
-        return dense, list(range(count))
-    kept = source.manifest.origin.get("blocks") if source.manifest else None
-    if kept is None or len(kept) != count:
-        raise CheckpointError(f"it is not recorded which blocks of {dense.folder} are left in {source.folder}")
-    return dense, list(kept)
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,53 @@
-"""Stage 3: recover quality with low-rank adapters, then merge them.
+"""Stage 3: recover quality by training a few parameters beside the weights, then merge them.
 
-LoRA (Hu et al., arXiv 2106.09685) through peft and transformers' Trainer. On a layer with an N:M mask the
-adapter is trained through the mask, W_eff = (W + s B A) * mask, so what was trained is what is merged and
-the zeros stay zeros.
+LoRA (Hu et al., arXiv 2106.09685) and the other methods of stages/recovery, through peft and transformers' Trainer.
+On a layer with an N:M mask the adapter is trained through the mask, W_eff = (W + s B A) * mask, so what was trained
+is what is merged and the zeros stay zeros. On quantised weights it is not merged: it lies beside them in PEFT's format.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
+from checkpoints.image_tensors import TORCH_DTYPES
+from checkpoints.peft_config import described
 from checkpoints.quiet import quiet_import
 from checkpoints.runtime import Runtime
 from checkpoints.shape import ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
-from stages.dense import require_dense
+from stages.dense import require_dense, require_quantised
 from stages.distill import teacher
 from stages.options import Lora as Options
+from stages.recovery.shapes import adapters, target_names, with_adapters
+from stages.reference import reference_weights
 from stages.training import own_random_state, require_a_batch, train
 
 VERSION = 1
 
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
-    """The same shape: adapters are merged. Raises PlanError for unknown targets and weights that are not dense."""
-    require_dense(shape, "lora")
-    target_names(shape, options)
-    return shape
+    """The same shape where adapters are merged, and on quantised weights that with adapters beside them.
+
+    Raises PlanError for unknown targets, and for weights that are not of the kind that the method works on.
+    """
+    recovery = options.recovery
+    if not recovery.quantised:
+        require_dense(shape, "lora", beside=f"--recover {recovery.on_quantised()}")
+        target_names(shape, options)
+        return shape
+    require_quantised(shape, f"--recover {recovery}", instead=f"--recover {recovery.on_dense()}")
+    if recovery.begin is not None:
+        least = min(min(x.out_features, x.in_features) for x in adapters(shape, options))
+        if options.rank > least:
+            raise PlanError(f"--lora-rank {options.rank}: the smallest layer to adapt has rank {least}")
+    return with_adapters(shape, options)
 
 
 def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
@@ -44,19 +58,21 @@ def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
             f"lora: {options.total_steps} steps of {options.batch} see only {seen} of {windows} training windows; "
             "--lora-steps 0 goes through all of them"
         )
-
-
-def target_names(shape: ModelShape, options: Options) -> list[str]:
-    """Names (without path) of the linear layers to adapt. Raises PlanError naming those that exist."""
-    present = {x.name.rpartition(".")[2] for x in shape.blocks[0].linears}
-    if options.targets == "all":
-        return sorted(present)
-    wanted = [name.strip() for name in options.targets.split(",")]
-    if set(wanted) == {"q_proj", "k_proj", "v_proj", "o_proj"} and "qkv_proj" in present:
-        wanted = ["qkv_proj", "o_proj"]  # the default, on families that fuse q, k and v
-    if unknown := [name for name in wanted if name not in present]:
-        raise PlanError(f"--lora-targets {','.join(unknown)}: this model's blocks have {', '.join(sorted(present))}")
-    return wanted
+    recovery = options.recovery
+    if not recovery.adapter.RANKED:
+        yield (
+            f"lora: {recovery.adapter_name} learns one factor a row or column; "
+            "--lora-rank, --lora-alpha and --lora-dropout change nothing"
+        )
+    if recovery.quantised:
+        yield (
+            "lora: the weights stay packed on the disk and are dense in memory while the adapter is trained; it is not "
+            "merged, and a runtime computes it beside them"
+        )
+        if recovery.adapter_name != "lora":
+            yield f"lora: peft computes {recovery.adapter_name} beside dequantised weights, not with GPTQ's kernels"
+        if shape.pattern is not None and recovery.adapter.RANKED:
+            yield f"lora: the {shape.pattern} zeros stay in the packed weights; the adapter beside them is dense"
 
 
 def run(
@@ -75,81 +91,93 @@ def run(
     training.curve.write(target.folder)
     for line in (*training.curve.lines(), f"  {training.summary()}"):
         runtime.progress.say(line)
-    deltas = {name: masked_delta(layer) for name, layer in layers.items()}
-    _write_merged(source, target, deltas)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"trainable_parameters": trainable, **training.facts()}
+    if options.recovery.quantised:
+        _write_beside(source, target, model, layers, options)
+    else:
+        _write_merged(source, target, layers, options)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    added = sum(x.adapter_bytes for x in adapters(source.shape, options)) if options.recovery.quantised else 0
+    where = f"{added:,} bytes beside the weights" if added else "merged"
+    runtime.progress.say(f"  {options.method}: {trained:,} parameters trained, {where}")
+    return {"method": options.method, "trainable_parameters": trained, "added_bytes": added, **training.facts()}
 
 
 def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The model in memory with new adapters, trained through its mask if it has one; and the adapted layers."""
     with quiet_import():  # peft asks GPTQModel, which greets
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=target_names(source.shape, options),
-        task_type="CAUSAL_LM",
-    )
+    recovery = options.recovery
+    config = recovery.adapter.config(target_names(source.shape, options), options, recovery.arguments)
     base = source.model(runtime.device, runtime.dtype)
     with quiet_import():
         model = get_peft_model(base, config)
     layers = adapted_layers(model)
-    if source.shape.pattern is not None:
-        for layer in layers.values():
-            train_through_mask(layer)
+    if recovery.begin is not None:
+        for name, error in quantisation_errors(source, layers):
+            recovery.begin(layers[name], error.to(runtime.device))
+    # Beside packed weights nothing can be left out of the adapter when it is computed, so nothing is in training.
+    masked = source.shape.pattern is not None and not recovery.quantised
+    for layer in layers.values():
+        recovery.adapter.start(layer, layer.base_layer.weight != 0 if masked else None)
     return model, layers
 
 
-def _write_merged(source: Checkpoint, target: CheckpointWriter, deltas: dict[str, Tensor]) -> None:
-    """W + s B A of each adapted layer in the stored precision, everything else as it is."""
-    prefix = source.shape.block_prefix
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """peft's layers by the name that the wrapped linear has in the checkpoint."""
+    with quiet_import():
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            found[re.sub(r"^base_model\.model\.", "", name)] = module
+    return found
+
+
+def quantisation_errors(source: Checkpoint, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """What quantisation took from each of these layers: dense weight minus effective one, (out, in) float32."""
+    dense, numbers = reference_weights(source, "parent")
+    for index, number in enumerate(numbers):
+        prefix = f"{source.shape.block_prefix}.{index}."
+        wanted, present = dense.block(number), source.block(index)
+        for name in [n for n in layers if n.startswith(prefix)]:
+            key = f"{name.removeprefix(prefix)}.weight"
+            yield name, wanted[key].float() - present[key].float()
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def _write_merged(source: Checkpoint, target: CheckpointWriter, layers: Mapping[str, Any], options: Options) -> None:
+    """Each adapted layer with its adapter's change in the stored precision, everything else as it is."""
+    prefix, adapter = source.shape.block_prefix, options.recovery.adapter
     for index in range(len(source.shape.blocks)):
         tensors = dict(source.stored_block(index))
-        for name in [n for n in deltas if n.startswith(f"{prefix}.{index}.")]:
-            key = name.removeprefix(f"{prefix}.{index}.") + ".weight"
-            tensors[key] = (tensors[key].float() + deltas[name].cpu()).to(tensors[key].dtype)
+        for name in [n for n in layers if n.startswith(f"{prefix}.{index}.")]:
+            for kind, change in adapter.change(layers[name]).items():
+                key = f"{name.removeprefix(f'{prefix}.{index}.')}.{kind}"
+                tensors[key] = (tensors[key].float() + change.detach().cpu()).to(tensors[key].dtype)
         target.write_block(index, tensors)
     target.copy_outer(source)
     target.finish(source.config, source)
 
 
-# --- the adapter and the mask ---------------------------------------------------------------------------------------
-
-
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """peft's LoRA layers by the name that the wrapped linear has in the checkpoint."""
-    found = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            found[re.sub(r"^base_model\.model\.", "", name)] = module
-    return found
-
-
-def masked_delta(layer: Any) -> Tensor:
-    """s B A of one layer (out, in) float32, zero wherever the mask is; differentiable."""
-    delta: Tensor = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
-    mask = getattr(layer, "nm_mask", None)
-    return delta if mask is None else delta * mask
-
-
-def train_through_mask(layer: Any) -> None:
-    """Make peft's layer compute with W_eff = (W + s B A) * mask; the mask is where W is not zero.
-
-    Without dropout that is one product with W_eff. With dropout, which acts on the adapter's input alone, W
-    and the masked adapter are applied one after the other.
-    """
-    weight = layer.base_layer.weight
-    layer.nm_mask = weight != 0
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        delta = masked_delta(layer).to(x.dtype)
-        dropout = layer.lora_dropout["default"]
-        if not layer.training or isinstance(dropout, nn.Identity):
-            return F.linear(x, weight + delta, layer.base_layer.bias)
-        y: Tensor = layer.base_layer(x)
-        return y + F.linear(dropout(x), delta)
-
-    layer.forward = forward
+def _write_beside(
+    source: Checkpoint, target: CheckpointWriter, model: Any, layers: Mapping[str, Any], options: Options
+) -> None:
+    """The quantised weights as they are, and the adapter in PEFT's format."""
+    prefix, adapter = source.shape.block_prefix, options.recovery.adapter
+    for index, block in enumerate(plan(source.shape, options).blocks):
+        stored = {}
+        for linear in (x for x in block.linears if x.adapted):
+            trained = adapter.tensors(layers[f"{prefix}.{index}.{linear.name}"])
+            for t in linear.adapter():
+                tensor = trained[t.name.removeprefix(f"{linear.name}.")].detach().cpu()
+                stored[t.name] = tensor.to(TORCH_DTYPES[t.dtype])
+        target.copy_block(index, source, index)
+        target.write_adapter_part(index, stored)
+    target.copy_outer(source)
+    target.copy_edge(source)
+    target.join_adapter(described(model.peft_config["default"]))
+    target.finish(source.config, source)

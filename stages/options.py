@@ -7,16 +7,20 @@ work raise PlanError at once; what depends on the model is checked by the stage'
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from checkpoints.errors import PlanError
 from checkpoints.shape import parse_amount
+from stages import quantisers
 from stages.pruning import METHODS
+from stages.recovery import METHODS as RECOVERY
+from stages.recovery import Recovery, parse
 
 
-def option(default: Any, flag: str, text: str) -> Any:
-    return field(default=default, metadata={"flag": flag, "help": text})
+def option(default: Any, flag: str, text: str, later: bool = False) -> Any:
+    """A field. later: it came after stores were written; at its default it is no part of a stage's fingerprint."""
+    return field(default=default, metadata={"flag": flag, "help": text, "later": later})
 
 
 def _require(holds: bool, message: str) -> None:
@@ -24,10 +28,9 @@ def _require(holds: bool, message: str) -> None:
         raise PlanError(message)
 
 
-QUANTS = ("gptq4", "gptq3", "gptq8", "gptq4-channel", "gptq8-channel", "none")
+QUANTS = (*quantisers.METHODS, "none")
 METRICS = ("perplexity", "taylor", "magnitude", "influence")
 TEACHERS = ("auto", "held", "streamed")
-ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 
 
 @dataclass(frozen=True)
@@ -134,17 +137,19 @@ class Wanda:
 
     @property
     def label(self) -> str:
-        return f"{self.method}-{self.pattern.replace(':', 'of')}"
+        return f"{self.method}-{self.pattern.replace(' of ', '-').replace('/', 'in').replace(':', 'of')}"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Recovers quality with low-rank adapters that are merged afterwards (LoRA, arXiv 2106.09685)."""
+    """Recovers quality with adapters that are merged afterwards, by LoRA (arXiv 2106.09685) or stages/recovery."""
 
     rank: int = option(8, "--lora-rank", "Rank of the adapters.")
     alpha: int = option(16, "--lora-alpha", "Scale of the adapters is alpha / rank.")
     dropout: float = option(0.1, "--lora-dropout", "Dropout on the adapters' inputs.")
-    targets: str = option(ATTENTION, "--lora-targets", "Linear layers to adapt, comma-separated, or all.")
+    targets: str = option(
+        "", "--lora-targets", "Linear layers to adapt, comma-separated, or all; default: q, k, v and o, with ia3 all."
+    )
     data: str = option("", "--lora-data", "Training text: wikitext2, trivia_qa, alpaca or a file; default: --data's.")
     samples: int = option(80, "--lora-samples", "Training windows (the thesis: 8192).")
     length: int = option(512, "--lora-length", "Tokens per training window.")
@@ -161,8 +166,14 @@ class Lora:
     teacher: str = option(
         "auto", "--distill-teacher", "held in memory, streamed to disk before training, or auto: streamed up to 16 GiB."
     )
+    method: str = option(
+        "lora", "--recover", f"How, joined with +: {', '.join(RECOVERY)}; qlora and loftq come after gptq.", later=True
+    )
 
     def __post_init__(self) -> None:
+        # What is the same is written the same: in fingerprints, folders' names and manifests.
+        object.__setattr__(self, "method", str(self.recovery))
+        object.__setattr__(self, "targets", self.targets or self.recovery.adapter.TARGETS)
         _require(self.rank > 0, f"--lora-rank {self.rank}: must be positive; use --skip lora to leave the stage out")
         _require(self.alpha > 0, f"--lora-alpha {self.alpha}: must be positive")
         _require(0 <= self.dropout < 1, f"--lora-dropout {self.dropout}: must be in [0, 1)")
@@ -192,7 +203,12 @@ class Lora:
 
     @property
     def label(self) -> str:
-        return f"lora-r{self.rank}"
+        name = self.method.replace("+", "-")
+        return f"{name}-r{self.rank}" if self.recovery.adapter.RANKED else name
+
+    @property
+    def recovery(self) -> Recovery:
+        return parse(self.method)
 
     @property
     def total_steps(self) -> int:
@@ -205,11 +221,9 @@ class Lora:
 
 @dataclass(frozen=True)
 class Gptq:
-    """Low-bit weights, error-compensated column by column (GPTQ, arXiv 2210.17323)."""
+    """Low-bit weights: GPTQ's (arXiv 2210.17323) unless another method is asked for."""
 
-    quant: str = option(
-        "gptq4", "--quant", "gptq4, gptq3 or gptq8, with -channel one scale a row (N-EUREKA); none skips."
-    )
+    quant: str = option("gptq4", "--quant", f"Method and bits: {', '.join(QUANTS)}. -channel is one scale a row.")
     group: int = option(128, "--group", "Weights that share a scale; the largest that fits all layers is used.")
     symmetric: bool = option(False, "--symmetric", "Fix the zero point in the middle of the grid.")
     activation_order: bool = option(True, "--activation-order", "Quantise the most used columns first.")
@@ -218,6 +232,9 @@ class Gptq:
     effort: str = option("normal", "--quant-effort", "normal, or high: then tune each block's output by gradient.")
     effort_steps: int = option(60, "--quant-steps", "Gradient steps a block of --quant-effort high.")
     quant_embeddings: int = option(0, "--quant-embeddings", "Also pack embedding and head at 8 or 4 bits; 0 does not.")
+    activation_bits: int = option(
+        16, "--activation-bits", "8 rounds the inputs of quantised layers too, in all measurements.", later=True
+    )
     samples: int = option(32, "--quant-samples", "Calibration windows.")
     length: int = option(512, "--quant-length", "Tokens per calibration window.")
 
@@ -227,6 +244,11 @@ class Gptq:
         _require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
         _require(self.effort in ("normal", "high"), f"--quant-effort {self.effort}: there are normal and high")
         _require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
+        _require(self.activation_bits in (8, 16), f"--activation-bits {self.activation_bits}: 8, or 16 to leave them")
+        _require(
+            not self.skipped or self.activation_bits == 16,
+            "--activation-bits 8 rounds inputs of quantised layers, and --quant none leaves none; give --quant int8",
+        )
         _require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
         _windows("gptq", self.samples, self.length)
 
@@ -235,17 +257,8 @@ class Gptq:
         return self.quant == "none"
 
     @property
-    def bits(self) -> int:
-        return int(self.quant.removeprefix("gptq").removesuffix("-channel"))
-
-    @property
-    def wanted_group(self) -> int:
-        """The group asked for; -1 is one scale for each output channel."""
-        return -1 if self.quant.endswith("-channel") else self.group
-
-    @property
     def label(self) -> str:
-        return self.quant
+        return self.quant if self.activation_bits == 16 else f"{self.quant}-a{self.activation_bits}"
 
 
 @dataclass(frozen=True)
@@ -271,6 +284,15 @@ class Eora:
     @property
     def label(self) -> str:
         return f"eora-r{self.rank}" + ("-8bit" if self.bits == 8 else "")
+
+
+def decisive(options: Any) -> dict[str, Any]:
+    """What of a stage's options decides its output: all fields, but not later ones at their default."""
+    return {
+        f.name: value
+        for f in fields(options)
+        if (value := getattr(options, f.name)) != f.default or not f.metadata.get("later")
+    }
 
 
 Options = Vocabulary | Pad | Depth | Wanda | Lora | Gptq | Eora

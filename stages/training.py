@@ -55,7 +55,7 @@ class Training:
         return (
             f"{self.steps} steps, {self.tokens} tokens, {self.tokens / self.seconds:.0f} tokens/s; "
             f"loss {self.curve.training[0]:.3f} -> {self.curve.training[-1]:.3f}{checked}; "
-            f"step {self.curve.kept_step} is merged"
+            f"step {self.curve.kept_step} is kept"
         )
 
 

@@ -94,7 +94,7 @@ def losses_figure(runs: list[tuple[str, Losses]]) -> Picture:
             axes.legend(loc="upper right")
 
     ends = "; ".join(_in_words(name, found) for name, found in runs)
-    caption = "The ring marks the step whose adapter was merged." if any(f.held_out for _, f in runs) else ""
+    caption = "The ring marks the step whose adapter was kept." if any(f.held_out for _, f in runs) else ""
     extra = 0.0 if alone else 0.2 * len(runs)
     title = "LoRA training"
     return picture("lora-loss", title, f"Loss curves. {ends}.", plot, (3.2, 3.2 + extra), caption=caption)

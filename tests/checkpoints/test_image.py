@@ -349,11 +349,10 @@ def test_an_adapter_beyond_plain_lora_is_refused_with_all_its_reasons(tmp_path: 
             pack_checkpoint(made, tmp_path / "model.bin")
         assert all(reason in str(caught.value) for reason in reasons), caught.value
 
-    refused("use_rslora True", "rank_pattern {'q_proj': 4}", use_rslora=True, rank_pattern={"q_proj": 4})
+    refused("fan_in_fan_out True", "rank_pattern {'q_proj': 4}", fan_in_fan_out=True, rank_pattern={"q_proj": 4})
     refused("alpha_pattern {'q_proj': 4}", alpha_pattern={"q_proj": 4})
     refused("use_dora True", use_dora=True)
     refused("bias lora_only", bias="lora_only")
-    refused("fan_in_fan_out True", fan_in_fan_out=True)
     refused("r is 4, but A has rank 2", r=4)
     refused("peft_type LOHA", peft_type="LOHA")
     refused("from_the_future 3", from_the_future=3)
@@ -362,6 +361,9 @@ def test_an_adapter_beyond_plain_lora_is_refused_with_all_its_reasons(tmp_path: 
     harmless = {"lora_dropout": 0.1, "base_model_name_or_path": "x", "task_type": None, "from_the_future": None}
     path.write_text(json.dumps(older | harmless))
     pack_checkpoint(made, tmp_path / "model.bin")
+    path.write_text(json.dumps(plain | {"use_rslora": True}))  # another scale, and nothing else
+    anew = Checkpoint(made.folder, made.manifest)
+    assert pack_checkpoint(anew, tmp_path / "model.bin").adapter_scale == plain["lora_alpha"] / 2**0.5
 
 
 def test_three_bit_streams_lie_as_told() -> None:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.unit
 DENSE = shape_from_config(PRESETS["smollm2-135m"])
 QUANTISED = gptq.plan(DENSE, Gptq())
 COMPENSATED = eora.plan(QUANTISED, Eora())
+TRAINABLE = ("lora", QUANTISED)
 NEEDS_DENSE = ("depth", "wanda", "lora", "gptq")
 
 
@@ -38,6 +39,7 @@ def test_quantised_weights_are_refused(stage: str, shape: ModelShape) -> None:
         f"{stage} needs dense weights; this checkpoint is already quantised (4 bits). "
         + (f"Put {stage} before gptq, or give" if stage != "gptq" else "Give")
         + " the checkpoint from before quantisation"
+        + (". --recover qlora trains beside quantised weights and merges nothing" * ((stage, shape) == TRAINABLE))
     )
 
 

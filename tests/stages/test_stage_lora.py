@@ -21,6 +21,7 @@ from checkpoints.shape import Pattern
 from checkpoints.writer import CheckpointWriter
 from stages import gptq, lora
 from stages.options import Gptq, Lora
+from stages.recovery import lora as low_rank
 from tests.stages.lora_help import mean_loss, options, text
 
 pytestmark = pytest.mark.unit
@@ -47,7 +48,7 @@ def peft_layer(dropout: float = 0.0, bias: bool = True) -> Any:
     (layer,) = lora.adapted_layers(model).values()
     layer.lora_A["default"].weight.data = torch.randn(3, 16, generator=generator)
     layer.lora_B["default"].weight.data = torch.randn(12, 3, generator=generator)
-    lora.train_through_mask(layer)
+    low_rank.start(layer, layer.base_layer.weight != 0)
     return layer
 
 
@@ -66,11 +67,11 @@ def by_hand(layer: Any) -> tuple[Tensor, Tensor]:
 def test_delta_is_the_masked_product() -> None:
     layer = peft_layer()
     W, delta = by_hand(layer)
-    torch.testing.assert_close(lora.masked_delta(layer).detach(), delta)
-    assert bool((lora.masked_delta(layer)[W == 0] == 0).all())
+    torch.testing.assert_close(low_rank.masked_delta(layer).detach(), delta)
+    assert bool((low_rank.masked_delta(layer)[W == 0] == 0).all())
     del layer.nm_mask
     plain = 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    assert torch.equal(lora.masked_delta(layer), plain)
+    assert torch.equal(low_rank.masked_delta(layer), plain)
 
 
 @pytest.mark.parametrize("bias", [True, False])

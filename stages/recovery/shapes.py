@@ -1,0 +1,51 @@
+"""Which layers a method adapts, and what lies beside them then: from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from checkpoints.errors import PlanError
+from checkpoints.shape import LinearShape, ModelShape
+from stages.options import Lora
+
+
+def target_names(shape: ModelShape, options: Lora) -> list[str]:
+    """Names (without path) of the linear layers to adapt. Raises PlanError naming those that exist."""
+    present = {x.name.rpartition(".")[2] for x in shape.blocks[0].linears}
+    if options.targets == "all":
+        return sorted(present)
+    wanted = [name.strip() for name in options.targets.split(",")]
+    if set(wanted) == {"q_proj", "k_proj", "v_proj", "o_proj"} and "qkv_proj" in present:
+        wanted = ["qkv_proj", "o_proj"]  # the default, on families that fuse q, k and v
+    if unknown := [name for name in wanted if name not in present]:
+        raise PlanError(f"--lora-targets {','.join(unknown)}: this model's blocks have {', '.join(sorted(present))}")
+    return wanted
+
+
+def with_adapters(shape: ModelShape, options: Lora) -> ModelShape:
+    """The shape with the method's adapter beside every layer that it adapts. Raises PlanError as target_names."""
+    names, adapter = set(target_names(shape, options)), options.recovery.adapter
+
+    def on(x: LinearShape) -> LinearShape:
+        return adapter.beside(x, options) if x.name.rpartition(".")[2] in names else x
+
+    return replace(shape, blocks=tuple(replace(b, linears=tuple(map(on, b.linears))) for b in shape.blocks))
+
+
+def adapters(shape: ModelShape, options: Lora) -> list[LinearShape]:
+    """The adapted layers of all blocks, with what lies beside them while it is trained."""
+    return [x for block in with_adapters(shape, options).blocks for x in block.linears if x.adapted]
+
+
+def training_bytes(shape: ModelShape, options: Lora) -> int:
+    """Memory that training takes for the adapters: each number in 32 bits, its gradient, Adam's two moments; and what
+    a step keeps for each weight of the layers that it computes with anew, of one block if activations are not kept."""
+    recovery, found = options.recovery, adapters(shape, options)
+    kept = recovery.adapter.kept_bytes(shape.pattern is not None and not recovery.quantised)
+    weights = sum(x.weights for x in found) // (len(shape.blocks) if options.checkpointing else 1)
+    return 4 * 4 * sum(x.adapter_parameters for x in found) + kept * weights
+
+
+def trainable_parameters(shape: ModelShape, options: Lora) -> int:
+    """Numbers that the method trains on a model of this shape."""
+    return sum(x.adapter_parameters for x in adapters(shape, options))

@@ -1,0 +1,249 @@
+"""The lora stage with every method: what was trained is what is stored, masks hold, training resumes, plans refuse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError, PlanError
+from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.nm import holds
+from checkpoints.quiet import quiet_import
+from checkpoints.runtime import Runtime
+from checkpoints.shape import Pattern
+from checkpoints.writer import CheckpointWriter
+from stages import eora, gptq, lora
+from stages.options import Eora, Gptq, Lora
+from tests.stages.lora_help import Watcher, mean_loss, options, text, weights
+
+pytestmark = pytest.mark.unit
+
+RUNTIME = Runtime()
+MERGED = ["rslora", "dora", "ia3"]
+BESIDE = ["qlora+rslora", "qlora+dora", "qlora+ia3", "loftq"]
+DENSE = shape_from_config(PRESETS["smollm2-135m"])
+PACKED = gptq.plan(DENSE, Gptq())
+
+
+@pytest.fixture(scope="module")
+def packed(
+    masked: Checkpoint, tokens: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, seal: Any
+) -> Checkpoint:
+    """The 2:4 model at 4 bits, and the dense one it was made from behind it."""
+    target = CheckpointWriter(tmp_path_factory.mktemp("packed"))
+    gptq.run(masked, target, tokens(), Gptq(group=32, scale_search=False), RUNTIME)
+    sealed: Checkpoint = seal(target, masked, pattern="2:4")
+    return sealed
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The logits of the model in memory when its training was over."""
+    seen: dict[str, Tensor] = {}
+    real = lora.train
+
+    def spy(model: Any, *rest: Any) -> Any:
+        with torch.no_grad():
+            seen["before"] = model.eval()(input_ids=text().ids).logits
+        result = real(model.train(), *rest)
+        with torch.no_grad():
+            seen["after"] = model.eval()(input_ids=text().ids).logits
+        return result
+
+    monkeypatch.setattr(lora, "train", spy)
+    return seen
+
+
+@torch.no_grad()
+def logits(checkpoint: Checkpoint) -> Tensor:
+    return checkpoint.model()(input_ids=text().ids).logits
+
+
+def chosen(method: str, **changes: Any) -> Lora:
+    return options(method=method, targets="all", learning_rate=2e-2, **changes)
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_merged_is_what_was_trained_and_the_mask_is_exact(
+    method: str, masked: Checkpoint, writer: CheckpointWriter, seal: Any, trained: dict[str, Tensor]
+) -> None:
+    facts = lora.run(masked, writer, text(), chosen(method), RUNTIME)
+    merged = seal(writer, masked, pattern="2:4")
+    torch.testing.assert_close(trained["before"], logits(masked), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged), trained["after"], rtol=1e-4, atol=1e-4)
+    assert mean_loss(merged, text().ids) < 0.99 * mean_loss(masked, text().ids)
+    assert merged.shape == lora.plan(masked.shape, chosen(method))
+    assert not (merged.folder / "adapter").exists()
+    assert (facts["method"], facts["added_bytes"]) == (method, 0)
+    for index, block in enumerate(masked.shape.blocks):
+        old, new = masked.block(index), merged.block(index)
+        for linear in block.linears:
+            key = f"{linear.name}.weight"
+            assert torch.equal(new[key] == 0, old[key] == 0)
+            assert holds(new[key], Pattern(2, 4))
+            assert not torch.signbit(new[key][new[key] == 0]).any()  # a packed image leaves out +0 alone
+            assert not torch.equal(new[key], old[key])
+
+
+def test_ia3_merges_into_biases_too(
+    build: Callable[..., Checkpoint], writer: CheckpointWriter, seal: Any, trained: dict[str, Tensor]
+) -> None:
+    source = build("qwen2", blocks=2)
+    lora.run(source, writer, text(), chosen("ia3"), RUNTIME)
+    merged = seal(writer, source)
+    torch.testing.assert_close(logits(merged), trained["after"], rtol=1e-4, atol=1e-4)
+    name = "self_attn.q_proj.bias"
+    assert not torch.equal(merged.block(1)[name], source.block(1)[name])
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_beside_packed_weights_is_what_was_trained_and_peft_reads_it(
+    method: str, packed: Checkpoint, writer: CheckpointWriter, seal: Any, trained: dict[str, Tensor]
+) -> None:
+    facts = lora.run(packed, writer, text(), chosen(method), RUNTIME)
+    result = seal(writer, packed, pattern="2:4")
+    torch.testing.assert_close(logits(result), trained["after"], rtol=1e-4, atol=1e-4)
+    assert mean_loss(result, text().ids) < 0.99 * mean_loss(packed, text().ids)
+    if "loftq" in method:
+        assert not torch.allclose(trained["before"], logits(packed), atol=1e-3)
+    else:
+        torch.testing.assert_close(trained["before"], logits(packed), rtol=1e-4, atol=1e-4)
+
+    planned = lora.plan(packed.shape, chosen(method))
+    assert result.shape.blocks == planned.blocks
+    files = sum(path.stat().st_size for path in result.folder.rglob("*.safetensors"))
+    assert files == planned.file_bytes == result.shape.file_bytes
+    added = sum(t.nbytes for t in planned.adapter_tensors())
+    assert facts["added_bytes"] == added
+    assert facts["trainable_parameters"] == planned.parameters_total - packed.shape.parameters_total
+    for index, block in enumerate(packed.shape.blocks):
+        for linear in block.linears:  # codes, and with them the zeros, as they were
+            assert torch.equal(result.base_weight(index, linear), packed.base_weight(index, linear))
+
+    with quiet_import():
+        from peft import PeftModel
+
+        read = PeftModel.from_pretrained(packed.model(), result.folder / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(read(input_ids=text().ids).logits, logits(result), rtol=1e-4, atol=1e-4)
+
+
+def test_loftq_begins_nearer_to_the_dense_model(packed: Checkpoint, masked: Checkpoint) -> None:
+    def distance(method: str) -> float:
+        _, layers = lora.adapted(packed, chosen(method, rank=8), RUNTIME)
+        adapter, total = Lora(method=method).recovery.adapter, 0.0
+        for name, layer in layers.items():
+            prefix, index, base = name.split(".", 3)[0:2], int(name.split(".")[2]), name.split(".", 3)[3]
+            assert prefix == ["model", "layers"]
+            begun = layer.base_layer.weight + adapter.change(layer)["weight"]
+            total += float((masked.block(index)[f"{base}.weight"] - begun).detach().square().sum())
+        return total
+
+    assert distance("loftq") < 0.8 * distance("qlora")
+    assert distance("dora+loftq") == pytest.approx(distance("loftq"), rel=1e-3)
+
+
+def test_loftq_needs_the_weights_from_before(packed: Checkpoint, writer: CheckpointWriter, tmp_path: Path) -> None:
+
+    alone = tmp_path / "alone"
+    shutil.copytree(packed.folder, alone)
+    (alone / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="has no dense ancestor in the store"):
+        lora.run(Checkpoint.open(alone), writer, text(), chosen("loftq"), RUNTIME)
+
+
+# --- resuming, distilling -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "die_at"), [("dora", 7), ("rslora+loftq", 8)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    method: str, die_at: int, masked: Checkpoint, packed: Checkpoint, tmp_path: Path
+) -> None:
+    """Steps are saved at 3, 6 and the last, 8; the best of the held-out checks is the one that stays."""
+    source = packed if chosen(method).recovery.quantised else masked
+    whole, cut = CheckpointWriter(tmp_path / "whole"), CheckpointWriter(tmp_path / "cut")
+    facts = lora.run(source, whole, text(), chosen(method), RUNTIME)
+    with pytest.raises(KeyboardInterrupt):
+        lora.run(source, cut, text(), chosen(method), Runtime(progress=Watcher(die_at)))
+    watcher = Watcher()
+    again = lora.run(source, CheckpointWriter(cut.folder), text(), chosen(method), Runtime(progress=watcher))
+    assert watcher.planned == [("lora", 8 - (die_at - 1) // 3 * 3)]
+    assert again["losses"] == facts["losses"]
+    assert weights(cut.folder) == weights(whole.folder)
+    assert _adapter(cut.folder) == _adapter(whole.folder)
+
+
+def _adapter(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
+
+
+def test_the_uncompressed_model_teaches_beside_packed_weights(
+    packed: Checkpoint, writer: CheckpointWriter, seal: Callable[..., Checkpoint]
+) -> None:
+    facts = lora.run(packed, writer, text(), chosen("qlora+dora", distill=1.0, teacher="streamed"), RUNTIME)
+    result = seal(writer, packed, pattern="2:4")
+    *_, root = packed.ancestors()
+    wanted = logits(root).log_softmax(-1)
+
+    def divergence(checkpoint: Checkpoint) -> float:
+        own = logits(checkpoint).log_softmax(-1)
+        return float((wanted.exp() * (wanted - own)).sum(-1)[:4, :-1].mean())
+
+    assert facts["losses"][0] == pytest.approx(divergence(packed), rel=1e-3)
+    assert divergence(result) < divergence(packed)
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_plans_refuse_what_cannot_be_and_name_what_works() -> None:
+    def refused(shape: Any, method: str, **more: Any) -> str:
+        with pytest.raises(PlanError) as caught:
+            lora.plan(shape, Lora(method=method, **more))
+        return str(caught.value)
+
+    assert refused(DENSE, "loftq") == (
+        "--recover loftq trains on quantised weights, and no quantiser comes before lora. Put gptq before it "
+        "(--quant gptq4), or merge into dense weights with --recover lora"
+    )
+    assert refused(DENSE, "qlora+dora+rslora").endswith("--recover dora+rslora")
+    assert refused(PACKED, "ia3").endswith("--recover qlora+ia3 trains beside quantised weights and merges nothing")
+    assert "--recover qlora+rslora" in refused(PACKED, "rslora")
+    carried = lora.plan(PACKED, Lora(method="qlora+ia3"))
+    assert "an adapter lies beside these weights already" in refused(carried, "qlora")
+    assert "an adapter lies beside these weights already" in refused(eora.plan(PACKED, Eora()), "qlora")
+    assert "qlora" not in refused(carried, "dora")  # where it would not help
+    with pytest.raises(PlanError, match="already carries an adapter"):
+        eora.plan(carried, Eora())
+    assert refused(PACKED, "loftq", rank=200) == "--lora-rank 200: the smallest layer to adapt has rank 192"
+    assert refused(PACKED, "qlora", targets="wo").startswith("--lora-targets wo: this model's blocks have")
+    lora.plan(PACKED, Lora(method="qlora", rank=200))
+
+
+def test_an_ia3_adapter_alone_is_seen_by_stages_that_need_dense_weights() -> None:
+    beside = (replace(b, linears=tuple(replace(x, adapter_vector="rows") for x in b.linears)) for b in DENSE.blocks)
+    with pytest.raises(PlanError, match="this checkpoint carries an adapter in adapter/"):
+        gptq.plan(replace(DENSE, blocks=tuple(beside)), Gptq())
+
+
+def test_remarks_say_where_weights_lie_and_what_the_adapter_fills() -> None:
+    pruned = replace(
+        PACKED,
+        blocks=tuple(
+            replace(b, linears=tuple(replace(x, pattern=Pattern(2, 4)) for x in b.linears)) for b in PACKED.blocks
+        ),
+    )
+    first, second = lora.remarks(pruned, Lora(method="qlora"))
+    assert "stay packed on the disk and are dense in memory" in first
+    assert second == "lora: the 2:4 zeros stay in the packed weights; the adapter beside them is dense"
+    said = list(lora.remarks(pruned, Lora(method="qlora+ia3")))
+    assert "peft computes ia3 beside dequantised weights, not with GPTQ's kernels" in said[-1]
+    assert not any("zeros" in line for line in said)  # its factors fill none
