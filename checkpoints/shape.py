@@ -20,6 +20,7 @@ from checkpoints.forms import Form as Form
 from checkpoints.forms import Grid as Grid
 from checkpoints.forms import TensorShape as TensorShape
 
+OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for
 _FILE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
 
 
@@ -232,6 +233,11 @@ class ModelShape:
     def grid(self) -> Form | None:
         """How the quantised layers are stored; all have one form."""
         return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
+
+    @property
+    def activation_bits(self) -> int:
+        """Of the inputs of quantised layers as they are measured: 16 leaves them as they are."""
+        return int((self.config.get(OWN_KEY) or {}).get("activation_bits", 16))
 
     # --- bytes --------------------------------------------------------------------------------------------
 

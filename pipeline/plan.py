@@ -86,6 +86,7 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
     states = min(2 * tokens * hidden * 2, _SPILL_BYTES)
     widest = max(x.in_features for b in before.blocks for x in b.linears)
     inner = max(x.out_features for b in before.blocks for x in b.linears)
+    biggest = max(x.weights for b in before.blocks for x in b.linears)
     if stage == "lora":
         dense = outer + len(before.blocks) * block
         live = options.micro_batch * options.length
@@ -104,7 +105,6 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
         at_block, at_ends = at_block + held + gradients, at_ends + held + options.length * vocabulary * 10
     elif needs(options) == HESSIANS:
         inputs = {x.in_features for b in before.blocks for x in b.linears}
-        biggest = max(x.weights for b in before.blocks for x in b.linears)
         # Hessians, their factor in float64, and a layer's weights in several float32 copies.
         at_block += sum(2 * n * n * 4 for n in inputs) + 3 * widest * widest * 8 + 8 * biggest * 4
         if stage == "gptq" and options.effort == "high":
@@ -114,6 +114,8 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
             live = max(min(tokens, _REFINE_TOKENS), options.length)
             tuned = 3 * block + (7 * 4 + 2 + 2) * block // 2 + live * (14 * hidden + 6 * inner) * 4 + 2 * states
             at_block = max(at_block + states, tuned)
+    elif stage == "gptq":
+        at_block += 8 * biggest * 4
     return int(_BASE_BYTES + max(at_block, at_ends))
 
 

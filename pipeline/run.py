@@ -28,7 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import machine
 from pipeline.store import Store
 from pipeline.verdicts import judge, say_measured, say_planned, to_dict
-from stages.options import Options
+from stages.options import Options, decisive
 
 _PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")
 _SHOULD_IMPROVE = ("lora", "eora")
@@ -243,7 +243,7 @@ def _fingerprints(
         windows = calibration.windows(step.stage, step.options)
         version_number = importlib.import_module(f"stages.{step.stage}").VERSION
         parent = fingerprint(
-            parent, step.stage, version_number, asdict(step.options), windows.sha256, recipe.seed, str(runtime.dtype)
+            parent, step.stage, version_number, decisive(step.options), windows.sha256, recipe.seed, str(runtime.dtype)
         )
         keys.append(parent)
     return keys

@@ -19,15 +19,16 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.packed_sizes import is_head
 from checkpoints.reshape import packable, with_form
+from checkpoints.rounded_inputs import rounded_inputs
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Codebook, Grid, ModelShape
+from checkpoints.shape import OWN_KEY, Codebook, Form, Grid, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
 from stages import edge
 from stages.dense import require_dense
 from stages.options import Gptq as Options
-from stages.quantisers import METHODS, NOTHING, form, method
+from stages.quantisers import METHODS, NOTHING, activation_bits, form, method
 from stages.quantisers.gptq import Solution
 from stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
 
@@ -37,37 +38,47 @@ VERSION = 1
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
-    _require_tunable(options)
-    wanted = form(options)
-    after = with_form(shape, wanted, options.quant_embeddings)
+    after = with_form(shape, _wanted_form(options), options.quant_embeddings)
     quantization = quantization_config(after, options, left_dense(shape))
-    return replace(after, config=dict(shape.config) | {"quantization_config": quantization})
+    return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(shape, options))
 
 
-def _require_tunable(options: Options) -> None:
+def _own(shape: ModelShape, options: Options) -> dict[str, Any]:
+    """The entry of the configuration that says what transformers has no word for; none at 16 bits."""
+    bits = activation_bits(options)
+    return {OWN_KEY: {**shape.config.get(OWN_KEY, {}), "activation_bits": bits}} if bits < 16 else {}
+
+
+def _wanted_form(options: Options) -> Form:
+    """Raises PlanError with all that the method cannot do."""
+    faults = []
     if options.effort == "high" and not method(options.quant).TUNES:
         able = ", ".join(name for name in METHODS if method(name).TUNES)
-        raise PlanError(
+        faults.append(
             f"--quant-effort high tunes what GPTQ's solver leaves, and {options.quant} has no such solution; it goes "
             f"with {able}, or leave the effort normal"
         )
+    try:
+        wanted = form(options)
+    except PlanError as error:
+        faults.append(str(error))
+    if faults:
+        raise PlanError(". ".join(faults))
+    return wanted
 
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
-    said = []
-    grid, wanted = plan(shape, options).grid, form(options)
-    if isinstance(grid, Codebook):
-        return codebook_remarks(shape, grid, options)
-    assert isinstance(grid, Grid) and isinstance(wanted, Grid)
-    if wanted.group != options.group != Options.group:
-        own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
-        said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
-    if grid.group != wanted.group:
-        said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
-    if dense := left_dense(shape):
+    stored, wanted = plan(shape, options).grid, form(options)
+    if isinstance(stored, Grid) and isinstance(wanted, Grid):
+        said = _grid_remarks(shape, stored, wanted, options)
+    else:
+        assert isinstance(stored, Codebook)
+        said = _codebook_remarks(shape, stored, options)
+    if (bits := activation_bits(options)) < 16:
         said.append(
-            f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
+            f"gptq: the inputs of quantised layers are rounded to {bits} bits in all measurements; other libraries "
+            "that load the folder leave them as they are"
         )
     if options.effort == "high":
         said.append(
@@ -77,7 +88,21 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     return said
 
 
-def codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
+def _grid_remarks(shape: ModelShape, grid: Grid, wanted: Grid, options: Options) -> list[str]:
+    said = []
+    if wanted.group != options.group != Options.group:
+        own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
+        said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
+    if grid.group != wanted.group:
+        said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
+    if dense := left_dense(shape):
+        said.append(
+            f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
+        )
+    return said
+
+
+def _codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
     said = []
     widths = sorted({x.in_features for block in shape.blocks for x in block.linears})
     misread = [str(width) for width in widths if width % 16 == 0 and width % codebook.block]
@@ -111,7 +136,7 @@ def run(
     walk = Walk(source, chunks, runtime, target.work, task=options.quant)
     dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
-        quantised = {x.name for x in after.blocks[block.index].linears if x.grid is not None}
+        quantised = [x.name for x in after.blocks[block.index].linears if x.grid is not None]
         masks = {name: block.linears[name].weight != 0 if masked else None for name in quantised}
         solved = dict(chosen.quantise(block, masks, grid, options))
         facts: dict[str, Any] = {name: s.facts() for name, s in solved.items()}
@@ -125,16 +150,17 @@ def run(
         for name, s in solved.items():
             tensors |= {f"{name}.{kind}": tensor for kind, tensor in s.stored().items()}
         target.write_block(block.index, tensors)
-        block.done(facts)
+        target.write_scaling(block.index, {f"{n}.{k}": t for n, s in solved.items() for k, t in s.scaling().items()})
+        with rounded_inputs(block.module, after.blocks[block.index], after.activation_bits):
+            block.done(facts)  # later blocks see what they will get
     target.copy_outer(source)
     if options.quant_embeddings:
         # The 16-bit tensors become what the packed codes stand for, so every loader sees the same model.
         outer, packed = edge.quantise_outer(source.outer(), options.quant_embeddings)
         target.write_outer(outer)
         target.write_edge(packed)
-    config = dict(source.config)
-    config["quantization_config"] = after.config["quantization_config"]
-    target.finish(config, source)
+    own = {key: after.config[key] for key in ("quantization_config", OWN_KEY) if key in after.config}
+    target.finish(source.config | own, source)
     return {**grid.about(), "blocks": walk.facts}
 
 
@@ -174,7 +200,7 @@ def quantization_config(shape: ModelShape, options: Options, dense: list[str]) -
         "desc_act": False,  # groups are static and in storage order, whatever order solved them
         "static_groups": True,
         "lm_head": False,
-        "damp_percent": options.damping,
+        **({"damp_percent": options.damping} if method(options.quant).TUNES else {}),  # GPTQ's solver alone damps
         "pack_dtype": "int32",
         # GPTQModel reads asymmetric files only from writers that store zero points the way it does
         "meta": {"quantizer": ["edgepress:" + version("edgepress"), "gptqmodel:" + version("gptqmodel")]},

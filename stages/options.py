@@ -7,7 +7,7 @@ work raise PlanError at once; what depends on the model is checked by the stage'
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from checkpoints.errors import PlanError
@@ -16,8 +16,9 @@ from stages import quantisers
 from stages.pruning import METHODS
 
 
-def option(default: Any, flag: str, text: str) -> Any:
-    return field(default=default, metadata={"flag": flag, "help": text})
+def option(default: Any, flag: str, text: str, later: bool = False) -> Any:
+    """A field. later: it came after stores were written; at its default it is no part of a stage's fingerprint."""
+    return field(default=default, metadata={"flag": flag, "help": text, "later": later})
 
 
 def _require(holds: bool, message: str) -> None:
@@ -217,6 +218,9 @@ class Gptq:
     effort: str = option("normal", "--quant-effort", "normal, or high: then tune each block's output by gradient.")
     effort_steps: int = option(60, "--quant-steps", "Gradient steps a block of --quant-effort high.")
     quant_embeddings: int = option(0, "--quant-embeddings", "Also pack embedding and head at 8 or 4 bits; 0 does not.")
+    activation_bits: int = option(
+        16, "--activation-bits", "8 rounds the inputs of quantised layers too, in all measurements.", later=True
+    )
     samples: int = option(32, "--quant-samples", "Calibration windows.")
     length: int = option(512, "--quant-length", "Tokens per calibration window.")
 
@@ -226,6 +230,11 @@ class Gptq:
         _require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
         _require(self.effort in ("normal", "high"), f"--quant-effort {self.effort}: there are normal and high")
         _require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
+        _require(self.activation_bits in (8, 16), f"--activation-bits {self.activation_bits}: 8, or 16 to leave them")
+        _require(
+            not self.skipped or self.activation_bits == 16,
+            "--activation-bits 8 rounds inputs of quantised layers, and --quant none leaves none; give --quant int8",
+        )
         _require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
         _windows("gptq", self.samples, self.length)
 
@@ -235,7 +244,7 @@ class Gptq:
 
     @property
     def label(self) -> str:
-        return self.quant
+        return self.quant if self.activation_bits == 16 else f"{self.quant}-a{self.activation_bits}"
 
 
 @dataclass(frozen=True)
@@ -261,6 +270,15 @@ class Eora:
     @property
     def label(self) -> str:
         return f"eora-r{self.rank}" + ("-8bit" if self.bits == 8 else "")
+
+
+def decisive(options: Any) -> dict[str, Any]:
+    """What of a stage's options decides its output: all fields, but not later ones at their default."""
+    return {
+        f.name: value
+        for f in fields(options)
+        if (value := getattr(options, f.name)) != f.default or not f.metadata.get("later")
+    }
 
 
 Options = Vocabulary | Pad | Depth | Wanda | Lora | Gptq | Eora

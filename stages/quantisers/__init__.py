@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from checkpoints.walk import BlockVisit
     from stages.options import Gptq
 
-__all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "form", "method"]
+__all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "activation_bits", "form", "method"]
 
 # The file of each name, and what its `form` is told besides the options.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,9 +32,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hqq4": ("stages.quantisers.hqq", {"bits": 4}),
     "hqq2": ("stages.quantisers.hqq", {"bits": 2, "group": 64}),
     "awq4": ("stages.quantisers.awq", {"bits": 4}),
+    "w4a8": ("stages.quantisers.w4a8", {}),
     "nf4": ("stages.quantisers.nf4", {"codebook": "nf4"}),
     "nf4-thesis": ("stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
 }
+ACTIVATION_BITS = {"w4a8": 8}  # of methods that are about the inputs as well as the weights
 
 
 class Solved(Protocol):
@@ -46,6 +48,9 @@ class Solved(Protocol):
 
     def stored(self) -> dict[str, Tensor]:
         """The layer's tensors in the checkpoint by the last part of their name, in host memory."""
+
+    def scaling(self) -> dict[str, Tensor]:
+        """rows (out,) and columns (in,) that the dense weight was multiplied with; empty where it was not."""
 
     def facts(self) -> dict[str, Any]:
         """For the manifest, as JSON."""
@@ -73,6 +78,11 @@ class Method(Protocol):
 def method(name: str) -> Method:
     """The file of this name."""
     return cast(Method, importlib.import_module(METHODS[name][0]))
+
+
+def activation_bits(options: Gptq) -> int:
+    """Of the inputs of quantised layers: what the method means, or else what is asked for; 16 leaves them."""
+    return ACTIVATION_BITS.get(options.quant, options.activation_bits)
 
 
 def form(options: Gptq) -> Form:

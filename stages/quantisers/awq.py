@@ -4,7 +4,7 @@ AWQ (Lin et al., arXiv 2306.00978): the columns of inputs with large activations
 s = mean(abs(X))^alpha before rounding, and what precedes the layer is divided by it (equation 4), which costs
 nothing at inference. alpha is searched for the least error of the outputs over the calibration tokens; then each
 group's range, as in GPTQ's scale search. A zero times s is a zero, so a mask stays. Where nothing precedes that could
-be divided, s is 1.
+be divided, s is 1. The factors are kept beside the shards for whoever compares with the dense weights, as eora does.
 
 Departures: the error is that of the layers themselves, tr(dW H dW^T), not that of the attention they feed; queries'
 and keys' ranges are searched too; and where heads share keys and values, inputs made by one row share their s.
@@ -41,6 +41,10 @@ class Scaled(Coded):
     error: float  # tr(dW H dW^T) / tr(W H W^T): relative squared error of the layer's output
     alpha: float
     folded: str | None  # the norm or layer that was divided
+    factors: dict[str, Tensor]  # rows (out,) and columns (in,) that the dense weight was multiplied with
+
+    def scaling(self) -> dict[str, Tensor]:
+        return {side: factor.cpu() for side, factor in self.factors.items()}
 
     def facts(self) -> dict[str, Any]:
         return {"error": self.error, "alpha": self.alpha, "folded_into": self.folded}
@@ -72,7 +76,10 @@ def quantise(block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, 
     # Only now: a later fold may have scaled the rows of a layer whose columns were scaled before.
     for name in block.linears.keys() - masks.keys():
         block.linears[name].weight.copy_(folding.weights[name])
-    return {name: solve(folding.weights[name], *found, form, options) for name, found in chosen.items()}
+    return {
+        name: solve(folding.weights[name], *found, folding.scaling[name], form, options)
+        for name, found in chosen.items()
+    }
 
 
 def observed(block: BlockVisit) -> dict[tuple[str, ...], Inputs]:
@@ -109,9 +116,17 @@ def search(weights: list[Tensor], hessian: Tensor, size: Tensor, grid: Grid) -> 
     return best_alpha, best_s
 
 
-def solve(weight: Tensor, hessian: Tensor, alpha: float, before: str | None, grid: Grid, options: Options) -> Scaled:
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    alpha: float,
+    before: str | None,
+    factors: dict[str, Tensor],
+    grid: Grid,
+    options: Options,
+) -> Scaled:
     """weight (out, in) float32 and hessian (in, in), both scaled already."""
     scales, zeros = fit_grid(weight, hessian.diagonal(), grid, options.scale_search)
     coded = nearest(weight, scales, zeros, grid)
     error = output_error(weight, coded.weight, hessian)
-    return Scaled(coded.codes, scales, zeros, grid, error, alpha, before)
+    return Scaled(coded.codes, scales, zeros, grid, error, alpha, before, factors)

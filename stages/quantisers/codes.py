@@ -33,6 +33,9 @@ class Coded:
         parts = self.codes.cpu(), self.scales.cpu(), self.zeros.cpu()
         return pack_linear(*parts, self.grid.group, self.grid.bits)
 
+    def scaling(self) -> dict[str, Tensor]:
+        return {}
+
     def facts(self) -> dict[str, Any]:
         return {}
 

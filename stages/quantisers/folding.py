@@ -3,7 +3,8 @@
 If what makes an input x gives x / s instead, and the layers that take it hold W s, the block is as before. What
 precedes is a norm, found as the module whose very output the layers get; or a layer with only products and sums of
 rows in between: the values' projection before the attention's, the up-projection before the down-projection.
-Every fold is tried on real states: one that does not give x / s is undone, as with a norm in between.
+Every fold is tried on real states: one that does not give x / s, as with a norm in between, or that changes the
+block's result, as where something else takes x, is undone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from stages.refine import norms_of
 
 # Layer -> those whose last rows may make its inputs, rows scaled for columns scaled.
 _BEFORE = {"o_proj": ("v_proj", "qkv_proj"), "down_proj": ("up_proj", "gate_up_proj")}
-_TOLERANCE, _COARSE = {torch.float32: 1e-4}, 0.02  # relative error of x / s; the latter for 16 bits
+_TOLERANCE, _COARSE = {torch.float32: 1e-4}, 0.02  # relative; the latter for 16 bits
 
 
 @dataclass
@@ -28,12 +29,13 @@ class Trace:
 
     inputs: dict[str, Tensor]  # of each linear layer (b, L, in)
     outputs: dict[str, Tensor]  # of each norm (b, L, d)
+    result: Tensor  # of the block (b, L, d)
 
 
 @torch.no_grad()
 def trace(block: BlockVisit) -> Trace:
     """Raises IndexError without calibration states."""
-    seen = Trace({}, {})
+    seen = Trace({}, {}, torch.empty(0))
 
     def keep_input(name: str) -> Callable[..., None]:
         return lambda _, inputs: seen.inputs.update({name: inputs[0]})
@@ -44,7 +46,7 @@ def trace(block: BlockVisit) -> Trace:
     hooks = [linear.register_forward_pre_hook(keep_input(name)) for name, linear in block.linears.items()]
     hooks += [norm.register_forward_hook(keep_output(name)) for name, norm in norms_of(block.module).items()]
     try:
-        block.forward(block.inputs[0], {})
+        seen.result = block.forward(block.inputs[0], {})
     finally:
         for hook in hooks:
             hook.remove()
@@ -56,11 +58,14 @@ class Folding:
 
     def __init__(self, block: BlockVisit) -> None:
         self.block, self.trace = block, trace(block)
+        self.scaling: dict[str, dict[str, Tensor]] = {name: {} for name in block.linears}  # rows (out,), columns (in,)
         self.weights = {name: linear.weight.to(torch.float32, copy=True) for name, linear in block.linears.items()}
 
     def before(self, names: tuple[str, ...]) -> str | None:
         """The norm or layer that makes the input which `names` share; None if there is none to fold into."""
-        x = self.trace.inputs[names[0]]
+        x = self.trace.inputs.get(names[0])
+        if x is None:  # the first states did not come by
+            return None
         for name, output in self.trace.outputs.items():
             if output is x:
                 return name if _offset(self.block.module.get_submodule(name)) is not None else None
@@ -109,8 +114,10 @@ class Folding:
             return None
         for name in names:
             self.weights[name] *= s
+            self.scaling[name]["columns"] = s.clone()  # safetensors stores no shared memory
         if before in self.block.linears:
             self.weights[before] /= rows.unsqueeze(1)
+            self.scaling[before]["rows"] = 1 / rows
         return s
 
     def _rows(self, names: tuple[str, ...], before: str, s: Tensor) -> Tensor:
@@ -122,11 +129,11 @@ class Folding:
         return rows
 
     def _gives(self, name: str, s: Tensor) -> bool:
-        """Whether the layer's input now is x / s."""
-        x = self.trace.inputs[name]
-        now = trace(self.block)
-        off = now.inputs[name].float() * s - x.float()
-        holds = float(off.norm()) <= _TOLERANCE.get(x.dtype, _COARSE) * float(x.float().norm())
+        """Whether the layer's input now is x / s, and the block's result what it was: nobody else takes the input."""
+        was, now = self.trace, trace(self.block)
+        pairs = ((now.inputs[name].float() * s, was.inputs[name]), (now.result.float(), was.result))
+        limit = _TOLERANCE.get(was.result.dtype, _COARSE)
+        holds = all(float((found - x).norm()) <= limit * float(x.float().norm()) for found, x in pairs)
         self.trace = now if holds else self.trace
         return holds
 

@@ -13,7 +13,7 @@ from hardware.changes import quantised
 from hardware.check import check
 from hardware.footprint import PACKED, tensor_table, weight_bytes
 from hardware.matrices import linear_weights
-from hardware.operators import operators
+from hardware.operators import forward
 from hardware.soc import Soc, load_soc
 from hardware.tiling import ACCELERATOR, CORES, engine_of
 
@@ -60,7 +60,7 @@ def test_the_cores_compute_what_no_engine_of_integers_can(make: Make, chip: str)
 
 
 def engines(shape: ModelShape, soc: Soc) -> dict[str, str]:
-    found = operators(shape, 1, 16, 8)
+    found = forward(shape, context=16)
     return {x.name: engine_of(x, soc) for x in found if x.weights is not None and "proj" in x.name}
 
 

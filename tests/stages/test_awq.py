@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.runtime import Runtime
+from checkpoints.scaling import factors, rescaled
 from checkpoints.shape import Grid
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
-from stages import gptq
-from stages.options import Gptq
+from stages import eora, gptq
+from stages.options import Eora, Gptq
 from stages.quantisers import awq
 from stages.quantisers.codes import fit_grid, nearest
 from stages.quantisers.folding import Folding
@@ -96,6 +98,21 @@ def test_a_fold_that_does_not_hold_is_undone(
         break
 
 
+def test_a_fold_is_undone_where_something_else_takes_the_input(
+    build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches]
+) -> None:
+    """A second path from the norm's output to the block's."""
+    for block in Walk(build("llama", blocks=3), tokens(2).chunks(48), RUNTIME):
+        norm, mlp = (block.module.get_submodule(name) for name in ("post_attention_layernorm", "mlp"))
+        seen: list[Tensor] = []
+        norm.register_forward_hook(lambda _, x, y, seen=seen: seen.append(y))
+        mlp.register_forward_hook(lambda _, x, y, seen=seen: y + seen[-1].square())
+        folding = Folding(block)
+        assert folding.before(MLP) == "post_attention_layernorm"
+        assert folding.fold(MLP, "post_attention_layernorm", torch.linspace(0.5, 2, 64)) is None
+        break
+
+
 def test_a_norms_factor_is_what_its_file_leaves(
     build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,3 +185,28 @@ def test_models_with_outlying_inputs_gain(
     places = {layer["folded_into"] for block in facts["blocks"] for layer in block.values()}
     assert {"input_layernorm", "self_attn.v_proj", "mlp.up_proj"} <= places
     assert all(0 <= layer["alpha"] < 1 for block in facts["blocks"] for layer in block.values())
+
+
+def test_eora_compares_with_the_dense_weights_scaled_alike(
+    build: Callable[..., Checkpoint],
+    tokens: Callable[..., TokenBatches],
+    writer: CheckpointWriter,
+    seal: Callable[..., Checkpoint],
+    tmp_path: Path,
+) -> None:
+    source, ids = build("qwen2", blocks=3, edit=outlying), tokens(8)
+    gptq.run(source, writer, ids, Gptq(quant="awq4", group=32), RUNTIME)
+    quantised = seal(writer, source)
+    for index in range(3):
+        dense, present = rescaled(quantised, index, source.block(index)), quantised.block(index)
+        for x in quantised.shape.blocks[index].linears:
+            exact = dense[f"{x.name}.weight"]
+            assert float((present[f"{x.name}.weight"] - exact).norm() / exact.norm()) < 0.15, x.name
+    assert "rows" in {name.rpartition(".")[2] for name in factors(quantised.folder, 0)}
+    target = CheckpointWriter(tmp_path / "eora")
+    facts = eora.run(quantised, target, ids, Eora(rank=16), RUNTIME)
+    assert facts["total"]["error_after"] < 0.5 * facts["total"]["error_before"] < 0.02
+    adapted = seal(target, quantised)
+    with torch.no_grad():
+        wanted, plain, found = (c.model()(input_ids=ids.ids).logits for c in (source, quantised, adapted))
+    assert float((found - wanted).norm()) < 0.8 * float((plain - wanted).norm())

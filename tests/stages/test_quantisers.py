@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
 from checkpoints.runtime import Runtime, Silent
-from checkpoints.shape import ModelShape, Pattern
+from checkpoints.shape import Grid, ModelShape, Pattern
 from checkpoints.tokens import TokenBatches
 from checkpoints.verify import prove_pattern
 from checkpoints.writer import CheckpointWriter
@@ -101,8 +104,8 @@ def test_killed_between_blocks_it_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         gptq.run(masked, CheckpointWriter(killed), batches, options, Runtime(chunk_tokens=48, progress=Dies()))
     assert gptq.run(masked, CheckpointWriter(killed), batches, options, RUNTIME) == facts
-    for path in sorted(undisturbed.folder.glob("[!.]*.*")):
-        assert (killed / path.name).read_bytes() == path.read_bytes(), path.name
+    for path in (p for p in undisturbed.folder.rglob("*") if p.is_file() and ".work" not in p.parts):
+        assert (killed / path.relative_to(undisturbed.folder)).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -140,7 +143,7 @@ def test_what_needs_no_data_is_forecast_without_it(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_high_effort_is_refused_where_there_is_nothing_to_tune(method: str) -> None:
     options = Gptq(quant=method, effort="high")
-    if method.startswith("gptq"):
+    if method.startswith("gptq") or method == "w4a8":
         assert gptq.plan(smollm(), options).grid is not None
         return
     with pytest.raises(PlanError, match=rf"high tunes what GPTQ's solver leaves, and {method} .* goes with gptq4, gp"):
@@ -152,5 +155,52 @@ def test_what_a_method_fixes_itself_is_said() -> None:
     assert said == ["gptq: int4 has one scale a row; --group 32 is not used"]
     assert gptq.remarks(smollm(), Gptq(quant="int8")) == []
     assert gptq.remarks(smollm(), Gptq(quant="hqq2")) == []
+    with pytest.raises(PlanError, match=r"hqq4 has no such solution.* hqq4 seeks zero points"):
+        gptq.plan(smollm(), Gptq(quant="hqq4", symmetric=True, effort="high"))
+    with pytest.raises(PlanError, match=r"--quant none leaves none; give --quant int8"):
+        Gptq(quant="none", activation_bits=8)
     with pytest.raises(PlanError, match=r"hqq4 seeks zero points, and --symmetric fixes them; .* int4 or int8"):
         gptq.plan(smollm(), Gptq(quant="hqq4", symmetric=True))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def page() -> str:
+    return (Path(gptq.__file__).parent / "README.md").read_text()
+
+
+def test_the_page_on_adding_a_method_can_be_followed(
+    masked: Checkpoint,
+    tokens: Callable[..., TokenBatches],
+    writer: CheckpointWriter,
+    seal: Callable[..., Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Its file and its line, put where it says, give a method that quantises, is planned and keeps the mask."""
+    file = re.search(r"`stages/quantisers/(\w+)\.py`:\n\n```python\n(.*?)```", page(), re.DOTALL)
+    line = re.search(r'\n    ("\S+": \("stages\.quantisers\.(\w+)", .*\),)\n', page())
+    assert file and line and file[1] == line[2]
+    (tmp_path / f"{file[1]}.py").write_text(file[2])
+    monkeypatch.setattr(quantisers, "__path__", [*quantisers.__path__, str(tmp_path)])
+    ((name, where),) = eval("{" + line[1] + "}").items()
+    monkeypatch.setitem(METHODS, name, where)
+    monkeypatch.setattr("stages.options.QUANTS", (*METHODS, "none"))
+    importlib.invalidate_caches()
+    try:
+        options = Gptq(quant=name, group=32)
+        gptq.run(masked, writer, tokens(5), options, RUNTIME)
+        made = seal(writer, masked, pattern="2:4")
+        assert made.shape.grid == gptq.plan(masked.shape, options).grid == Grid(4, 32)
+        assert forecast_scratch("gptq", options, smollm()) == 0
+    finally:
+        sys.modules.pop(where[0], None)
+    assert prove_pattern(made, Pattern(2, 4), masked)["holds"]
+    assert 0 < relative_error(made, masked) < 1
+
+
+def test_the_page_lists_every_method() -> None:
+    rows = re.findall(r"^\| (`.*?) \| `(\w+)\.py` \|", page().partition("## A way to quantise")[2], re.MULTILINE)
+    listed = {name: file for names, file in rows for name in re.findall(r"`([\w-]+)`", names)}
+    assert listed == {name: module.rpartition(".")[2] for name, (module, _) in METHODS.items()}
