@@ -22,8 +22,8 @@ from rich.console import Console
 
 from benchmarks.method_rows import BASES, Row, rows
 from checkpoints.errors import EdgepressError, RecipeError
+from checkpoints.quiet import quiet_libraries
 from checkpoints.shape import ModelShape
-from pipeline.flags import quiet_libraries
 from pipeline.sweep_recipe import Configuration, Sweep
 
 LINES, FIGURE = "methods.jsonl", "methods.png"

@@ -38,8 +38,7 @@ VERSION = 1
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
-    wanted = _wanted_form(options)
-    after = with_form(shape, wanted, options.quant_embeddings)
+    after = with_form(shape, _wanted_form(options), options.quant_embeddings)
     quantization = quantization_config(after, options, left_dense(shape))
     return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(shape, options))
 
@@ -70,20 +69,12 @@ def _wanted_form(options: Options) -> Form:
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
-    said = []
-    grid, wanted = plan(shape, options).grid, form(options)
-    if isinstance(grid, Codebook):
-        return codebook_remarks(shape, grid, options)
-    assert isinstance(grid, Grid) and isinstance(wanted, Grid)
-    if wanted.group != options.group != Options.group:
-        own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
-        said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
-    if grid.group != wanted.group:
-        said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
-    if dense := left_dense(shape):
-        said.append(
-            f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
-        )
+    stored, wanted = plan(shape, options).grid, form(options)
+    if isinstance(stored, Grid) and isinstance(wanted, Grid):
+        said = _grid_remarks(shape, stored, wanted, options)
+    else:
+        assert isinstance(stored, Codebook)
+        said = _codebook_remarks(shape, stored, options)
     if (bits := activation_bits(options)) < 16:
         said.append(
             f"gptq: the inputs of quantised layers are rounded to {bits} bits in all measurements; other libraries "
@@ -97,7 +88,21 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     return said
 
 
-def codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
+def _grid_remarks(shape: ModelShape, grid: Grid, wanted: Grid, options: Options) -> list[str]:
+    said = []
+    if wanted.group != options.group != Options.group:
+        own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
+        said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
+    if grid.group != wanted.group:
+        said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
+    if dense := left_dense(shape):
+        said.append(
+            f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
+        )
+    return said
+
+
+def _codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
     said = []
     widths = sorted({x.in_features for block in shape.blocks for x in block.linears})
     misread = [str(width) for width in widths if width % 16 == 0 and width % codebook.block]
