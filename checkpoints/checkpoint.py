@@ -18,7 +18,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, read_config, shape_from_folder, weight_files
 from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_file
 from checkpoints.nm import require_finite
-from checkpoints.packing import dequantise
+from checkpoints.packing import dense_weight
 from checkpoints.reshape import with_pattern
 from checkpoints.shape import LinearShape, ModelShape, Sparsity
 from checkpoints.vocabulary import load_tokenizer
@@ -105,35 +105,25 @@ class Checkpoint:
         Raises NumericsError naming a tensor that holds NaN or infinity.
         """
         stored = self.stored_block(index)
-        dense = {}
-        quantised: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        linears = {x.name: x for x in self.shape.blocks[index].linears}
-        for name, tensor in stored.items():
-            base, _, kind = name.rpartition(".")
-            if kind in ("qweight", "qzeros", "scales", "g_idx"):
-                quantised[base][kind] = tensor
-            else:
-                require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{name}", tensor)
-                dense[name] = tensor
-        grid = self.shape.grid
-        for base, parts in quantised.items():
-            assert grid is not None
-            dense[f"{base}.weight"] = dequantise(parts, grid.bits).to(self.stored_dtype)
-        for base, linear in linears.items():
-            if linear.adapter_rank:
-                weight = dense[f"{base}.weight"]
-                dense[f"{base}.weight"] = (weight.float() + self._adapter(index, base)).to(weight.dtype)
+        linears = self.shape.blocks[index].linears
+        codes = {x.name: {k: stored.pop(f"{x.name}.{k}") for k in x.grid.kinds} for x in linears if x.grid}
+        dense = stored
+        for name, tensor in dense.items():
+            require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{name}", tensor)
+        for x in linears:
+            key = f"{x.name}.weight"
+            if x.grid:
+                dense[key] = dense_weight(x, codes[x.name]).to(self.stored_dtype)
+            if x.adapter_rank:
+                dense[key] = (dense[key].float() + self._adapter(index, x.name)).to(dense[key].dtype)
         return dense
 
     def base_weight(self, index: int, linear: LinearShape) -> Tensor:
         """One layer's weights without the adapter (out, in), where an N:M mask can be seen."""
+        prefix = f"{self.shape.block_prefix}.{index}.{linear.name}."
         if linear.grid is None:
-            return self._read([f"{self.shape.block_prefix}.{index}.{linear.name}.weight"], "").popitem()[1]
-        stored = self._read(
-            [f"{self.shape.block_prefix}.{index}.{linear.name}.{k}" for k in ("qweight", "qzeros", "scales", "g_idx")],
-            f"{self.shape.block_prefix}.{index}.{linear.name}.",
-        )
-        return dequantise(stored, linear.grid.bits)
+            return self._read([f"{prefix}weight"], prefix)["weight"]
+        return dense_weight(linear, self._read([f"{prefix}{kind}" for kind in linear.grid.kinds], prefix))
 
     def outer(self) -> dict[str, Tensor]:
         """Everything outside the blocks by its full name; memory-mapped."""

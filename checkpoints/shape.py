@@ -13,9 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from checkpoints.errors import PlanError
+from checkpoints.forms import CODEBOOKS as CODEBOOKS
+from checkpoints.forms import DTYPE_BYTES as DTYPE_BYTES
+from checkpoints.forms import Codebook as Codebook
+from checkpoints.forms import Form as Form
+from checkpoints.forms import Grid as Grid
+from checkpoints.forms import TensorShape as TensorShape
 
-# In the order in which safetensors stores them (its Dtype enum, falling); the header's length depends on it.
-DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for
 _FILE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
 
@@ -112,39 +116,6 @@ def parse_amount(text: str) -> Pattern | Unstructured:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Integer codes of `bits` bits with one scale and zero point for every `group` weights of a row.
-
-    group -1 means the whole row.
-    """
-
-    bits: int
-    group: int
-    symmetric: bool = False
-
-    def groups(self, in_features: int) -> int:
-        return 1 if self.group == -1 else -(-in_features // self.group)
-
-
-@dataclass(frozen=True)
-class TensorShape:
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
 class LinearShape:
     """One linear layer of a block; `name` is relative to the block, e.g. self_attn.q_proj."""
 
@@ -154,7 +125,7 @@ class LinearShape:
     dtype: str
     bias: bool = False
     pattern: Sparsity | None = None
-    grid: Grid | None = None
+    grid: Form | None = None  # how its codes are stored; None where the weights are dense
     adapter_rank: int = 0
     adapter_dtype: str = "BF16"
     adapter_packed: bool = False  # 8-bit codes of the adapter lie beside it
@@ -180,11 +151,7 @@ class LinearShape:
         if self.grid is None:
             yield TensorShape(f"{self.name}.weight", (self.out_features, self.in_features), self.dtype)
         else:
-            groups, bits = self.grid.groups(self.in_features), self.grid.bits
-            yield TensorShape(f"{self.name}.qweight", (self.in_features * bits // 32, self.out_features), "I32")
-            yield TensorShape(f"{self.name}.qzeros", (groups, self.out_features * bits // 32), "I32")
-            yield TensorShape(f"{self.name}.scales", (groups, self.out_features), "F16")
-            yield TensorShape(f"{self.name}.g_idx", (self.in_features,), "I32")
+            yield from self.grid.tensors(self.name, self.out_features, self.in_features)
         if self.bias:
             yield TensorShape(f"{self.name}.bias", (self.out_features,), self.dtype)
 
@@ -263,7 +230,8 @@ class ModelShape:
         return found.pop() if len(found) == 1 else None
 
     @property
-    def grid(self) -> Grid | None:
+    def grid(self) -> Form | None:
+        """How the quantised layers are stored; all have one form."""
         return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
 
     @property
@@ -304,6 +272,16 @@ class ModelShape:
             + safetensors_bytes(list(self.outer))
             + sum(safetensors_bytes(tensors) for tensors in beside if tensors)
         )
+
+    @property
+    def model_mib(self) -> float:
+        """Model size as thesis 001 defines it, equation 2.55: elements x bits / (8 * 1024^2), over all stored tensors.
+
+        Its MB are MiB. The adapter counts, and so do zeros of an N:M pattern, which are stored; file headers, buffers
+        that no file holds (rotary tables) and the second, packed copies of embedding, head and adapter do not.
+        """
+        blocks = [t for index in range(len(self.blocks)) for t in self.block_tensors(index)]
+        return sum(t.nbytes for t in (*blocks, *self.outer, *self.adapter_tensors())) / 2**20
 
     @property
     def packed_bytes(self) -> int:

@@ -18,7 +18,7 @@ from checkpoints.errors import CheckpointError, EdgepressError, PlanError, TextE
 from checkpoints.families import PRESETS
 from checkpoints.headers import shape_from_folder
 from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.shape import ModelShape
+from checkpoints.shape import Grid, ModelShape
 from hardware import quality
 from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, search
 from hardware.soc import Soc
@@ -181,7 +181,7 @@ def _resolved_group(shape: ModelShape, options: Mapping[str, Any]) -> int:
 
     wanted = -1 if str(options["quant"]).endswith("-channel") else int(options["group"])
     grid = with_grid(shape, _bits(options["quant"]), wanted, False, 0).grid
-    assert grid is not None
+    assert isinstance(grid, Grid)
     return grid.group
 
 

@@ -39,6 +39,7 @@ class StagePlan:
             "parameters_nonzero": self.shape.parameters_nonzero,
             "file_bytes": self.shape.file_bytes,
             "packed_bytes": self.shape.packed_bytes,
+            "model_mib": self.shape.model_mib,
             "blocks": len(self.shape.blocks),
             "pattern": str(pattern) if pattern else None,
             "bits": self.shape.grid.bits if self.shape.grid else None,

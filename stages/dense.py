@@ -10,7 +10,7 @@ def require_dense(shape: ModelShape, stage: str) -> None:
     """Raise PlanError where weights are quantised, or an adapter lies beside them, naming what to give instead."""
     if shape.grid is not None:
         raise PlanError(
-            f"{stage} needs dense weights; this checkpoint is already quantised ({shape.grid.bits} bits). "
+            f"{stage} needs dense weights; this checkpoint is already quantised ({shape.grid.describe()}). "
             + ("Give" if stage == "gptq" else f"Put {stage} before gptq, or give")
             + " the checkpoint from before quantisation"
         )

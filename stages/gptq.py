@@ -2,7 +2,7 @@
 
 How the codes are chosen is the method's to say (`--quant`, stages/quantisers): GPTQ (Frantar et al., arXiv 2210.17323)
 unless another is asked for. The statistics of a block are taken from the already quantised blocks before it. A mask
-is kept by all. Packing and file format are GPTQModel's.
+is kept by all. Packing and file format are GPTQModel's, of codebooks (nf4) bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
-from checkpoints.reshape import packable, with_grid
+from checkpoints.packed_sizes import is_head
+from checkpoints.reshape import packable, with_form
 from checkpoints.rounded_inputs import rounded_inputs
 from checkpoints.runtime import Runtime
-from checkpoints.shape import OWN_KEY, Grid, ModelShape
+from checkpoints.shape import OWN_KEY, Codebook, Form, Grid, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
@@ -37,10 +38,8 @@ VERSION = 1
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
-    wanted = _wanted_form(options)
-    after = with_grid(shape, wanted.bits, wanted.group, wanted.symmetric, options.quant_embeddings)
-    assert after.grid is not None
-    quantization = quantization_config(after.grid, options, left_dense(shape))
+    after = with_form(shape, _wanted_form(options), options.quant_embeddings)
+    quantization = quantization_config(after, options, left_dense(shape))
     return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(shape, options))
 
 
@@ -50,7 +49,7 @@ def _own(shape: ModelShape, options: Options) -> dict[str, Any]:
     return {OWN_KEY: {**shape.config.get(OWN_KEY, {}), "activation_bits": bits}} if bits < 16 else {}
 
 
-def _wanted_form(options: Options) -> Grid:
+def _wanted_form(options: Options) -> Form:
     """Raises PlanError with all that the method cannot do."""
     faults = []
     if options.effort == "high" and not method(options.quant).TUNES:
@@ -72,25 +71,49 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
     said = []
     grid, wanted = plan(shape, options).grid, form(options)
+    if isinstance(grid, Codebook):
+        return codebook_remarks(shape, grid, options) + rounding_remarks(options)
+    assert isinstance(grid, Grid) and isinstance(wanted, Grid)
     if wanted.group != options.group != Options.group:
         own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
         said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
-    if grid is not None and grid.group != wanted.group:
+    if grid.group != wanted.group:
         said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
     if dense := left_dense(shape):
         said.append(
             f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
         )
-    if (bits := activation_bits(options)) < 16:
-        said.append(
-            f"gptq: the inputs of quantised layers are rounded to {bits} bits in all measurements; other libraries "
-            "that load the folder leave them as they are"
-        )
+    said += rounding_remarks(options)
     if options.effort == "high":
         said.append(
             f"gptq: --quant-effort high takes {options.effort_steps} gradient steps in each of {len(shape.blocks)} "
             "blocks, several times as long as normal effort"
         )
+    return said
+
+
+def rounding_remarks(options: Options) -> list[str]:
+    if (bits := activation_bits(options)) == 16:
+        return []
+    return [
+        f"gptq: the inputs of quantised layers are rounded to {bits} bits in all measurements; other libraries "
+        "that load the folder leave them as they are"
+    ]
+
+
+def codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
+    said = []
+    widths = sorted({x.in_features for block in shape.blocks for x in block.linears})
+    misread = [str(width) for width in widths if width % 16 == 0 and width % codebook.block]
+    if codebook.foreign and misread:
+        said.append(
+            f"gptq: bitsandbytes 0.50 misreads rows of {', '.join(misread)} on a CPU: a multiple of 16 that is none of "
+            f"{codebook.block}. What it computes from this folder there will be wrong; this project reads it right"
+        )
+    if options.group != Options.group:
+        said.append(f"gptq: {codebook.name} has blocks of {codebook.block}; --group {options.group} is not used")
+    if not codebook.loaders:
+        said.append(f"gptq: no library knows the levels of {codebook.name}: only this project loads the folder")
     return said
 
 
@@ -137,7 +160,7 @@ def run(
         target.write_edge(packed)
     own = {key: after.config[key] for key in ("quantization_config", OWN_KEY) if key in after.config}
     target.finish(source.config | own, source)
-    return {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "blocks": walk.facts}
+    return {**grid.about(), "blocks": walk.facts}
 
 
 def refine_block(
@@ -160,8 +183,13 @@ def refine_block(
     return errors
 
 
-def quantization_config(grid: Grid, options: Options, dense: list[str]) -> dict[str, Any]:
-    """What transformers, GPTQModel and vLLM need to read the folder."""
+def quantization_config(shape: ModelShape, options: Options, dense: list[str]) -> dict[str, Any]:
+    """What transformers, GPTQModel and vLLM, or of a codebook bitsandbytes, need to read the folder."""
+    grid = shape.grid
+    if isinstance(grid, Codebook):
+        heads = {t.name.removesuffix(".weight") for t in shape.outer if is_head(t.name)}
+        return grid.quantization_config(shape.blocks[0].linears[0].dtype, sorted({"lm_head", *heads}))
+    assert isinstance(grid, Grid)
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",

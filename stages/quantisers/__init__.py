@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from checkpoints.shape import Grid
+from checkpoints.shape import Form
 from stages.pruning import HESSIANS, NOTHING
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hqq2": ("stages.quantisers.hqq", {"bits": 2, "group": 64}),
     "awq4": ("stages.quantisers.awq", {"bits": 4}),
     "w4a8": ("stages.quantisers.w4a8", {}),
+    "nf4": ("stages.quantisers.nf4", {"codebook": "nf4"}),
+    "nf4-thesis": ("stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
 }
 ACTIVATION_BITS = {"w4a8": 8}  # of methods that are about the inputs as well as the weights
 
@@ -60,11 +62,11 @@ class Method(Protocol):
     NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
     TUNES: bool  # whether --quant-effort high can go on from its solutions, which then are stages.quantisers.gptq's
 
-    def form(self, options: Gptq, **parameters: Any) -> Grid:
+    def form(self, options: Gptq, **parameters: Any) -> Form:
         """How a layer will be stored, its group the largest wanted: the stage takes the largest that fits the model."""
 
     def quantise(
-        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, options: Gptq
+        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Form, options: Gptq
     ) -> Mapping[str, Solved]:
         """Each layer that `masks` names, stored as `form` says; a weight where its mask (out, in) is False is 0.
 
@@ -83,6 +85,6 @@ def activation_bits(options: Gptq) -> int:
     return ACTIVATION_BITS.get(options.quant, options.activation_bits)
 
 
-def form(options: Gptq) -> Grid:
+def form(options: Gptq) -> Form:
     """What the method asked for wants to store."""
     return method(options.quant).form(options, **METHODS[options.quant][1])
