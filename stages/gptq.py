@@ -69,11 +69,27 @@ def _wanted_form(options: Options) -> Form:
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
+    stored, wanted = plan(shape, options).grid, form(options)
+    if isinstance(stored, Grid) and isinstance(wanted, Grid):
+        said = _grid_remarks(shape, stored, wanted, options)
+    else:
+        assert isinstance(stored, Codebook)
+        said = _codebook_remarks(shape, stored, options)
+    if (bits := activation_bits(options)) < 16:
+        said.append(
+            f"gptq: the inputs of quantised layers are rounded to {bits} bits in all measurements; other libraries "
+            "that load the folder leave them as they are"
+        )
+    if options.effort == "high":
+        said.append(
+            f"gptq: --quant-effort high takes {options.effort_steps} gradient steps in each of {len(shape.blocks)} "
+            "blocks, several times as long as normal effort"
+        )
+    return said
+
+
+def _grid_remarks(shape: ModelShape, grid: Grid, wanted: Grid, options: Options) -> list[str]:
     said = []
-    grid, wanted = plan(shape, options).grid, form(options)
-    if isinstance(grid, Codebook):
-        return codebook_remarks(shape, grid, options) + rounding_remarks(options)
-    assert isinstance(grid, Grid) and isinstance(wanted, Grid)
     if wanted.group != options.group != Options.group:
         own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
         said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
@@ -83,25 +99,10 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
         said.append(
             f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
         )
-    said += rounding_remarks(options)
-    if options.effort == "high":
-        said.append(
-            f"gptq: --quant-effort high takes {options.effort_steps} gradient steps in each of {len(shape.blocks)} "
-            "blocks, several times as long as normal effort"
-        )
     return said
 
 
-def rounding_remarks(options: Options) -> list[str]:
-    if (bits := activation_bits(options)) == 16:
-        return []
-    return [
-        f"gptq: the inputs of quantised layers are rounded to {bits} bits in all measurements; other libraries "
-        "that load the folder leave them as they are"
-    ]
-
-
-def codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
+def _codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
     said = []
     widths = sorted({x.in_features for block in shape.blocks for x in block.linears})
     misread = [str(width) for width in widths if width % 16 == 0 and width % codebook.block]
