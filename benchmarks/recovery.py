@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.flags import quiet_libraries
+from checkpoints.quiet import quiet_libraries
 from pipeline.progress import Reporter
 from pipeline.recipe import build
 from pipeline.run import run

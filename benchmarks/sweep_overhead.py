@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.shapes import write_random
+from checkpoints.quiet import quiet_libraries
 from pipeline.cli_sweep import duration
-from pipeline.flags import quiet_libraries
 
 RECIPE = """
 name: overhead

@@ -19,7 +19,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, read_config, shape_from_folder, weight_files
 from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_file
 from checkpoints.nm import require_finite
-from checkpoints.packing import dequantise
+from checkpoints.packing import dense_weight
 from checkpoints.reshape import with_pattern
 from checkpoints.shape import LinearShape, ModelShape, Sparsity
 from checkpoints.vocabulary import load_tokenizer
@@ -68,6 +68,14 @@ class Checkpoint:
             return self.manifest.fingerprint
         return foreign_fingerprint(self.folder)
 
+    @property
+    def name(self) -> str:
+        """What tables call it: its folder's name, and for a model converted from one file that model's."""
+        folder = self.folder.resolve().name
+        if self.manifest is None or self.manifest.stage != "source":
+            return folder
+        return folder.removesuffix(f"-{self.manifest.options['sha256'][:12]}-v{self.manifest.stage_version}")
+
     @cached_property
     def stored_dtype(self) -> torch.dtype:
         """The precision that dense weights of this checkpoint have, or had before quantisation."""
@@ -106,36 +114,26 @@ class Checkpoint:
         Raises NumericsError naming a tensor that holds NaN or infinity.
         """
         stored = self.stored_block(index)
-        dense = {}
-        quantised: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        linears = {x.name: x for x in self.shape.blocks[index].linears}
-        for name, tensor in stored.items():
-            base, _, kind = name.rpartition(".")
-            if kind in ("qweight", "qzeros", "scales", "g_idx"):
-                quantised[base][kind] = tensor
-            else:
-                require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{name}", tensor)
-                dense[name] = tensor
-        grid = self.shape.grid
-        for base, parts in quantised.items():
-            assert grid is not None
-            dense[f"{base}.weight"] = dequantise(parts, grid.bits).to(self.stored_dtype)
-        for base, linear in linears.items():
-            if linear.adapted:
-                own = {kind: dense[f"{base}.{kind}"] for kind in ("weight", "bias") if f"{base}.{kind}" in dense}
-                for kind, tensor in applied(own, self._adapter(index, linear), self.adapter_scale).items():
-                    dense[f"{base}.{kind}"] = tensor
+        linears = self.shape.blocks[index].linears
+        codes = {x.name: {k: stored.pop(f"{x.name}.{k}") for k in x.grid.kinds} for x in linears if x.grid}
+        dense = stored
+        for name, tensor in dense.items():
+            require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{name}", tensor)
+        for x in linears:
+            if x.grid:
+                dense[f"{x.name}.weight"] = dense_weight(x, codes[x.name]).to(self.stored_dtype)
+            if x.adapted:
+                own = {kind: dense[f"{x.name}.{kind}"] for kind in ("weight", "bias") if f"{x.name}.{kind}" in dense}
+                for kind, tensor in applied(own, self._adapter(index, x), self.adapter_scale).items():
+                    dense[f"{x.name}.{kind}"] = tensor
         return dense
 
     def base_weight(self, index: int, linear: LinearShape) -> Tensor:
         """One layer's weights without the adapter (out, in), where an N:M mask can be seen."""
+        prefix = f"{self.shape.block_prefix}.{index}.{linear.name}."
         if linear.grid is None:
-            return self._read([f"{self.shape.block_prefix}.{index}.{linear.name}.weight"], "").popitem()[1]
-        stored = self._read(
-            [f"{self.shape.block_prefix}.{index}.{linear.name}.{k}" for k in ("qweight", "qzeros", "scales", "g_idx")],
-            f"{self.shape.block_prefix}.{index}.{linear.name}.",
-        )
-        return dequantise(stored, linear.grid.bits)
+            return self._read([f"{prefix}weight"], prefix)["weight"]
+        return dense_weight(linear, self._read([f"{prefix}{kind}" for kind in linear.grid.kinds], prefix))
 
     def outer(self) -> dict[str, Tensor]:
         """Everything outside the blocks by its full name; memory-mapped."""

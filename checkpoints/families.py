@@ -115,12 +115,15 @@ def _llama(
     }
 
 
-# Configurations as published with the models: meta-llama/Llama-3.2-1B, HuggingFaceTB/SmolLM2-135M,
-# karpathy/tinyllamas; microllama is the blocks of Deeploy's test model (DeeployTest/Tests/Models/microLlama), which
-# has neither embedding nor head. Enough to plan without downloading anything.
+# Configurations as published with the models: meta-llama's, HuggingFaceTB/SmolLM2-135M, karpathy/tinyllamas;
+# microllama is the blocks of Deeploy's test model (DeeployTest/Tests/Models/microLlama), which has neither embedding
+# nor head. Enough to plan without downloading anything.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, max_position_embeddings=131072),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=131072, tie_word_embeddings=False),
+    "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=8192, tie_word_embeddings=False),
+    "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=4096, tie_word_embeddings=False),
+    "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000, max_position_embeddings=4096, tie_word_embeddings=False),
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, max_position_embeddings=8192),
     "stories15m": _llama(288, 768, 6, 6, 6, 32000, max_position_embeddings=256, dtype="float32"),
     "stories260k": _llama(64, 172, 5, 8, 4, 512, max_position_embeddings=512, dtype="float32"),

@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError
+from checkpoints.forms import CODEBOOK_METHOD, TORCH_NAMES
 from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.shape import BlockShape, Grid, LinearShape, ModelShape, Sparsity, TensorShape, parse_sparsity
+from checkpoints.shape import (
+    CODEBOOKS,
+    BlockShape,
+    Codebook,
+    Form,
+    Grid,
+    LinearShape,
+    ModelShape,
+    Sparsity,
+    TensorShape,
+    parse_sparsity,
+)  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -122,19 +135,28 @@ def shape_from_folder(folder: Path) -> ModelShape:
         else:
             outer.append(tensor)
 
-    grid = _grid(config)
+    form = _form(config)
+    codes = _read_notes(files) if isinstance(form, Codebook) else {}
     pattern = _pattern(folder)
     adapters = _adapters(folder, prefix)
-    blocks = tuple(_block(members[i], grid, pattern, adapters.get(i, {})) for i in range(count))
+    blocks = []
+    for i in range(count):
+        start = f"{prefix}.{i}."
+        coded = {name.removeprefix(start): x for name, x in codes.items() if name.startswith(start)}
+        blocks.append(_block(members[i], form, coded, pattern, adapters.get(i, {})))
     bits = None
     if (folder / EDGE).is_file():
-        codes = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
-        bits = codes.shape[1] * 8 // int(config["hidden_size"])
-    return ModelShape(str(config.get("model_type")), config, blocks, tuple(outer), prefix, bits)
+        rows = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
+        bits = rows.shape[1] * 8 // int(config["hidden_size"])
+    return ModelShape(str(config.get("model_type")), config, tuple(blocks), tuple(outer), prefix, bits)
 
 
 def _block(
-    members: dict[str, TensorShape], grid: Grid | None, pattern: Sparsity | None, adapters: dict[str, _Adapter]
+    members: dict[str, TensorShape],
+    form: Form | None,
+    coded: dict[str, _Coded],
+    pattern: Sparsity | None,
+    adapters: dict[str, _Adapter],
 ) -> BlockShape:
     linears, others = [], []
     dtypes = Counter(t.dtype for t in members.values() if t.dtype in ("F32", "F16", "BF16"))
@@ -143,33 +165,94 @@ def _block(
         adapter = adapters.get(base, _NO_ADAPTER)
         bias = f"{base}.bias" in members
         zeros = pattern if pattern is not None and pattern.covers(base) else None
-        if kind == "qweight":
+        if base in coded and kind == "weight":
+            codebook, (outs, ins), dense = coded[base]
+            linears.append(LinearShape(base, outs, ins, dense, bias, zeros, codebook, *adapter))
+            if lost := [f"{base}.{kind}" for kind in codebook.kinds if f"{base}.{kind}" not in members]:
+                raise CheckpointError(f"a layer with codes of {codebook.name} lacks {lost[0]}")
+        elif kind == "qweight":
             outs, ins = tensor.shape[1], members[f"{base}.g_idx"].elements
             dense = next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
-            linears.append(LinearShape(base, outs, ins, dense, bias, zeros, grid, *adapter))
+            linears.append(LinearShape(base, outs, ins, dense, bias, zeros, form, *adapter))
         elif kind == "weight" and len(tensor.shape) == 2:
             outs, ins = tensor.shape
             linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, zeros, None, *adapter))
-        elif kind not in ("qzeros", "scales", "g_idx") and not (kind == "bias" and _is_linear(base, members)):
+        elif name.partition(".weight.")[0] not in coded and not _belongs_to_linear(name, members):
             others.append(TensorShape(name, tensor.shape, tensor.dtype))
     return BlockShape(tuple(linears), tuple(others))
 
 
-def _is_linear(base: str, members: dict[str, TensorShape]) -> bool:
+def _belongs_to_linear(name: str, members: dict[str, TensorShape]) -> bool:
+    """Whether a tensor is a linear layer's bias, or one of those that GPTQ's codes are stored in."""
+    base, _, kind = name.rpartition(".")
+    if kind in ("qzeros", "scales", "g_idx"):
+        return True
     weight = members.get(f"{base}.weight")
-    return f"{base}.qweight" in members or (weight is not None and len(weight.shape) == 2)
+    return kind == "bias" and (f"{base}.qweight" in members or (weight is not None and len(weight.shape) == 2))
 
 
-def _grid(config: dict[str, Any]) -> Grid | None:
+# --- quantised layers ----------------------------------------------------------------------------------------------
+
+_Coded = tuple[Codebook, tuple[int, int], str]  # form, (out, in), precision of the weights
+_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+def _form(config: dict[str, Any]) -> Form | None:
+    """What config.json says of the weights. A codebook's blocks are told by each layer's own note."""
     quantization = config.get("quantization_config")
     if not quantization:
         return None
-    if quantization.get("quant_method") != "gptq":
-        raise CheckpointError(
-            f"the weights are quantised by '{quantization.get('quant_method')}'; only GPTQ's format can be read back. "
-            "Give the checkpoint from before quantisation"
-        )
-    return Grid(int(quantization["bits"]), int(quantization["group_size"]), bool(quantization.get("sym", False)))
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        return Grid(int(quantization["bits"]), int(quantization["group_size"]), bool(quantization.get("sym", False)))
+    if method == "bitsandbytes" and quantization.get("bnb_4bit_quant_type") == "nf4":
+        return CODEBOOKS["nf4"]
+    if method == CODEBOOK_METHOD and quantization.get("codebook") in CODEBOOKS:
+        return CODEBOOKS[quantization["codebook"]]
+    raise CheckpointError(
+        f"the weights are quantised by '{method}'; only GPTQ's format, bitsandbytes' nf4 and what this project writes "
+        "can be read back. Give the checkpoint from before quantisation"
+    )
+
+
+def _read_notes(files: dict[str, Path]) -> dict[str, _Coded]:
+    """Of each layer with a codebook its form, sides and precision, by the layer's name.
+
+    They stand in a note of a few hundred bytes beside the codes; nothing else of the files is read.
+    """
+    noted: dict[Path, list[str]] = defaultdict(list)
+    for name, path in files.items():
+        if ".weight.quant_state." in name:
+            noted[path].append(name)
+    found = {}
+    for path, names in noted.items():
+        for name, data in _read_bytes(path, names).items():
+            base = name.partition(".weight.quant_state.")[0]
+            try:
+                note = json.loads(data)
+                codebook = replace(
+                    CODEBOOKS[note["quant_type"]],
+                    block=int(note["blocksize"]),
+                    nested=int(note.get("nested_blocksize", 0)),
+                )
+                outs, ins = map(int, note["shape"])
+                found[base] = (codebook, (outs, ins), _DTYPES[note["dtype"]])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path}: {name} does not say how the layer is stored ({error!r})") from None
+    return found
+
+
+def _read_bytes(path: Path, names: list[str]) -> dict[str, bytes]:
+    """The bytes of a few small tensors of a file whose header is sound."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        found = {}
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            file.seek(8 + length + begin)
+            found[name] = file.read(end - begin)
+    return found
 
 
 def _pattern(folder: Path) -> Sparsity | None:

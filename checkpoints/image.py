@@ -14,6 +14,12 @@ files). An entry of kind `linear` has these parts:
   format, absent on a symmetric grid, whose zero point is 2^(bits - 1);
 - order: the group of each column, only where GPTQ's activation order was left in the checkpoint.
 
+One with a `codebook` has instead of scales, zeros and order, a missing weight having the code of the level 0:
+
+- absmax: of every `block` weights in row order; float32, or where `nested` is not 0 a code of the 8-bit dynamic map
+  (`codebooks.dynamic_map`), to be multiplied by its nested absmax and added to the mean;
+- nested: float32, the nested absmax of every `nested` of those, and last the mean.
+
 An adapter at 8 bits has entries of kind `adapter_codes`, `….codes` (int8) and `….scales` (float32, one for each
 rank): A and B are codes x scales, rounded to the `dtype` of their `derived_adapter` entry, which has no bytes. The
 streams' bit order stands in `bits.py`. The other kinds are told in `packed_sizes.Record`.
@@ -147,7 +153,8 @@ def _encode(entry: form.Entry, contents: Contents, at: str) -> dict[str, Bytes]:
     kind, name = entry["kind"], entry["name"]
     try:
         if kind == "linear":
-            own = {key.rpartition(".")[2]: t for key, t in contents.tensor.items() if key.rpartition(".")[0] == name}
+            at_name = f"{name}."
+            own = {key.removeprefix(at_name): t for key, t in contents.tensor.items() if key.startswith(at_name)}
             return form.encode_linear(entry, own)
         if kind in _DERIVED:
             whole, packed = _DERIVED[kind]

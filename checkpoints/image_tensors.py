@@ -6,6 +6,7 @@ The parts are those of `packed_sizes.Record`; a reader needs only the entry that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from checkpoints import codebooks
 from checkpoints.adapter_codes import unpacked
 from checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
 from checkpoints.errors import CheckpointError
 from checkpoints.packed_sizes import MaskIndex
 from checkpoints.packing import dequantise_rows, pack_linear, unpack_linear
-from checkpoints.shape import DTYPE_BYTES, Grid, parse_sparsity
+from checkpoints.shape import CODEBOOKS, DTYPE_BYTES, Codebook, Grid, parse_sparsity
 
 TORCH_DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -56,11 +58,13 @@ def _tensor(data: NDArray[Any], dtype: str, shape: list[int]) -> Tensor:
 
 
 def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
-    """stored: the layer's tensors by the last part of their name.
+    """stored: the layer's tensors by their names within it.
 
     Raises CheckpointError where the layer does not hold its pattern, or is stored in a way that the image has no
     place for.
     """
+    if "codebook" in entry:
+        return _encode_codebook(entry, stored)
     if "bits" in entry:
         return _encode_codes(entry, dict(stored))
     weight = stored["weight"]
@@ -72,7 +76,9 @@ def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes
 
 
 def decode_linear(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
-    """The layer's tensors as the checkpoint had them, by the last part of their name."""
+    """The layer's tensors as the checkpoint had them, by their names within it."""
+    if "codebook" in entry:
+        return _decode_codebook(entry, parts)
     if "bits" in entry:
         return _decode_codes(entry, parts)
     kept = parts["values"].view(f"<u{DTYPE_BYTES[entry['dtype']]}")
@@ -131,6 +137,35 @@ def _group_of(grid: Grid, columns: int) -> NDArray[np.int32]:
     """The group of each column where groups lie in storage order."""
     order: NDArray[np.int32] = np.arange(columns, dtype=np.int32) // (columns if grid.group == -1 else grid.group)
     return order
+
+
+def _encode_codebook(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
+    codebook = _codebook(entry)
+    codebooks.require_known(entry["name"], stored, codebook)
+    codes = codebooks.codes_of(stored, *entry["shape"]).numpy()
+    index, kept = _leave_out(entry, codes, lambda: codes == codebook.zero)
+    parts = index | {"values": pack_bits(kept, codebook.bits), "absmax": _raw(stored["weight.absmax"])}
+    if codebook.nested:
+        mean = torch.tensor([codebooks.state_of(stored)["nested_offset"]], dtype=torch.float32)
+        parts["nested"] = _raw(torch.cat([stored["weight.nested_absmax"], mean]))
+    return parts
+
+
+def _decode_codebook(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
+    codebook = _codebook(entry)
+    rows, columns = entry["shape"]
+    kept = unpack_bits(parts["values"], codebook.bits, _kept(entry))
+    codes = _put_back(entry, parts, kept, np.full((rows, columns), codebook.zero, np.uint8))
+    blocks, offset = codebook.blocks(rows * columns), 0.0
+    scales = {"weight.absmax": _tensor(parts["absmax"], "U8" if codebook.nested else "F32", [blocks])}
+    if codebook.nested:
+        nested = _tensor(parts["nested"], "F32", [-1])
+        scales["weight.nested_absmax"], offset = nested[:-1], float(nested[-1])
+    return codebooks.assemble(torch.from_numpy(codes), scales, offset, codebook, TORCH_DTYPES[entry["dtype"]])
+
+
+def _codebook(entry: Entry) -> Codebook:
+    return replace(CODEBOOKS[entry["codebook"]], block=entry["block"], nested=entry["nested"])
 
 
 # --- zeros ---------------------------------------------------------------------------------------------------------

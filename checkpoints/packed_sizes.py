@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from checkpoints.forms import bytes_of as bytes_of
 from checkpoints.shape import DTYPE_BYTES, BlockShape, LinearShape, ModelShape, Pattern, TensorShape
 
 PREAMBLE_BYTES = 64
@@ -103,11 +104,6 @@ def value_bits(linear: LinearShape) -> int:
     return DTYPE_BYTES[linear.dtype] * 8 if linear.grid is None else linear.grid.bits
 
 
-def bytes_of(bits: int) -> int:
-    """Whole bytes that hold so many bits."""
-    return -(-bits // 8)
-
-
 # --- what lies where ---------------------------------------------------------------------------------------------
 
 
@@ -173,13 +169,8 @@ def _linear(x: LinearShape, ordered: bool) -> Record:
         parts["index"] = bytes_of(index.total_bits(x.weights // index.of))
     parts["values"] = bytes_of((x.weights if index is None else x.nonzero) * value_bits(x))
     if x.grid is not None:
-        groups = x.grid.groups(x.in_features)
-        about |= asdict(x.grid)
-        parts["scales"] = groups * x.out_features * DTYPE_BYTES["F16"]
-        if not x.grid.symmetric:
-            parts["zeros"] = bytes_of(groups * x.out_features * x.grid.bits)
-        if not ordered:
-            parts["order"] = bytes_of(x.in_features * (groups - 1).bit_length())
+        about |= x.grid.about()
+        parts |= x.grid.side_parts(x.out_features, x.in_features, ordered)
     return Record("linear", x.name, about, tuple((name, size) for name, size in parts.items() if size))
 
 
@@ -271,7 +262,10 @@ class PackedSizes:
         return {name.replace("_", " "): size for name, size in asdict(self).items() if size}
 
 
-_LINEAR_PARTS = {"index": "mask_index", "scales": "scales", "zeros": "zero_points", "order": "group_order"}
+_LINEAR_PARTS = {
+    "index": "mask_index", "scales": "scales", "zeros": "zero_points", "order": "group_order",
+    "absmax": "scales", "nested": "scales",
+}  # fmt: skip
 
 
 def packed_sizes(shape: ModelShape) -> PackedSizes:

@@ -2,16 +2,20 @@
 
 The layout is the one GPTQModel, transformers and vLLM read (format "gptq", version 1): codes run down the
 input axis, zero points across the output axis and are stored minus one. The tests hold it against
-GPTQModel's own packing.
+GPTQModel's own packing. `dense_weight` at the end asks the layer how it is stored; codebooks are in `codebooks.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from checkpoints import codebooks
 from checkpoints.errors import PlanError
 from checkpoints.reshape import WORD
+from checkpoints.shape import Codebook, LinearShape
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -65,7 +69,7 @@ def pack_linear(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, bits: 
     }
 
 
-def unpack_linear(stored: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_linear(stored: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (out, in), scales (out, groups) in float32 and zeros (out, groups), as `pack_linear` took them."""
     in_features = stored["g_idx"].shape[0]
     out_features = stored["scales"].shape[1]
@@ -85,9 +89,17 @@ def dequantise_rows(codes: Tensor, scales: Tensor, minimum: Tensor, bits: int) -
     return codes * scales.float() + minimum.float()
 
 
-def dequantise(stored: dict[str, Tensor], bits: int) -> Tensor:
+def dequantise(stored: Mapping[str, Tensor], bits: int) -> Tensor:
     """The dense weights (out, in) in float32 that the stored codes stand for: scale * (code - zero)."""
     codes, scales, zeros = unpack_linear(stored, bits)
     g_idx = stored["g_idx"].long()
     dense: Tensor = scales[:, g_idx] * (codes - zeros[:, g_idx])
     return dense
+
+
+def dense_weight(linear: LinearShape, stored: Mapping[str, Tensor]) -> Tensor:
+    """The dense weights (out, in) in float32 of a quantised layer; stored: its tensors by `linear.grid.kinds`."""
+    assert linear.grid is not None
+    if isinstance(linear.grid, Codebook):
+        return codebooks.decode(stored, linear.grid, linear.out_features, linear.in_features)
+    return dequantise(stored, linear.grid.bits)

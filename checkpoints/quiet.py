@@ -1,4 +1,4 @@
-"""Silence for libraries that print banners when they are imported; what they raise still comes through."""
+"""Silence for libraries that print banners and warnings; what they raise still comes through."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 
@@ -25,3 +26,15 @@ def quiet_import() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def quiet_libraries() -> None:
+    """Their warnings and bars would run through ours; errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import Grid, LinearShape, ModelShape, Sparsity, largest_group
+from checkpoints.shape import Codebook, Form, Grid, LinearShape, ModelShape, Sparsity, largest_group
 
 WORD = 32
 
@@ -99,6 +99,21 @@ def with_grid(shape: ModelShape, bits: int, wanted_group: int, symmetric: bool, 
         return replace(x, grid=grid) if packable(x.out_features, x.in_features) else x
 
     return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or None)
+
+
+def with_form(shape: ModelShape, form: Form, embedding_bits: int) -> ModelShape:
+    """Codes of this form in place of every layer that it can hold. Raises PlanError where there is none."""
+    if isinstance(form, Codebook):
+        return with_codebook(shape, form, embedding_bits)
+    return with_grid(shape, form.bits, form.group, form.symmetric, embedding_bits)
+
+
+def with_codebook(shape: ModelShape, codebook: Codebook, embedding_bits: int) -> ModelShape:
+    """Codes in place of every linear layer of every block: blocks of weights run on from row to row, so any fits.
+
+    The configuration stays: what it says of the quantisation is the stage's to write.
+    """
+    return replace(_each_linear(shape, lambda x: replace(x, grid=codebook)), embedding_bits=embedding_bits or None)
 
 
 def _each_linear(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:

@@ -50,10 +50,12 @@ class Runtime:
     progress: Progress = field(default_factory=Silent)
     chunk_tokens: int = 4096  # tokens that go through a block at once
     spill_bytes: int = 64 * 2**20  # hidden states beyond this lie in a temporary file
+    turn: int = 0  # of a stage that runs several times: each time draws anew
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator of its own for each purpose; the global random state is never touched."""
-        digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
+        again = f" {self.turn}" if self.turn else ""
+        digest = hashlib.sha256(f"{self.seed} {purpose}{again}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 

@@ -13,9 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from checkpoints.errors import PlanError
+from checkpoints.forms import CODEBOOKS as CODEBOOKS
+from checkpoints.forms import DTYPE_BYTES as DTYPE_BYTES
+from checkpoints.forms import Codebook as Codebook
+from checkpoints.forms import Form as Form
+from checkpoints.forms import Grid as Grid
+from checkpoints.forms import TensorShape as TensorShape
 
-# In the order in which safetensors stores them (its Dtype enum, falling); the header's length depends on it.
-DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for
 _FILE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
 # What an adapter can learn besides A and B, by the name that PEFT gives its tensor.
 ADAPTER_VECTORS = {"magnitude": "lora_magnitude_vector", "rows": "ia3_l", "columns": "ia3_l"}
@@ -70,19 +75,52 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
+class Capped(Pattern):
+    """A pattern of wide groups of which no run of `within.of` weights may lose more than `within.removed`."""
+
+    within: Pattern
+
+
+@dataclass(frozen=True)
+class Part:
+    """`part` of `parts` equal shares of the zeros of N:M, at most N in every M: the zeros can grow into N:M.
+
+    The shares count in every row, so a group may hold all its zeros early and another none.
+    """
+
+    part: int
+    parts: int
+    whole: Pattern
+
+    def __str__(self) -> str:
+        return f"{self.part}/{self.parts} of {self.whole}"
+
+    def on(self, width: int, rows: int = 1) -> Pattern:
+        """A pattern whose group is the whole row, with the cap on every M."""
+        return Capped(width * self.whole.removed * self.part // (self.whole.of * self.parts), width, self.whole)
+
+    def covers(self, name: str) -> bool:
+        """Whether the layer of this name has the pattern: all do."""
+        return True
+
+
+Amount = Pattern | Unstructured | Part  # what --wanda can ask of a row
+
+
+@dataclass(frozen=True)
 class Within:
     """A pattern on the layers of one name alone; a fraction then counts over the whole layer, not row by row."""
 
-    amount: Pattern | Unstructured
+    amount: Amount
     layer: str  # the last part of the layers' names, e.g. gate_proj
 
     def __str__(self) -> str:
         return f"{self.amount} in {self.layer}"
 
     def on(self, width: int, rows: int = 1) -> Pattern:
-        """N:M itself; of a fraction, a pattern whose group is the whole layer of `rows` rows."""
-        if isinstance(self.amount, Pattern):
-            return self.amount
+        """N:M and its parts themselves; of a fraction, a pattern whose group is the whole layer of `rows` rows."""
+        if not isinstance(self.amount, Unstructured):
+            return self.amount.on(width)
         return Pattern(round(self.amount.fraction * width * rows), width * rows)
 
     def covers(self, name: str) -> bool:
@@ -90,7 +128,7 @@ class Within:
         return name.rpartition(".")[2] == self.layer
 
 
-Sparsity = Pattern | Unstructured | Within
+Sparsity = Pattern | Unstructured | Part | Within
 
 
 def parse_sparsity(text: str) -> Sparsity:
@@ -99,8 +137,12 @@ def parse_sparsity(text: str) -> Sparsity:
     return Within(parse_amount(amount), layer) if within else parse_amount(text)
 
 
-def parse_amount(text: str) -> Pattern | Unstructured:
-    """Read `N:M`, or a fraction such as 0.5. Raises PlanError for anything else."""
+def parse_amount(text: str) -> Amount:
+    """Read `N:M`, a fraction such as 0.5, or a part of N:M such as `1/4 of 2:4`. Raises PlanError for anything else."""
+    if match := re.fullmatch(r"(\d+)/(\d+) of (.+)", text.strip()):
+        if not 0 < int(match[1]) < int(match[2]):
+            raise PlanError(f"'{text}': the part must be between 0 and 1, e.g. 1/4 of 2:4")
+        return Part(int(match[1]), int(match[2]), Pattern.parse(match[3]))
     if ":" in text:
         return Pattern.parse(text)
     try:
@@ -113,39 +155,6 @@ def parse_amount(text: str) -> Pattern | Unstructured:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Integer codes of `bits` bits with one scale and zero point for every `group` weights of a row.
-
-    group -1 means the whole row.
-    """
-
-    bits: int
-    group: int
-    symmetric: bool = False
-
-    def groups(self, in_features: int) -> int:
-        return 1 if self.group == -1 else -(-in_features // self.group)
-
-
-@dataclass(frozen=True)
-class TensorShape:
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
 class LinearShape:
     """One linear layer of a block; `name` is relative to the block, e.g. self_attn.q_proj."""
 
@@ -155,7 +164,7 @@ class LinearShape:
     dtype: str
     bias: bool = False
     pattern: Sparsity | None = None
-    grid: Grid | None = None
+    grid: Form | None = None  # how its codes are stored; None where the weights are dense
     adapter_rank: int = 0
     adapter_dtype: str = "BF16"
     adapter_packed: bool = False  # 8-bit codes of the adapter lie beside it
@@ -187,11 +196,7 @@ class LinearShape:
         if self.grid is None:
             yield TensorShape(f"{self.name}.weight", (self.out_features, self.in_features), self.dtype)
         else:
-            groups, bits = self.grid.groups(self.in_features), self.grid.bits
-            yield TensorShape(f"{self.name}.qweight", (self.in_features * bits // 32, self.out_features), "I32")
-            yield TensorShape(f"{self.name}.qzeros", (groups, self.out_features * bits // 32), "I32")
-            yield TensorShape(f"{self.name}.scales", (groups, self.out_features), "F16")
-            yield TensorShape(f"{self.name}.g_idx", (self.in_features,), "I32")
+            yield from self.grid.tensors(self.name, self.out_features, self.in_features)
         if self.bias:
             yield TensorShape(f"{self.name}.bias", (self.out_features,), self.dtype)
 
@@ -274,8 +279,14 @@ class ModelShape:
         return found.pop() if len(found) == 1 else None
 
     @property
-    def grid(self) -> Grid | None:
+    def grid(self) -> Form | None:
+        """How the quantised layers are stored; all have one form."""
         return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
+
+    @property
+    def activation_bits(self) -> int:
+        """Of the inputs of quantised layers as they are measured: 16 leaves them as they are."""
+        return int((self.config.get(OWN_KEY) or {}).get("activation_bits", 16))
 
     # --- bytes --------------------------------------------------------------------------------------------
 
@@ -310,6 +321,16 @@ class ModelShape:
             + safetensors_bytes(list(self.outer))
             + sum(safetensors_bytes(tensors) for tensors in beside if tensors)
         )
+
+    @property
+    def model_mib(self) -> float:
+        """Model size as thesis 001 defines it, equation 2.55: elements x bits / (8 * 1024^2), over all stored tensors.
+
+        Its MB are MiB. The adapter counts, and so do zeros of an N:M pattern, which are stored; file headers, buffers
+        that no file holds (rotary tables) and the second, packed copies of embedding, head and adapter do not.
+        """
+        blocks = [t for index in range(len(self.blocks)) for t in self.block_tensors(index)]
+        return sum(t.nbytes for t in (*blocks, *self.outer, *self.adapter_tensors())) / 2**20
 
     @property
     def packed_bytes(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from checkpoints.allocator import give_back
 from checkpoints.errors import CheckpointError
+from checkpoints.rounded_inputs import round_inputs, rounded_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ class Skeleton:
 
     @contextmanager
     def block(self, index: int, weights: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """The block with its effective weights on the device; freed on leaving."""
+        """The block with its effective weights on the device, its inputs rounded as it says; freed on leaving."""
         block = self.blocks[index]
         weights = weights if weights is not None else self.checkpoint.block(index)
         # A loaded tensor may be a view of the memory-mapped file; stages edit weights, so each gets a copy.
@@ -72,8 +73,10 @@ class Skeleton:
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.to(self.device))
+        shape = self.checkpoint.shape
         try:
-            yield block
+            with rounded_inputs(block, shape.blocks[index], shape.activation_bits):
+                yield block
         finally:
             block.to("meta")
             _restore_buffers(self.model, block)
@@ -110,7 +113,7 @@ class Skeleton:
     # --- the whole model ----------------------------------------------------------------------------------------
 
     def filled(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with all weights in memory."""
+        """The model with all weights in memory, its inputs rounded as it says."""
         tensors = dict(self.checkpoint.outer())
         for index in range(len(self.blocks)):
             prefix = f"{self.checkpoint.shape.block_prefix}.{index}."
@@ -121,6 +124,9 @@ class Skeleton:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         nn.Module.to(self.model, device)
+        shape = self.checkpoint.shape
+        for block, own_shape in zip(self.blocks, shape.blocks, strict=True):
+            round_inputs(block, own_shape, shape.activation_bits)
         return self.model
 
     def linears(self, index: int) -> dict[str, nn.Linear]:

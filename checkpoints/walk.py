@@ -29,6 +29,7 @@ from torch.func import functional_call
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, NumericsError
 from checkpoints.runtime import Runtime
+from checkpoints.shape import ModelShape
 from checkpoints.skeleton import Skeleton
 from checkpoints.states import Scratch, States
 
@@ -111,6 +112,16 @@ class BlockVisit:
             for name, x in arriving:
                 if name in groups:
                     observer(groups[name], x.reshape(-1, x.shape[-1]))
+
+    @property
+    def name(self) -> str:
+        """Where the model keeps it, e.g. model.layers.3."""
+        return f"{self.model.block_prefix}.{self.index}"
+
+    @property
+    def model(self) -> ModelShape:
+        """The shape of the whole model."""
+        return self._walk.source.shape
 
     @property
     def inputs(self) -> Sequence[Tensor]:

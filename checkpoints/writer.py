@@ -15,6 +15,7 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
 from checkpoints.manifest import WORK, sync_folder, write_json
+from checkpoints.scaling import scaling_name
 from checkpoints.walk import Work
 
 OUTER = "outer.safetensors"
@@ -82,6 +83,11 @@ class CheckpointWriter:
             self._save(self.folder / ADAPTER_PACKED, packed)
         self._save(self.folder / ADAPTER, {name: tensor for name, tensor in joined.items() if name not in packed})
         write_json(self.folder / ADAPTER_CONFIG, config)
+
+    def write_scaling(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """What a block's layers were scaled with (checkpoints/scaling.py), names relative to the block."""
+        if tensors:
+            self._save(self.folder / scaling_name(index), tensors)
 
     def write_edge(self, tensors: Mapping[str, Tensor]) -> None:
         """Packed copies of embedding and head for the edge."""

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import PlanError, TextError
-from checkpoints.shape import ModelShape
 from eval.answers import Answer, Question, answer_all
 from eval.instructions import HUB, Instruction, InstructionSet, load_instructions
 from eval.metrics import (
@@ -55,7 +54,7 @@ def run(name: str, subject: Subject, settings: Settings) -> Result:
         found, details[data.name] = _of_set(name, subject, settings, data)
         scores += found
     scores.sort(key=lambda score: METRICS.index(score.metric.partition(",")[0]))  # one metric's sets together
-    scores.append(_fixed("model size", model_mib(subject.checkpoint.shape), "MiB", "model size: all stored tensors"))
+    scores.append(_fixed("model size", subject.checkpoint.shape.model_mib, "MiB", "model size: all stored tensors"))
     return Result(name, tuple(scores), time.perf_counter() - began, details)
 
 
@@ -163,12 +162,3 @@ def output_kib(answers: Sequence[Answer]) -> float:
         for a in answers
     )
     return sum(len(line.encode()) + 1 for line in lines) / 1024
-
-
-def model_mib(shape: ModelShape) -> float:
-    """Equation 2.55: MiB of all stored tensors, adapter included, each element at its stored width.
-
-    Zeros of an N:M pattern count: they are stored. Buffers that no file holds (rotary tables) do not.
-    """
-    blocks = [t for index in range(len(shape.blocks)) for t in shape.block_tensors(index)]
-    return sum(t.nbytes for t in (*blocks, *shape.outer, *shape.adapter_tensors())) / 2**20

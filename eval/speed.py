@@ -29,7 +29,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.headers import ADAPTER
 from checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes
-from checkpoints.quiet import quiet_import
+from checkpoints.quiet import quiet_import, quiet_libraries
 from eval.results import Result, Score, not_measured
 from eval.settings import Settings
 from eval.subject import Subject
@@ -112,12 +112,10 @@ def run(name: str, subject: Subject, settings: Settings) -> Result:
     scores: list[Score] = []
     timings = []
     for engine in engines:
-        if engine == "kernels" and subject.checkpoint.shape.grid is None:
-            progress.note(f"{name}: kernels not measured: {subject.label} is not quantised")
-            scores += [
-                not_measured(f"{metric}, {engine}", "the checkpoint is not quantised", higher)
-                for metric, higher in _METRICS.items()
-            ]
+        missing = without_kernels(subject.checkpoint) if engine == "kernels" else ""
+        if missing:
+            progress.note(f"{name}: kernels not measured: {subject.label}: {missing}")
+            scores += [not_measured(f"{metric}, {engine}", missing, higher) for metric, higher in _METRICS.items()]
         else:
             timing = measure_speed(subject.checkpoint, engine, workload, subject.runtime.device, subject.runtime.dtype)
             timings.append(timing.to_dict())
@@ -177,11 +175,19 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def without_kernels(checkpoint: Checkpoint) -> str:
+    """Why no library has a kernel for this checkpoint's codes; empty where one has."""
+    form = checkpoint.shape.grid
+    if form is None:
+        return "the checkpoint is not quantised"
+    return "" if form.loaders else f"no library knows the levels of {form.describe()}"
+
+
 def _require(checkpoint: Checkpoint, engine: str, workload: Workload) -> None:
     if engine not in ENGINES:
         raise PlanError(f"unknown engine '{engine}'; there are {' and '.join(ENGINES)}")
-    if engine == "kernels" and checkpoint.shape.grid is None:
-        raise PlanError(f"{checkpoint.folder} is not quantised: there are no codes for a kernel to multiply")
+    if engine == "kernels" and (missing := without_kernels(checkpoint)):
+        raise PlanError(f"{checkpoint.folder}: no kernel to multiply with: {missing}")
     wanted, positions = workload.prompt + workload.tokens, checkpoint.shape.positions
     if wanted > positions:
         raise PlanError(f"a prompt of {workload.prompt} and {workload.tokens} new tokens exceed {positions} positions")
@@ -190,6 +196,7 @@ def _require(checkpoint: Checkpoint, engine: str, workload: Workload) -> None:
 def _timed(folder: Path, engine: str, workload: Workload, device: str, dtype: torch.dtype, threads: int) -> Timing:
     """In the new process: load, repeat, report."""
     torch.set_num_threads(threads)
+    quiet_libraries()
     with quiet_import():
         import transformers  # noqa: F401  # counted with the libraries, not with the model
     reset_peak()
@@ -200,7 +207,7 @@ def _timed(folder: Path, engine: str, workload: Workload, device: str, dtype: to
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(checkpoint.shape.vocabulary, (1, workload.prompt), generator=generator).to(device)
     repeats = [time_once(model, ids, workload.tokens) for _ in range(workload.warmups + workload.repeats)]
-    kinds = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "qweight")})
+    kinds = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "qweight") or hasattr(m, "quant_state")})
     return Timing(
         engine, workload, tuple(repeats[workload.warmups :]), peak_bytes(), before, torch.get_num_threads(),
         str(dtype).removeprefix("torch."), device, tuple(kinds),
@@ -230,7 +237,8 @@ def _now(device: torch.device) -> float:
 def _load(checkpoint: Checkpoint, engine: str, device: torch.device, dtype: torch.dtype) -> Any:
     if engine == "effective":
         return checkpoint.model(device, dtype)
-    for package in ("gptqmodel", "optimum"):
+    assert checkpoint.shape.grid is not None
+    for package in checkpoint.shape.grid.loaders:
         if not importlib.util.find_spec(package):
             raise CheckpointError(f"quantised kernels need {package}, which is not installed: pip install {package}")
     with quiet_import():

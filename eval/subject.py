@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Subject:
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, label: str = "") -> None:
         self.checkpoint, self.runtime = checkpoint, runtime
-        self.label = label or checkpoint.folder.resolve().name
+        self.label = label or checkpoint.name
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

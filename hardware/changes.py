@@ -80,7 +80,7 @@ def quantised(shape: ModelShape, bits: int, group: int = GROUP) -> ModelShape:
     def on(x: LinearShape) -> LinearShape:
         if not _packable(x) or (x.grid is not None and x.grid.bits <= bits):
             return x
-        kept = x.grid or Grid(bits, chosen)
+        kept = x.grid if isinstance(x.grid, Grid) else Grid(bits, chosen)
         return replace(x, grid=replace(kept, bits=bits))
 
     return with_linears(shape, on)

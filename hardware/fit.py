@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoints.errors import PlanError
 from checkpoints.reshape import with_blocks, with_grid, with_pattern, with_vocabulary
-from checkpoints.shape import ModelShape, Pattern, parse_sparsity
+from checkpoints.shape import Grid, ModelShape, Pattern, parse_sparsity
 from hardware.check import check
 from hardware.soc import Soc
 from hardware.verdict import Verdict
@@ -190,7 +190,7 @@ class _Search:
                 continue
             if (grid, way.embedding_bits) not in seen:
                 seen.add((grid, way.embedding_bits))
-                assert grid is not None
+                assert isinstance(grid, Grid)
                 kept.append(replace(way, group=grid.group))
         return kept
 

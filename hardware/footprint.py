@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from checkpoints.packed_sizes import block_records, bytes_of, groups_in_order, outer_records, packed_bits, value_bits
 from checkpoints.packed_sizes import is_head as is_head  # what follows the order of computing asks for it here
-from checkpoints.shape import DTYPE_BYTES, BlockShape, LinearShape, ModelShape, TensorShape
+from checkpoints.shape import DTYPE_BYTES, BlockShape, Grid, LinearShape, ModelShape, TensorShape
 from hardware.attention import cache_rule, own_window, window_of
 from hardware.soc import Layout
 
@@ -176,17 +176,18 @@ def _block_parts(block: BlockShape, layout: Layout, ordered: bool) -> tuple[tupl
 def _linear_bits(x: LinearShape, layout: Layout) -> tuple[int, int]:
     """Bits of the codes and of scales with zero points, as the layout stores them.
 
-    A dense layer has no codes to put in slots: it keeps its width and shape.
+    A dense layer has no codes to put in slots, and those of a codebook are no integers that an engine multiplies:
+    both keep their width and shape, a codebook its own scales.
     """
     dense = x.weights * value_bits(x)
-    if x.grid is None:
-        return (min(dense, packed_bits(x)) if layout.patterns else dense), 0
-    scale = layout.scale_bits + (x.grid.bits if layout.zero_points and not x.grid.symmetric else 0)
-    groups = x.grid.groups(x.in_features) if layout.scale_per == "group" else 1
-    codes = _slotted(x.out_features, x.in_features, x.grid.bits, layout)
+    if not isinstance(x.grid, Grid):
+        sides = 0 if x.grid is None else x.grid.side_bits(x.out_features, x.in_features)
+        return (min(dense, packed_bits(x)) if layout.patterns else dense), sides
+    grid = x.grid if layout.scale_per == "group" else replace(x.grid, group=-1)
+    codes = _slotted(x.out_features, x.in_features, grid.bits, layout)
     if layout.patterns and layout.slot_bits is None:
         codes = min(codes, packed_bits(x))
-    return codes, x.out_features * groups * scale
+    return codes, grid.side_bits(x.out_features, x.in_features, layout.scale_bits, layout.zero_points)
 
 
 def _slotted(rows: int, columns: int, bits: int, layout: Layout) -> int:

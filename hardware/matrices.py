@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from checkpoints.packed_sizes import bytes_of, value_bits
-from checkpoints.shape import DTYPE_BYTES, LinearShape, ModelShape, TensorShape
+from checkpoints.shape import DTYPE_BYTES, Codebook, LinearShape, ModelShape, TensorShape
 from hardware.footprint import SCALE_BITS
 
 
@@ -20,11 +20,13 @@ class Weights:
     row_bits: int = 0  # scales, zero points and bias of one row
     groups: int = 1  # scales a row
     offsets: bool = False  # zero points (or minima) that differ from row to row
+    other_bits: int = 0  # of the matrix as a whole: what its scales take beyond `row_bits`
+    integer: bool = True  # whether an engine for integers can multiply the codes; a codebook's levels it cannot
 
     @property
     def nbytes(self) -> int:
         """Bytes with codes packed without gaps, scales, zero points and bias included."""
-        return bytes_of(self.rows * (self.columns * self.bits + self.row_bits))
+        return bytes_of(self.rows * (self.columns * self.bits + self.row_bits) + self.other_bits)
 
     def slotted_bytes(self, slot_bits: int, input_block: int) -> int:
         """Bytes with each weight in a slot of `slot_bits`, inputs padded to `input_block`; scales as in `nbytes`."""
@@ -37,8 +39,12 @@ def linear_weights(prefix: str, x: LinearShape) -> Weights:
     name, bias = f"{prefix}.{x.name}", x.bias * DTYPE_BYTES[x.dtype] * 8
     if x.grid is None:
         return Weights(name, x.out_features, x.in_features, value_bits(x), bias)
+    sides = x.grid.side_bits(x.out_features, x.in_features, SCALE_BITS)
+    scales, other = divmod(sides, x.out_features)
+    if isinstance(x.grid, Codebook):
+        row_bits = scales + bias
+        return Weights(name, x.out_features, x.in_features, value_bits(x), row_bits, other_bits=other, integer=False)
     groups = x.grid.groups(x.in_features)
-    scales = groups * (SCALE_BITS + (0 if x.grid.symmetric else x.grid.bits))
     return Weights(name, x.out_features, x.in_features, value_bits(x), scales + bias, groups, not x.grid.symmetric)
 
 

@@ -85,9 +85,10 @@ class Tiling:
 def engine_of(operator: Operator, soc: Soc) -> str:
     """The engine that computes an operator on this chip.
 
-    A product with constant weights runs on the accelerator if there is one and it takes weights that wide.
+    A product with constant weights runs on the accelerator if there is one and it takes weights that wide; codes of
+    a codebook stand for no integers, and the cores multiply their levels.
     """
-    if operator.engine == CORES or soc.accelerator is None or operator.weights is None:
+    if operator.engine == CORES or soc.accelerator is None or operator.weights is None or not operator.weights.integer:
         return CORES
     widest = soc.constants.get("weight_bits")
     limit = None if widest is None else widest.high or widest.value

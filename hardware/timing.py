@@ -190,7 +190,14 @@ class _Timer:
         homeless = sorted({w.operator.name for w in works if not w.tiling.fits})
         if homeless:
             yield f"No tile of {', '.join(homeless)} fits L1; timed as if one did."
-        wide = sorted({w.operator.name for w in works if w.operator.engine != w.engine})
+        slow = [w for w in works if w.operator.engine != w.engine]
+        wide = sorted({w.operator.name for w in slow if w.operator.weights is None or w.operator.weights.integer})
+        looked_up = sorted({w.operator.name for w in works if w.operator.weights and not w.operator.weights.integer})
+        if looked_up:
+            yield (
+                f"The levels of a codebook are looked up by the cores: {', '.join(looked_up)} are timed at their 8 bit "
+                "speed, without the looking up."
+            )
         if wide and self.soc.accelerator is not None:
             yield (
                 f"Weights too wide for {self.soc.accelerator.name}: {', '.join(wide)} run on the cores, timed at their "

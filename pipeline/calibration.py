@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ class Calibration:
                     "or name another text"
                 )
 
-    def windows(self, stage: str, options: Options) -> TokenBatches:
-        """The stage's windows (samples, length). Raises TextError where the text is too short."""
+    def windows(self, stage: str, options: Options, turn: int = 0) -> TokenBatches:
+        """The stage's windows (samples, length), others each turn. Raises TextError where the text is too short."""
         vocabulary = self._vocabulary
         if isinstance(options, Vocabulary):
             assert vocabulary is not None
@@ -51,9 +52,11 @@ class Calibration:
             return TokenBatches("none", torch.empty(0, 0, dtype=torch.int64))
         trimmed = vocabulary is not None and follows_vocabulary(self._recipe, stage)
         spec = (options.data if isinstance(options, Lora) else "") or self._recipe.calibration_text
-        generator = self._runtime.generator(f"{stage} calibration")
+        runtime = replace(self._runtime, turn=turn)
+        generator = runtime.generator(f"{stage} calibration")
         if spec == SELF:
-            return self._sampled(options.samples, options.length, vocabulary.kept if vocabulary and trimmed else None)
+            kept = vocabulary.kept if vocabulary and trimmed else None
+            return self._sampled(options.samples, options.length, kept, runtime)
         if (spec, trimmed) not in self._ids:
             text = self._text(spec)
             tokenizer = vocabulary.tokenizer if vocabulary and trimmed else self._tokenizer
@@ -87,19 +90,19 @@ class Calibration:
             )
         return min(there, options.samples)
 
-    def _sampled(self, samples: int, length: int, kept: Tensor | None) -> TokenBatches:
+    def _sampled(self, samples: int, length: int, kept: Tensor | None, runtime: Runtime) -> TokenBatches:
         """Text that the uncompressed model writes itself, kept in the store so that a rerun need not.
 
         kept: the tokens (n,) it may choose from; ids are then their places, those of the trimmed vocabulary.
         """
-        seed = self._runtime.seed
-        name = f"self-{self._source.fingerprint[:12]}-{seed}-{samples}x{length}"
+        again = f"-{runtime.turn}" if runtime.turn else ""
+        name = f"self-{self._source.fingerprint[:12]}-{runtime.seed}{again}-{samples}x{length}"
         if kept is not None:
             name += f"-{hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:12]}"
         path = self._store / "calibration" / f"{name}.safetensors"
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            ids = sample_text(self._source, samples, length, self._runtime, kept)
+            ids = sample_text(self._source, samples, length, runtime, kept)
             save_file({"ids": ids}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         return TokenBatches("self", load_file(path)["ids"])

@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
+from checkpoints.quiet import quiet_libraries
 from pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
-from pipeline.flags import Json, Out, RecipeFile, Skip, quiet_libraries, recipe_flags
+from pipeline.flags import Json, Out, RecipeFile, Skip, recipe_flags
 from pipeline.help import PlainCommand, PlainGroup
 from pipeline.recipe import Recipe, build
 from pipeline.sweep_recipe import is_sweep

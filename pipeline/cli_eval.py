@@ -13,10 +13,11 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import PlanError
+from checkpoints.quiet import quiet_libraries
 from eval.settings import Settings
 from eval.tasks import TASKS, find_tasks
 from pipeline.eval_flags import settings_flags
-from pipeline.flags import Device, Json, quiet_libraries
+from pipeline.flags import Device, Json
 
 if TYPE_CHECKING:
     from pipeline.progress import Reporter

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from checkpoints.errors import PlanError
+from checkpoints.quiet import quiet_libraries
 from checkpoints.shape import ModelShape
-from pipeline.flags import Json, quiet_libraries
+from pipeline.flags import Json
 
 if TYPE_CHECKING:
     from hardware.soc import Soc

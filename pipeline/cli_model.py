@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.flags import Device, Dtype, Json, quiet_libraries
+from checkpoints.quiet import quiet_libraries
+from pipeline.flags import Device, Dtype, Json
 from pipeline.recipe import build
 
 

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import EdgepressError, PlanError
-from pipeline.flags import Json, quiet_libraries
+from checkpoints.quiet import quiet_libraries
+from pipeline.flags import Json
 
 if TYPE_CHECKING:
     from pipeline.page.content import Chip

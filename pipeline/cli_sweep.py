@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 
 from checkpoints.errors import PlanError
-from pipeline.flags import Out, RecipeFile, Skip, quiet_libraries, recipe_flags
+from checkpoints.quiet import quiet_libraries
+from pipeline.flags import Out, RecipeFile, Skip, recipe_flags
 from pipeline.recipe import build
 from pipeline.sweep_recipe import MAX_RUNS, Sweep, load_sweep
 

@@ -65,8 +65,11 @@ def open_all(names: Sequence[str]) -> list[tuple[str, Checkpoint]]:
     folders = [checkpoint.folder.resolve() for checkpoint in opened]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise PlanError(f"{twice} is named twice; name each checkpoint once")
-    names_only = [folder.name for folder in folders]
-    labels = [f.name if names_only.count(f.name) == 1 else "-".join(f.parts[-2:]) for f in folders]
+    names_only = [checkpoint.name for checkpoint in opened]
+    labels = [
+        name if names_only.count(name) == 1 else "-".join(folder.parts[-2:])
+        for name, folder in zip(names_only, folders, strict=True)
+    ]
     if len(set(labels)) < len(labels):
         raise PlanError(f"two checkpoints would both be called {max(labels, key=labels.count)}; rename a folder")
     return list(zip(labels, opened, strict=True))

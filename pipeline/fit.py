@@ -18,7 +18,7 @@ from checkpoints.errors import CheckpointError, EdgepressError, PlanError, TextE
 from checkpoints.families import PRESETS
 from checkpoints.headers import shape_from_folder
 from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.shape import ModelShape
+from checkpoints.shape import Grid, ModelShape
 from hardware import quality
 from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, search
 from hardware.soc import Soc
@@ -161,10 +161,10 @@ def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
         if manifest.stage == "vocabulary":
             vocabulary = int(options["size"])
         elif manifest.stage == "depth" and not options["layers"]:
-            removed = int(options["remove"])
+            removed += int(options["remove"])  # --homotopic removes them in several turns
         elif manifest.stage == "wanda" and options.get("method", "wanda") == "wanda":
-            pattern = str(options["pattern"])
-        elif manifest.stage == "gptq" and not options["symmetric"]:
+            pattern = pattern if pattern != "none" else str(options["pattern"])  # the last turn's, which comes first
+        elif manifest.stage == "gptq" and not options["symmetric"] and str(options["quant"]).startswith("gptq"):
             group = _resolved_group(shape, options)
             how = Quantisation(options["quant"], _bits(options["quant"]), group, int(options["quant_embeddings"]))
         elif manifest.stage != "lora" or manifest.facts.get("added_bytes"):
@@ -181,7 +181,7 @@ def _resolved_group(shape: ModelShape, options: Mapping[str, Any]) -> int:
 
     wanted = -1 if str(options["quant"]).endswith("-channel") else int(options["group"])
     grid = with_grid(shape, _bits(options["quant"]), wanted, False, 0).grid
-    assert grid is not None
+    assert isinstance(grid, Grid)
     return grid.group
 
 

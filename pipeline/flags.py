@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +25,7 @@ _COMMON: dict[str, tuple[str, type, str]] = {
     "device": ("--device", str, "auto, cpu or cuda."),
     "dtype": ("--dtype", str, "Precision of forward passes: auto, bfloat16 or float32."),
     "soc": ("--soc", str, "Chip of the verdict: a shipped name or a .toml file."),
+    "homotopic": ("--homotopic", int, "Rounds of a little pruning, then distilling, in place of one of each; 0: one."),
     "spill_mib": ("--spill-mib", int, "Calibration states beyond this many MiB go to a temporary file."),
 }
 
@@ -79,18 +79,3 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Precision of forward passes: auto, bfloat16 or float32.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder, a store of finished stages.")]
-
-
-def quiet_libraries() -> None:
-    """Their warnings and bars would run through ours; errors still come through."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    warnings.filterwarnings("ignore")
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

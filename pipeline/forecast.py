@@ -13,9 +13,7 @@ from typing import Any
 from checkpoints.shape import ModelShape
 from pipeline.recipe import Recipe
 from pipeline.tree import Node, Tree
-from stages.options import Wanda
-from stages.pruning import HESSIANS, NOTHING
-from stages.pruning import method as pruning_method
+from stages.needs import HESSIANS, NOTHING, needs
 from stages.recovery.shapes import adapters
 
 # Seconds measured over seconds that the arithmetic alone would take, in the README's demo (SmolLM2-135M, bfloat16, two
@@ -96,15 +94,14 @@ def stage_operations(stage: str, options: Any, shape: ModelShape) -> float:
         return float((passes * trained + looks) * (count * block + head)) + _adapter_operations(options, shape)
     layers = [x for b in shape.blocks for x in b.linears]
     solver = 0
-    needs = pruning_method(options.method).NEEDS if isinstance(options, Wanda) else None
-    if needs == NOTHING:
+    if needs(options) == NOTHING:
         return float(count * block)
-    if stage == "gptq" or needs == HESSIANS:  # the Hessian, its factor, and the columns one after the other
-        solver = sum(x.in_features**2 * (tokens + x.out_features + 2 * x.in_features) for x in layers)
-    elif stage == "eora":  # the covariance, its eigenvectors, and a decomposition of the error
+    if stage == "eora":  # the covariance, its eigenvectors, and a decomposition of the error
         narrow = [min(x.in_features, x.out_features) for x in layers]
         solver = sum(x.in_features**2 * (tokens + 9 * x.in_features) for x in layers)
         solver += sum(20 * x.weights * n for x, n in zip(layers, narrow, strict=True))
+    elif needs(options) == HESSIANS:  # the Hessian, its factor, and the columns one after the other
+        solver = sum(x.in_features**2 * (tokens + x.out_features + 2 * x.in_features) for x in layers)
     return 2 * forward + solver
 
 

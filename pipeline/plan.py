@@ -8,11 +8,11 @@ from typing import Any
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
 from checkpoints.shape import ModelShape
+from pipeline.homotopic import unrolled
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import counted
-from stages.options import Options, Pad, Vocabulary, Wanda
-from stages.pruning import HESSIANS
-from stages.pruning import method as pruning_method
+from stages.needs import HESSIANS, NOTHING, needs
+from stages.options import Options, Pad, Vocabulary
 from stages.recovery.shapes import training_bytes
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
@@ -32,6 +32,7 @@ class StagePlan:
     peak_memory_bytes: int
     remarks: tuple[str, ...] = ()
     scratch_bytes: int = 0  # of disk while the stage runs, given back when it is finished
+    turn: int = 0  # how often the stage came before in the same recipe
 
     def to_dict(self) -> dict[str, Any]:
         pattern = self.shape.pattern
@@ -41,6 +42,7 @@ class StagePlan:
             "parameters_nonzero": self.shape.parameters_nonzero,
             "file_bytes": self.shape.file_bytes,
             "packed_bytes": self.shape.packed_bytes,
+            "model_mib": self.shape.model_mib,
             "blocks": len(self.shape.blocks),
             "pattern": str(pattern) if pattern else None,
             "bits": self.shape.grid.bits if self.shape.grid else None,
@@ -52,8 +54,9 @@ class StagePlan:
 
 def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
     """Every stage's outcome, in order. Raises RecipeError with the faults of all stages at once."""
-    plans, faults = [], []
-    for name, options in recipe.stages:
+    plans: list[StagePlan] = []
+    faults: list[str] = []
+    for name, options in unrolled(recipe):
         module = importlib.import_module(f"stages.{name}")
         try:
             if isinstance(options, Vocabulary):
@@ -61,14 +64,15 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
             after = module.plan(shape, options)
             remarks = tuple(module.remarks(shape, options)) if hasattr(module, "remarks") else ()
             scratch = forecast_scratch(name, options, shape)
-            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks, scratch))
+            turn = sum(earlier.stage == name for earlier in plans)
+            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks, scratch, turn))
             shape = after
         except PlanError as error:
             faults.append(str(error))
         except EdgepressError as error:
             faults.append(f"{name}: {error}")
     if faults:
-        raise RecipeError(faults)
+        raise RecipeError(list(dict.fromkeys(faults)))  # each round of --homotopic would say the same
     return plans
 
 
@@ -87,6 +91,7 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
     states = min(2 * tokens * hidden * 2, _SPILL_BYTES)
     widest = max(x.in_features for b in before.blocks for x in b.linears)
     inner = max(x.out_features for b in before.blocks for x in b.linears)
+    biggest = max(x.weights for b in before.blocks for x in b.linears)
     if stage == "lora":
         dense = outer + len(before.blocks) * block
         live = options.micro_batch * options.length
@@ -104,9 +109,8 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
         held = min(kept_states * tokens * hidden * 2, _SPILL_BYTES)
         gradients = 2 * block if options.metric == "taylor" else 0
         at_block, at_ends = at_block + held + gradients, at_ends + held + options.length * vocabulary * 10
-    elif stage in ("gptq", "eora") or (isinstance(options, Wanda) and pruning_method(options.method).NEEDS == HESSIANS):
+    elif needs(options) == HESSIANS:
         inputs = {x.in_features for b in before.blocks for x in b.linears}
-        biggest = max(x.weights for b in before.blocks for x in b.linears)
         # Hessians, their factor in float64, and a layer's weights in several float32 copies.
         at_block += sum(2 * n * n * 4 for n in inputs) + 3 * widest * widest * 8 + 8 * biggest * 4
         if stage == "gptq" and options.effort == "high":
@@ -116,6 +120,8 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
             live = max(min(tokens, _REFINE_TOKENS), options.length)
             tuned = 3 * block + (7 * 4 + 2 + 2) * block // 2 + live * (14 * hidden + 6 * inner) * 4 + 2 * states
             at_block = max(at_block + states, tuned)
+    elif stage == "gptq":
+        at_block += 8 * biggest * 4
     return int(_BASE_BYTES + max(at_block, at_ends))
 
 
@@ -125,7 +131,7 @@ def forecast_scratch(stage: str, options: Any, before: ModelShape) -> int:
 
     if stage == "lora":
         return teacher_disk_bytes(before, options) if teacher_kind(before, options) == "streamed" else 0
-    if stage not in ("wanda", "gptq", "eora"):  # depth's need not last; vocabulary and pad have none
+    if stage not in ("wanda", "gptq", "eora") or needs(options) == NOTHING:  # depth's need not last
         return 0
     return int(2 * options.samples * options.length * before.hidden_size * 2)
 

@@ -79,7 +79,7 @@ class RayWorkers:
 
 def _on_worker(task: Task, home: str) -> Event:
     """home: the folder that files are named from, where this machine has it too."""
-    from pipeline.flags import quiet_libraries
+    from checkpoints.quiet import quiet_libraries
 
     quiet_libraries()
     if Path(home).is_dir():

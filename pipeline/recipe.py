@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from checkpoints.errors import PlanError, RecipeError
+from pipeline.homotopic import in_rounds
 from pipeline.order import in_working_order
 from stages.options import STAGES, Eora, Options
 
@@ -30,6 +31,7 @@ PLAIN_KEYS: dict[str, type] = {
     "dtype": str,
     "soc": str,
     "spill_mib": int,
+    "homotopic": int,
 }
 
 
@@ -46,6 +48,7 @@ class Recipe:
     dtype: str = "auto"
     soc: str = "siracusa"
     spill_mib: int = 64  # calibration states beyond this lie in a temporary file
+    homotopic: int = 0  # rounds of depth, wanda and lora with a part of their amounts each; 0: once, in full
     stages: tuple[tuple[str, Options], ...] = tuple(
         (name, options()) for name, options in STAGES.items() if not options().skipped
     )
@@ -126,7 +129,8 @@ def assemble(
         notes.append("eora is left out: without gptq there is no quantisation error to compensate")
     if not listed:
         built = in_working_order(built, eora_asked, notes)
-    return Recipe(stages=tuple(built), notes=tuple(notes), **plain)
+    recipe = Recipe(stages=tuple(built), notes=tuple(notes), **plain)
+    return in_rounds(recipe, faults) if recipe.homotopic else recipe
 
 
 def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:

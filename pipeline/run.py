@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import platform
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
     keys = at.fingerprints(plans)
     _require_room(out, store, plans, keys)
     say_planned(reporter, plans[-1].shape if plans else source.shape, soc, _name(recipe))
-    for note in (*recipe.notes, *(remark for p in plans for remark in p.remarks)):
+    for note in dict.fromkeys((*recipe.notes, *(remark for p in plans for remark in p.remarks))):
         reporter.note(note)
 
     before = baseline = at.measured(source)
@@ -172,9 +172,9 @@ def _compute(
     """Run one stage, prove and measure what lies on the disk, and only then write the manifest."""
     module = importlib.import_module(f"stages.{step.stage}")
     target = CheckpointWriter(folder, parent.shape.block_prefix)
-    windows = calibration.windows(step.stage, step.options)
+    windows = calibration.windows(step.stage, step.options, step.turn)
     reset_peak()
-    facts = module.run(parent, target, windows, step.options, runtime)
+    facts = module.run(parent, target, windows, step.options, replace(runtime, turn=step.turn))
     seconds, peak = target.work.seconds, peak_bytes()
 
     result = Checkpoint(folder, None)
@@ -240,7 +240,7 @@ def _fingerprints(
 ) -> list[str]:
     keys, parent = [], source.fingerprint
     for step in plans:
-        windows = calibration.windows(step.stage, step.options)
+        windows = calibration.windows(step.stage, step.options, step.turn)
         version_number = importlib.import_module(f"stages.{step.stage}").VERSION
         parent = fingerprint(
             parent, step.stage, version_number, decisive(step.options), windows.sha256, recipe.seed, str(runtime.dtype)

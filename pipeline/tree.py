@@ -111,16 +111,16 @@ def spec_fingerprints(recipe: Recipe, steps: list[StagePlan]) -> list[str]:
 
 
 def conditions_of(recipe: Recipe) -> Recipe:
-    """The recipe without its stages: equal for all whose runs can share a source and its texts.
+    """The recipe without its stages and rounds: equal for all whose runs can share a source and its texts.
 
     A trimmed vocabulary changes the tokens of every text for the stages behind it, so there the stages count too.
     """
     trims = any(stage == "vocabulary" for stage, _ in recipe.stages)
-    return replace(recipe, stages=recipe.stages if trims else (), notes=())
+    return replace(recipe, stages=recipe.stages if trims else (), homotopic=0, notes=())
 
 
 def _measured_like(recipe: Recipe) -> str:
-    return _digest([getattr(recipe, key) for key in PLAIN_KEYS])[:8]
+    return _digest([getattr(recipe, key) for key in PLAIN_KEYS if key != "homotopic"])[:8]
 
 
 def _digest(facts: Sequence[object]) -> str:

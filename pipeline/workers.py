@@ -77,10 +77,13 @@ class Here:
 
 
 class Processes:
-    """Children of this process, started fresh (spawn), each with its share of the cores."""
+    """Children of this process, started fresh (spawn), each with its share of the cores.
 
-    def __init__(self, count: int, tell: Tell) -> None:
-        self._count, self._tell = count, tell
+    once: a child carries out one task alone, so that the peak memory of a task does not depend on those before it.
+    """
+
+    def __init__(self, count: int, tell: Tell, once: bool = False) -> None:
+        self._count, self._tell, self._once = count, tell, once
         self._threads = threads_each(count)
         self._idle: list[_Child] = []
         self._busy: dict[Any, _Child] = {}  # by what its end of the pipe is called
@@ -102,7 +105,7 @@ class Processes:
                 continue
             events.append(event)
             del self._busy[pipe]
-            if event.died:
+            if event.died or self._once:
                 child.stop()
             else:
                 self._idle.append(child)
@@ -159,7 +162,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    from pipeline.flags import quiet_libraries
+    from checkpoints.quiet import quiet_libraries
 
     quiet_libraries()
     import torch

@@ -15,7 +15,7 @@ def require_dense(shape: ModelShape, stage: str, beside: str = "") -> None:
     if shape.grid is not None:
         also = f". {beside} trains beside quantised weights and merges nothing" if beside and not adapted else ""
         raise PlanError(
-            f"{stage} needs dense weights; this checkpoint is already quantised ({shape.grid.bits} bits). "
+            f"{stage} needs dense weights; this checkpoint is already quantised ({shape.grid.describe()}). "
             + ("Give" if stage == "gptq" else f"Put {stage} before gptq, or give")
             + " the checkpoint from before quantisation"
             + also

@@ -20,6 +20,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.peft_config import peft_config
 from checkpoints.runtime import Runtime
+from checkpoints.scaling import rescaled
 from checkpoints.shape import LinearShape, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
@@ -62,7 +63,7 @@ def run(
     walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task="eora")
     for block in walk:
         wanted = {x.name: x for x in after.blocks[block.index].linears if x.adapter_rank}
-        dense = reference.block(numbers[block.index])
+        dense = rescaled(source, block.index, reference.block(numbers[block.index]))
         adapter: dict[str, Tensor] = {}
         facts: dict[str, dict[str, float]] = {}
         for names, covariance in hessians(block).items():

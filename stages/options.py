@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoints.errors import PlanError
 from checkpoints.shape import parse_amount
+from stages import quantisers
 from stages.pruning import METHODS
 from stages.recovery import METHODS as RECOVERY
 from stages.recovery import Recovery, parse
@@ -27,7 +28,7 @@ def _require(holds: bool, message: str) -> None:
         raise PlanError(message)
 
 
-QUANTS = ("gptq4", "gptq3", "gptq8", "gptq4-channel", "gptq8-channel", "none")
+QUANTS = (*quantisers.METHODS, "none")
 METRICS = ("perplexity", "taylor", "magnitude", "influence")
 TEACHERS = ("auto", "held", "streamed")
 
@@ -136,7 +137,7 @@ class Wanda:
 
     @property
     def label(self) -> str:
-        return f"{self.method}-{self.pattern.replace(':', 'of')}"
+        return f"{self.method}-{self.pattern.replace(' of ', '-').replace('/', 'in').replace(':', 'of')}"
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,9 @@ class Lora:
 
 @dataclass(frozen=True)
 class Gptq:
-    """Low-bit weights, error-compensated column by column (GPTQ, arXiv 2210.17323)."""
+    """Low-bit weights: GPTQ's (arXiv 2210.17323) unless another method is asked for."""
 
-    quant: str = option(
-        "gptq4", "--quant", "gptq4, gptq3 or gptq8, with -channel one scale a row (N-EUREKA); none skips."
-    )
+    quant: str = option("gptq4", "--quant", f"Method and bits: {', '.join(QUANTS)}. -channel is one scale a row.")
     group: int = option(128, "--group", "Weights that share a scale; the largest that fits all layers is used.")
     symmetric: bool = option(False, "--symmetric", "Fix the zero point in the middle of the grid.")
     activation_order: bool = option(True, "--activation-order", "Quantise the most used columns first.")
@@ -233,6 +232,9 @@ class Gptq:
     effort: str = option("normal", "--quant-effort", "normal, or high: then tune each block's output by gradient.")
     effort_steps: int = option(60, "--quant-steps", "Gradient steps a block of --quant-effort high.")
     quant_embeddings: int = option(0, "--quant-embeddings", "Also pack embedding and head at 8 or 4 bits; 0 does not.")
+    activation_bits: int = option(
+        16, "--activation-bits", "8 rounds the inputs of quantised layers too, in all measurements.", later=True
+    )
     samples: int = option(32, "--quant-samples", "Calibration windows.")
     length: int = option(512, "--quant-length", "Tokens per calibration window.")
 
@@ -242,6 +244,11 @@ class Gptq:
         _require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
         _require(self.effort in ("normal", "high"), f"--quant-effort {self.effort}: there are normal and high")
         _require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
+        _require(self.activation_bits in (8, 16), f"--activation-bits {self.activation_bits}: 8, or 16 to leave them")
+        _require(
+            not self.skipped or self.activation_bits == 16,
+            "--activation-bits 8 rounds inputs of quantised layers, and --quant none leaves none; give --quant int8",
+        )
         _require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
         _windows("gptq", self.samples, self.length)
 
@@ -250,17 +257,8 @@ class Gptq:
         return self.quant == "none"
 
     @property
-    def bits(self) -> int:
-        return int(self.quant.removeprefix("gptq").removesuffix("-channel"))
-
-    @property
-    def wanted_group(self) -> int:
-        """The group asked for; -1 is one scale for each output channel."""
-        return -1 if self.quant.endswith("-channel") else self.group
-
-    @property
     def label(self) -> str:
-        return self.quant
+        return self.quant if self.activation_bits == 16 else f"{self.quant}-a{self.activation_bits}"
 
 
 @dataclass(frozen=True)

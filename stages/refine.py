@@ -22,13 +22,13 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.runtime import Runtime, Silent
 from checkpoints.shape import Grid
 from checkpoints.walk import BlockVisit, Walk
+from stages.quantisers.codes import SMALLEST_SCALE
 
 # Chosen on SmolLM2-135M, 4 bits, group 64 (benchmarks/README.md).
 ROUNDING_REACH = 0.25  # how far Adam can move a position at most: its rate summed over all steps
 REFINE_TOKENS = 1024  # in one step; also what goes through a block at once
 SCALE_RATE = 2e-3  # Adam, on the logarithm of a scale
 NORM_RATE = 1e-3  # Adam, relative to what the norm multiplies with on average
-SMALLEST_SCALE = 6.2e-5  # float16 keeps its full precision from here up
 
 
 @dataclass
@@ -136,7 +136,7 @@ def refine(
     targets: what the block should give, chunk by chunk as its inputs. Each step takes one chunk. If the error over
     all chunks did not fall, codes, scales and norms are as they were.
     """
-    norms = {f"{n}.weight": TunedNorm.start(m, block.stored_dtype) for n, m in _norms(block.module).items()}
+    norms = {f"{n}.weight": TunedNorm.start(m, block.stored_dtype) for n, m in norms_of(block.module).items()}
     start = {name: layer.codes().to(torch.uint8) for name, layer in layers.items()}
     before = block_error(block, _weights(block, layers, norms), targets)
     _descend(block, layers, norms, targets, steps, generator)
@@ -150,7 +150,7 @@ def refine(
     return {"error_before": before, "error_after": before}
 
 
-def _norms(module: nn.Module) -> dict[str, nn.Module]:
+def norms_of(module: nn.Module) -> dict[str, nn.Module]:
     """The block's norms with a vector to multiply with, by name: all that a family calls a norm in its classes."""
     return {
         name: part

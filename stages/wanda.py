@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
+from checkpoints.errors import NumericsError, PlanError
+from checkpoints.nm import group_zeros
 from checkpoints.reshape import with_pattern
 from checkpoints.runtime import Runtime
-from checkpoints.shape import LinearShape, ModelShape, Pattern, Sparsity, Within, parse_amount
+from checkpoints.shape import Capped, LinearShape, ModelShape, Part, Pattern, Sparsity, Within, parse_amount
 from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Walk
+from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
 from stages.dense import require_dense
 from stages.options import Wanda as Options
@@ -34,10 +35,11 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     layers = {x.name: x for block in shape.blocks for x in block.linears if pattern.covers(x.name)}
     if isinstance(pattern, Within):
         _require_one_pattern(shape, pattern, options, list(layers))
-    unfit = [x for x in layers.values() if isinstance(amount, Pattern) and x.in_features % amount.of]
-    if unfit and isinstance(amount, Pattern):
+    nm = amount.whole if isinstance(amount, Part) else amount
+    unfit = [x for x in layers.values() if isinstance(nm, Pattern) and x.in_features % nm.of]
+    if unfit and isinstance(nm, Pattern):
         named = ", ".join(f"{x.name} ({x.in_features})" for x in unfit)
-        raise PlanError(f"--wanda {amount} needs input widths divisible by {amount.of}; these are not: {named}")
+        raise PlanError(f"--wanda {nm} needs input widths divisible by {nm.of}; these are not: {named}")
     if idle := [x for x in layers.values() if not _groups(pattern, x).removed]:
         named = ", ".join(f"{x.name} ({x.out_features} x {x.in_features})" for x in idle)
         raise PlanError(f"--wanda {amount} is less than one weight and removes nothing in {named}; give a larger one")
@@ -59,9 +61,10 @@ def _require_one_pattern(shape: ModelShape, pattern: Within, options: Options, l
             f"--prune {options.method} prunes {pattern.layer}, which this model has not; it has {there}. "
             "--prune magnitude prunes them all"
         )
-    if shape.pattern not in (None, pattern):
+    already = shape.pattern
+    if already is not None and not (isinstance(already, Within) and already.layer == pattern.layer):
         raise PlanError(
-            f"--prune {options.method} on a model pruned at {shape.pattern} already would leave two patterns, and a "
+            f"--prune {options.method} on a model pruned at {already} already would leave two patterns, and a "
             "manifest states one; give the model from before, or --prune magnitude, which prunes every layer"
         )
 
@@ -79,9 +82,22 @@ def run(
     walk = Walk(source, chunks, runtime, target.work, task=options.method)
     for block in walk:
         linears = after.blocks[block.index].linears
-        facts = chosen.prune(block, {x.name: _groups(x.pattern, x) for x in linears if x.pattern is not None})
+        groups = {x.name: _groups(x.pattern, x) for x in linears if x.pattern is not None}
+        over = {name: _over(block, name, nm) for name, nm in groups.items()}
+        facts = chosen.prune(block, groups)
+        if broken := [name for name, nm in groups.items() if _over(block, name, nm) > over[name]]:
+            raise NumericsError(
+                f"block {block.index}: {options.method} took more than {options.pattern} allows in {', '.join(broken)}"
+            )
         target.write_block(block.index, block.weights())
         block.done(facts)
     target.copy_outer(source)
     target.finish(source.config, source)
     return {"method": options.method, "pattern": str(after.pattern), "blocks": walk.facts}
+
+
+def _over(block: BlockVisit, name: str, nm: Pattern) -> int:
+    """Zeros beyond the cap of their groups. A model may come with some; a method must add none."""
+    if not isinstance(nm, Capped):
+        return 0
+    return int((group_zeros(block.linears[name].weight, nm.within.of) - nm.within.removed).clamp_min(0).sum())

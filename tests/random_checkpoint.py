@@ -11,10 +11,11 @@ from torch import Tensor
 
 from checkpoints.adapter_codes import eight_bit, unpacked
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.codebooks import encode
 from checkpoints.manifest import Manifest, describe_files
 from checkpoints.packing import dequantise_rows, pack_linear
 from checkpoints.peft_config import peft_config
-from checkpoints.shape import parse_sparsity
+from checkpoints.shape import CODEBOOKS, parse_sparsity
 from checkpoints.writer import CheckpointWriter
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -28,6 +29,7 @@ class Wanted:
     dtype: str = "BF16"
     pattern: str | None = None
     bits: int | None = None
+    codebook: str | None = None
     group: int = 32
     symmetric: bool = False
     desc_act: bool = False
@@ -47,8 +49,7 @@ class Wanted:
             tensors: dict[str, Tensor] = {"input_layernorm.weight": self.random(self.unit)}
             adapter = {}
             for name, shape in names.items():
-                weights = self.codes(*shape) if self.bits else {"weight": self.dense(*shape)}
-                tensors |= {f"{name}.{key}": tensor for key, tensor in weights.items()}
+                tensors |= {f"{name}.{key}": tensor for key, tensor in self.layer(*shape).items()}
                 if self.bias:
                     tensors[f"{name}.bias"] = self.random(shape[0])
                 if self.rank:
@@ -68,6 +69,8 @@ class Wanted:
         if self.bits:
             quantised = {"bits": self.bits, "group_size": self.group, "sym": self.symmetric, "desc_act": self.desc_act}
             config["quantization_config"] = {"quant_method": "gptq", **quantised}
+        if self.codebook:
+            config["quantization_config"] = CODEBOOKS[self.codebook].quantization_config(self.dtype, ["lm_head"])
         writer.finish(config | {"name": "größer"}, None)
         writer.work.remove()
         return self.seal(folder)
@@ -104,6 +107,12 @@ class Wanted:
 
     def more_zeros(self, rows: int, columns: int) -> Tensor:
         return torch.rand(rows, columns, generator=self.g) < self.zeros
+
+    def layer(self, rows: int, columns: int) -> dict[str, Tensor]:
+        """A linear layer's tensors by their names within it."""
+        if self.codebook:
+            return encode(self.dense(rows, columns), CODEBOOKS[self.codebook], DTYPES[self.dtype])
+        return self.codes(rows, columns) if self.bits else {"weight": self.dense(rows, columns)}
 
     def dense(self, rows: int, columns: int) -> Tensor:
         weight = self.random(rows, columns)

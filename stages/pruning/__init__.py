@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from checkpoints.shape import Pattern, Sparsity, Unstructured
+from checkpoints.shape import Amount, Pattern, Sparsity
 
 if TYPE_CHECKING:
     from checkpoints.walk import BlockVisit
@@ -30,14 +30,15 @@ class Method(Protocol):
 
     NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
 
-    def sparsity(self, amount: Pattern | Unstructured) -> Sparsity:
+    def sparsity(self, amount: Amount) -> Sparsity:
         """Where the zeros of `--wanda AMOUNT` will lie: what the manifest states and every later stage must keep."""
 
     def prune(self, block: BlockVisit, groups: Mapping[str, Pattern]) -> dict[str, Any]:
         """Zero N of every M weights in the block's layers named in `groups`, in place; facts for the manifest.
 
         M may be a whole row's width, or a whole layer's size. A weight that is zero already must stay zero: an
-        earlier mask may hold it.
+        earlier mask may hold it. Where the pattern is Capped, no group of the N:M that it grows into may lose more
+        than its N: `select.kept` sees to both.
         """
 
 

@@ -7,11 +7,11 @@ row may lose all its weights. N:M takes N of every M weights of a row, as everyw
 
 from __future__ import annotations
 
-from checkpoints.shape import Pattern, Sparsity, Unstructured, Within
+from checkpoints.shape import Amount, Sparsity, Within
 from stages.pruning.magnitude import NEEDS, prune
 
 __all__ = ["NEEDS", "prune", "sparsity"]
 
 
-def sparsity(amount: Pattern | Unstructured) -> Sparsity:
+def sparsity(amount: Amount) -> Sparsity:
     return Within(amount, "gate_proj")

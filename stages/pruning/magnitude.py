@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.shape import Pattern, Sparsity, Unstructured
+from checkpoints.shape import Amount, Pattern, Sparsity
 from checkpoints.walk import BlockVisit
 from stages.pruning import NOTHING
-from stages.pruning.select import keep_best, lost_share, set_zeros
+from stages.pruning.select import kept, lost_share, set_zeros
 
 NEEDS = NOTHING
 
 
-def sparsity(amount: Pattern | Unstructured) -> Sparsity:
+def sparsity(amount: Amount) -> Sparsity:
     return amount
 
 
@@ -22,7 +22,7 @@ def prune(block: BlockVisit, groups: Mapping[str, Pattern]) -> dict[str, Any]:
     for name, nm in groups.items():
         weight = block.linears[name].weight
         score = weight.float().abs()
-        mask = keep_best(score, nm.removed, nm.of)
+        mask = kept(score, nm, weight)
         lost[name] = lost_share(score, mask)
         set_zeros(weight, mask)
     return {"lost_score_share": lost}

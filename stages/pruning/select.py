@@ -6,8 +6,21 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import PlanError
+from checkpoints.shape import Capped, Pattern
 
 _FEW = 32  # groups up to this size are selected by comparing lanes, wider ones by sorting
+
+
+def kept(score: Tensor, nm: Pattern, weight: Tensor) -> Tensor:
+    """The mask of the scores (out, in) worth keeping: N of every M go; of a Capped pattern, within its cap.
+
+    Then weights (out, in) that are zero already go first, so that they count in the cap of their group.
+    """
+    if not isinstance(nm, Capped):
+        return keep_best(score, nm.removed, nm.of)
+    score = score.masked_fill(weight == 0, -1)
+    may_go = ~keep_best(score, nm.within.removed, nm.within.of)
+    return keep_best(score.masked_fill(~may_go, float("inf")), nm.removed, nm.of)
 
 
 def keep_best(score: Tensor, n: int, m: int) -> Tensor:

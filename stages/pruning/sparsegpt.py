@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import NumericsError
-from checkpoints.shape import Pattern, Sparsity, Unstructured
+from checkpoints.shape import Amount, Capped, Pattern, Sparsity
 from checkpoints.walk import BlockVisit
 from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from stages.pruning import HESSIANS
-from stages.pruning.select import keep_best
+from stages.pruning.select import kept
 
 NEEDS = HESSIANS
 COLUMNS = 128  # solved before their errors reach the rest; of a wider group, those whose zeros are chosen at once
 DAMPING = 0.01  # share of the mean diagonal added to the Hessian, the paper's
 
 
-def sparsity(amount: Pattern | Unstructured) -> Sparsity:
+def sparsity(amount: Amount) -> Sparsity:
     return amount
 
 
@@ -73,7 +73,7 @@ def solve(weight: Tensor, hessian: Tensor, nm: Pattern) -> Solution:
             here = slice(span.start, span.end)
             score = (W[:, here] / d[here]).square_()
             score.masked_fill_(unused[here], 0).masked_fill_(~live[:, here], -1)
-            keep[:, here] = keep_best(score, span.removed, span.end - span.start) & live[:, here]
+            keep[:, here] = kept(score, span.within(nm), live[:, here]) & live[:, here]
             for j in range(span.start, span.end):
                 e = W[:, j].masked_fill(keep[:, j], 0) / d[j]
                 W[:, j + 1 : end] -= torch.outer(e, U[j, j + 1 : end])
@@ -91,17 +91,24 @@ class Span:
     end: int
     removed: int
 
+    def within(self, nm: Pattern) -> Pattern:
+        """The span as a group of its own, with the cap that the whole pattern has."""
+        width = self.end - self.start
+        return Capped(self.removed, width, nm.within) if isinstance(nm, Capped) else Pattern(self.removed, width)
+
 
 def blocks(columns: int, nm: Pattern) -> list[list[Span]]:
     """The row in blocks of at most COLUMNS columns: several groups each, or a part of a wider group.
 
-    The parts of a wider group share its zeros by their width, to the last one.
+    The parts of a wider group share its zeros by their width, to the last one. No part cuts a group of a cap.
     """
     n, m = nm.removed, nm.of
+    whole = nm.within.of if isinstance(nm, Capped) else 1
+    width = max(whole, COLUMNS // whole * whole)
     spans = []
     for group in range(0, columns, m):
-        for at in range(0, m, COLUMNS):
-            to = min(at + COLUMNS, m)
+        for at in range(0, m, width):
+            to = min(at + width, m)
             spans.append(Span(group + at, group + to, n * to // m - n * at // m))
     together = max(1, COLUMNS // m)
     return [spans[i : i + together] for i in range(0, len(spans), together)]

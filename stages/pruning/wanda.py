@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.shape import Pattern, Sparsity, Unstructured
+from checkpoints.shape import Amount, Pattern, Sparsity
 from checkpoints.walk import BlockVisit
 from stages.pruning import NORMS
-from stages.pruning.select import keep_best, lost_share, set_zeros
+from stages.pruning.select import keep_best, kept, lost_share, set_zeros
 
 NEEDS = NORMS
 
 
-def sparsity(amount: Pattern | Unstructured) -> Sparsity:
+def sparsity(amount: Amount) -> Sparsity:
     return amount
 
 
@@ -25,7 +25,7 @@ def prune(block: BlockVisit, groups: Mapping[str, Pattern]) -> dict[str, Any]:
     for name, nm in groups.items():
         weight = block.linears[name].weight
         scores = score(weight, norms[name])
-        mask = keep_best(scores, nm.removed, nm.of)
+        mask = kept(scores, nm, weight)
         lost[name] = lost_share(scores, mask)
         set_zeros(weight, mask)
     return {"lost_score_share": lost}

@@ -18,114 +18,18 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from checkpoints.errors import CheckpointError
 from checkpoints.llama2c import find_tokenizer, read_model, read_tokenizer
+from tests.run_c import ORDER, encode, forward, read_pieces, sizes
 
 DATA = Path(os.environ.get("EDGEPRESS_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 STORIES_260K = DATA / "stories260K" / "stories260K.bin"
 TINY_STORIES = DATA / "tinystories" / "tinystories.txt"
 
-# The order of the file, as in run.c:memory_map_weights.
-ORDER = (
-    *("embedding", "rms_att", "wq", "wk", "wv", "wo", "rms_ffn", "w1", "w2", "w3"),
-    *("rms_final", "freq_real", "freq_imag"),
-)
 UNUSUAL = [
     "", " ", "  two  spaces ", "a\nb\n\n", "\tTab\r\n", "caf\u00e9 na\u00efve", "\u65e5\u672c\u8a9e",
     "\U0001f600 smile", "\u2581not a space\u2581", "\u201cquoted\u201d \u2014 it\u2019s \u20ac5", "e\u0301",
     "\u00a0\u200b", "<0x0A>", "<0x41", "< s >",
     "aaaaaaaaaaa", "Tim" * 20, "\x7f\x01", "100% [ok] ~ {x} \\ $", "\U0010ffff\u07ff\u0800",
 ]  # fmt: skip
-
-
-# ------------------------------------------------------------------ run.c once more, in plain Python and torch
-
-
-def sizes(head: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    dim, hidden, layers, heads, kv_heads, vocabulary, length = head
-    width = dim // heads
-    return {
-        "embedding": (abs(vocabulary), dim),
-        "rms_att": (layers, dim),
-        "wq": (layers, heads * width, dim),
-        "wk": (layers, kv_heads * width, dim),
-        "wv": (layers, kv_heads * width, dim),
-        "wo": (layers, dim, heads * width),
-        "rms_ffn": (layers, dim),
-        "w1": (layers, hidden, dim),
-        "w2": (layers, dim, hidden),
-        "w3": (layers, hidden, dim),
-        "rms_final": (dim,),
-        "freq_real": (length, width // 2),
-        "freq_imag": (length, width // 2),
-        "head": (abs(vocabulary), dim),
-    }
-
-
-def forward(head: tuple[int, ...], w: dict[str, Tensor], tokens: list[int]) -> Tensor:
-    """run.c:forward for every token in turn, neighbouring pairs rotated by the file's own tables: (tokens, vocab)."""
-    dim, _, layers, heads, kv_heads, _, _ = head
-    width = dim // heads
-    keys: list[list[Tensor]] = [[] for _ in range(layers)]
-    values: list[list[Tensor]] = [[] for _ in range(layers)]
-    logits = []
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return weight * (x / torch.sqrt((x * x).mean() + 1e-5))
-
-    def rotate(x: Tensor, position: int) -> Tensor:
-        real, imaginary = w["freq_real"][position], w["freq_imag"][position]
-        out = torch.empty_like(x)  # (heads, width)
-        out[:, 0::2] = x[:, 0::2] * real - x[:, 1::2] * imaginary
-        out[:, 1::2] = x[:, 0::2] * imaginary + x[:, 1::2] * real
-        return out
-
-    for position, token in enumerate(tokens):
-        x = w["embedding"][token]
-        for i in range(layers):
-            xb = norm(x, w["rms_att"][i])
-            q = rotate((w["wq"][i] @ xb).view(heads, width), position)
-            keys[i].append(rotate((w["wk"][i] @ xb).view(kv_heads, width), position))
-            values[i].append((w["wv"][i] @ xb).view(kv_heads, width))
-            k, v = torch.stack(keys[i]), torch.stack(values[i])  # (position + 1, kv_heads, width)
-            seen = []
-            for h in range(heads):
-                group = h // (heads // kv_heads)
-                attention = torch.softmax(k[:, group] @ q[h] / width**0.5, dim=0)
-                seen.append(attention @ v[:, group])
-            x = x + w["wo"][i] @ torch.cat(seen)
-            xb = norm(x, w["rms_ffn"][i])
-            gate = w["w1"][i] @ xb
-            x = x + w["w2"][i] @ (gate * torch.sigmoid(gate) * (w["w3"][i] @ xb))
-        logits.append(w.get("head", w["embedding"]) @ norm(x, w["rms_final"]))
-    return torch.stack(logits)
-
-
-def encode(pieces: list[bytes], scores: list[float], text: str) -> list[int]:
-    """run.c:encode with bos: dummy prefix, an id a character or byte + 3, then the best union, leftmost first."""
-    ids = {piece: index for index, piece in enumerate(pieces)}
-    tokens = [ids[b" "]] if text else []
-    for character in text:
-        raw = character.encode()
-        tokens += [ids[raw]] if raw in ids else [byte + 3 for byte in raw]
-    while True:
-        best, best_id, best_at = -1e10, -1, -1
-        for at in range(len(tokens) - 1):
-            union = ids.get(pieces[tokens[at]] + pieces[tokens[at + 1]], -1)
-            if union != -1 and scores[union] > best:
-                best, best_id, best_at = scores[union], union, at
-        if best_at == -1:
-            return [1, *tokens]
-        tokens[best_at : best_at + 2] = [best_id]
-
-
-def read_pieces(path: Path) -> tuple[list[bytes], list[float]]:
-    raw, at = path.read_bytes(), 4
-    pieces, scores = [], []
-    while at < len(raw):
-        score, size = struct.unpack_from("<fi", raw, at)
-        pieces.append(raw[at + 8 : at + 8 + size])
-        scores.append(score)
-        at += 8 + size
-    return pieces, scores
 
 
 # ------------------------------------------------------------------ made-up files

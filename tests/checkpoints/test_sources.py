@@ -133,6 +133,7 @@ def test_a_file_is_converted_once(tmp_path: Path, cache: Path, reader: Reader) -
         assert torch.equal(first.model()(ids).logits, reader.model(ids).logits)
     assert first.manifest is not None
     assert first.manifest.facts == {"converted_from": "stories.bin"}
+    assert first.name == "stories" and first.folder.name != "stories"
     assert verify(first)
 
     again = open_source(str(path))

@@ -19,7 +19,7 @@ from checkpoints.runtime import Runtime, Silent
 from eval import metrics
 from eval.answers import Answer, Question
 from eval.disturb import Disturbance
-from eval.generation import model_mib, output_kib
+from eval.generation import output_kib
 from eval.metrics import bleu, bleu_terms, f1, rouge_l
 from eval.perplexity import Protocol, measure
 from eval.results import Result
@@ -93,7 +93,7 @@ def test_generation_scores_each_set_by_its_stored_answers(
     shown = json.loads(json.dumps(result.to_dict(items=True), allow_nan=False))
     assert [s["value"] for s in shown["scores"] if s["metric"].startswith("sbert")] == [None, None]
     assert str(Result.from_dict(shown)) == str(replace(result, details=shown["details"]))  # nan is not equal to nan
-    assert scores["model size"].value == pytest.approx(model_mib(Checkpoint.open(tiny_model()).shape))
+    assert scores["model size"].value == pytest.approx(Checkpoint.open(tiny_model()).shape.model_mib)
 
 
 def test_sbert_is_a_score_like_the_others(
@@ -151,7 +151,7 @@ def test_model_size_is_equation_2_55(tiny_model: TinyModel) -> None:
     for index in range(len(checkpoint.shape.blocks)):
         tensors |= {f"{index}.{name}": t for name, t in checkpoint.stored_block(index).items()}
     bits = sum(t.numel() * t.element_size() * 8 for t in tensors.values())
-    assert model_mib(checkpoint.shape) == pytest.approx(bits / (8 * 1024**2))
+    assert checkpoint.shape.model_mib == pytest.approx(bits / (8 * 1024**2))
 
 
 # --- speed: what is counted, never how fast it is -----------------------------------------------------------------

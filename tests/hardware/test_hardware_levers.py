@@ -16,6 +16,7 @@ from hardware.needs import Request, needs
 from hardware.soc import load_soc
 from stages import gptq
 from stages.options import Gptq
+from stages.quantisers import form
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]
@@ -109,7 +110,8 @@ def test_only_what_can_still_give_is_a_lever(make: Make) -> None:
 def test_quantised_is_what_the_stage_leaves(make: Make, preset: str, quant: str) -> None:
     options = Gptq(quant=quant)
     staged = gptq.plan(make(preset), options)
-    assert quantised(make(preset), options.bits, options.wanted_group).blocks == staged.blocks
+    wanted = form(options)
+    assert quantised(make(preset), wanted.bits, wanted.group).blocks == staged.blocks
 
 
 def test_blocks_and_their_lists_are_cut_together(make: Make) -> None:

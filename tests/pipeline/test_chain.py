@@ -190,10 +190,10 @@ def test_a_foreign_checkpoint_in_a_stage_s_place_is_named(
 def test_a_stage_that_fills_the_mask_stops_the_run(
     tiny_llama: Path, run_recipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import stages.gptq
+    from stages.quantisers import gptq
 
-    solve = stages.gptq.solve
-    monkeypatch.setattr(stages.gptq, "solve", lambda w, h, mask, *rest: solve(w, h, None, *rest))
+    solve = gptq.solve
+    monkeypatch.setattr(gptq, "solve", lambda w, h, mask, *rest: solve(w, h, None, *rest))
     with pytest.raises(NumericsError, match="did not keep its"):
         run_recipe(tmp_path / "out", tiny_llama, skip="depth,lora,eora")
     (unfinished,) = (tmp_path / "out").glob("2-gptq4-*")

@@ -19,12 +19,17 @@ pytestmark = pytest.mark.pipeline
 IDS = torch.randint(3, 500, (2, 48), generator=torch.Generator().manual_seed(0))
 TOLERANCE = 0.04  # relative, of the logits
 HIGH = {"gptq__effort": "high", "gptq__effort_steps": 4}
-# What is quantised how, asymmetric all of it, and the kernel of GPTQModel that takes it on any CPU.
+# What is quantised how, and the kernel of GPTQModel that takes it on any CPU.
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "4 bits, high effort": ({"skip": "depth,wanda,lora,eora", "gptq__group": 32, **HIGH}, "GPTQ_TORCH_ATEN"),
     "4 bits, 2:4": ({"skip": "depth,lora,eora", "wanda__pattern": "2:4", "gptq__group": 64}, "GPTQ_TORCH_ATEN"),
     "8 bits, 2:4, high effort": (
         {"skip": "depth,lora,eora", "wanda__pattern": "2:4", "gptq__quant": "gptq8", "gptq__group": 32, **HIGH},
+        "GPTQ_TORCH",
+    ),
+    "int8": ({"skip": "depth,wanda,lora,eora", "gptq__quant": "int8"}, "GPTQ_TORCH"),
+    "hqq2, 2:4": (
+        {"skip": "depth,lora,eora", "wanda__pattern": "2:4", "gptq__quant": "hqq2", "gptq__group": 32},
         "GPTQ_TORCH",
     ),
 }
@@ -99,6 +104,7 @@ def test_the_tolerance_would_see_other_zero_points(made: tuple[Checkpoint, str])
     for index, block in enumerate(checkpoint.shape.blocks):
         stored = checkpoint.stored_block(index)
         for linear in block.linears:
-            scales = stored[f"{linear.name}.scales"].float().T.repeat_interleave(grid.group, 1)
+            scales = stored[f"{linear.name}.scales"].float().T
+            scales = scales.repeat_interleave(linear.in_features // scales.shape[1], 1)
             model.get_submodule(f"model.layers.{index}.{linear.name}").weight.add_(2 ** (grid.bits - 4) * scales)
     assert off(logits(model), exact) > 2 * TOLERANCE

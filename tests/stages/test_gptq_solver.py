@@ -16,10 +16,11 @@ from torch import Tensor
 from checkpoints.errors import NumericsError
 from checkpoints.packing import dequantise, pack_linear
 from checkpoints.shape import Grid
-from stages import gptq
 from stages.hessian import inverse_factor
 from stages.options import Gptq
 from stages.pruning.wanda import prune_n_of_m
+from stages.quantisers import gptq
+from stages.quantisers.codes import fit_grid
 
 pytestmark = pytest.mark.unit
 
@@ -332,7 +333,7 @@ def test_grids_are_storable_and_the_search_never_loses(
     grid = Grid(bits, group, symmetric)
     found = {}
     for search in (False, True):
-        scales, zeros = gptq.fit_grid(weight, importance, grid, search)
+        scales, zeros = fit_grid(weight, importance, grid, search)
         assert scales.shape == zeros.shape == (6, 1 if group == -1 else 2)
         assert torch.equal(scales, scales.half().float())
         assert bool((scales > 0).all())
@@ -349,9 +350,9 @@ def test_grids_are_storable_and_the_search_never_loses(
 
 def test_without_search_the_grid_spans_the_group() -> None:
     weight = torch.tensor([[-1.0, 0.5, 2.0, 0.0] * 8, [0.0, 0.25, -0.5, 0.125] * 8])
-    scales, zeros = gptq.fit_grid(weight, torch.ones(32), Grid(4, 32), False)
+    scales, zeros = fit_grid(weight, torch.ones(32), Grid(4, 32), False)
     assert scales.flatten().tolist() == pytest.approx([3 / 15, 0.75 / 15], rel=1e-3)
     assert zeros.flatten().tolist() == [5, 10]
-    scales, zeros = gptq.fit_grid(weight, torch.ones(32), Grid(4, 32, symmetric=True), False)
+    scales, zeros = fit_grid(weight, torch.ones(32), Grid(4, 32, symmetric=True), False)
     assert scales.flatten().tolist() == pytest.approx([4 / 15, 1 / 15], rel=1e-3)
     assert zeros.flatten().tolist() == [8, 8]

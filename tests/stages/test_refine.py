@@ -16,6 +16,7 @@ from checkpoints.packing import dequantise, pack_linear
 from checkpoints.shape import Grid
 from stages import gptq, refine
 from stages.options import Gptq
+from stages.quantisers.gptq import Solution, solve
 from stages.refine import TunedLinear, TunedNorm
 
 pytestmark = pytest.mark.unit
@@ -75,19 +76,19 @@ class Case:
         options = Gptq(quant=f"gptq{self.grid.bits}", effort="high", symmetric=self.grid.symmetric)
         x = torch.cat([x.flatten(0, 1) for x in inputs])
         features = {"up": module.norm(x), "down": torch.tanh(module.up(module.norm(x)))}
-        self.solved: dict[str, gptq.Solution] = {}
+        self.solved: dict[str, Solution] = {}
         for name, X in features.items():
             linear = cast(nn.Linear, getattr(module, name))
             if self.masked:
                 mask = torch.rand(linear.weight.shape, generator=g) > 0.4
                 self.masks[name] = mask
                 linear.weight.mul_(mask)
-            self.solved[name] = gptq.solve(linear.weight.clone(), X.T @ X, self.masks[name], self.grid, options)
+            self.solved[name] = solve(linear.weight.clone(), X.T @ X, self.masks[name], self.grid, options)
 
     def refine(self, steps: int = 20) -> dict[str, float]:
         generator = torch.Generator().manual_seed(1)
         visit = cast(Any, self.visit)
-        return gptq.refine_block(visit, self.solved, self.masks, self.grid, self.targets, steps, generator)
+        return gptq.refine_block(visit, self.solved, self.masks, self.targets, steps, generator)
 
     @torch.no_grad()
     def error(self) -> float:

@@ -113,7 +113,7 @@ def test_a_singular_hessian_names_the_layer(
             found["mlp.down_proj",].neg_()
         return found
 
-    monkeypatch.setattr(gptq, "hessians", spoilt)
+    monkeypatch.setattr("stages.quantisers.gptq.hessians", spoilt)
     with pytest.raises(NumericsError, match=r"1\.mlp\.down_proj.*stays singular.*damping tried"):
         gptq.run(build("llama", blocks=3), writer, tokens(), Gptq(group=32), RUNTIME)
 

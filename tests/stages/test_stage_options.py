@@ -12,6 +12,7 @@ import pytest
 
 from checkpoints.errors import PlanError
 from stages.options import STAGES, Depth, Eora, Gptq, Lora, Wanda
+from stages.quantisers import form
 
 pytestmark = pytest.mark.unit
 
@@ -63,7 +64,11 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Lora, {"epochs": 0}, "--lora-epochs 0"),
     (Lora, {"teacher": "near"}, "--distill-teacher near: there are auto, held, streamed"),
     (Eora, {"bits": 4}, "--eora-bits 4: 8 or 16"),
-    (Gptq, {"quant": "gptq5"}, "--quant gptq5: there are gptq4, gptq3, gptq8, gptq4-channel, gptq8-channel, none"),
+    (
+        Gptq,
+        {"quant": "gptq5"},
+        "--quant gptq5: there are gptq4, gptq3, gptq8, gptq4-channel, gptq8-channel, int8, ",
+    ),
     (Gptq, {"group": 0}, "--group 0"),
     (Gptq, {"group": 16}, "--group 16: at least 32, or -1 for whole rows"),
     (Gptq, {"group": -2}, "--group -2"),
@@ -134,7 +139,7 @@ def test_what_is_skipped_and_what_it_is_called() -> None:
     ]
     for options, skipped, label in cases:
         assert (options.skipped, options.label) == (skipped, label)
-    assert [Gptq(quant=f"gptq{bits}").bits for bits in (3, 4, 8)] == [3, 4, 8]
+    assert [form(Gptq(quant=f"gptq{bits}")).bits for bits in (3, 4, 8)] == [3, 4, 8]
     assert Lora(steps=5).total_steps == 5
     assert Lora(epochs=1, samples=50, batch=8, held_out=2).total_steps == 6
     assert Lora().total_steps == 18  # two passes over 76 windows

@@ -1,0 +1,90 @@
+"""The ways in which the gptq stage can quantise (`--quant`): one file each, and one line for each name here.
+
+stages/README.md shows how to add one. No torch here: `--help` and planning read this list.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from checkpoints.shape import Form
+from stages.pruning import HESSIANS, NOTHING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from checkpoints.walk import BlockVisit
+    from stages.options import Gptq
+
+__all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "activation_bits", "form", "method"]
+
+# The file of each name, and what its `form` is told besides the options.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq4": ("stages.quantisers.gptq", {"bits": 4}),
+    "gptq3": ("stages.quantisers.gptq", {"bits": 3}),
+    "gptq8": ("stages.quantisers.gptq", {"bits": 8}),
+    "gptq4-channel": ("stages.quantisers.gptq", {"bits": 4, "group": -1}),
+    "gptq8-channel": ("stages.quantisers.gptq", {"bits": 8, "group": -1}),
+    "int8": ("stages.quantisers.absmax", {"bits": 8}),
+    "int4": ("stages.quantisers.absmax", {"bits": 4}),
+    "hqq4": ("stages.quantisers.hqq", {"bits": 4}),
+    "hqq2": ("stages.quantisers.hqq", {"bits": 2, "group": 64}),
+    "awq4": ("stages.quantisers.awq", {"bits": 4}),
+    "w4a8": ("stages.quantisers.w4a8", {}),
+    "nf4": ("stages.quantisers.nf4", {"codebook": "nf4"}),
+    "nf4-thesis": ("stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
+}
+ACTIVATION_BITS = {"w4a8": 8}  # of methods that are about the inputs as well as the weights
+
+
+class Solved(Protocol):
+    """One layer, quantised."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32: the dense weights that the stored tensors stand for, exactly 0 where the mask is."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """The layer's tensors in the checkpoint by the last part of their name, in host memory."""
+
+    def scaling(self) -> dict[str, Tensor]:
+        """rows (out,) and columns (in,) that the dense weight was multiplied with; empty where it was not."""
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest, as JSON."""
+
+
+class Method(Protocol):
+    """What every file of this folder holds."""
+
+    NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
+    TUNES: bool  # whether --quant-effort high can go on from its solutions, which then are stages.quantisers.gptq's
+
+    def form(self, options: Gptq, **parameters: Any) -> Form:
+        """How a layer will be stored, its group the largest wanted: the stage takes the largest that fits the model."""
+
+    def quantise(
+        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Form, options: Gptq
+    ) -> Mapping[str, Solved]:
+        """Each layer that `masks` names, stored as `form` says; a weight where its mask (out, in) is False is 0.
+
+        The stage writes the block with these in place of the layers. What else the method changes in the block, such
+        as a norm, it changes in place. Raises NumericsError that names the layer.
+        """
+
+
+def method(name: str) -> Method:
+    """The file of this name."""
+    return cast(Method, importlib.import_module(METHODS[name][0]))
+
+
+def activation_bits(options: Gptq) -> int:
+    """Of the inputs of quantised layers: what the method means, or else what is asked for; 16 leaves them."""
+    return ACTIVATION_BITS.get(options.quant, options.activation_bits)
+
+
+def form(options: Gptq) -> Form:
+    """What the method asked for wants to store."""
+    return method(options.quant).form(options, **METHODS[options.quant][1])

@@ -1,0 +1,101 @@
+"""Columns quantised one after the other, each one's error compensated by those after it.
+
+GPTQ (Frantar et al., arXiv 2210.17323), with a fixed mask as in SparseGPT (arXiv 2301.00774): a masked
+position gets the zero point's code, exactly zero, and its error flows on like any other. The solver is our
+own because no public one keeps a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.errors import NumericsError
+from checkpoints.shape import Grid
+from checkpoints.walk import BlockVisit
+from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
+from stages.options import Gptq as Options
+from stages.quantisers import HESSIANS
+from stages.quantisers.codes import Coded, fit_grid
+
+NEEDS = HESSIANS
+TUNES = True
+COLUMNS = 128  # columns solved before their errors are applied to the rest: GPTQ's lazy batch
+
+
+def form(options: Options, bits: int, group: int | None = None) -> Grid:
+    """A group of -1 is one scale for each output channel (N-EUREKA's)."""
+    return Grid(bits, options.group if group is None else group, options.symmetric)
+
+
+def quantise(
+    block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, options: Options
+) -> dict[str, Solution]:
+    solved: dict[str, Solution] = {}
+    for names, hessian in hessians(block).items():
+        for name in (n for n in names if n in masks):
+            try:
+                solved[name] = solve(block.linears[name].weight.float(), hessian, masks[name], form, options)
+            except NumericsError as error:
+                raise NumericsError(f"{block.name}.{name}: {error}") from None
+    return solved
+
+
+@dataclass
+class Solution(Coded):
+    position: Tensor | None  # (out, in) float32: the compensated weight in codes, at most half a one away; high effort
+    error: float  # tr(dW H dW^T) / tr(W H W^T): relative squared error of the layer's output
+    damping: float  # share of the mean diagonal that the factorisation needed
+    float64: bool
+
+    def facts(self) -> dict[str, Any]:
+        return {"error": self.error, "damping": self.damping, "float64": self.float64}
+
+
+def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, options: Options) -> Solution:
+    """Codes that keep the layer's output W X close, column by column.
+
+    weight (out, in) float32; hessian (in, in) = X^T X; mask (out, in) is True where a weight may live.
+    GPTQ algorithm 1 with static groups: scales are fixed from the uncompensated weights in storage order, so
+    columns can be taken by falling diagonal ("activation order") while groups stay contiguous in the file.
+    """
+    columns = weight.shape[1]
+    group = columns if grid.group == -1 else grid.group
+    # A feature that calibration never used is rounded on its own, and counts in its group like an average one.
+    H, _ = live_diagonal(hessian)
+    importance = H.diagonal().clone()
+    scales, zeros = fit_grid(weight, importance, grid, options.scale_search)
+
+    order = importance.argsort(descending=True, stable=True) if options.activation_order else torch.arange(columns)
+    inverse = order.argsort()
+    U, damping, float64 = inverse_factor(H[order][:, order], options.damping)
+    W = weight[:, order].clone()
+    keep = mask[:, order] if mask is not None else None
+    group_of = (torch.arange(columns, device=weight.device) // group)[order]
+    S, Z = scales[:, group_of], zeros[:, group_of].float()  # (out, in) in solving order
+    Q, P = torch.empty_like(W), torch.empty_like(W)
+    top = 2**grid.bits - 1
+
+    for start in range(0, columns, COLUMNS):
+        end = min(start + COLUMNS, columns)
+        W1, E1 = W[:, start:end], torch.empty_like(W[:, start:end])
+        for j in range(end - start):
+            c = start + j
+            p = W1[:, j] / S[:, c] + Z[:, c]
+            q = p.round().clamp_(0, top)
+            if keep is not None:
+                q = torch.where(keep[:, c], q, Z[:, c])
+            Q[:, c], P[:, c] = q, p.clamp(q - 0.5, q + 0.5)
+            e = (W1[:, j] - S[:, c] * (q - Z[:, c])) / U[c, c]
+            W1[:, j + 1 :] -= torch.outer(e, U[c, c + 1 : end])
+            E1[:, j] = e
+        W[:, end:] -= E1 @ U[start:end, end:]
+
+    codes, position = Q[:, inverse].to(torch.uint8), P[:, inverse] if options.effort == "high" else None
+    solution = Solution(codes, scales, zeros, grid, position, 0.0, damping, float64)
+    solution.error = output_error(weight, solution.weight, hessian)
+    return solution

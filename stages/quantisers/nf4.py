@@ -1,0 +1,62 @@
+"""Every weight as the nearest of 16 fixed levels times its block's largest magnitude. No calibration.
+
+`nf4`: 4-bit NormalFloat with double quantisation, QLoRA (Dettmers et al., arXiv 2305.14314). `nf4-thesis`: the
+codebook of the thesis on approximate computing, equation 2.26. Both hold an exact 0, so a mask stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints import codebooks
+from checkpoints.errors import PlanError
+from checkpoints.shape import CODEBOOKS, Codebook
+from checkpoints.walk import BlockVisit
+from stages.options import Gptq as Options
+from stages.quantisers import NOTHING
+
+NEEDS = NOTHING
+TUNES = False
+
+
+def form(options: Options, codebook: str) -> Codebook:
+    if options.symmetric:
+        raise PlanError(f"--symmetric: {options.quant} has fixed levels; leave it out, or use --quant gptq4")
+    return CODEBOOKS[codebook]
+
+
+def quantise(
+    block: BlockVisit, masks: Mapping[str, Tensor | None], form: Codebook, options: Options
+) -> dict[str, Coded]:
+    return {name: Coded.nearest(block.linears[name].weight, form, block.stored_dtype) for name in masks}
+
+
+@dataclass
+class Coded:
+    """One layer in bitsandbytes' storage."""
+
+    tensors: dict[str, Tensor]
+    codebook: Codebook
+    shape: torch.Size  # (out, in)
+
+    @classmethod
+    def nearest(cls, weight: Tensor, codebook: Codebook, dtype: torch.dtype) -> Coded:
+        return cls(codebooks.encode(weight, codebook, dtype), codebook, weight.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        return codebooks.decode(self.tensors, self.codebook, *self.shape)
+
+    def stored(self) -> dict[str, Tensor]:
+        return self.tensors
+
+    def scaling(self) -> dict[str, Tensor]:
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,68 @@
+"""Every other way to quantise through the command: store, mask, forecast, perplexity, memory map, packed file, EoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints.image import pack_checkpoint
+from checkpoints.image_restore import unpack_checkpoint
+from checkpoints.verify import verify
+from hardware.check import check
+from hardware.soc import load_soc
+from stages.options import Gptq
+from stages.quantisers import METHODS, form
+
+pytestmark = pytest.mark.pipeline
+
+OTHERS = [name for name in METHODS if not name.startswith("gptq")]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store, so that all methods start from the same pruned checkpoint."""
+    return tmp_path_factory.mktemp("quantisers") / "out"
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_each_method_goes_through_the_command(
+    method: str, out: Path, tiny_llama: Path, run_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    values = {"wanda__pattern": "2:4", "skip": "depth,lora", "gptq__quant": method}
+    result = run_recipe(out, tiny_llama, **values)
+    pruned, quantised, adapted = result.stages
+    for stage in (quantised, adapted):
+        shape = stage.checkpoint.shape
+        facts = stage.checkpoint.manifest
+        assert facts.sparsity["holds"] and facts.sparsity["pattern"] == "2:4"
+        assert (shape.file_bytes, shape.packed_bytes) == (facts.file_bytes, facts.packed_bytes)
+        assert any(line.startswith("2:4") for line in verify(stage.checkpoint))
+        assert shape.activation_bits == (8 if method == "w4a8" else 16)
+        assert stage.after["perplexity"] < 2 * pruned.after["perplexity"]
+    assert quantised.checkpoint.folder.name.startswith(f"2-{method}-")
+    assert quantised.checkpoint.shape.grid.bits == form(Gptq(quant=method)).bits
+    pack_checkpoint(adapted.checkpoint, tmp_path / "image")
+    back = unpack_checkpoint(tmp_path / "image", tmp_path / "back")
+    assert back.shape.grid == adapted.checkpoint.shape.grid
+    siracusa = load_soc("siracusa")
+    chips = [check(stage.checkpoint.shape, siracusa, timing=True) for stage in (pruned, quantised)]
+    bits = quantised.checkpoint.shape.grid.bits
+    assert chips[1].weights.block_codes < chips[0].weights.dense_linears * (bits / 16 + 0.1)
+    assert not isinstance(chips[1].timing, str)
+    again = run_recipe(out, tiny_llama, **values)
+    assert again.computed == 0
+
+
+def test_the_command_plans_and_refuses_in_words(compress: Callable[..., Any]) -> None:
+    flags = ["plan", "--skip", "depth,wanda,lora,eora", "--model", "smollm2-135m"]
+    shown = compress(*flags, "--quant", "hqq2", "--json")
+    assert shown.returncode == 0, shown.stderr
+    (stage,) = json.loads(shown.stdout)["stages"]
+    assert (stage["bits"], stage["scratch_bytes"]) == (2, 0)
+    refused = compress(*flags, "--quant", "awq4", "--quant-effort", "high")
+    assert refused.returncode == 2
+    assert "awq4 has no such solution; it goes with gptq4" in " ".join(refused.stderr.split())

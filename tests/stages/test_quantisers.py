@@ -1,0 +1,206 @@
+"""What every method of `--quant` keeps to: its mask, its bytes, a kill; and the page that shows how to add one."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import PlanError
+from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.image import pack_checkpoint
+from checkpoints.image_restore import unpack_checkpoint
+from checkpoints.runtime import Runtime, Silent
+from checkpoints.shape import Grid, ModelShape, Pattern
+from checkpoints.tokens import TokenBatches
+from checkpoints.verify import prove_pattern
+from checkpoints.writer import CheckpointWriter
+from pipeline.forecast import stage_operations
+from pipeline.plan import forecast_memory, forecast_scratch
+from stages import gptq, quantisers
+from stages.options import Gptq
+from stages.quantisers import METHODS, NOTHING
+
+pytestmark = pytest.mark.unit
+
+RUNTIME = Runtime(chunk_tokens=48)
+DATA_FREE = [name for name in METHODS if quantisers.method(name).NEEDS == NOTHING]
+
+
+def smollm() -> ModelShape:
+    return shape_from_config(PRESETS["smollm2-135m"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_same_verbs(method: str) -> None:
+    module = quantisers.method(method)
+    assert module.NEEDS in (quantisers.NOTHING, quantisers.HESSIANS)
+    assert isinstance(module.TUNES, bool)
+    declared = inspect.signature(quantisers.Method.quantise)
+    assert list(inspect.signature(module.quantise).parameters) == list(declared.parameters)[1:]
+    assert quantisers.form(Gptq(quant=method)).bits == int(next(c for c in method if c.isdigit()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_stage_holds_the_mask_and_the_planned_bytes(
+    method: str,
+    masked: Checkpoint,
+    tokens: Callable[..., TokenBatches],
+    writer: CheckpointWriter,
+    seal: Callable[..., Checkpoint],
+    tmp_path: Path,
+) -> None:
+    options = Gptq(quant=method, group=32)
+    facts = gptq.run(masked, writer, tokens(5), options, RUNTIME)
+    made, planned = seal(writer, masked, pattern="2:4"), gptq.plan(masked.shape, options)
+    assert len(facts["blocks"]) == 3
+    assert made.shape.grid == planned.grid
+    assert made.facts()["file_bytes"] == planned.file_bytes
+    assert made.facts()["packed_bytes"] == planned.packed_bytes
+    assert prove_pattern(made, Pattern(2, 4), masked)["holds"]
+    states = relative_error(made, masked)
+    assert 0 < states < 1, "the model still computes about the same"
+
+    image = tmp_path / "model.image"
+    pack_checkpoint(made, image)
+    assert image.stat().st_size == planned.packed_bytes
+    back = unpack_checkpoint(image, tmp_path / "back")
+    for path in sorted(made.folder.glob("*.safetensors")):
+        assert (back.folder / path.name).read_bytes() == path.read_bytes()
+
+
+def relative_error(made: Checkpoint, source: Checkpoint) -> float:
+    """Of the logits for some tokens, the mean of each token's taken out."""
+    ids = torch.arange(3, 51).view(2, 24)
+    with torch.no_grad():
+        found, expected = (c.model(dtype=torch.float32)(input_ids=ids).logits for c in (made, source))
+    expected, found = (x - x.mean(-1, keepdim=True) for x in (expected, found))
+    return float((found - expected).norm() / expected.norm())
+
+
+class Dies(Silent):
+    """Raises once the second block is through."""
+
+    def step(self, **numbers: float | str) -> None:
+        if numbers.get("block") == "2/3":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_between_blocks_it_ends_with_the_same_bytes(
+    method: str, masked: Checkpoint, tokens: Callable[..., TokenBatches], tmp_path: Path
+) -> None:
+    options, batches = Gptq(quant=method, group=32), tokens(5)
+    undisturbed, killed = CheckpointWriter(tmp_path / "undisturbed"), tmp_path / "killed"
+    facts = gptq.run(masked, undisturbed, batches, options, RUNTIME)
+    with pytest.raises(KeyboardInterrupt):
+        gptq.run(masked, CheckpointWriter(killed), batches, options, Runtime(chunk_tokens=48, progress=Dies()))
+    assert gptq.run(masked, CheckpointWriter(killed), batches, options, RUNTIME) == facts
+    for path in (p for p in undisturbed.folder.rglob("*") if p.is_file() and ".work" not in p.parts):
+        assert (killed / path.relative_to(undisturbed.folder)).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_methods_that_say_so_run_without_calibration(
+    method: str,
+    masked: Checkpoint,
+    tokens: Callable[..., TokenBatches],
+    writer: CheckpointWriter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("a block was run")
+
+    monkeypatch.setattr("checkpoints.skeleton.Skeleton.run", never)
+    if method in DATA_FREE:
+        gptq.run(masked, writer, tokens(5), Gptq(quant=method, group=32), RUNTIME)
+    else:
+        with pytest.raises(AssertionError, match="a block was run"):
+            gptq.run(masked, writer, tokens(5), Gptq(quant=method, group=32), RUNTIME)
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_needs_no_data_is_forecast_without_it(method: str) -> None:
+    options, most = Gptq(quant=method), Gptq()
+    free = method in DATA_FREE
+    assert (forecast_scratch("gptq", options, smollm()) == 0) == free
+    less = forecast_memory("gptq", most, smollm()) - forecast_memory("gptq", options, smollm())
+    assert less > 2 * 4 * (576**2 + 1536**2) if free else less == 0
+    assert (stage_operations("gptq", options, smollm()) < stage_operations("gptq", most, smollm()) / 1000) == free
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_high_effort_is_refused_where_there_is_nothing_to_tune(method: str) -> None:
+    options = Gptq(quant=method, effort="high")
+    if method.startswith("gptq") or method == "w4a8":
+        assert gptq.plan(smollm(), options).grid is not None
+        return
+    with pytest.raises(PlanError, match=rf"high tunes what GPTQ's solver leaves, and {method} .* goes with gptq4, gp"):
+        gptq.plan(smollm(), options)
+
+
+def test_what_a_method_fixes_itself_is_said() -> None:
+    said = gptq.remarks(smollm(), Gptq(quant="int4", group=32))
+    assert said == ["gptq: int4 has one scale a row; --group 32 is not used"]
+    assert gptq.remarks(smollm(), Gptq(quant="int8")) == []
+    assert gptq.remarks(smollm(), Gptq(quant="hqq2")) == []
+    with pytest.raises(PlanError, match=r"hqq4 has no such solution.* hqq4 seeks zero points"):
+        gptq.plan(smollm(), Gptq(quant="hqq4", symmetric=True, effort="high"))
+    with pytest.raises(PlanError, match=r"--quant none leaves none; give --quant int8"):
+        Gptq(quant="none", activation_bits=8)
+    with pytest.raises(PlanError, match=r"hqq4 seeks zero points, and --symmetric fixes them; .* int4 or int8"):
+        gptq.plan(smollm(), Gptq(quant="hqq4", symmetric=True))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def page() -> str:
+    return (Path(gptq.__file__).parent / "README.md").read_text()
+
+
+def test_the_page_on_adding_a_method_can_be_followed(
+    masked: Checkpoint,
+    tokens: Callable[..., TokenBatches],
+    writer: CheckpointWriter,
+    seal: Callable[..., Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Its file and its line, put where it says, give a method that quantises, is planned and keeps the mask."""
+    file = re.search(r"`stages/quantisers/(\w+)\.py`:\n\n```python\n(.*?)```", page(), re.DOTALL)
+    line = re.search(r'\n    ("\S+": \("stages\.quantisers\.(\w+)", .*\),)\n', page())
+    assert file and line and file[1] == line[2]
+    (tmp_path / f"{file[1]}.py").write_text(file[2])
+    monkeypatch.setattr(quantisers, "__path__", [*quantisers.__path__, str(tmp_path)])
+    ((name, where),) = eval("{" + line[1] + "}").items()
+    monkeypatch.setitem(METHODS, name, where)
+    monkeypatch.setattr("stages.options.QUANTS", (*METHODS, "none"))
+    importlib.invalidate_caches()
+    try:
+        options = Gptq(quant=name, group=32)
+        gptq.run(masked, writer, tokens(5), options, RUNTIME)
+        made = seal(writer, masked, pattern="2:4")
+        assert made.shape.grid == gptq.plan(masked.shape, options).grid == Grid(4, 32)
+        assert forecast_scratch("gptq", options, smollm()) == 0
+    finally:
+        sys.modules.pop(where[0], None)
+    assert prove_pattern(made, Pattern(2, 4), masked)["holds"]
+    assert 0 < relative_error(made, masked) < 1
+
+
+def test_the_page_lists_every_method() -> None:
+    rows = re.findall(r"^\| (`.*?) \| `(\w+)\.py` \|", page().partition("## A way to quantise")[2], re.MULTILINE)
+    listed = {name: file for names, file in rows for name in re.findall(r"`([\w-]+)`", names)}
+    assert listed == {name: module.rpartition(".")[2] for name, (module, _) in METHODS.items()}
