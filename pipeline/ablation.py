@@ -7,6 +7,7 @@ from dataclasses import replace
 from checkpoints.errors import PlanError
 from pipeline.recipe import Recipe
 from pipeline.sweep_recipe import Configuration, Sweep
+from stages.options import Lora
 
 
 def ablation(recipe: Recipe) -> Sweep:
@@ -18,15 +19,18 @@ def ablation(recipe: Recipe) -> Sweep:
     wanted += [(f"without {name}", [other for other in names if other != name]) for name in names]
     wanted += [(f"only {name}", [name]) for name in names]
     configurations, notes = [Configuration("no stage", replace(recipe, stages=()))], list(recipe.notes)
+    # What cannot be without quantisation, and what it would lack.
+    needing = {"eora": "no quantisation error to answer"}
+    if any(isinstance(options, Lora) and options.recovery.quantised for _, options in recipe.stages):
+        needing["lora"] = "no quantised weights to train on"
     seen: list[list[str]] = [[]]
     for label, stages in wanted:
-        if "eora" in stages and "gptq" not in stages:
-            # It answers the error of quantisation, so it cannot be without it.
-            if stages == ["eora"]:
-                label, stages = "only gptq and eora", [n for n in names if n in ("gptq", "eora")]
-                notes.append("eora alone has no quantisation error to answer: it is shown with gptq")
+        for bound in (name for name in stages if name in needing and "gptq" not in stages):
+            if stages == [bound]:
+                label, stages = f"only gptq and {bound}", [n for n in names if n in ("gptq", bound)]
+                notes.append(f"{bound} alone has {needing[bound]}: it is shown with gptq")
             else:
-                label, stages = f"{label} and eora", [name for name in stages if name != "eora"]
+                label, stages = f"{label} and {bound}", [name for name in stages if name != bound]
         if stages in seen:
             continue
         seen.append(stages)

@@ -16,6 +16,7 @@ from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
 from checkpoints.manifest import fingerprint
 from checkpoints.verify import prove_pattern, verify
+from pipeline.ablation import ablation
 from pipeline.cli import app
 from pipeline.plan import plan
 from pipeline.recipe import build
@@ -138,6 +139,20 @@ def test_a_sweep_orders_each_configuration_by_its_method(tmp_path: Path) -> None
     orders = [[name for name, _ in c.recipe.stages] for c in load_sweep(str(sweep), {}).configurations]
     usual = ["depth", "wanda", "lora", "gptq", "eora"]
     assert orders == [usual, ["depth", "wanda", "gptq", "lora"], usual]
+
+
+def test_an_ablation_keeps_such_a_method_with_its_quantiser() -> None:
+    sweep = ablation(build(None, {"lora.method": "qlora", "depth.remove": 0}))
+    assert {c.name: [name for name, _ in c.recipe.stages] for c in sweep.configurations} == {
+        "no stage": [],
+        "all stages": ["wanda", "gptq", "lora"],
+        "without wanda": ["gptq", "lora"],
+        "without gptq and lora": ["wanda"],
+        "without lora": ["wanda", "gptq"],
+        "only gptq": ["gptq"],
+    }
+    plain = ablation(build(None, {"lora.method": "dora", "depth.remove": 0}))
+    assert ["wanda", "lora"] in [[name for name, _ in c.recipe.stages] for c in plain.configurations]
 
 
 def test_fingerprints_from_before_there_was_a_choice_are_still_the_same() -> None:
