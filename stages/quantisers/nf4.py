@@ -55,5 +55,8 @@ class Coded:
     def stored(self) -> dict[str, Tensor]:
         return self.tensors
 
+    def scaling(self) -> dict[str, Tensor]:
+        return {}
+
     def facts(self) -> dict[str, Any]:
         return {}
