@@ -16,10 +16,11 @@ import torch
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.headers import read_header
 from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
 from checkpoints.runtime import Runtime, Silent
-from checkpoints.shape import Grid, ModelShape, Pattern
+from checkpoints.shape import DTYPE_BYTES, Grid, ModelShape, Pattern
 from checkpoints.tokens import TokenBatches
 from checkpoints.verify import prove_pattern
 from checkpoints.writer import CheckpointWriter
@@ -65,6 +66,9 @@ def test_the_stage_holds_the_mask_and_the_planned_bytes(
     assert made.shape.grid == planned.grid
     assert made.facts()["file_bytes"] == planned.file_bytes
     assert made.facts()["packed_bytes"] == planned.packed_bytes
+    files = [read_header(path).values() for path in made.folder.glob("*.safetensors")]
+    bits = sum(t.elements * 8 * DTYPE_BYTES[t.dtype] for tensors in files for t in tensors)
+    assert planned.model_mib == made.shape.model_mib == bits / (8 * 1024**2)  # thesis 001, equation 2.55
     assert prove_pattern(made, Pattern(2, 4), masked)["holds"]
     states = relative_error(made, masked)
     assert 0 < states < 1, "the model still computes about the same"
