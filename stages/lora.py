@@ -19,6 +19,7 @@ from checkpoints.image_tensors import TORCH_DTYPES
 from checkpoints.peft_config import described
 from checkpoints.quiet import quiet_import
 from checkpoints.runtime import Runtime
+from checkpoints.scaling import rescaled
 from checkpoints.shape import ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
@@ -140,7 +141,7 @@ def quantisation_errors(source: Checkpoint, layers: Mapping[str, nn.Module]) -> 
     dense, numbers = reference_weights(source, "parent")
     for index, number in enumerate(numbers):
         prefix = f"{source.shape.block_prefix}.{index}."
-        wanted, present = dense.block(number), source.block(index)
+        wanted, present = rescaled(source, index, dense.block(number)), source.block(index)
         for name in [n for n in layers if n.startswith(prefix)]:
             key = f"{name.removeprefix(prefix)}.weight"
             yield name, wanted[key].float() - present[key].float()
