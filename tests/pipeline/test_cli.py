@@ -44,7 +44,7 @@ def test_help_answers_without_importing_torch() -> None:
         (["--depth", "9"], "at most 4 can go"),
         (["--metric", "luck"], "perplexity, taylor, magnitude, influence"),
         (["--skip", "lora,loro"], "no such stage"),
-        (["--quant", "int4"], "gptq4, gptq3, gptq8"),
+        (["--quant", "int5"], "gptq4, gptq3, gptq8"),
         (["--lora-targets", "w1"], "blocks have"),
         (["--eora", "64"], "the smallest quantised layer has rank 32"),
         (["--data", "no-such.txt"], "there is no text"),
