@@ -151,6 +151,21 @@ def test_loftq_begins_nearer_to_the_dense_model(packed: Checkpoint, masked: Chec
     assert distance("dora+loftq") == pytest.approx(distance("loftq"), rel=1e-3)
 
 
+def test_loftq_after_awq_compares_weights_that_were_scaled_alike(
+    masked: Checkpoint, tokens: Callable[..., Any], tmp_path: Path, seal: Any
+) -> None:
+    target = CheckpointWriter(tmp_path / "awq")
+    gptq.run(masked, target, tokens(), Gptq(quant="awq4", group=32, scale_search=False), RUNTIME)
+    scaled: Checkpoint = seal(target, masked, pattern="2:4")
+    model, layers = lora.adapted(scaled, chosen("qlora"), RUNTIME)
+    with torch.no_grad():
+        for name, error in lora.quantisation_errors(scaled, layers):
+            layers[name].base_layer.weight += error
+        # with its errors given back, the quantised model is the dense one
+        found = model.eval()(input_ids=text().ids).logits
+    torch.testing.assert_close(found, logits(masked), rtol=1e-3, atol=1e-3)
+
+
 def test_loftq_needs_the_weights_from_before(packed: Checkpoint, writer: CheckpointWriter, tmp_path: Path) -> None:
 
     alone = tmp_path / "alone"
