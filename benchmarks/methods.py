@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.method_figure import draw
 from benchmarks.method_rows import BASES, Row, rows
 from checkpoints.errors import EdgepressError, RecipeError
 from checkpoints.quiet import quiet_libraries
@@ -183,42 +184,6 @@ def table(found: Iterable[dict[str, Any]]) -> str:
         else:
             text.append(f"| {' | '.join(cell(row) for cell in COLUMNS.values())} |")
     return "\n".join(text)
-
-
-def draw(found: Iterable[dict[str, Any]], file: Path) -> None:
-    """Perplexity against packed bytes: a colour for each base, a marker for each kind of method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = [row for row in found if "perplexity" in row]
-    bases = list(dict.fromkeys(row["base"] for row in shown))
-    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
-    for kind, marker in (("base", "*"), ("quantiser", "o"), ("recovery", "^")):
-        for number, base in enumerate(bases):
-            points = [row for row in shown if (row["kind"], row["base"]) == (kind, base)]
-            x, y = [row["packed_bytes"] / 2**20 for row in points], [row["perplexity"] for row in points]
-            size = 120 if kind == "base" else 36
-            axes.scatter(x, y, size, color=f"C{number}", marker=marker, label=f"{base}: {kind}" if points else None)
-    for number, row in enumerate(sorted(shown, key=lambda row: row["perplexity"])):
-        away = ((5, 3), (5, -9), (-5, 5))[number % 3]
-        axes.annotate(
-            row["method"],
-            (row["packed_bytes"] / 2**20, row["perplexity"]),
-            xytext=away,
-            textcoords="offset points",
-            fontsize=7,
-            ha="left" if away[0] > 0 else "right",
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("packed image, MiB")
-    axes.set_ylabel("perplexity, log scale")
-    axes.grid(alpha=0.3, which="both")
-    if shown:
-        axes.legend()
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
