@@ -18,6 +18,7 @@ from checkpoints.forms import DTYPE_BYTES as DTYPE_BYTES
 from checkpoints.forms import Codebook as Codebook
 from checkpoints.forms import Form as Form
 from checkpoints.forms import Grid as Grid
+from checkpoints.forms import RealGrid as RealGrid
 from checkpoints.forms import TensorShape as TensorShape
 
 OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for

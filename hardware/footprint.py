@@ -176,8 +176,8 @@ def _block_parts(block: BlockShape, layout: Layout, ordered: bool) -> tuple[tupl
 def _linear_bits(x: LinearShape, layout: Layout) -> tuple[int, int]:
     """Bits of the codes and of scales with zero points, as the layout stores them.
 
-    A dense layer has no codes to put in slots, and those of a codebook are no integers that an engine multiplies:
-    both keep their width and shape, a codebook its own scales.
+    A dense layer has no codes to put in slots, and an engine for integers multiplies neither levels of a codebook nor
+    codes with real zero points: all keep their width and shape, codes their own scales.
     """
     dense = x.weights * value_bits(x)
     if not isinstance(x.grid, Grid):

@@ -20,7 +20,7 @@ NEEDS = NOTHING
 TUNES = False
 
 
-def form(options: Options, bits: int) -> Grid:
+def form(options: Options, masked: bool, bits: int) -> Grid:
     return Grid(bits, -1, symmetric=True)
 
 

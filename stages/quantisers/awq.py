@@ -32,7 +32,7 @@ TUNES = False
 POINTS = 20  # values of alpha that are tried, from 0 up
 
 
-def form(options: Options, bits: int) -> Grid:
+def form(options: Options, masked: bool, bits: int) -> Grid:
     return Grid(bits, options.group, options.symmetric)
 
 

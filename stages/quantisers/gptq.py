@@ -27,7 +27,7 @@ TUNES = True
 COLUMNS = 128  # columns solved before their errors are applied to the rest: GPTQ's lazy batch
 
 
-def form(options: Options, bits: int, group: int | None = None) -> Grid:
+def form(options: Options, masked: bool, bits: int, group: int | None = None) -> Grid:
     """A group of -1 is one scale for each output channel (N-EUREKA's)."""
     return Grid(bits, options.group if group is None else group, options.symmetric)
 

@@ -24,7 +24,7 @@ NEEDS = NOTHING
 TUNES = False
 
 
-def form(options: Options, codebook: str) -> Codebook:
+def form(options: Options, masked: bool, codebook: str) -> Codebook:
     if options.symmetric:
         raise PlanError(f"--symmetric: {options.quant} has fixed levels; leave it out, or use --quant gptq4")
     return CODEBOOKS[codebook]

@@ -15,5 +15,5 @@ from stages.quantisers.gptq import NEEDS, TUNES, quantise
 __all__ = ["NEEDS", "TUNES", "form", "quantise"]
 
 
-def form(options: Options) -> Grid:
+def form(options: Options, masked: bool) -> Grid:
     return Grid(4, options.group, symmetric=True)
