@@ -21,7 +21,8 @@ from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_f
 from checkpoints.nm import require_finite
 from checkpoints.packing import dense_weight
 from checkpoints.reshape import with_pattern
-from checkpoints.shape import LinearShape, ModelShape, Sparsity
+from checkpoints.shape import LinearShape, ModelShape
+from checkpoints.sparsity import Sparsity
 from checkpoints.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import BlockShape, LinearShape, ModelShape, TensorShape
+from checkpoints.forms import TensorShape
+from checkpoints.shape import BlockShape, LinearShape, ModelShape
 
 _TORCH_TO_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

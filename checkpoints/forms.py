@@ -1,8 +1,8 @@
-"""The two ways in which a quantised layer is stored: integer codes on a grid, and codes of a fixed codebook.
+"""The ways in which a quantised layer is stored: codes on a grid, whole or real its zero points, and of a codebook.
 
-`Grid` and `Codebook` have the same few names, and whoever plans, counts bytes or packs asks those: `kinds`,
-`tensors`, `side_parts`, `side_bits`, `about`, `describe`. No torch; what the stored codes stand for is computed in
-`packing.py`.
+`Grid`, `RealGrid` and `Codebook` have the same few names, and whoever plans, counts bytes or packs asks those: `kinds`,
+`tensors`, `side_parts`, `side_bits`, `integer`, `loaders`, `unknown`, `about`, `describe`. No torch; what the stored
+codes stand for is computed in `packing.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 # In the order in which safetensors stores them (its Dtype enum, falling); the header's length depends on it.
 DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-CODEBOOK_METHOD = "edgepress-codebook"  # as config.json names codebooks that bitsandbytes does not know
+# As config.json names what no library knows: codebooks that are not bitsandbytes', and real zero points.
+CODEBOOK_METHOD, REAL_METHOD = "edgepress-codebook", "edgepress-real-zeros"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Grid:
     kinds: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
     integer: ClassVar[bool] = True  # an engine for integers can multiply the codes as they are
     loaders: ClassVar[tuple[str, ...]] = ("gptqmodel", "optimum")  # what transformers loads the folder with
+    unknown: ClassVar[str] = ""  # what no library knows of it, where there are no loaders
 
     def groups(self, in_features: int) -> int:
         return 1 if self.group == -1 else -(-in_features // self.group)
@@ -85,6 +87,55 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class RealGrid:
+    """Integer codes of `bits` bits, and for every `group` weights of a row a scale and a zero point in float16.
+
+    A weight is scale * (code - zero). The zero point is a real number, as HQQ has it, so no code need be exactly 0: not
+    for layers with an N:M mask. Codes are packed as in GPTQ's format, but called `weight`: of a method that it does not
+    know transformers reads the dense weights, and where there were none would make up random ones with a mere warning.
+    At codes of another shape it stops.
+    """
+
+    bits: int
+    group: int
+
+    kinds: ClassVar[tuple[str, ...]] = ("weight", "scales", "zeros")
+    integer: ClassVar[bool] = False  # an engine for integers has no offset that is a real number
+    loaders: ClassVar[tuple[str, ...]] = ()
+    unknown: ClassVar[str] = "real zero points"
+
+    def groups(self, in_features: int) -> int:
+        return 1 if self.group == -1 else -(-in_features // self.group)
+
+    def tensors(self, name: str, rows: int, columns: int) -> Iterator[TensorShape]:
+        """What a layer (rows, columns) called `name` has in its shard."""
+        groups = self.groups(columns)
+        yield TensorShape(f"{name}.weight", (columns * self.bits // 32, rows), "I32")
+        yield TensorShape(f"{name}.scales", (groups, rows), "F16")
+        yield TensorShape(f"{name}.zeros", (groups, rows), "F16")
+
+    def side_parts(self, rows: int, columns: int, ordered: bool = True) -> dict[str, int]:
+        """Bytes of what the packed image holds beside the codes."""
+        size = self.groups(columns) * rows * DTYPE_BYTES["F16"]
+        return {"scales": size, "zeros": size}
+
+    def side_bits(self, rows: int, columns: int, scale_bits: int = 0, zero_points: bool = True) -> int:
+        """Bits of the same. A chip's own width of scales does not count: no engine of integers reads them."""
+        return 8 * sum(self.side_parts(rows, columns).values())
+
+    def about(self) -> dict[str, Any]:
+        """What a reader of the image must know of it."""
+        return {**asdict(self), "zero_dtype": "F16"}
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        return {"quant_method": REAL_METHOD, "bits": self.bits, "group_size": self.group}
+
+    def describe(self) -> str:
+        return f"{self.bits} bits with real zero points"
+
+
+@dataclass(frozen=True)
 class Codebook:
     """4-bit codes of 16 fixed levels, times the largest magnitude (absmax) of every `block` weights in row order.
 
@@ -109,6 +160,10 @@ class Codebook:
     @property
     def loaders(self) -> tuple[str, ...]:
         return ("bitsandbytes",) if self.foreign else ()
+
+    @property
+    def unknown(self) -> str:
+        return "" if self.foreign else f"the levels of {self.name}"
 
     @property
     def foreign(self) -> bool:
@@ -171,7 +226,7 @@ class Codebook:
         return self.name
 
 
-Form = Grid | Codebook
+Form = Grid | RealGrid | Codebook
 
 # QLoRA, appendix E: quantiles of the standard normal distribution, scaled to [-1, 1], with an exact zero.
 _NF4 = (

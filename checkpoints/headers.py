@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError
-from checkpoints.forms import CODEBOOK_METHOD, TORCH_NAMES
-from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.shape import (
+from checkpoints.forms import (
+    CODEBOOK_METHOD,
     CODEBOOKS,
-    BlockShape,
+    REAL_METHOD,
+    TORCH_NAMES,
     Codebook,
     Form,
     Grid,
-    LinearShape,
-    ModelShape,
-    Sparsity,
+    RealGrid,
     TensorShape,
-    parse_sparsity,
 )  # fmt: skip
+from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.shape import BlockShape, LinearShape, ModelShape
+from checkpoints.sparsity import Sparsity, parse_sparsity
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -170,8 +170,9 @@ def _block(
             linears.append(LinearShape(base, outs, ins, dense, bias, zeros, codebook, *adapter))
             if lost := [f"{base}.{kind}" for kind in codebook.kinds if f"{base}.{kind}" not in members]:
                 raise CheckpointError(f"a layer with codes of {codebook.name} lacks {lost[0]}")
-        elif kind == "qweight":
-            outs, ins = tensor.shape[1], members[f"{base}.g_idx"].elements
+        elif kind == "qweight" or (isinstance(form, RealGrid) and kind == "weight" and f"{base}.zeros" in members):
+            words, outs = tensor.shape
+            ins = words * 32 // form.bits if isinstance(form, RealGrid) else members[f"{base}.g_idx"].elements
             dense = next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
             linears.append(LinearShape(base, outs, ins, dense, bias, zeros, form, *adapter))
         elif kind == "weight" and len(tensor.shape) == 2:
@@ -183,9 +184,9 @@ def _block(
 
 
 def _belongs_to_linear(name: str, members: dict[str, TensorShape]) -> bool:
-    """Whether a tensor is a linear layer's bias, or one of those that GPTQ's codes are stored in."""
+    """Whether a tensor is a linear layer's bias, or lies beside its packed codes."""
     base, _, kind = name.rpartition(".")
-    if kind in ("qzeros", "scales", "g_idx"):
+    if kind in ("qzeros", "zeros", "scales", "g_idx"):
         return True
     weight = members.get(f"{base}.weight")
     return kind == "bias" and (f"{base}.qweight" in members or (weight is not None and len(weight.shape) == 2))
@@ -205,6 +206,8 @@ def _form(config: dict[str, Any]) -> Form | None:
     method = quantization.get("quant_method")
     if method == "gptq":
         return Grid(int(quantization["bits"]), int(quantization["group_size"]), bool(quantization.get("sym", False)))
+    if method == REAL_METHOD:
+        return RealGrid(int(quantization["bits"]), int(quantization["group_size"]))
     if method == "bitsandbytes" and quantization.get("bnb_4bit_quant_type") == "nf4":
         return CODEBOOKS["nf4"]
     if method == CODEBOOK_METHOD and quantization.get("codebook") in CODEBOOKS:

@@ -14,7 +14,9 @@ files). An entry of kind `linear` has these parts:
   format, absent on a symmetric grid, whose zero point is 2^(bits - 1);
 - order: the group of each column, only where GPTQ's activation order was left in the checkpoint.
 
-One with a `codebook` has instead of scales, zeros and order, a missing weight having the code of the level 0:
+One with a `zero_dtype` has real zero points and no mask: zeros (groups, out) are float16, as scales are, and a weight
+is scale * (code - zero). One with a `codebook` has instead of scales, zeros and order, a missing weight having the code
+of the level 0:
 
 - absmax: of every `block` weights in row order; float32, or where `nested` is not 0 a code of the 8-bit dynamic map
   (`codebooks.dynamic_map`), to be multiplied by its nested absmax and added to the mean;

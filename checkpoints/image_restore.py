@@ -17,7 +17,7 @@ from checkpoints.image import Image, open_image, read_block, read_documents, rea
 from checkpoints.manifest import PARTIAL, Manifest, describe_files, fingerprint, write_bytes
 from checkpoints.peft_config import ia3_config, peft_config
 from checkpoints.runtime import Progress, Silent
-from checkpoints.shape import Sparsity, parse_sparsity
+from checkpoints.sparsity import Sparsity, parse_sparsity
 from checkpoints.verify import prove_pattern
 from checkpoints.writer import CheckpointWriter
 

@@ -18,9 +18,10 @@ from checkpoints import codebooks
 from checkpoints.adapter_codes import unpacked
 from checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
 from checkpoints.errors import CheckpointError
+from checkpoints.forms import CODEBOOKS, DTYPE_BYTES, Codebook, Grid, RealGrid
 from checkpoints.packed_sizes import MaskIndex
-from checkpoints.packing import dequantise_rows, pack_linear, unpack_linear
-from checkpoints.shape import CODEBOOKS, DTYPE_BYTES, Codebook, Grid, parse_sparsity
+from checkpoints.packing import dequantise_rows, pack_linear, pack_real, unpack_linear, unpack_real
+from checkpoints.sparsity import parse_sparsity
 
 TORCH_DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -65,6 +66,8 @@ def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes
     """
     if "codebook" in entry:
         return _encode_codebook(entry, stored)
+    if "zero_dtype" in entry:
+        return _encode_real(entry, stored)
     if "bits" in entry:
         return _encode_codes(entry, dict(stored))
     weight = stored["weight"]
@@ -79,6 +82,8 @@ def decode_linear(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]
     """The layer's tensors as the checkpoint had them, by their names within it."""
     if "codebook" in entry:
         return _decode_codebook(entry, parts)
+    if "zero_dtype" in entry:
+        return _decode_real(entry, parts)
     if "bits" in entry:
         return _decode_codes(entry, parts)
     kept = parts["values"].view(f"<u{DTYPE_BYTES[entry['dtype']]}")
@@ -137,6 +142,24 @@ def _group_of(grid: Grid, columns: int) -> NDArray[np.int32]:
     """The group of each column where groups lie in storage order."""
     order: NDArray[np.int32] = np.arange(columns, dtype=np.int32) // (columns if grid.group == -1 else grid.group)
     return order
+
+
+def _encode_real(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
+    if "pattern" in entry:
+        raise CheckpointError(
+            f"{entry['name']} is said to hold {entry['pattern']}, but with real zero points no weight is exactly zero"
+        )
+    codes, _, _ = unpack_real(stored, entry["bits"])
+    values = pack_bits(codes.numpy().reshape(-1), entry["bits"])
+    return {"values": values, "scales": _raw(stored["scales"]), "zeros": _raw(stored["zeros"])}
+
+
+def _decode_real(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
+    bits, (rows, columns) = entry["bits"], entry["shape"]
+    codes = torch.from_numpy(unpack_bits(parts["values"], bits, rows * columns)).view(rows, columns)
+    groups = RealGrid(bits, entry["group"]).groups(columns)
+    scales, zeros = (_tensor(parts[kind], "F16", [groups, rows]) for kind in ("scales", "zeros"))
+    return pack_real(codes, scales.T, zeros.T, bits)
 
 
 def _encode_codebook(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:

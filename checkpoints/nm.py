@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import NumericsError, PlanError
-from checkpoints.shape import Sparsity
+from checkpoints.sparsity import Sparsity
 
 
 def group_zeros(weight: Tensor, m: int) -> Tensor:

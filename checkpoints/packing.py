@@ -2,7 +2,8 @@
 
 The layout is the one GPTQModel, transformers and vLLM read (format "gptq", version 1): codes run down the
 input axis, zero points across the output axis and are stored minus one. The tests hold it against
-GPTQModel's own packing. `dense_weight` at the end asks the layer how it is stored; codebooks are in `codebooks.py`.
+GPTQModel's own packing. Real zero points lie beside such codes as they are. `dense_weight` at the end asks the layer
+how it is stored; codebooks are in `codebooks.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from checkpoints import codebooks
 from checkpoints.errors import PlanError
+from checkpoints.forms import Codebook, RealGrid
 from checkpoints.reshape import WORD
-from checkpoints.shape import Codebook, LinearShape
+from checkpoints.shape import LinearShape
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -78,6 +80,21 @@ def unpack_linear(stored: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tens
     return codes, stored["scales"].T.float(), zeros
 
 
+def pack_real(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> dict[str, Tensor]:
+    """The stored tensors of a layer with real zero points: codes (out, in); scales and zeros (out, groups)."""
+    return {
+        "weight": pack(codes.T.contiguous(), bits),
+        "scales": scales.T.to(torch.float16).contiguous(),
+        "zeros": zeros.T.to(torch.float16).contiguous(),
+    }
+
+
+def unpack_real(stored: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (out, in), scales and zeros (out, groups) in float32, as `pack_real` took them."""
+    in_features = stored["weight"].shape[0] * WORD // bits
+    return unpack(stored["weight"], bits, in_features).T, stored["scales"].T.float(), stored["zeros"].T.float()
+
+
 def dequantise_rows(codes: Tensor, scales: Tensor, minimum: Tensor, bits: int) -> Tensor:
     """The matrix (rows, columns) in float32 that the packed copy of an embedding or head stands for.
 
@@ -97,9 +114,18 @@ def dequantise(stored: Mapping[str, Tensor], bits: int) -> Tensor:
     return dense
 
 
+def dequantise_real(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The dense weights (out, in) in float32: scale * (code - zero) with real zeros, group by group."""
+    levels = codes.reshape(*scales.shape, -1) - zeros.unsqueeze(-1)
+    dense: Tensor = (scales.unsqueeze(-1) * levels).view(codes.shape)
+    return dense
+
+
 def dense_weight(linear: LinearShape, stored: Mapping[str, Tensor]) -> Tensor:
     """The dense weights (out, in) in float32 of a quantised layer; stored: its tensors by `linear.grid.kinds`."""
     assert linear.grid is not None
     if isinstance(linear.grid, Codebook):
         return codebooks.decode(stored, linear.grid, linear.out_features, linear.in_features)
+    if isinstance(linear.grid, RealGrid):
+        return dequantise_real(*unpack_real(stored, linear.grid.bits))
     return dequantise(stored, linear.grid.bits)

@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import Codebook, Form, Grid, LinearShape, ModelShape, Sparsity, largest_group
+from checkpoints.forms import Codebook, Form, Grid, RealGrid
+from checkpoints.shape import LinearShape, ModelShape, largest_group
+from checkpoints.sparsity import Sparsity
 
 WORD = 32
 
@@ -90,10 +92,15 @@ def with_grid(shape: ModelShape, bits: int, wanted_group: int, symmetric: bool, 
 
     The configuration stays: what it says of the quantisation is the stage's to write.
     """
+    return _with_packed(shape, Grid(bits, wanted_group, symmetric), embedding_bits)
+
+
+def _with_packed(shape: ModelShape, wanted: Grid | RealGrid, embedding_bits: int) -> ModelShape:
+    """The largest group up to the wanted one that divides all layers."""
     fitting = [x for block in shape.blocks for x in block.linears if packable(x.out_features, x.in_features)]
     if not fitting:
         raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
-    grid = Grid(bits, largest_group({x.in_features for x in fitting}, wanted_group), symmetric)
+    grid = replace(wanted, group=largest_group({x.in_features for x in fitting}, wanted.group))
 
     def quantised(x: LinearShape) -> LinearShape:
         return replace(x, grid=grid) if packable(x.out_features, x.in_features) else x
@@ -105,7 +112,7 @@ def with_form(shape: ModelShape, form: Form, embedding_bits: int) -> ModelShape:
     """Codes of this form in place of every layer that it can hold. Raises PlanError where there is none."""
     if isinstance(form, Codebook):
         return with_codebook(shape, form, embedding_bits)
-    return with_grid(shape, form.bits, form.group, form.symmetric, embedding_bits)
+    return _with_packed(shape, form, embedding_bits)
 
 
 def with_codebook(shape: ModelShape, codebook: Codebook, embedding_bits: int) -> ModelShape:

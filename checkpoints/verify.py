@@ -10,7 +10,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.headers import ADAPTER_PACKED
 from checkpoints.manifest import check_files
 from checkpoints.nm import MaskProof
-from checkpoints.shape import Sparsity, parse_sparsity
+from checkpoints.sparsity import Sparsity, parse_sparsity
 
 
 def prove_pattern(checkpoint: Checkpoint, pattern: Sparsity, masks_from: Checkpoint | None = None) -> dict[str, Any]:

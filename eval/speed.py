@@ -180,7 +180,7 @@ def without_kernels(checkpoint: Checkpoint) -> str:
     form = checkpoint.shape.grid
     if form is None:
         return "the checkpoint is not quantised"
-    return "" if form.loaders else f"no library knows the levels of {form.describe()}"
+    return "" if form.loaders else f"no library knows {form.unknown}"
 
 
 def _require(checkpoint: Checkpoint, engine: str, workload: Workload) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoints.shape import BlockShape, Grid, LinearShape, ModelShape, Pattern, largest_group
+from checkpoints.forms import Grid
+from checkpoints.shape import BlockShape, LinearShape, ModelShape, largest_group
+from checkpoints.sparsity import Pattern
 from hardware.needs import Request
 from hardware.soc import Soc
 

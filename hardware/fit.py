@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from checkpoints.errors import PlanError
+from checkpoints.forms import Grid
 from checkpoints.reshape import with_blocks, with_grid, with_pattern, with_vocabulary
-from checkpoints.shape import Grid, ModelShape, Pattern, parse_sparsity
+from checkpoints.shape import ModelShape
+from checkpoints.sparsity import Pattern, parse_sparsity
 from hardware.check import check
 from hardware.soc import Soc
 from hardware.verdict import Verdict

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
+from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
 from checkpoints.packed_sizes import block_records, bytes_of, groups_in_order, outer_records, packed_bits, value_bits
 from checkpoints.packed_sizes import is_head as is_head  # what follows the order of computing asks for it here
-from checkpoints.shape import DTYPE_BYTES, BlockShape, Grid, LinearShape, ModelShape, TensorShape
+from checkpoints.shape import BlockShape, LinearShape, ModelShape
 from hardware.attention import cache_rule, own_window, window_of
 from hardware.soc import Layout
 
@@ -176,8 +177,8 @@ def _block_parts(block: BlockShape, layout: Layout, ordered: bool) -> tuple[tupl
 def _linear_bits(x: LinearShape, layout: Layout) -> tuple[int, int]:
     """Bits of the codes and of scales with zero points, as the layout stores them.
 
-    A dense layer has no codes to put in slots, and those of a codebook are no integers that an engine multiplies:
-    both keep their width and shape, a codebook its own scales.
+    A dense layer has no codes to put in slots, and an engine for integers multiplies neither levels of a codebook nor
+    codes with real zero points: all keep their width and shape, codes their own scales.
     """
     dense = x.weights * value_bits(x)
     if not isinstance(x.grid, Grid):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
 from checkpoints.packed_sizes import bytes_of, value_bits
-from checkpoints.shape import DTYPE_BYTES, Codebook, LinearShape, ModelShape, TensorShape
+from checkpoints.shape import LinearShape, ModelShape
 from hardware.footprint import SCALE_BITS
 
 
@@ -21,7 +22,9 @@ class Weights:
     groups: int = 1  # scales a row
     offsets: bool = False  # zero points (or minima) that differ from row to row
     other_bits: int = 0  # of the matrix as a whole: what its scales take beyond `row_bits`
-    integer: bool = True  # whether an engine for integers can multiply the codes; a codebook's levels it cannot
+    integer: bool = (
+        True  # whether an engine for integers can multiply the codes: neither levels of a codebook nor real offsets
+    )
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +44,7 @@ def linear_weights(prefix: str, x: LinearShape) -> Weights:
         return Weights(name, x.out_features, x.in_features, value_bits(x), bias)
     sides = x.grid.side_bits(x.out_features, x.in_features, SCALE_BITS)
     scales, other = divmod(sides, x.out_features)
-    if isinstance(x.grid, Codebook):
+    if not isinstance(x.grid, Grid):
         row_bits = scales + bias
         return Weights(name, x.out_features, x.in_features, value_bits(x), row_bits, other_bits=other, integer=False)
     groups = x.grid.groups(x.in_features)

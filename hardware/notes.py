@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from checkpoints.forms import Codebook, Grid, RealGrid
 from checkpoints.kv_format import FULL_BITS, GROUP
-from checkpoints.shape import Codebook, Grid, LinearShape, ModelShape
+from checkpoints.shape import LinearShape, ModelShape
 from hardware.attention import cache_rule, own_window
 from hardware.footprint import PACKED, PLAIN, weight_bytes
 from hardware.needs import Needs
@@ -18,7 +19,7 @@ def notes(shape: ModelShape, soc: Soc, found: Needs) -> Iterator[str]:
     """Each a sentence or two."""
     linears = [x for block in shape.blocks for x in block.linears]
     yield from _patterns(shape, linears, soc, found)
-    yield from _codebooks(linears, soc, found)
+    yield from _no_integers(linears, soc, found)
     if soc.accelerator is not None:
         yield from _accelerator(shape, linears, soc, soc.accelerator, found)
     if (soc.count("kv_cache_copies") or 1) == 1 and any(s.name == "kv_copies" for s in soc.settings):
@@ -77,13 +78,19 @@ def _patterns(shape: ModelShape, linears: list[LinearShape], soc: Soc, found: Ne
     )
 
 
-def _codebooks(linears: list[LinearShape], soc: Soc, found: Needs) -> Iterator[str]:
+def _no_integers(linears: list[LinearShape], soc: Soc, found: Needs) -> Iterator[str]:
     coded = sorted({x.grid.name for x in linears if isinstance(x.grid, Codebook)})
-    if not coded:
-        return
+    real = any(isinstance(x.grid, RealGrid) for x in linears)
     size = size_text(found.weights.block_codes + found.weights.scales_and_zeros)
     engine = soc.accelerator
     instead = f", so {engine.name} cannot use them" if engine else ""
+    if real:
+        yield (
+            f"Real zero points: {size} of codes stand for integers plus a fraction that differs from group to group"
+            f"{instead}. The cores compute with them. Quantise with --quant gptq4 to have integers."
+        )
+    if not coded:
+        return
     yield (
         f"{' and '.join(coded)}: {size} of codes stand for levels of a codebook, not for integers{instead}. The cores "
         "look each one up. Quantise with --quant gptq4 to have integers."

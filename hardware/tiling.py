@@ -86,7 +86,7 @@ def engine_of(operator: Operator, soc: Soc) -> str:
     """The engine that computes an operator on this chip.
 
     A product with constant weights runs on the accelerator if there is one and it takes weights that wide; codes of
-    a codebook stand for no integers, and the cores multiply their levels.
+    a codebook and codes with real zero points stand for no integers, and the cores multiply what they stand for.
     """
     if operator.engine == CORES or soc.accelerator is None or operator.weights is None or not operator.weights.integer:
         return CORES

@@ -195,8 +195,8 @@ class _Timer:
         looked_up = sorted({w.operator.name for w in works if w.operator.weights and not w.operator.weights.integer})
         if looked_up:
             yield (
-                f"The levels of a codebook are looked up by the cores: {', '.join(looked_up)} are timed at their 8 bit "
-                "speed, without the looking up."
+                f"Codes that stand for no integers are turned into weights by the cores: {', '.join(looked_up)} are "
+                "timed at their 8 bit speed, without that."
             )
         if wide and self.soc.accelerator is not None:
             yield (

@@ -16,9 +16,10 @@ from rich.table import Table
 
 from checkpoints.errors import CheckpointError, EdgepressError, PlanError, TextError
 from checkpoints.families import PRESETS
+from checkpoints.forms import Grid
 from checkpoints.headers import shape_from_folder
 from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.shape import Grid, ModelShape
+from checkpoints.shape import ModelShape
 from hardware import quality
 from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, search
 from hardware.soc import Soc

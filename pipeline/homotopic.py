@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from checkpoints.shape import Part, Unstructured, parse_amount
+from checkpoints.sparsity import Part, Unstructured, parse_amount
 from stages.options import Depth, Lora, Options, Wanda
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 How the codes are chosen is the method's to say (`--quant`, stages/quantisers): GPTQ (Frantar et al., arXiv 2210.17323)
 unless another is asked for. The statistics of a block are taken from the already quantised blocks before it. A mask
-is kept by all. Packing and file format are GPTQModel's, of codebooks (nf4) bitsandbytes'.
+is kept by all. Packing and file format are GPTQModel's, of codebooks (nf4) bitsandbytes', of real zero points our own.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
+from checkpoints.forms import Codebook, Form, Grid, RealGrid
 from checkpoints.packed_sizes import is_head
 from checkpoints.reshape import packable, with_form
 from checkpoints.rounded_inputs import rounded_inputs
 from checkpoints.runtime import Runtime
-from checkpoints.shape import OWN_KEY, Codebook, Form, Grid, ModelShape
+from checkpoints.shape import OWN_KEY, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
@@ -38,7 +39,7 @@ VERSION = 1
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
-    after = with_form(shape, _wanted_form(options), options.quant_embeddings)
+    after = with_form(shape, _wanted_form(shape, options), options.quant_embeddings)
     quantization = quantization_config(after, options, left_dense(shape))
     return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(shape, options))
 
@@ -49,7 +50,7 @@ def _own(shape: ModelShape, options: Options) -> dict[str, Any]:
     return {OWN_KEY: {**shape.config.get(OWN_KEY, {}), "activation_bits": bits}} if bits < 16 else {}
 
 
-def _wanted_form(options: Options) -> Form:
+def _wanted_form(shape: ModelShape, options: Options) -> Form:
     """Raises PlanError with all that the method cannot do."""
     faults = []
     if options.effort == "high" and not method(options.quant).TUNES:
@@ -59,7 +60,7 @@ def _wanted_form(options: Options) -> Form:
             f"with {able}, or leave the effort normal"
         )
     try:
-        wanted = form(options)
+        wanted = form(options, shape.pattern is not None)
     except PlanError as error:
         faults.append(str(error))
     if faults:
@@ -69,12 +70,15 @@ def _wanted_form(options: Options) -> Form:
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
-    stored, wanted = plan(shape, options).grid, form(options)
-    if isinstance(stored, Grid) and isinstance(wanted, Grid):
-        said = _grid_remarks(shape, stored, wanted, options)
-    else:
+    stored, wanted = plan(shape, options).grid, form(options, shape.pattern is not None)
+    assert stored is not None
+    if isinstance(stored, Codebook) or isinstance(wanted, Codebook):
         assert isinstance(stored, Codebook)
         said = _codebook_remarks(shape, stored, options)
+    else:
+        said = _grid_remarks(shape, stored, wanted, options)
+    if stored.unknown:
+        said.append(f"gptq: no library knows {stored.unknown}: only this project loads the folder")
     if (bits := activation_bits(options)) < 16:
         said.append(
             f"gptq: the inputs of quantised layers are rounded to {bits} bits in all measurements; other libraries "
@@ -88,8 +92,13 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     return said
 
 
-def _grid_remarks(shape: ModelShape, grid: Grid, wanted: Grid, options: Options) -> list[str]:
+def _grid_remarks(shape: ModelShape, grid: Grid | RealGrid, wanted: Grid | RealGrid, options: Options) -> list[str]:
     said = []
+    if isinstance(grid, Grid) and isinstance(form(options, masked=False), RealGrid):
+        said.append(
+            f"gptq: {options.quant} has whole zero points here, not the real ones of the published method, since a "
+            f"weight that {shape.pattern} removes must be exactly 0"
+        )
     if wanted.group != options.group != Options.group:
         own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
         said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
@@ -113,8 +122,6 @@ def _codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -
         )
     if options.group != Options.group:
         said.append(f"gptq: {codebook.name} has blocks of {codebook.block}; --group {options.group} is not used")
-    if not codebook.loaders:
-        said.append(f"gptq: no library knows the levels of {codebook.name}: only this project loads the folder")
     return said
 
 
@@ -185,11 +192,13 @@ def refine_block(
 
 
 def quantization_config(shape: ModelShape, options: Options, dense: list[str]) -> dict[str, Any]:
-    """What transformers, GPTQModel and vLLM, or of a codebook bitsandbytes, need to read the folder."""
+    """What transformers, GPTQModel and vLLM, or bitsandbytes, or this project alone need to read the folder."""
     grid = shape.grid
     if isinstance(grid, Codebook):
         heads = {t.name.removesuffix(".weight") for t in shape.outer if is_head(t.name)}
         return grid.quantization_config(shape.blocks[0].linears[0].dtype, sorted({"lm_head", *heads}))
+    if isinstance(grid, RealGrid):
+        return grid.quantization_config()
     assert isinstance(grid, Grid)
     config: dict[str, Any] = {
         "quant_method": "gptq",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import parse_amount
+from checkpoints.sparsity import parse_amount
 from stages import quantisers
 from stages.pruning import METHODS
 from stages.recovery import METHODS as RECOVERY

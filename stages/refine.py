@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.forms import Grid
 from checkpoints.runtime import Runtime, Silent
-from checkpoints.shape import Grid
 from checkpoints.walk import BlockVisit, Walk
 from stages.quantisers.codes import SMALLEST_SCALE
 

@@ -14,7 +14,8 @@ from checkpoints.errors import NumericsError, PlanError
 from checkpoints.nm import group_zeros
 from checkpoints.reshape import with_pattern
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Capped, LinearShape, ModelShape, Part, Pattern, Sparsity, Within, parse_amount
+from checkpoints.shape import LinearShape, ModelShape
+from checkpoints.sparsity import Capped, Part, Pattern, Sparsity, Within, parse_amount
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter

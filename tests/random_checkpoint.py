@@ -12,10 +12,11 @@ from torch import Tensor
 from checkpoints.adapter_codes import eight_bit, unpacked
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.codebooks import encode
+from checkpoints.forms import CODEBOOKS
 from checkpoints.manifest import Manifest, describe_files
 from checkpoints.packing import dequantise_rows, pack_linear
 from checkpoints.peft_config import peft_config
-from checkpoints.shape import CODEBOOKS, parse_sparsity
+from checkpoints.sparsity import parse_sparsity
 from checkpoints.writer import CheckpointWriter
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

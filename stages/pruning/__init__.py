@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from checkpoints.shape import Amount, Pattern, Sparsity
+from checkpoints.sparsity import Amount, Pattern, Sparsity
 
 if TYPE_CHECKING:
     from checkpoints.walk import BlockVisit

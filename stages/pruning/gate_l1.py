@@ -7,7 +7,7 @@ row may lose all its weights. N:M takes N of every M weights of a row, as everyw
 
 from __future__ import annotations
 
-from checkpoints.shape import Amount, Sparsity, Within
+from checkpoints.sparsity import Amount, Sparsity, Within
 from stages.pruning.magnitude import NEEDS, prune
 
 __all__ = ["NEEDS", "prune", "sparsity"]

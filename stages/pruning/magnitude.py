@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.shape import Amount, Pattern, Sparsity
+from checkpoints.sparsity import Amount, Pattern, Sparsity
 from checkpoints.walk import BlockVisit
 from stages.pruning import NOTHING
 from stages.pruning.select import kept, lost_share, set_zeros

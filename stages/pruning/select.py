@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import Capped, Pattern
+from checkpoints.sparsity import Capped, Pattern
 
 _FEW = 32  # groups up to this size are selected by comparing lanes, wider ones by sorting
 

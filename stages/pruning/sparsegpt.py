@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import NumericsError
-from checkpoints.shape import Amount, Capped, Pattern, Sparsity
+from checkpoints.sparsity import Amount, Capped, Pattern, Sparsity
 from checkpoints.walk import BlockVisit
 from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from stages.pruning import HESSIANS

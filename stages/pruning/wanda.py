@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.shape import Amount, Pattern, Sparsity
+from checkpoints.sparsity import Amount, Pattern, Sparsity
 from checkpoints.walk import BlockVisit
 from stages.pruning import NORMS
 from stages.pruning.select import keep_best, kept, lost_share, set_zeros

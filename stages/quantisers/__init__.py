@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from checkpoints.shape import Form
+from checkpoints.forms import Form
 from stages.pruning import HESSIANS, NOTHING
 
 if TYPE_CHECKING:
@@ -62,8 +62,11 @@ class Method(Protocol):
     NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
     TUNES: bool  # whether --quant-effort high can go on from its solutions, which then are stages.quantisers.gptq's
 
-    def form(self, options: Gptq, **parameters: Any) -> Form:
-        """How a layer will be stored, its group the largest wanted: the stage takes the largest that fits the model."""
+    def form(self, options: Gptq, masked: bool, **parameters: Any) -> Form:
+        """How a layer will be stored, its group the largest wanted: the stage takes the largest that fits the model.
+
+        masked: the model has zeros to keep, so the form must have a code that is exactly 0.
+        """
 
     def quantise(
         self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Form, options: Gptq
@@ -85,6 +88,6 @@ def activation_bits(options: Gptq) -> int:
     return ACTIVATION_BITS.get(options.quant, options.activation_bits)
 
 
-def form(options: Gptq) -> Form:
-    """What the method asked for wants to store."""
-    return method(options.quant).form(options, **METHODS[options.quant][1])
+def form(options: Gptq, masked: bool) -> Form:
+    """What the method asked for wants to store. masked: an N:M pattern is to be kept."""
+    return method(options.quant).form(options, masked, **METHODS[options.quant][1])

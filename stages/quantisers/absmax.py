@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from checkpoints.shape import Grid
+from checkpoints.forms import Grid
 from checkpoints.walk import BlockVisit
 from stages.options import Gptq as Options
 from stages.quantisers import NOTHING
@@ -20,7 +20,7 @@ NEEDS = NOTHING
 TUNES = False
 
 
-def form(options: Options, bits: int) -> Grid:
+def form(options: Options, masked: bool, bits: int) -> Grid:
     return Grid(bits, -1, symmetric=True)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.shape import Grid
+from checkpoints.forms import Grid
 from checkpoints.walk import BlockVisit
 from stages.hessian import output_error
 from stages.options import Gptq as Options
@@ -32,7 +32,7 @@ TUNES = False
 POINTS = 20  # values of alpha that are tried, from 0 up
 
 
-def form(options: Options, bits: int) -> Grid:
+def form(options: Options, masked: bool, bits: int) -> Grid:
     return Grid(bits, options.group, options.symmetric)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import NumericsError
-from checkpoints.shape import Grid
+from checkpoints.forms import Grid
 from checkpoints.walk import BlockVisit
 from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from stages.options import Gptq as Options
@@ -27,7 +27,7 @@ TUNES = True
 COLUMNS = 128  # columns solved before their errors are applied to the rest: GPTQ's lazy batch
 
 
-def form(options: Options, bits: int, group: int | None = None) -> Grid:
+def form(options: Options, masked: bool, bits: int, group: int | None = None) -> Grid:
     """A group of -1 is one scale for each output channel (N-EUREKA's)."""
     return Grid(bits, options.group if group is None else group, options.symmetric)
 

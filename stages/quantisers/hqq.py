@@ -4,23 +4,26 @@ HQQ (Badri and Shaji, 2023) seeks the least sum of abs(W - s (q - z))^p over a g
 errors of few weights. The problem is split: an error e = shrink(W - W_q) that takes up the outliers, then the
 zero point z as the mean of q - (W - e) / s, by turns, while the scale s stays what the group's range gives.
 
-GPTQ's storage, and a zero that stays exactly zero, need z to be one of 1 … 2^b - 1, where the authors keep it real:
-rounded, it is nearly always where plain rounding has it. So of the integers beside it the scale is solved for, by the
-same turns, and each group gets the best pair by the sum above. On Gaussian weights in groups of 64 that leaves 0.126
-of their energy as error at 2 bits, where plain rounding leaves 0.209 and a real z alone 0.191. Masked weights have no
-say in it, and no error.
+As the authors do it, z is a real number and s is not solved for (`solve_real`). This is what a model without an N:M
+pattern gets; no library loads it. With a pattern a removed weight must stay exactly zero, so z has to be a code, and
+whole zero points go into GPTQ's storage (`solve_whole`). Rounded, z is nearly always where plain rounding has it. So of
+the integers beside it the scale is solved for, by the same turns, and each group gets the best pair by the sum above.
+Masked weights have no say in it, and no error. This is not the published method, and a smaller sum is not yet a better
+model: on dense weights, where both can be tried, the real z is the better one by far in perplexity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoints.errors import PlanError
-from checkpoints.shape import Grid
+from checkpoints.forms import Grid, RealGrid
+from checkpoints.packing import dequantise_real, pack_real
 from checkpoints.walk import BlockVisit
 from stages.options import Gptq as Options
 from stages.quantisers import NOTHING
@@ -29,23 +32,76 @@ from stages.quantisers.codes import Coded, fit_grid, float16_scales, nearest
 NEEDS = NOTHING
 TUNES = False
 P, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20  # the authors' settings: of the norm, and of the penalty on the split
+ROUNDED_START = 4  # bits at which their zero points begin rounded
+LARGEST_ZERO = 2.0**15
 
 
-def form(options: Options, bits: int, group: int | None = None) -> Grid:
+def form(options: Options, masked: bool, bits: int, group: int | None = None) -> Grid | RealGrid:
     """group: the most, unless whole rows are asked for. Raises PlanError for --symmetric."""
     if options.symmetric:
         raise PlanError(
             f"{options.quant} seeks zero points, and --symmetric fixes them; leave it out, or give int4 or int8, which "
             "are symmetric and as quick"
         )
-    return Grid(bits, options.group if group is None or options.group == -1 else min(group, options.group))
+    group = options.group if group is None or options.group == -1 else min(group, options.group)
+    return Grid(bits, group) if masked else RealGrid(bits, group)
 
 
-def quantise(block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, options: Options) -> dict[str, Coded]:
-    return {name: solve(block.linears[name].weight.float(), mask, form) for name, mask in masks.items()}
+def quantise(
+    block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid | RealGrid, options: Options
+) -> Mapping[str, Coded | RealCoded]:
+    weights = {name: block.linears[name].weight.float() for name in masks}
+    if isinstance(form, RealGrid):
+        return {name: solve_real(weight, form) for name, weight in weights.items()}
+    return {name: solve_whole(weight, masks[name], form) for name, weight in weights.items()}
 
 
-def solve(weight: Tensor, mask: Tensor | None, grid: Grid) -> Coded:
+# --- real zero points ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RealCoded:
+    """One layer with real zero points."""
+
+    codes: Tensor  # (out, in) uint8
+    scales: Tensor  # (out, groups) float32 holding float16 values, as the next
+    zeros: Tensor
+    bits: int
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantise_real(self.codes, self.scales, self.zeros)
+
+    def stored(self) -> dict[str, Tensor]:
+        return pack_real(self.codes.cpu(), self.scales.cpu(), self.zeros.cpu(), self.bits)
+
+    def scaling(self) -> dict[str, Tensor]:
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+def solve_real(weight: Tensor, grid: RealGrid) -> RealCoded:
+    """weight (out, in) float32. The scale is that of each group's range, which need not reach to zero."""
+    out, columns = weight.shape
+    top = 2**grid.bits - 1
+    groups = Groups.of(weight, None, top, out, grid.groups(columns))
+    low, high = groups.w.amin(dim=-1, keepdim=True), groups.w.amax(dim=-1, keepdim=True)
+    # Weights far out and close together would have a zero point beyond float16's largest number.
+    s = float16_scales(torch.maximum((high - low) / top, torch.maximum(-low, high) / LARGEST_ZERO))
+    z = -low / s
+    if grid.bits == ROUNDED_START:
+        z = z.round()
+    z = groups.half_quadratic_zeros(s, z).to(torch.float16).float()
+    codes = (groups.w / s + z).round_().clamp_(0, top)
+    return RealCoded(codes.view(weight.shape).to(torch.uint8), s.squeeze(-1), z.squeeze(-1), grid.bits)
+
+
+# --- whole zero points -----------------------------------------------------------------------------------------------
+
+
+def solve_whole(weight: Tensor, mask: Tensor | None, grid: Grid) -> Coded:
     """weight (out, in) float32; mask (out, in) is True where a weight may live."""
     if mask is not None:
         weight = weight * mask
@@ -53,6 +109,9 @@ def solve(weight: Tensor, mask: Tensor | None, grid: Grid) -> Coded:
     groups = Groups.of(weight, mask, 2**grid.bits - 1, *scales.shape)
     s, z = groups.best(scales.unsqueeze(-1), zeros.unsqueeze(-1).float())
     return nearest(weight, s.squeeze(-1), z.squeeze(-1).int(), grid)
+
+
+# --- the turns -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints import codebooks
 from checkpoints.errors import PlanError
-from checkpoints.shape import CODEBOOKS, Codebook
+from checkpoints.forms import CODEBOOKS, Codebook
 from checkpoints.walk import BlockVisit
 from stages.options import Gptq as Options
 from stages.quantisers import NOTHING
@@ -24,7 +24,7 @@ NEEDS = NOTHING
 TUNES = False
 
 
-def form(options: Options, codebook: str) -> Codebook:
+def form(options: Options, masked: bool, codebook: str) -> Codebook:
     if options.symmetric:
         raise PlanError(f"--symmetric: {options.quant} has fixed levels; leave it out, or use --quant gptq4")
     return CODEBOOKS[codebook]

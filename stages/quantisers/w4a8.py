@@ -8,12 +8,12 @@ themselves, block by block, twice; `awq4 --activation-bits 8` has scales folded 
 
 from __future__ import annotations
 
-from checkpoints.shape import Grid
+from checkpoints.forms import Grid
 from stages.options import Gptq as Options
 from stages.quantisers.gptq import NEEDS, TUNES, quantise
 
 __all__ = ["NEEDS", "TUNES", "form", "quantise"]
 
 
-def form(options: Options) -> Grid:
+def form(options: Options, masked: bool) -> Grid:
     return Grid(4, options.group, symmetric=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from checkpoints import bits as coder
 from checkpoints.bits import choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
 from checkpoints.packed_sizes import MaskIndex, mask_indexes
-from checkpoints.shape import Pattern
+from checkpoints.sparsity import Pattern
 
 pytestmark = pytest.mark.unit
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint, foreign_fingerprint
 from checkpoints.errors import CheckpointError, NumericsError
+from checkpoints.forms import Grid
 from checkpoints.image import pack_checkpoint
 from checkpoints.manifest import WORK
 from checkpoints.packing import pack_linear
-from checkpoints.shape import Grid
 from checkpoints.writer import CheckpointWriter
 
 pytestmark = pytest.mark.unit

@@ -19,12 +19,14 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.codebooks import decode, state_of
 from checkpoints.errors import CheckpointError
+from checkpoints.forms import CODEBOOKS
 from checkpoints.headers import shape_from_folder
 from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
 from checkpoints.image_tensors import decode_linear, encode_linear
 from checkpoints.packed_sizes import block_records, packed_sizes, place
-from checkpoints.shape import CODEBOOKS, BlockShape, LinearShape, parse_sparsity
+from checkpoints.shape import BlockShape, LinearShape
+from checkpoints.sparsity import parse_sparsity
 from checkpoints.verify import verify
 from tests.random_checkpoint import DTYPES, Wanted
 

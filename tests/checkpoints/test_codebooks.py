@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoints.codebooks import codes_of, decode, dynamic_map, encode, levels, nearest, require_known, state_of
 from checkpoints.errors import CheckpointError
-from checkpoints.shape import CODEBOOKS, Codebook
+from checkpoints.forms import CODEBOOKS, Codebook
 
 pytestmark = pytest.mark.unit
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from checkpoints.codebooks import encode
 from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.forms import CODEBOOKS, Grid, TensorShape
 from checkpoints.reshape import with_codebook, with_form
-from checkpoints.shape import CODEBOOKS, Grid, LinearShape, ModelShape, TensorShape, safetensors_bytes
+from checkpoints.shape import LinearShape, ModelShape, safetensors_bytes
 
 pytestmark = pytest.mark.unit
 

@@ -17,7 +17,8 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError
 from checkpoints.families import shape_from_config
 from checkpoints.headers import INDEX, block_prefix, read_config, read_header, shape_from_folder, weight_files
-from checkpoints.shape import ModelShape, Pattern
+from checkpoints.shape import ModelShape
+from checkpoints.sparsity import Pattern
 from tests.models import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.unit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.nm import MaskProof, group_zeros, holds, require_finite
-from checkpoints.shape import Pattern, Sparsity, Unstructured, Within
+from checkpoints.sparsity import Pattern, Sparsity, Unstructured, Within
 
 pytestmark = pytest.mark.unit
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.forms import Grid
 from checkpoints.packed_sizes import mask_index, mask_indexes, packed_bits, packed_sizes
-from checkpoints.shape import Grid, LinearShape, ModelShape, Pattern, Sparsity, Unstructured
+from checkpoints.shape import LinearShape, ModelShape
+from checkpoints.sparsity import Pattern, Sparsity, Unstructured
 
 pytestmark = pytest.mark.unit
 

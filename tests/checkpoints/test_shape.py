@@ -13,21 +13,10 @@ from safetensors.torch import save, save_file
 
 from checkpoints.errors import PlanError
 from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
 from checkpoints.packing import pack_linear
-from checkpoints.shape import (
-    DTYPE_BYTES,
-    Grid,
-    LinearShape,
-    ModelShape,
-    Pattern,
-    TensorShape,
-    Unstructured,
-    Within,
-    largest_group,
-    parse_amount,
-    parse_sparsity,
-    safetensors_bytes,
-)
+from checkpoints.shape import LinearShape, ModelShape, largest_group, safetensors_bytes
+from checkpoints.sparsity import Pattern, Unstructured, Within, parse_amount, parse_sparsity
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ import torch
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.shape import Pattern
+from checkpoints.sparsity import Pattern
 from checkpoints.verify import prove_pattern, verify
 from checkpoints.writer import CheckpointWriter
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from checkpoints.errors import PlanError
+from checkpoints.forms import Grid
 from checkpoints.kv_format import KVFormat
-from checkpoints.shape import Grid, ModelShape, Pattern
+from checkpoints.shape import ModelShape
+from checkpoints.sparsity import Pattern
 from hardware.check import check
 from hardware.footprint import weight_bytes
 from hardware.soc import Constant, Soc, load_soc

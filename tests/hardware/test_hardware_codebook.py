@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from checkpoints.forms import CODEBOOKS, Codebook, Grid
 from checkpoints.packed_sizes import packed_sizes
-from checkpoints.shape import CODEBOOKS, Codebook, Grid, ModelShape, Pattern
+from checkpoints.shape import ModelShape
+from checkpoints.sparsity import Pattern
 from hardware.changes import quantised
 from hardware.check import check
 from hardware.footprint import PACKED, tensor_table, weight_bytes

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from checkpoints.forms import Grid
 from checkpoints.kv_format import KVFormat
 from checkpoints.packed_sizes import packed_sizes
-from checkpoints.shape import Grid, ModelShape, Pattern
+from checkpoints.shape import ModelShape
+from checkpoints.sparsity import Pattern
 from hardware.attention import CacheRule, with_cache
 from hardware.footprint import PACKED, kv_block_bytes, kv_cache_bytes, tensor_table, weight_bytes
 from hardware.soc import load_soc

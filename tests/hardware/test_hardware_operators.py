@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints.errors import PlanError
 from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.shape import DTYPE_BYTES, Grid, LinearShape, ModelShape
+from checkpoints.forms import DTYPE_BYTES, Grid
+from checkpoints.shape import LinearShape, ModelShape
 from hardware.attention import window_of
 from hardware.operators import ACCELERATOR, CORES, forward, weights_read
 from tests.models import FAMILIES, build_model, tiny_config

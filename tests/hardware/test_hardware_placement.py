@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from checkpoints.shape import Grid, ModelShape
+from checkpoints.forms import Grid
+from checkpoints.shape import ModelShape
 from hardware.activations import activation_pass, one_of_each_kind
 from hardware.attention import has_rope, window_of
 from hardware.check import check

@@ -10,7 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from checkpoints.shape import Grid, ModelShape, Pattern
+from checkpoints.forms import Grid
+from checkpoints.shape import ModelShape
+from checkpoints.sparsity import Pattern
 from hardware.check import check
 from hardware.draw import draw_verdict
 from hardware.show import print_soc, print_verdict

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from checkpoints.shape import Grid, ModelShape
+from checkpoints.forms import Grid
+from checkpoints.shape import ModelShape
 from hardware.operators import Operator, forward
 from hardware.soc import Soc, load_soc
 from hardware.tiling import Tiling, engine_of, space_of, stored_bytes, tile, tilings

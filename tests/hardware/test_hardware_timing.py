@@ -11,7 +11,8 @@ import pytest
 
 from checkpoints.errors import PlanError
 from checkpoints.families import PRESETS
-from checkpoints.shape import Grid, ModelShape
+from checkpoints.forms import Grid
+from checkpoints.shape import ModelShape
 from hardware.operators import forward, weights_read
 from hardware.passes import PassTime
 from hardware.rates import CORNERS, Range, missing_constants, rates

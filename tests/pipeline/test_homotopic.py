@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from checkpoints.errors import RecipeError
 from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.shape import parse_amount
+from checkpoints.sparsity import parse_amount
 from pipeline.homotopic import DISTILL, amount_after, share, unrolled
 from pipeline.plan import plan
 from pipeline.recipe import build

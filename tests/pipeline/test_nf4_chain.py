@@ -14,7 +14,7 @@ import torch
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.shape import CODEBOOKS
+from checkpoints.forms import CODEBOOKS
 from checkpoints.verify import prove_pattern
 from stages import gptq, wanda
 from stages.options import Gptq, Wanda

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from checkpoints.forms import RealGrid
 from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
 from checkpoints.verify import verify
+from eval.speed import without_kernels
 from hardware.check import check
 from hardware.soc import load_soc
 from stages.options import Gptq
@@ -44,7 +46,7 @@ def test_each_method_goes_through_the_command(
         assert shape.activation_bits == (8 if method == "w4a8" else 16)
         assert stage.after["perplexity"] < 2 * pruned.after["perplexity"]
     assert quantised.checkpoint.folder.name.startswith(f"2-{method}-")
-    assert quantised.checkpoint.shape.grid.bits == form(Gptq(quant=method)).bits
+    assert quantised.checkpoint.shape.grid.bits == form(Gptq(quant=method), masked=True).bits
     pack_checkpoint(adapted.checkpoint, tmp_path / "image")
     back = unpack_checkpoint(tmp_path / "image", tmp_path / "back")
     assert back.shape.grid == adapted.checkpoint.shape.grid
@@ -55,6 +57,26 @@ def test_each_method_goes_through_the_command(
     assert not isinstance(chips[1].timing, str)
     again = run_recipe(out, tiny_llama, **values)
     assert again.computed == 0
+
+
+@pytest.mark.parametrize("method", ["hqq4", "hqq2"])
+def test_real_zero_points_where_no_pattern_forbids_them(
+    method: str, out: Path, tiny_llama: Path, run_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    values = {"skip": "depth,wanda,lora", "gptq__quant": method}
+    result = run_recipe(out, tiny_llama, **values)
+    for stage in result.stages:
+        shape, facts = stage.checkpoint.shape, stage.checkpoint.manifest
+        assert shape.grid == RealGrid(int(method[3]), 32)
+        assert (shape.file_bytes, shape.packed_bytes) == (facts.file_bytes, facts.packed_bytes)
+        assert verify(stage.checkpoint)
+    adapted = result.stages[-1].checkpoint
+    pack_checkpoint(adapted, tmp_path / "image")
+    back = unpack_checkpoint(tmp_path / "image", tmp_path / "back")
+    assert back.shape == adapted.shape
+    assert without_kernels(adapted) == "no library knows real zero points"
+    assert not isinstance(check(adapted.shape, load_soc("siracusa"), timing=True).timing, str)
+    assert run_recipe(out, tiny_llama, **values).computed == 0
 
 
 def test_the_command_plans_and_refuses_in_words(compress: Callable[..., Any]) -> None:

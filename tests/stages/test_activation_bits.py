@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.forms import Grid
 from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
 from checkpoints.rounded_inputs import round_tokens, rounded_inputs
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Grid
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter

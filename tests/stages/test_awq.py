@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.forms import Grid
 from checkpoints.runtime import Runtime
 from checkpoints.scaling import factors, rescaled
-from checkpoints.shape import Grid
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.forms import Grid
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Grid
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
 from stages import gptq
@@ -51,7 +51,7 @@ def test_int_codes_equal_the_thesis_formula(
         assert torch.equal(made.block(index)["self_attn.q_proj.bias"], source.block(index)["self_attn.q_proj.bias"])
 
 
-# --- half-quadratic --------------------------------------------------------------------------------------------------
+# --- half-quadratic, whole zero points -------------------------------------------------------------------------------
 
 
 def turns_by_hand(
@@ -108,7 +108,7 @@ def test_zero_points_follow_the_published_turns(bits: int, masked: bool, size: f
     )
     torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=1e-4, atol=2e-4)
 
-    solved = hqq.solve(weight, mask, grid)
+    solved = hqq.solve_whole(weight, mask, grid)
     assert int(solved.zeros.min()) >= 1 and int(solved.zeros.max()) <= top
     if mask is not None:
         assert bool((solved.weight[~mask] == 0).all())
@@ -143,11 +143,11 @@ def scales_by_hand(held: Tensor, kept: Tensor, scales: Tensor, zeros: Tensor, to
 
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.96), (2, 0.65)])
-def test_the_error_of_gaussian_weights_is_what_the_file_says(bits: int, share: float) -> None:
+def test_solved_scales_leave_less_of_gaussian_weights_than_plain_rounding(bits: int, share: float) -> None:
     weight = 0.05 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     grid = Grid(bits, 64)
     plain = nearest(weight, *fit_grid(weight, torch.ones(512), grid, False), grid).weight
-    found = hqq.solve(weight, None, grid).weight
+    found = hqq.solve_whole(weight, None, grid).weight
 
     def energy(approximation: Tensor) -> float:
         return float((approximation - weight).square().sum() / weight.square().sum())
@@ -161,4 +161,4 @@ def test_the_error_of_gaussian_weights_is_what_the_file_says(bits: int, share: f
 def test_a_layer_of_zeros_stays_zeros() -> None:
     weight = torch.zeros(4, 64)
     for mask in (None, weight == 1):
-        assert bool((hqq.solve(weight, mask, Grid(2, 32)).weight == 0).all())
+        assert bool((hqq.solve_whole(weight, mask, Grid(2, 32)).weight == 0).all())

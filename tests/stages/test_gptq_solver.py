@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from checkpoints.errors import NumericsError
+from checkpoints.forms import Grid
 from checkpoints.packing import dequantise, pack_linear
-from checkpoints.shape import Grid
 from stages.hessian import inverse_factor
 from stages.options import Gptq
 from stages.pruning.wanda import prune_n_of_m

@@ -19,7 +19,8 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.runtime import Runtime
-from checkpoints.shape import ModelShape, Pattern, Unstructured, Within
+from checkpoints.shape import ModelShape
+from checkpoints.sparsity import Pattern, Unstructured, Within
 from checkpoints.tokens import TokenBatches
 from checkpoints.verify import prove_pattern
 from checkpoints.walk import Walk

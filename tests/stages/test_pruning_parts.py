@@ -16,7 +16,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.nm import group_zeros
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Capped, Part, Pattern, Within, parse_sparsity
+from checkpoints.sparsity import Capped, Part, Pattern, Within, parse_sparsity
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
 from stages import wanda

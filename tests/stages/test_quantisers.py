@@ -16,11 +16,14 @@ import torch
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.forms import DTYPE_BYTES, Grid
 from checkpoints.headers import read_header
 from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
+from checkpoints.reshape import with_pattern
 from checkpoints.runtime import Runtime, Silent
-from checkpoints.shape import DTYPE_BYTES, Grid, ModelShape, Pattern
+from checkpoints.shape import ModelShape
+from checkpoints.sparsity import Pattern
 from checkpoints.tokens import TokenBatches
 from checkpoints.verify import prove_pattern
 from checkpoints.writer import CheckpointWriter
@@ -47,7 +50,8 @@ def test_every_method_has_the_same_verbs(method: str) -> None:
     assert isinstance(module.TUNES, bool)
     declared = inspect.signature(quantisers.Method.quantise)
     assert list(inspect.signature(module.quantise).parameters) == list(declared.parameters)[1:]
-    assert quantisers.form(Gptq(quant=method)).bits == int(next(c for c in method if c.isdigit()))
+    for masked in (False, True):
+        assert quantisers.form(Gptq(quant=method), masked).bits == int(next(c for c in method if c.isdigit()))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,7 +162,13 @@ def test_what_a_method_fixes_itself_is_said() -> None:
     said = gptq.remarks(smollm(), Gptq(quant="int4", group=32))
     assert said == ["gptq: int4 has one scale a row; --group 32 is not used"]
     assert gptq.remarks(smollm(), Gptq(quant="int8")) == []
-    assert gptq.remarks(smollm(), Gptq(quant="hqq2")) == []
+    assert gptq.remarks(smollm(), Gptq(quant="hqq2")) == [
+        "gptq: no library knows real zero points: only this project loads the folder"
+    ]
+    assert gptq.remarks(with_pattern(smollm(), Pattern(2, 4)), Gptq(quant="hqq2")) == [
+        "gptq: hqq2 has whole zero points here, not the real ones of the published method, since a weight that 2:4 "
+        "removes must be exactly 0"
+    ]
     with pytest.raises(PlanError, match=r"hqq4 has no such solution.* hqq4 seeks zero points"):
         gptq.plan(smollm(), Gptq(quant="hqq4", symmetric=True, effort="high"))
     with pytest.raises(PlanError, match=r"--quant none leaves none; give --quant int8"):

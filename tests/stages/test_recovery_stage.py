@@ -18,7 +18,7 @@ from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.nm import holds
 from checkpoints.quiet import quiet_import
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Pattern
+from checkpoints.sparsity import Pattern
 from checkpoints.writer import CheckpointWriter
 from stages import eora, gptq, lora
 from stages.options import Eora, Gptq, Lora

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from checkpoints.forms import Grid
 from checkpoints.packing import dequantise, pack_linear
-from checkpoints.shape import Grid
 from stages import gptq, refine
 from stages.options import Gptq
 from stages.quantisers.gptq import Solution, solve

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoints.errors import NumericsError
 from checkpoints.nm import group_zeros
-from checkpoints.shape import Pattern, Unstructured
+from checkpoints.sparsity import Pattern, Unstructured
 from stages.hessian import output_error
 from stages.pruning import sparsegpt
 from stages.pruning.select import keep_best

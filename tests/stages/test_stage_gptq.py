@@ -12,8 +12,8 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.families import PRESETS, shape_from_config
+from checkpoints.forms import Grid
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Grid
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter

@@ -139,7 +139,7 @@ def test_what_is_skipped_and_what_it_is_called() -> None:
     ]
     for options, skipped, label in cases:
         assert (options.skipped, options.label) == (skipped, label)
-    assert [form(Gptq(quant=f"gptq{bits}")).bits for bits in (3, 4, 8)] == [3, 4, 8]
+    assert [form(Gptq(quant=f"gptq{bits}"), False).bits for bits in (3, 4, 8)] == [3, 4, 8]
     assert Lora(steps=5).total_steps == 5
     assert Lora(epochs=1, samples=50, batch=8, held_out=2).total_steps == 6
     assert Lora().total_steps == 18  # two passes over 76 windows

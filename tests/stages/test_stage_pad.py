@@ -16,7 +16,7 @@ from checkpoints.errors import PlanError, RecipeError
 from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.reshape import with_pattern
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Pattern
+from checkpoints.sparsity import Pattern
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
 from pipeline.recipe import build

@@ -16,7 +16,7 @@ from checkpoints.errors import PlanError
 from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.nm import holds
 from checkpoints.runtime import Runtime
-from checkpoints.shape import Pattern
+from checkpoints.sparsity import Pattern
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
