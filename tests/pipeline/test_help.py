@@ -44,7 +44,8 @@ def test_no_python_type_stands_in_the_way(command: str) -> None:
 def test_every_default_of_a_run_is_named_and_none_is_cut() -> None:
     text = " ".join(" ".join(line.strip("│ ") for line in shown("plan").splitlines()).split())
     defaults = [
-        getattr(Recipe, name) for name in ("protocol", "window", "tokens", "seed", "device", "soc", "spill_mib")
+        getattr(Recipe, name)
+        for name in ("protocol", "window", "tokens", "seed", "device", "soc", "homotopic", "spill_mib")
     ]
     defaults += [field.default for options in STAGES.values() for field in fields(options)]
     for default in defaults:

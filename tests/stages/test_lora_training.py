@@ -220,9 +220,10 @@ def test_the_curve_is_said_and_kept_beside_the_weights(masked: Checkpoint, tmp_p
     with Image.open(target.folder / "loss.png") as image:
         assert image.size == (960, 540)
     assert {"loss.json", "loss.png"} <= describe_files(target.folder).keys()
-    assert "held-out loss" in watcher.said[-2]
-    assert f"{facts['tokens']} tokens, {facts['tokens_per_second']:.0f} tokens/s" in watcher.said[-1]
-    assert f"step {facts['kept_step']} is kept" in watcher.said[-1]
+    summary, counts = watcher.said[-2:]
+    assert f"{facts['tokens']} tokens, {facts['tokens_per_second']:.0f} tokens/s" in summary
+    assert "held-out loss" in watcher.said[-3] and f"{facts['trainable_parameters']:,} parameters trained" in counts
+    assert f"step {facts['kept_step']} is kept" in watcher.said[-2]
     again = CheckpointWriter(tmp_path / "b")
     lora.run(masked, again, text(), options(), RUNTIME)
     for name in ("loss.json", "loss.png"):

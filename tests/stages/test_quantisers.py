@@ -215,6 +215,7 @@ def test_the_page_on_adding_a_method_can_be_followed(
 
 
 def test_the_page_lists_every_method() -> None:
-    rows = re.findall(r"^\| (`.*?) \| `(\w+)\.py` \|", page().partition("## A way to quantise")[2], re.MULTILINE)
+    section = page().partition("## A way to quantise")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| `(\w+)\.py` \|", section, re.MULTILINE)
     listed = {name: file for names, file in rows for name in re.findall(r"`([\w-]+)`", names)}
     assert listed == {name: module.rpartition(".")[2] for name, (module, _) in METHODS.items()}
