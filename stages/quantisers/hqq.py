@@ -9,7 +9,8 @@ pattern gets; no library loads it. With a pattern a removed weight must stay exa
 whole zero points go into GPTQ's storage (`solve_whole`). Rounded, z is nearly always where plain rounding has it. So of
 the integers beside it the scale is solved for, by the same turns, and each group gets the best pair by the sum above.
 Masked weights have no say in it, and no error. This is not the published method, and a smaller sum is not yet a better
-model: on dense weights, where both can be tried, the real z is the better one by far in perplexity.
+model: of SmolLM2-135M without a pattern, at 4 bits in groups of 64, the perplexity was 41.7 with the published loop,
+45.7 with plain rounding and 48.2 so.
 """
 
 from __future__ import annotations
