@@ -57,6 +57,12 @@ def _against(recipe: Recipe) -> Iterator[str]:
             f"--homotopic {rounds}: lora has {lora.total_steps} optimiser steps in all, and a round needs two, since "
             f"its first only warms up; give {most}more with --lora-steps"
         )
+    if isinstance(lora, Lora) and lora.recovery.quantised:
+        yield (
+            f"--homotopic prunes after each training, and --recover {lora.recovery} trains beside weights that are "
+            f"quantised by then; give --recover {lora.recovery.on_dense()}, or leave --homotopic out"
+        )
+        return
     if lora is None:
         yield "--homotopic distils after each pruning, and the stage lora, which does so, is left out"
     elif here[-1] != "lora":

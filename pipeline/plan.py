@@ -12,7 +12,7 @@ from pipeline.homotopic import unrolled
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import counted
 from stages.needs import HESSIANS, NOTHING, needs
-from stages.options import Options, Pad, Vocabulary
+from stages.options import Eora, Lora, Options, Pad, Vocabulary
 from stages.recovery.shapes import training_bytes
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
@@ -56,7 +56,10 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
     """Every stage's outcome, in order. Raises RecipeError with the faults of all stages at once."""
     plans: list[StagePlan] = []
     faults: list[str] = []
+    unquantised = False  # though a quantiser is there: it was refused
     for name, options in unrolled(recipe):
+        if unquantised and _works_on_codes(options):
+            continue  # it would complain of dense weights, which is not the recipe's fault
         module = importlib.import_module(f"stages.{name}")
         try:
             if isinstance(options, Vocabulary):
@@ -67,13 +70,17 @@ def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
             turn = sum(earlier.stage == name for earlier in plans)
             plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks, scratch, turn))
             shape = after
-        except PlanError as error:
-            faults.append(str(error))
         except EdgepressError as error:
-            faults.append(f"{name}: {error}")
+            faults.append(str(error) if isinstance(error, PlanError) else f"{name}: {error}")
+            unquantised |= name == "gptq"
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))  # each round of --homotopic would say the same
     return plans
+
+
+def _works_on_codes(options: Options) -> bool:
+    """Whether a stage needs quantised weights before it."""
+    return isinstance(options, Eora) or (isinstance(options, Lora) and options.recovery.quantised)
 
 
 def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:

@@ -127,6 +127,15 @@ def test_quant_none_leaves_eora_out_and_says_so() -> None:
         plan(asked, shape_from_config(PRESETS["smollm2-135m"]))
 
 
+@pytest.mark.parametrize("flags", [{}, {"lora.method": "qlora"}])
+def test_a_refused_quantiser_does_not_make_later_stages_complain(flags: dict[str, Any]) -> None:
+    wrong = build(None, {"gptq.quant": "hqq4", "gptq.symmetric": True, "depth.remove": 30} | flags)
+    with pytest.raises(RecipeError) as caught:
+        plan(wrong, shape_from_config(PRESETS["smollm2-135m"]))
+    assert len(caught.value.faults) == 2  # depth's own, and the quantiser's
+    assert "hqq4 seeks zero points" in caught.value.faults[-1]
+
+
 def test_wanda_none_measures_exactly_what_depth_gave(
     chain: Path, tiny_llama: Path, run_recipe: Run, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_order_of_the_stages() -> None:
         ({"homotopic": 2, "depth.remove": 0, "wanda.pattern": "none"}, "", ["nothing to remove"]),
         ({"homotopic": 3, "wanda.pattern": "none"}, "", ["only 2 blocks go, so at most 2 rounds"]),
         ({"homotopic": 2, "depth.layers": "0-9"}, "", ["cannot divide --layers"]),
+        ({"homotopic": 2, "lora.method": "qlora+dora"}, "", ["give --recover dora, or leave --homotopic out"]),
         (
             {"homotopic": 1, "depth.remove": 0, "wanda.pattern": "none"},
             "lora",
