@@ -114,19 +114,20 @@ class Checkpoint:
 
         Raises NumericsError naming a tensor that holds NaN or infinity.
         """
-        stored = self.stored_block(index)
+        dense = self.stored_block(index)
         linears = self.shape.blocks[index].linears
-        codes = {x.name: {k: stored.pop(f"{x.name}.{k}") for k in x.grid.kinds} for x in linears if x.grid}
-        dense = stored
-        for name, tensor in dense.items():
-            require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{name}", tensor)
+        codes = {x.name: {k: dense.pop(f"{x.name}.{k}") for k in x.grid.kinds} for x in linears if x.grid}
+        adapter = self.adapter_part(index)
         for x in linears:
             if x.grid:
                 dense[f"{x.name}.weight"] = dense_weight(x, codes[x.name]).to(self.stored_dtype)
             if x.adapted:
                 own = {kind: dense[f"{x.name}.{kind}"] for kind in ("weight", "bias") if f"{x.name}.{kind}" in dense}
-                for kind, tensor in applied(own, self._adapter(index, x), self.adapter_scale).items():
+                beside = {t.name.removeprefix(f"{x.name}."): adapter[t.name] for t in x.adapter()}
+                for kind, tensor in applied(own, beside, self.adapter_scale).items():
                     dense[f"{x.name}.{kind}"] = tensor
+        for name, tensor in dense.items():
+            require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{name}", tensor)
         return dense
 
     def base_weight(self, index: int, linear: LinearShape) -> Tensor:
@@ -153,14 +154,6 @@ class Checkpoint:
                 for name in members:
                     tensors[name.removeprefix(prefix)] = file.get_tensor(name)
         return tensors
-
-    def _adapter(self, index: int, linear: LinearShape) -> dict[str, Tensor]:
-        """One layer's adapter as it is stored, names relative to the layer."""
-        key = f"base_model.model.{self.shape.block_prefix}.{index}"
-        with safe_open(self.folder / ADAPTER, framework="pt") as file:
-            return {
-                t.name.removeprefix(f"{linear.name}."): file.get_tensor(f"{key}.{t.name}") for t in linear.adapter()
-            }
 
     def adapter_part(self, index: int) -> dict[str, Tensor]:
         """The block's adapter as it is stored, names relative to the block; empty where it has none."""

@@ -1,6 +1,7 @@
 """Codes of a fixed codebook, as bitsandbytes stores them: made from weights, and turned back into them.
 
-The tests hold both directions against bitsandbytes itself, bit for bit. A layer's tensors: `weight`, two codes in a
+The tests hold reading against bitsandbytes itself bit for bit, and writing up to ties and to 8-bit codes of the absmax,
+where its choice on a CPU is not always the nearest. A layer's tensors: `weight`, two codes in a
 byte, the first in the upper half, over the matrix in row order; `weight.absmax`, one a block; `weight.quant_map`, the
 levels; with a second quantisation `weight.nested_absmax` and `weight.nested_quant_map`; and `weight.quant_state.…`,
 JSON in bytes, which names blocks, shape, precision, and the mean that was taken off the absmax.

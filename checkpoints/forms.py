@@ -37,23 +37,29 @@ class TensorShape:
 
 
 @dataclass(frozen=True)
-class Grid:
+class _Grouped:
+    """Codes with a scale for every `group` weights of a row; -1 means the whole row."""
+
+    bits: int
+    group: int
+
+    def groups(self, in_features: int) -> int:
+        return 1 if self.group == -1 else -(-in_features // self.group)
+
+
+@dataclass(frozen=True)
+class Grid(_Grouped):
     """Integer codes of `bits` bits with one scale and zero point for every `group` weights of a row.
 
     group -1 means the whole row. Stored in GPTQ's format.
     """
 
-    bits: int
-    group: int
     symmetric: bool = False
 
     kinds: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
     integer: ClassVar[bool] = True  # an engine for integers can multiply the codes as they are
     loaders: ClassVar[tuple[str, ...]] = ("gptqmodel", "optimum")  # what transformers loads the folder with
     unknown: ClassVar[str] = ""  # what no library knows of it, where there are no loaders
-
-    def groups(self, in_features: int) -> int:
-        return 1 if self.group == -1 else -(-in_features // self.group)
 
     def tensors(self, name: str, rows: int, columns: int) -> Iterator[TensorShape]:
         """What a layer (rows, columns) called `name` has in its shard."""
@@ -87,7 +93,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class RealGrid:
+class RealGrid(_Grouped):
     """Integer codes of `bits` bits, and for every `group` weights of a row a scale and a zero point in float16.
 
     A weight is scale * (code - zero). The zero point is a real number, as HQQ has it, so no code need be exactly 0: not
@@ -96,16 +102,10 @@ class RealGrid:
     At codes of another shape it stops.
     """
 
-    bits: int
-    group: int
-
     kinds: ClassVar[tuple[str, ...]] = ("weight", "scales", "zeros")
     integer: ClassVar[bool] = False  # an engine for integers has no offset that is a real number
     loaders: ClassVar[tuple[str, ...]] = ()
     unknown: ClassVar[str] = "real zero points"
-
-    def groups(self, in_features: int) -> int:
-        return 1 if self.group == -1 else -(-in_features // self.group)
 
     def tensors(self, name: str, rows: int, columns: int) -> Iterator[TensorShape]:
         """What a layer (rows, columns) called `name` has in its shard."""

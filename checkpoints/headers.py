@@ -168,19 +168,41 @@ def _block(
         if base in coded and kind == "weight":
             codebook, (outs, ins), dense = coded[base]
             linears.append(LinearShape(base, outs, ins, dense, bias, zeros, codebook, *adapter))
-            if lost := [f"{base}.{kind}" for kind in codebook.kinds if f"{base}.{kind}" not in members]:
-                raise CheckpointError(f"a layer with codes of {codebook.name} lacks {lost[0]}")
+            _require_stored(linears[-1], members)
         elif kind == "qweight" or (isinstance(form, RealGrid) and kind == "weight" and f"{base}.zeros" in members):
             words, outs = tensor.shape
             ins = words * 32 // form.bits if isinstance(form, RealGrid) else members[f"{base}.g_idx"].elements
             dense = next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
             linears.append(LinearShape(base, outs, ins, dense, bias, zeros, form, *adapter))
+            _require_stored(linears[-1], members)
         elif kind == "weight" and len(tensor.shape) == 2:
             outs, ins = tensor.shape
+            if tensor.dtype not in TORCH_NAMES:
+                raise CheckpointError(
+                    f"{name} is stored as {tensor.dtype} without saying what its codes stand for; give the checkpoint "
+                    "from before quantisation"
+                )
             linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, zeros, None, *adapter))
         elif name.partition(".weight.")[0] not in coded and not _belongs_to_linear(name, members):
             others.append(TensorShape(name, tensor.shape, tensor.dtype))
     return BlockShape(tuple(linears), tuple(others))
+
+
+def _require_stored(linear: LinearShape, members: dict[str, TensorShape]) -> None:
+    """Raise CheckpointError where a quantised layer lacks a tensor, or one is not of the shape that its form has."""
+    for wanted in linear.stored():
+        found = members.get(wanted.name)
+        if found is None:
+            raise CheckpointError(
+                f"a layer stored as {linear.grid.describe() if linear.grid else ''} lacks {wanted.name}"
+            )
+        if ".quant_state." in wanted.name or wanted.name.endswith(".bias"):
+            continue  # a note may be of any length, and a bias of any precision
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise CheckpointError(
+                f"{wanted.name} is {found.dtype} {list(found.shape)}, where {wanted.dtype} {list(wanted.shape)} is "
+                "wanted; save the model again, bitsandbytes' with bnb_4bit_quant_storage uint8"
+            )
 
 
 def _belongs_to_linear(name: str, members: dict[str, TensorShape]) -> bool:
@@ -208,7 +230,11 @@ def _form(config: dict[str, Any]) -> Form | None:
         return Grid(int(quantization["bits"]), int(quantization["group_size"]), bool(quantization.get("sym", False)))
     if method == REAL_METHOD:
         return RealGrid(int(quantization["bits"]), int(quantization["group_size"]))
-    if method == "bitsandbytes" and quantization.get("bnb_4bit_quant_type") == "nf4":
+    if (
+        method == "bitsandbytes"
+        and quantization.get("load_in_4bit")
+        and quantization.get("bnb_4bit_quant_type") == "nf4"
+    ):
         return CODEBOOKS["nf4"]
     if method == CODEBOOK_METHOD and quantization.get("codebook") in CODEBOOKS:
         return CODEBOOKS[quantization["codebook"]]

@@ -77,15 +77,6 @@ class KVFormat:
 
     # --- bytes --------------------------------------------------------------------------------------------------
 
-    def held_bytes(self, tokens: int, heads: int, head_dim: int, full_bits: int = FULL_BITS) -> int:
-        """Keys and values of one layer after so many tokens: sinks and one open group in full, finished groups packed.
-
-        Room for sinks and the open group is taken from the first token on.
-        """
-        first, finished = self.groups(tokens)
-        full = (self.sinks + GROUP) * self.token_bytes(heads, head_dim, full_bits)
-        return full + (finished - first) * self.group_bytes(heads, head_dim, full_bits)
-
     def capacity_bytes(self, context: int, heads: int, head_dim: int, full_bits: int = FULL_BITS) -> int:
         """The most that one layer holds while tokens 1 to `context` are computed."""
         # The count of groups grows up to the window's length and has the period of one group from there on.

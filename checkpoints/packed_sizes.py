@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from checkpoints.forms import DTYPE_BYTES, TensorShape
-from checkpoints.forms import bytes_of as bytes_of
+from checkpoints.forms import DTYPE_BYTES, TensorShape, bytes_of
 from checkpoints.shape import BlockShape, LinearShape, ModelShape
 from checkpoints.sparsity import Pattern
 

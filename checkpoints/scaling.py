@@ -7,7 +7,7 @@ file a block that no model file names and that counts as no model's bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,21 +32,34 @@ def factors(folder: Path, index: int) -> dict[str, Tensor]:
     return load_file(path) if path.is_file() else {}
 
 
-def rescaled(source: Checkpoint, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A block's dense weights, taken from before quantisation, as the quantised ones of `source` stand for them.
+def scaled_folders(source: Checkpoint) -> list[Path]:
+    """The checkpoints between the dense one and `source` whose blocks were scaled.
 
-    weights: by their names relative to the block; only those of linear layers are changed. Raises CheckpointError
-    where blocks went after they were scaled.
+    Raises CheckpointError where blocks went after they were scaled.
     """
-    found = dict(weights)
+    found = []
     for checkpoint in source.ancestors():
         if checkpoint.shape.grid is None:
             break
-        if (checkpoint.folder / FOLDER).is_dir() and len(checkpoint.shape.blocks) != len(source.shape.blocks):
+        if not (checkpoint.folder / FOLDER).is_dir():
+            continue
+        if len(checkpoint.shape.blocks) != len(source.shape.blocks):
             raise CheckpointError(
                 f"{checkpoint.folder} has scaled its blocks, and {source.folder} has others; quantise after that"
             )
-        for name, factor in factors(checkpoint.folder, index).items():
+        found.append(checkpoint.folder)
+    return found
+
+
+def rescaled(folders: Iterable[Path], index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A block's dense weights, taken from before quantisation, as the quantised ones stand for them.
+
+    folders: those of `scaled_folders`. weights: by their names relative to the block; only those of linear layers are
+    changed.
+    """
+    found = dict(weights)
+    for folder in folders:
+        for name, factor in factors(folder, index).items():
             layer, _, side = name.rpartition(".")
             key = f"{layer}.weight"
             factor = factor.to(found[key].device)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from checkpoints.errors import PlanError
 from checkpoints.kv_format import FULL_BITS, KVFormat
 from checkpoints.packed_sizes import packed_sizes
 from checkpoints.shape import ModelShape
-from hardware.attention import CacheRule, with_cache
+from hardware.attention import CacheRule, cache_rule, with_cache
 from hardware.clock import timed
 from hardware.footprint import shared_blocks, tensor_table, weight_bytes
 from hardware.levers import find_levers
@@ -51,6 +52,10 @@ def check(
     has no positions for, for widths that are none, and for operators that no engine runs, all in one message.
     """
     shape = shared_blocks(shape)
+    if kv_groups and kv_bits == FULL_BITS:
+        raise PlanError(
+            f"--kv-groups counts scales and zero points, and a cache of {FULL_BITS} bit has none; give --kv-bits 8 or 4"
+        )
     if kv_window or kv_groups:
         form = KVFormat(kv_bits if kv_groups else FULL_BITS, kv_window, kv_sinks)
         shape = with_cache(shape, CacheRule(form, kv_groups))
@@ -68,6 +73,7 @@ def check(
         parameters=shape.parameters_total,
         soc=soc.label,
         request=request,
+        cache=cache_rule(shape),
         memories=uses,
         footprint=Footprint(
             file_bytes=shape.file_bytes if file_bytes is None else file_bytes,

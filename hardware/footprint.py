@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
-from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
-from checkpoints.packed_sizes import block_records, bytes_of, groups_in_order, outer_records, packed_bits, value_bits
+from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
+from checkpoints.packed_sizes import block_records, groups_in_order, outer_records, packed_bits, value_bits
 from checkpoints.packed_sizes import is_head as is_head  # what follows the order of computing asks for it here
 from checkpoints.shape import BlockShape, LinearShape, ModelShape
 from hardware.attention import cache_rule, own_window, window_of

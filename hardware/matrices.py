@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
-from checkpoints.packed_sizes import bytes_of, value_bits
+from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
+from checkpoints.packed_sizes import value_bits
 from checkpoints.shape import LinearShape, ModelShape
 from hardware.footprint import SCALE_BITS
 

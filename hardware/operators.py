@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from checkpoints.errors import PlanError
-from checkpoints.forms import TensorShape
-from checkpoints.packed_sizes import bytes_of, is_head
+from checkpoints.forms import TensorShape, bytes_of
+from checkpoints.packed_sizes import is_head
 from checkpoints.shape import BlockShape, LinearShape, ModelShape
 from hardware.attention import has_rope, softcaps, window_of
 from hardware.matrices import Weights, adapter_weights, last_part, linear_weights, norm_weights, outer_weights

@@ -37,10 +37,12 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
 
 
 def _heading(verdict: Verdict) -> str:
-    asked = verdict.request
+    asked, rule = verdict.request, verdict.cache
+    window = f", newest {rule.form.window} tokens and {rule.form.sinks} sinks" if rule and rule.form.window else ""
+    groups = " with its scales" if rule and rule.groups else ""
     return (
         f"{verdict.model} ({verdict.family}, {count_text(verdict.parameters)} parameters) on {verdict.soc}\n"
-        f"context {asked.context}, KV cache {asked.kv_bits} bit, activations {asked.activation_bits} bit, "
+        f"context {asked.context}, KV cache {asked.kv_bits} bit{groups}{window}, activations {asked.activation_bits} bit, "
         f"prefill {asked.chunk} tokens at once"
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from checkpoints.packed_sizes import bytes_of
+from checkpoints.forms import bytes_of
 from hardware.operators import ACCELERATOR, Operator
 from hardware.rates import DEFAULT, LOW, Rates
 from hardware.soc import Memory, Soc

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from checkpoints.packed_sizes import bytes_of
+from checkpoints.forms import bytes_of
 from hardware.operators import ACCELERATOR, CORES, ELEMENT_STEPS, Operator
 from hardware.soc import Soc
 from hardware.verdict import size_text

@@ -81,6 +81,7 @@ class Verdict:
     parameters: int
     soc: str
     request: Request
+    cache: CacheRule | None  # what is asked of the KV cache beyond its width
     memories: tuple[MemoryUse, ...]
     footprint: Footprint
     needs: Needs
@@ -122,6 +123,9 @@ class Verdict:
             "soc": self.soc,
             "context": self.request.context,
             "kv_bits": self.request.kv_bits,
+            "kv_window": self.cache.form.window if self.cache else 0,
+            "kv_sinks": self.cache.form.sinks if self.cache else 0,
+            "kv_groups": self.cache is not None and self.cache.groups,
             "activation_bits": self.request.activation_bits,
             "prefill_chunk": self.request.chunk,
             "fits": self.fits,

@@ -20,7 +20,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.peft_config import peft_config
 from checkpoints.runtime import Runtime
-from checkpoints.scaling import rescaled
+from checkpoints.scaling import rescaled, scaled_folders
 from checkpoints.shape import LinearShape, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
@@ -59,11 +59,11 @@ def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
     reference, numbers = reference_weights(source, options.against)
-    after = plan(source.shape, options)
+    after, scaled = plan(source.shape, options), scaled_folders(source)
     walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task="eora")
     for block in walk:
         wanted = {x.name: x for x in after.blocks[block.index].linears if x.adapter_rank}
-        dense = rescaled(source, block.index, reference.block(numbers[block.index]))
+        dense = rescaled(scaled, block.index, reference.block(numbers[block.index]))
         adapter: dict[str, Tensor] = {}
         facts: dict[str, dict[str, float]] = {}
         for names, covariance in hessians(block).items():

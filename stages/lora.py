@@ -19,7 +19,7 @@ from checkpoints.image_tensors import TORCH_DTYPES
 from checkpoints.peft_config import described
 from checkpoints.quiet import quiet_import
 from checkpoints.runtime import Runtime
-from checkpoints.scaling import rescaled
+from checkpoints.scaling import rescaled, scaled_folders
 from checkpoints.shape import ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.writer import CheckpointWriter
@@ -139,9 +139,10 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 def quantisation_errors(source: Checkpoint, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """What quantisation took from each of these layers: dense weight minus effective one, (out, in) float32."""
     dense, numbers = reference_weights(source, "parent")
+    scaled = scaled_folders(source)
     for index, number in enumerate(numbers):
         prefix = f"{source.shape.block_prefix}.{index}."
-        wanted, present = rescaled(source, index, dense.block(number)), source.block(index)
+        wanted, present = rescaled(scaled, index, dense.block(number)), source.block(index)
         for name in [n for n in layers if n.startswith(prefix)]:
             key = f"{name.removeprefix(prefix)}.weight"
             yield name, wanted[key].float() - present[key].float()

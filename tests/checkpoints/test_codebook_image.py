@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints import headers
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.codebooks import decode, state_of
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, NumericsError
 from checkpoints.forms import CODEBOOKS
 from checkpoints.headers import shape_from_folder
 from checkpoints.image import pack_checkpoint
@@ -99,8 +100,18 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
     return Wanted(codebook=request.param, pattern="1:4", rank=3, bias=True, unit=60, rows=20).make(tmp_path / "it")
 
 
-def test_the_shape_is_read_from_notes_of_a_few_bytes(made: Checkpoint) -> None:
-    """Of the shards only the beginning of each file and the notes: the codes may be anything."""
+def test_the_shape_is_read_from_notes_of_a_few_bytes(made: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the shards only the beginning of each file and the notes."""
+    read, real = [], headers._read_bytes
+
+    def counting(path: Path, names: list[str]) -> dict[str, bytes]:
+        found = real(path, names)
+        read.extend(map(len, found.values()))
+        return found
+
+    monkeypatch.setattr(headers, "_read_bytes", counting)
+    assert shape_from_folder(made.folder) == made.shape
+    assert read == [Codebook.state_bytes] * sum(len(block.linears) for block in made.shape.blocks)
     for block in made.shape.blocks:
         q, down = block.linears[1], block.linears[0]
         assert (q.name, q.out_features, q.in_features) == ("self_attn.q_proj", 20, 60)
@@ -171,8 +182,45 @@ def test_a_part_that_is_missing_is_named(made: Checkpoint) -> None:
     folder = edited(made, lambda tensors: tensors.pop(lost))
     names["weight_map"].pop(lost)
     (folder / index.name).write_text(json.dumps(names))
-    with pytest.raises(CheckpointError, match=r"codes of nf4.* lacks mlp\.down_proj\.weight\.absmax"):
+    with pytest.raises(CheckpointError, match=r"stored as nf4.* lacks mlp\.down_proj\.weight\.absmax"):
         shape_from_folder(folder)
+
+
+def test_codes_without_a_note_are_no_weights(made: Checkpoint) -> None:
+    index = made.folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    lost = [name for name in names["weight_map"] if "layers.0.mlp.down_proj.weight.quant_state" in name]
+    folder = edited(made, lambda tensors: [tensors.pop(name) for name in lost])
+    for name in lost:
+        names["weight_map"].pop(name)
+    (folder / index.name).write_text(json.dumps(names))
+    with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight is stored as U8 without saying"):
+        shape_from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("weight.absmax", lambda x: x[:1]),  # would be spread over all blocks
+        ("weight", lambda x: x.flatten().view(torch.bfloat16)),  # bnb_4bit_quant_storage
+    ],
+)
+def test_a_part_of_another_shape_is_named(made: Checkpoint, kind: str, change: Callable[[Tensor], Tensor]) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        name = f"model.layers.0.mlp.down_proj.{kind}"
+        tensors[name] = change(tensors[name]).clone()
+
+    with pytest.raises(CheckpointError, match=rf"mlp\.down_proj\.{kind} is .* is wanted; save the model again"):
+        shape_from_folder(edited(made, spoil))
+
+
+def test_scales_that_are_no_number_are_named(made: Checkpoint) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        nested = made.shape.grid is not None and "weight.nested_absmax" in made.shape.grid.kinds
+        tensors[f"model.layers.0.mlp.down_proj.weight.{'nested_absmax' if nested else 'absmax'}"][0] = torch.nan
+
+    with pytest.raises(NumericsError, match=r"mlp\.down_proj\.weight holds"):
+        Checkpoint.open(edited(made, spoil)).block(0)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +228,7 @@ def test_a_part_that_is_missing_is_named(made: Checkpoint) -> None:
     [
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "nf4"},
         {"quant_method": "edgepress-codebook", "codebook": "nf5"},
         {"quant_method": "awq"},
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -43,11 +42,11 @@ def test_the_thesis_codebook_is_equation_2_26() -> None:
     assert [round(x, 4) for x in NF4.levels[:8]] == list(THESIS.levels[:8])
 
 
-@pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
-def test_both_have_an_exact_zero_and_sixteen_levels(codebook: object) -> None:
-    for book in CODEBOOKS.values():
-        assert len(book.levels) == len(set(book.levels)) == 2**book.bits
-        assert (book.levels[0], book.levels[book.zero], book.levels[-1]) == (-1, 0, 1)
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_each_has_an_exact_zero_and_sixteen_levels(name: str) -> None:
+    book = CODEBOOKS[name]
+    assert len(book.levels) == len(set(book.levels)) == 2**book.bits
+    assert (book.levels[0], book.levels[book.zero], book.levels[-1]) == (-1, 0, 1)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 96), (40, 36), (5, 13), (1, 3)])
@@ -95,7 +94,7 @@ def test_llama_1b_has_the_thesis_model_size() -> None:
     assert coded.model_mib - smaller.model_mib == pytest.approx(0.373 * 1_235_746_816 / 8 / 2**20, rel=0.01)
 
 
-def test_a_form_is_put_on_every_layer_that_can_hold_it(tiny_model: Callable[..., Path]) -> None:
+def test_a_form_is_put_on_every_layer_that_can_hold_it() -> None:
     shape = shape_from_config(PRESETS["stories260k"])  # a feed-forward of 172: no multiple of 32
     coded, grid = with_form(shape, NF4, 8), with_form(shape, Grid(4, 64), 8)
     assert all(x.grid == NF4 for block in coded.blocks for x in block.linears)

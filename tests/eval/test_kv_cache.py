@@ -192,7 +192,10 @@ def test_bytes_are_those_of_the_format(subject: Subject, form: KVFormat) -> None
     for tokens in (70, 101):
         _, cache = logits_of(subject, [some_ids(tokens)], form, tokens - 6)
         full_bits = 64  # this model is float64
-        one = form.held_bytes(tokens, shape.kv_heads, shape.head_dim, full_bits)
+        sizes = shape.kv_heads, shape.head_dim, full_bits
+        first, finished = form.groups(tokens)
+        # Room for sinks and the open group is taken from the first token on.
+        one = (form.sinks + GROUP) * form.token_bytes(*sizes) + (finished - first) * form.group_bytes(*sizes)
         assert cache.nbytes == len(shape.blocks) * one
         assert one <= form.capacity_bytes(tokens + 1, shape.kv_heads, shape.head_dim, full_bits)
     assert one < tokens * form.token_bytes(shape.kv_heads, shape.head_dim, full_bits)

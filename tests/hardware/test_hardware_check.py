@@ -338,6 +338,13 @@ def test_a_compressed_cache_is_counted_and_noted(make: Make, siracusa: Soc) -> N
     assert read[0] * 8 == read[1]
     assert any("newest 60 tokens" in note for note in capped.notes)
     assert any("float16 scales" in note for note in grouped.notes) and not any("scales" in n for n in plain.notes)
+    asked = [
+        {k: v for k, v in verdict.to_dict().items() if k.startswith("kv_")} for verdict in (plain, capped, grouped)
+    ]
+    settings = ("kv_bits", "kv_window", "kv_sinks", "kv_groups")
+    assert [tuple(a[k] for k in settings) for a in asked] == [(4, 0, 0, False), (4, 60, 4, False), (4, 0, 4, True)]
+    with pytest.raises(PlanError, match="a cache of 16 bit has none; give --kv-bits 8 or 4"):
+        check(shape, siracusa, kv_bits=16, kv_groups=True)
     placed = sum(t.nbytes for t in grouped.placement.tensors if t.part == "KV cache")
     assert placed == grouped.needs.kv_cache == 30 * KVFormat(4).capacity_bytes(512, 3, 64)
 

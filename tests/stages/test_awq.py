@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.forms import Grid
 from checkpoints.runtime import Runtime
-from checkpoints.scaling import factors, rescaled
+from checkpoints.scaling import factors, rescaled, scaled_folders
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import Walk
 from checkpoints.writer import CheckpointWriter
@@ -198,7 +198,7 @@ def test_eora_compares_with_the_dense_weights_scaled_alike(
     gptq.run(source, writer, ids, Gptq(quant="awq4", group=32), RUNTIME)
     quantised = seal(writer, source)
     for index in range(3):
-        dense, present = rescaled(quantised, index, source.block(index)), quantised.block(index)
+        dense, present = rescaled(scaled_folders(quantised), index, source.block(index)), quantised.block(index)
         for x in quantised.shape.blocks[index].linears:
             exact = dense[f"{x.name}.weight"]
             assert float((present[f"{x.name}.weight"] - exact).norm() / exact.norm()) < 0.15, x.name
