@@ -42,8 +42,8 @@ def _heading(verdict: Verdict) -> str:
     groups = " with its scales" if rule and rule.groups else ""
     return (
         f"{verdict.model} ({verdict.family}, {count_text(verdict.parameters)} parameters) on {verdict.soc}\n"
-        f"context {asked.context}, KV cache {asked.kv_bits} bit{groups}{window}, activations {asked.activation_bits} bit, "
-        f"prefill {asked.chunk} tokens at once"
+        f"context {asked.context}, KV cache {asked.kv_bits} bit{groups}{window}, "
+        f"activations {asked.activation_bits} bit, prefill {asked.chunk} tokens at once"
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hardware.units import size_text, times_text
 
 if TYPE_CHECKING:  # tiling takes size_text from here, and these are built on it
+    from hardware.attention import CacheRule
     from hardware.footprint import TensorBytes, WeightBytes
     from hardware.levers import Levers
     from hardware.needs import Needs, Request

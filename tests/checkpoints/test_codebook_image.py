@@ -20,7 +20,7 @@ from checkpoints import headers
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.codebooks import decode, state_of
 from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.forms import CODEBOOKS
+from checkpoints.forms import CODEBOOKS, Codebook
 from checkpoints.headers import shape_from_folder
 from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
