@@ -75,6 +75,10 @@ class KVFormat:
         first = max(tokens + 1 - self.window - self.sinks, 0) // GROUP if self.window else 0
         return min(first, finished), finished
 
+    def in_full(self, tokens: int) -> int:
+        """Tokens that are not quantised when so many are in view, at most: the sinks and an open group."""
+        return tokens if self.bits == FULL_BITS else min(tokens, self.sinks + GROUP)
+
     # --- bytes --------------------------------------------------------------------------------------------------
 
     def capacity_bytes(self, context: int, heads: int, head_dim: int, full_bits: int = FULL_BITS) -> int:
@@ -88,6 +92,20 @@ class KVFormat:
     def token_bytes(self, heads: int, head_dim: int, full_bits: int = FULL_BITS) -> int:
         """One token's key and value, not quantised."""
         return 2 * heads * head_dim * full_bits // 8
+
+    def read_bytes(self, tokens: int, heads: int, head_dim: int) -> tuple[int, int]:
+        """Bytes of the keys and of the values that a query reads with so many tokens in view."""
+        full = self.in_full(tokens)
+        quantised = tokens - full
+        codes = head_dim * (full * FULL_BITS + quantised * self.bits)
+        key_grids = -(-quantised // GROUP) * head_dim * 2 * FULL_BITS
+        value_grids = quantised * (head_dim // value_group(head_dim)) * 2 * FULL_BITS
+        return -(-heads * (codes + key_grids) // 8), -(-heads * (codes + value_grids) // 8)
+
+    def written_bytes(self, tokens: int, heads: int, head_dim: int) -> int:
+        """Bytes that so many new tokens write: each in full, and its share of its group's codes and grids later."""
+        full = tokens * self.token_bytes(heads, head_dim)
+        return full if self.bits == FULL_BITS else full + -(-tokens * self.group_bytes(heads, head_dim) // GROUP)
 
     def group_bytes(self, heads: int, head_dim: int, full_bits: int = FULL_BITS) -> int:
         """Codes, scales and zero points of the keys and values of one group of tokens."""

@@ -44,10 +44,10 @@ def activation_peak(shape: ModelShape, tokens: int, context: int, activation_bit
     return activation_pass(shape, tokens, context, activation_bits).peak
 
 
-def activation_pass(shape: ModelShape, tokens: int, context: int, activation_bits: int) -> Pass:
-    """The operators and addresses of a pass."""
+def activation_pass(shape: ModelShape, tokens: int, context: int, activation_bits: int, kv_bits: int = 8) -> Pass:
+    """The operators and addresses of a pass. kv_bits changes no address, but the tiles of what reads the KV cache."""
     reduced, counts = one_of_each_kind(shape)
-    return _Key(reduced, _key(reduced)).run(tokens, context, activation_bits, counts)
+    return _Key(reduced, _key(reduced)).run(tokens, context, activation_bits, kv_bits, counts)
 
 
 def one_of_each_kind(shape: ModelShape) -> tuple[ModelShape, tuple[int, ...]]:
@@ -76,8 +76,8 @@ class _Key:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self.key == other.key
 
-    def run(self, tokens: int, context: int, activation_bits: int, counts: tuple[int, ...]) -> Pass:
-        return _run(self, tokens, context, activation_bits, counts)
+    def run(self, tokens: int, context: int, activation_bits: int, kv_bits: int, counts: tuple[int, ...]) -> Pass:
+        return _run(self, tokens, context, activation_bits, kv_bits, counts)
 
 
 def _key(shape: ModelShape) -> str:
@@ -87,8 +87,9 @@ def _key(shape: ModelShape) -> str:
 
 
 @lru_cache(maxsize=512)
-def _run(keyed: _Key, tokens: int, context: int, activation_bits: int, counts: tuple[int, ...]) -> Pass:
-    operators = forward(keyed.shape, tokens=tokens, context=context, activation_bits=activation_bits)
+def _run(keyed: _Key, tokens: int, context: int, activation_bits: int, kv_bits: int, counts: tuple[int, ...]) -> Pass:
+    widths = {"activation_bits": activation_bits, "kv_bits": kv_bits}
+    operators = forward(keyed.shape, tokens=tokens, context=context, **widths)
     plan = address_plan(operators)
     alive = alive_bytes(operators)
     step = max(range(len(alive)), key=alive.__getitem__)

@@ -52,12 +52,12 @@ def check(
     has no positions for, for widths that are none, and for operators that no engine runs, all in one message.
     """
     shape = shared_blocks(shape)
-    if kv_groups and kv_bits == FULL_BITS:
+    if kv_groups and kv_bits >= FULL_BITS:
         raise PlanError(
-            f"--kv-groups counts scales and zero points, and a cache of {FULL_BITS} bit has none; give --kv-bits 8 or 4"
+            f"--kv-groups counts scales and zero points, and a cache of {kv_bits} bit has none; give --kv-bits 8 or 4"
         )
+    form = KVFormat(kv_bits if kv_groups else FULL_BITS, kv_window, kv_sinks)
     if kv_window or kv_groups:
-        form = KVFormat(kv_bits if kv_groups else FULL_BITS, kv_window, kv_sinks)
         shape = with_cache(shape, CacheRule(form, kv_groups))
     request = Request(context, kv_bits, activation_bits, prefill_chunk)
     request.require(shape, soc)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
+from checkpoints.kv_format import KVFormat
 from checkpoints.packed_sizes import block_records, groups_in_order, outer_records, packed_bits, value_bits
 from checkpoints.packed_sizes import is_head as is_head  # what follows the order of computing asks for it here
 from checkpoints.shape import BlockShape, LinearShape, ModelShape
@@ -117,12 +118,27 @@ def kv_cache_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
 
 def kv_block_bytes(shape: ModelShape, block: int, context: int, kv_bits: int) -> int:
     """Keys and values of one block."""
-    rule = cache_rule(shape)
-    if rule is not None and rule.groups:
-        form = replace(rule.form, bits=kv_bits).for_layer(own_window(shape, block))
+    form = kv_form(shape, block, kv_bits)
+    if form is not None:
         return form.capacity_bytes(context, shape.kv_heads, shape.head_dim)
     held = min(context, window_of(shape, block) or context)
     return bytes_of(2 * shape.kv_heads * shape.head_dim * held * kv_bits)
+
+
+def kv_written_bytes(shape: ModelShape, block: int, tokens: int, kv_bits: int) -> int:
+    """What so many new tokens write into one block's cache."""
+    form = kv_form(shape, block, kv_bits)
+    if form is not None:
+        return form.written_bytes(tokens, shape.kv_heads, shape.head_dim)
+    return bytes_of(2 * shape.kv_heads * shape.head_dim * tokens * kv_bits)
+
+
+def kv_form(shape: ModelShape, block: int, kv_bits: int) -> KVFormat | None:
+    """How one block's cache is kept where scales, zero points and tokens in full count; None: codes alone."""
+    rule = cache_rule(shape)
+    if rule is None or not rule.groups:
+        return None
+    return replace(rule.form, bits=kv_bits).for_layer(own_window(shape, block))
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------

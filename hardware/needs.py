@@ -46,7 +46,7 @@ class Request:
                 f"a prefill chunk of {self.prefill_chunk} tokens is not between 1 and the context of {self.context}"
             )
         if not faults:
-            run = activation_pass(shape, 1, self.context, self.activation_bits)
+            run = activation_pass(shape, 1, self.context, self.activation_bits, self.kv_bits)
             kinds = dict.fromkeys(x.kind for x in run.operators)
             if missing := [kind for kind in kinds if not soc.runs(kind)]:
                 has = sorted({operator for engine in soc.engines for operator in engine.operators})
@@ -101,8 +101,8 @@ def needs(shape: ModelShape, soc: Soc, request: Request) -> Needs:
     """Needs of a model on a chip. Raises PlanError for a shape whose order of computing is not known."""
     context, bits = request.context, request.activation_bits
     copies = soc.count("kv_cache_copies") or 1
-    decode = activation_pass(shape, 1, context, bits)
-    prefill = activation_pass(shape, request.chunk, context, bits)
+    decode = activation_pass(shape, 1, context, bits, request.kv_bits)
+    prefill = activation_pass(shape, request.chunk, context, bits, request.kv_bits)
     tilings: dict[str, Tiling] = {}
     direct = reads_directly(soc)
     for operator in (*decode.operators, *prefill.operators):

@@ -49,7 +49,7 @@ def _cache(shape: ModelShape) -> Iterator[str]:
         yield (
             f"The KV cache is counted with float16 scales and zero points, of keys by channel over {GROUP} tokens and "
             f"of values by token over at most {GROUP} channels, and with {form.sinks} sinks and one open group of "
-            f"{GROUP} tokens at {FULL_BITS} bit. Times count its codes alone."
+            f"{GROUP} tokens at {FULL_BITS} bit. A token is written in full, and again as codes with its group."
         )
 
 

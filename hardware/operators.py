@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 
 from checkpoints.errors import PlanError
 from checkpoints.forms import TensorShape, bytes_of
+from checkpoints.kv_format import KVFormat
 from checkpoints.packed_sizes import is_head
 from checkpoints.shape import BlockShape, LinearShape, ModelShape
 from hardware.attention import has_rope, softcaps, window_of
+from hardware.footprint import kv_block_bytes, kv_form, kv_written_bytes
 from hardware.matrices import Weights, adapter_weights, last_part, linear_weights, norm_weights, outer_weights
 
 ACCELERATOR, CORES = "accelerator", "cores"
@@ -64,6 +66,7 @@ class Operator:
     needed: int | None = None  # MACs without those that the causal mask throws away, where these are fewer
     activation_bits: int = 8
     kv_bits: int = 8
+    kv_form: KVFormat | None = None  # of the keys or values it reads, where they have scales; None: codes alone
 
     @property
     def label(self) -> str:
@@ -214,23 +217,26 @@ class _Pass:
             for name, buffer, count in (("rope q", q, heads), ("rope k", k, shape.kv_heads)):
                 yield self._element(name, "rope", index, tokens * count, head_dim, (buffer,), buffer)
         append = self._element("append to KV cache", "append", index, tokens, 2 * kv, (k, v), None)
-        held = bytes_of(2 * kv * min(self.context, window) * self.kv_bits)
-        yield replace(append, kv_write=bytes_of(2 * tokens * kv * self.kv_bits), kv_held=held)
+        held = kv_block_bytes(shape, index, self.context, self.kv_bits)
+        yield replace(append, kv_write=kv_written_bytes(shape, index, tokens, self.kv_bits), kv_held=held)
         scores = self._buffer(f"{index}.scores", heads * tokens * view)
-        cache = bytes_of(kv * view * self.kv_bits)
+        form, codes = kv_form(shape, index, self.kv_bits), bytes_of(kv * view * self.kv_bits)
+        keys, values = (codes, codes) if form is None else form.read_bytes(view, shape.kv_heads, head_dim)
         pairs = sum(min(first + i, window) for i in range(tokens))  # of a query and a key that it may see
 
-        def product(name: str, kind: str, columns: int, depth: int, source: Activation, to: Activation) -> Operator:
+        def product(kind: str, columns: int, depth: int, source: Activation, to: Activation, read: int) -> Operator:
+            name = {"scores": "scores", "values": "weighted values"}[kind]
             return Operator(
-                name, kind, index, tokens, columns, depth, (source,), (to,), repeats=heads, kv_read=cache,
+                name, kind, index, tokens, columns, depth, (source,), (to,), repeats=heads, kv_read=read,
                 needed=heads * pairs * head_dim, activation_bits=self.activation_bits, kv_bits=self.kv_bits,
+                kv_form=form,
             )  # fmt: skip
 
-        yield product("scores", "scores", view, head_dim, q, scores)
+        yield product("scores", view, head_dim, q, scores, keys)
         if softcaps(shape)[0]:
             yield self._element("cap scores", "softcap", index, heads * tokens, view, (scores,), scores)
         yield self._element("softmax", "softmax", index, heads * tokens, view, (scores,), scores)
-        yield product("weighted values", "values", head_dim, view, scores, mixed)
+        yield product("values", head_dim, view, scores, mixed, values)
 
     def _mlp(
         self, index: int, linears: dict[str, LinearShape], source: Activation, mlp: Activation

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from checkpoints.shape import ModelShape
-from hardware.footprint import TensorBytes, chip_parts, kv_block_bytes
+from hardware.footprint import TensorBytes, chip_parts, kv_block_bytes, kv_written_bytes
 from hardware.soc import Memory, Soc
 
 RESIDENT, STREAMED, HOMELESS = "resident", "streamed", "nowhere"
@@ -105,7 +105,7 @@ def place(
     caches = []
     for index in range(len(shape.blocks)):
         size = kv_block_bytes(shape, index, context, kv_bits)
-        one = kv_block_bytes(shape, index, 1, kv_bits)
+        one = kv_written_bytes(shape, index, 1, kv_bits)
         # A graph that gives the grown cache out writes it all anew.
         written = one if copies == 1 else size
         caches.append(_Item(f"KV cache {index}", "KV cache", index, copies * size, size, written))

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from checkpoints.forms import bytes_of
+from checkpoints.kv_format import FULL_BITS, GROUP, value_group
 from hardware.operators import ACCELERATOR, CORES, ELEMENT_STEPS, Operator
 from hardware.soc import Soc
 from hardware.verdict import size_text
@@ -30,6 +31,17 @@ class Operand:
     by_rows: bool
     by_columns: bool
     bits: int
+    full: int = 0  # so many first columns take full_bits instead, as cached keys in full do
+    full_bits: int = 0
+    group: int = 1  # so many of the other columns share a grid
+    grid_bits: int = 0
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """Of a tile with so many rows and columns."""
+        across = columns if self.by_columns else 1
+        full = min(across, self.full)
+        grids = -(-(across - full) // self.group) * self.grid_bits
+        return bytes_of((rows if self.by_rows else 1) * (full * self.full_bits + (across - full) * self.bits + grids))
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Space:
         """Bytes by part. Columns run inside rows: what depends on rows alone stays while the columns stream by."""
         parts = {}
         for x in self.operands:
-            size = bytes_of(x.bits * (rows if x.by_rows else 1) * (columns if x.by_columns else 1))
+            size = x.bytes(rows, columns)
             streams = x.by_columns or (x.by_rows and rows < self.rows)
             parts[x.name] = size * (buffers if streams else 1)
         return parts
@@ -151,7 +163,8 @@ def tilings(operators: Iterable[Operator], soc: Soc, direct: Container[str] = ()
     for x in operators:
         weights = None if x.weights is None else replace(x.weights, name="")
         in_l1 = x.weights is None or x.weights.name not in direct
-        key = (x.name, x.rows, x.columns, x.depth, x.repeats, len(x.reads), weights, in_l1)
+        key = (x.name, x.rows, x.columns, x.depth, x.repeats, len(x.reads), x.activation_bits, x.kv_bits, x.kv_form,
+               weights, in_l1)  # fmt: skip
         if key not in found:
             found[key] = tile(x, soc, weights_in_l1=in_l1)
     return list(found.values())
@@ -159,14 +172,14 @@ def tilings(operators: Iterable[Operator], soc: Soc, direct: Container[str] = ()
 
 def space_of(operator: Operator, soc: Soc, weights_in_l1: bool = True) -> Space:
     """The tiles that an operator allows, engine and layout rules considered."""
-    bits, kv, x = operator.activation_bits, operator.kv_bits, operator
+    bits, x = operator.activation_bits, operator
     result = Operand("output tiles", True, True, bits)
     if x.kind == "linear":
         return _linear_space(x, soc, weights_in_l1, result)
     if x.kind == "scores":
         parts = (
             Operand("queries", True, False, x.depth * bits),
-            Operand("key tiles", False, True, x.depth * kv),
+            _keys(x),
             result,
         )
         rule = f"a score sums over the whole head of {x.depth}, and keys come by {CORE_STEP}"
@@ -174,7 +187,7 @@ def space_of(operator: Operator, soc: Soc, weights_in_l1: bool = True) -> Space:
     if x.kind == "values":
         parts = (
             Operand("score rows", True, False, x.depth * bits),
-            Operand("value tiles", False, True, x.depth * kv),
+            _values(x),
             result,
         )
         rule = f"a weighted value sums over all {x.depth} tokens in view, and columns come by {CORE_STEP}"
@@ -190,6 +203,24 @@ def space_of(operator: Operator, soc: Soc, weights_in_l1: bool = True) -> Space:
     step = x.columns if x.kind in _WHOLE_ROW else CORE_STEP
     rule = f"{x.kind} needs its whole row of {x.columns}" if x.kind in _WHOLE_ROW else f"columns come by {CORE_STEP}"
     return Space(x.rows, x.columns, step, 1, x.repeats, (*inputs, result), rule)
+
+
+def _keys(x: Operator) -> Operand:
+    """Cached keys, a column each. Those in full are counted first: the tile that holds them needs most."""
+    if x.kv_form is None:
+        return Operand("key tiles", False, True, x.depth * x.kv_bits)
+    full, in_full, grid = x.kv_form.in_full(x.columns), x.depth * FULL_BITS, x.depth * 2 * FULL_BITS
+    return Operand("key tiles", False, True, x.depth * x.kv_bits, full, in_full, GROUP, grid)
+
+
+def _values(x: Operator) -> Operand:
+    """Cached values, a channel each, over all tokens in view."""
+    if x.kv_form is None:
+        return Operand("value tiles", False, True, x.depth * x.kv_bits)
+    full = x.kv_form.in_full(x.depth)
+    bits = full * FULL_BITS + (x.depth - full) * x.kv_bits
+    grid = (x.depth - full) * 2 * FULL_BITS
+    return Operand("value tiles", False, True, bits, group=value_group(x.columns), grid_bits=grid)
 
 
 def _linear_space(x: Operator, soc: Soc, weights_in_l1: bool, result: Operand) -> Space:

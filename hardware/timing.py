@@ -165,7 +165,7 @@ class _Timer:
         cache = None if x.block is None else self.where[kv_cache_of(x.block)]
         weights = None if x.weights is None else replace(x.weights, name="")
         sizes = tuple(b.nbytes for b in x.reads), tuple(b.nbytes for b in x.writes)
-        size = (x.rows, x.columns, x.depth, x.repeats, *sizes, x.kv_read, x.kv_held, x.needed)
+        size = (x.rows, x.columns, x.depth, x.repeats, *sizes, x.kv_read, x.kv_held, x.needed, x.kv_form)
         key = (x.name, size, weights, home, cache)
         if key not in self.known:
             work = work_of(x, self.soc, self.where)

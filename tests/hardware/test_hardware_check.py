@@ -352,6 +352,10 @@ def test_a_compressed_cache_is_counted_and_noted(make: Make, siracusa: Soc) -> N
 def test_a_cache_that_cannot_be_is_refused(make: Make, siracusa: Soc) -> None:
     shape = make("smollm2-135m")
     wrong: dict[str, Any]
-    for wrong, words in (({"kv_window": 4}, "at least 5"), ({"kv_bits": 5, "kv_groups": True}, "--kv-bits 5")):
+    for wrong, words in (
+        ({"kv_window": 4}, "at least 5"),
+        ({"kv_sinks": -1}, "--kv-sinks -1"),
+        ({"kv_bits": 5, "kv_groups": True}, "--kv-bits 5"),
+    ):
         with pytest.raises(PlanError, match=words):
             check(shape, siracusa, **wrong)
