@@ -61,8 +61,11 @@ _FFN_SIDES = {"gate_proj": (1, 0), "up_proj": (1, 0), "gate_up_proj": (2, 0), "d
 
 def with_wider_ffn(shape: ModelShape, multiple: int) -> ModelShape:
     """The feed-forward layers with their inner width rounded up. Raises PlanError where they cannot be told apart."""
-    if shape.pattern is not None or shape.grid is not None:
-        raise PlanError("pad widens dense weights that no mask is on yet; put pad before wanda and gptq")
+    adapted = any(x.adapted for block in shape.blocks for x in block.linears)
+    if shape.pattern is not None or shape.grid is not None or adapted:
+        raise PlanError(
+            "pad widens dense weights with no mask on them and no adapter beside them; put pad before wanda and gptq"
+        )
     inner = shape.number("intermediate_size")
     more = -inner % multiple
 
@@ -105,7 +108,7 @@ def _with_packed(shape: ModelShape, wanted: Grid | RealGrid, embedding_bits: int
     def quantised(x: LinearShape) -> LinearShape:
         return replace(x, grid=grid) if packable(x.out_features, x.in_features) else x
 
-    return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or None)
+    return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or shape.embedding_bits)
 
 
 def with_form(shape: ModelShape, form: Form, embedding_bits: int) -> ModelShape:
@@ -120,7 +123,8 @@ def with_codebook(shape: ModelShape, codebook: Codebook, embedding_bits: int) ->
 
     The configuration stays: what it says of the quantisation is the stage's to write.
     """
-    return replace(_each_linear(shape, lambda x: replace(x, grid=codebook)), embedding_bits=embedding_bits or None)
+    kept = embedding_bits or shape.embedding_bits
+    return replace(_each_linear(shape, lambda x: replace(x, grid=codebook)), embedding_bits=kept)
 
 
 def _each_linear(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:

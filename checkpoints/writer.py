@@ -65,8 +65,10 @@ class CheckpointWriter:
         self._save(self.folder / OUTER, tensors)
 
     def copy_outer(self, source: Checkpoint) -> None:
+        """Take over what lies outside the blocks, with its packed copies if the source has them."""
         if not self._link(source.folder / OUTER, OUTER):
             self.write_outer(source.outer())
+        self.copy_edge(source)
 
     def write_adapter_part(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """One block's adapter, names relative to the block, kept with the work in progress until join_adapter."""
@@ -100,10 +102,10 @@ class CheckpointWriter:
             self._link(source.folder / EDGE, EDGE)
 
     def copy_adapter(self, source: Checkpoint) -> None:
-        """Take over the adapter, if the source has one."""
+        """Take over the adapter with its 8-bit codes, if the source has them."""
         if (source.folder / ADAPTER).is_file():
             (self.folder / ADAPTER).parent.mkdir(exist_ok=True)
-            for name in (ADAPTER, ADAPTER_CONFIG):
+            for name in (ADAPTER, ADAPTER_PACKED, ADAPTER_CONFIG):
                 self._link(source.folder / name, name)
 
     def finish(self, config: Mapping[str, Any], source: Checkpoint | None) -> None:

@@ -87,7 +87,6 @@ def run(
     for index in range(len(source.shape.blocks)):
         target.copy_block(index, source, index)
     target.copy_outer(source)
-    target.copy_edge(source)
     target.join_adapter(adapter_config(after, options))
     target.finish(source.config, source)
     total = bought([layer for block_facts in walk.facts for layer in block_facts.values()])

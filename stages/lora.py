@@ -180,6 +180,5 @@ def _write_beside(
         target.copy_block(index, source, index)
         target.write_adapter_part(index, stored)
     target.copy_outer(source)
-    target.copy_edge(source)
     target.join_adapter(described(model.peft_config["default"]))
     target.finish(source.config, source)
