@@ -58,7 +58,8 @@ def answer_all(
     how = {"new_tokens": settings.new_tokens, "chat": settings.chat, "dtype": subject.dtype}
     how |= settings.kv.key() | (key or {})
     path = Path(settings.answers) / subject.label / f"{task}.jsonl" if settings.answers else None
-    kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how) if path else None
+    note = subject.runtime.progress.note
+    kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how, note) if path else None
     rows: dict[str, dict[str, Any]] = {}
     with kept or nullcontext():
         if kept:

@@ -37,7 +37,8 @@ class KeptModel(HFLM):  # type: ignore[misc]
         if settings.answers:
             path = Path(settings.answers) / subject.label / f"{task}.jsonl"
             how = {"dtype": subject.dtype}
-            self._kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how)
+            note = subject.runtime.progress.note
+            self._kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how, note)
 
     def __enter__(self) -> KeptModel:
         if self._kept:
