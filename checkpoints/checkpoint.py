@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoints.adapters import adapter_scale, applied
 from checkpoints.errors import CheckpointError
 from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, read_config, shape_from_folder, weight_files
-from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, sha256_file
+from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, require_finished, require_inside, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.packing import dense_weight
 from checkpoints.reshape import with_pattern
@@ -54,8 +54,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder")
         manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
-        if manifest is None and (folder / WORK).is_dir():
-            raise CheckpointError(f"{folder} is a checkpoint still being written; run its command again to finish it")
+        require_finished(folder)
         if manifest is not None:
             check_files(folder, manifest, hashes)
         return cls(folder, manifest)
@@ -88,7 +87,10 @@ class Checkpoint:
         if self.manifest is None or self.manifest.parent is None:
             raise CheckpointError(f"{self.folder} was not made from another checkpoint")
         link = self.manifest.parent
-        parent = Checkpoint.open((self.folder / link["path"]).resolve())
+        if not Path(link["path"]).is_absolute():  # within one store, `../NAME`
+            told_by = f"{self.folder / MANIFEST}, the parent's path in it,"
+            require_inside(self.folder.resolve().parent, [link["path"].removeprefix("../")], told_by)
+        parent = Checkpoint.open((self.folder.resolve() / link["path"]).resolve())
         if parent.fingerprint != link["fingerprint"]:
             raise CheckpointError(f"{parent.folder} is not the checkpoint that {self.folder} was made from")
         return parent

@@ -21,7 +21,7 @@ from checkpoints.forms import (
     RealGrid,
     TensorShape,
 )  # fmt: skip
-from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.manifest import MANIFEST, Manifest, require_inside, require_own_links
 from checkpoints.shape import BlockShape, LinearShape, ModelShape
 from checkpoints.sparsity import Sparsity, parse_sparsity
 
@@ -36,6 +36,7 @@ _NO_ADAPTER: _Adapter = (0, "BF16", False, "")
 
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    require_own_links(folder)
     if not path.is_file():
         beside = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         if "adapter_config.json" in beside:
@@ -85,6 +86,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
             names: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from None
+        require_inside(folder, names.values(), str(index))
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
             raise CheckpointError(f"{folder} lacks {', '.join(missing[:4])}, which its index names")

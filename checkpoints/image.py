@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ from checkpoints import image_tensors as form
 from checkpoints.bits import Bytes
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import PARTIAL, sync_folder
+from checkpoints.manifest import replacing
 from checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, aligned, header_text, image_table
 from checkpoints.peft_config import beyond_plain
 from checkpoints.runtime import Progress, Silent
@@ -206,18 +205,11 @@ class _Sink:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file beside `path` that takes its place once it is whole and on the disk, and is gone if that fails."""
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

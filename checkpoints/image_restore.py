@@ -38,7 +38,7 @@ def unpack_checkpoint(path: Path, folder: Path, progress: Progress | None = None
         raise PlanError(f"there is no folder {folder.absolute().parent} to write {folder.name} to")
     began = time.monotonic()
     image = open_image(path)
-    draft = folder.with_name(f".{folder.name}{PARTIAL}")
+    draft = folder.absolute().with_name(f".{folder.absolute().name}{PARTIAL}")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         _write(image, draft, progress)

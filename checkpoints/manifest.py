@@ -1,7 +1,8 @@
 """What a checkpoint folder says of itself, and the fingerprint that makes it findable.
 
 A stage's folder counts as finished only once `manifest.json` lies in it; the manifest is written last and
-atomically. Nothing here imports torch.
+atomically. It lists the sha256 of every file and carries one over itself, so an edit or a flipped bit anywhere is
+found. Names that a file states never lead out of the folder it lies in. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from checkpoints.errors import CheckpointError
 
@@ -20,6 +26,11 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a file being written, which a kill may leave behind
 WORK = ".work"  # a stage's durable progress, gone once the manifest is there
+SEAL = "sha256"  # the key under which a JSON object carries the hash of the rest of it
+
+_FOLDERS = ("adapter", "edge", "scaling")  # of a checkpoint, beside the files at its top
+_READ = {".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".factors", ".spm"}
+_MOST_BYTES = 2**26  # of a manifest; one of 10,000 files takes 2 MiB
 
 
 @dataclass
@@ -46,25 +57,61 @@ class Manifest:
     quality: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+    sealed: bool = field(default=False, compare=False)  # read with a hash of its own, which held; older ones have none
 
     def write(self, folder: Path) -> None:
-        write_json(folder / MANIFEST, asdict(self))
+        data = asdict(self)
+        del data["sealed"]
+        write_json(folder / MANIFEST, sealed(data))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises CheckpointError where the file is missing, unreadable or of another format."""
+        """Raises CheckpointError where the file is missing, unreadable, changed since, or of another format."""
         path = folder / MANIFEST
         if not path.is_file():
             raise CheckpointError(
                 f"{folder} holds no {MANIFEST}: it was never finished, or is not a checkpoint of ours"
             )
+        require_inside(folder, [MANIFEST], "a checkpoint")
+        if path.stat().st_size > _MOST_BYTES:
+            raise CheckpointError(f"{path} is damaged (no manifest has {path.stat().st_size} bytes); move it away")
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> Manifest:
+        """From the file's bytes; `path` names it in errors. Raises CheckpointError."""
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(content)
             if data["format"] != FORMAT:
                 raise CheckpointError(f"{path} has format {data['format']}; this version reads format {FORMAT}")
-            return cls(**data)
-        except (ValueError, KeyError, TypeError) as error:
+            holds = seal_holds(data)
+            data.pop(SEAL, None)
+            manifest = cls(**data, sealed=bool(holds))
+            _require_kinds(manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); move the folder away to compute it again") from None
+        if holds is False:
+            raise CheckpointError(
+                f"{path} is damaged or was edited: it does not have the sha256 that it states of itself. "
+                "It was neither used nor removed; move the folder away to compute it again"
+            )
+        for name in manifest.files:
+            require_name(name, path)
+        return manifest
+
+
+def _require_kinds(manifest: Manifest) -> None:
+    """Raise TypeError where what the manifest leads to is not of the kind that it should be."""
+    parent = manifest.parent
+    if parent is not None and not (isinstance(parent["path"], str) and isinstance(parent["fingerprint"], str)):
+        raise TypeError("parent is no path and fingerprint")
+    for name, facts in manifest.files.items():
+        if not (isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)):
+            raise TypeError(f"{name} has no size and hash")
+    if not (isinstance(manifest.fingerprint, str) and isinstance(manifest.options, dict)):
+        raise TypeError("fingerprint or options are of another kind")
+    if manifest.sparsity is not None and not isinstance(manifest.sparsity["pattern"], str):
+        raise TypeError("sparsity is no pattern")
 
 
 def fingerprint(
@@ -94,6 +141,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def check_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
     """Raise CheckpointError naming the folder and file if anything differs from what the manifest lists."""
+    require_inside(folder, manifest.files, str(folder / MANIFEST))
     for name, facts in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -110,19 +158,180 @@ def check_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
         )
 
 
+# --- names and links that stay in the folder -------------------------------------------------------------------------
+
+
+def require_name(name: object, told_by: str) -> str:
+    """`name`, if it can only name something in a folder. Raises CheckpointError naming the file that states it.
+
+    It is relative, its parts are neither empty nor `.` nor `..`, and it has no backslash, drive or control character.
+    """
+    if (
+        not isinstance(name, str)
+        or any(part in ("", ".", "..") for part in name.split("/"))
+        or re.search(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:", name)
+    ):
+        raise CheckpointError(
+            f"{told_by} names a file {str(name)[:200]!r}, which does not lie in its folder; nothing was read from there"
+        )
+    return name
+
+
+def require_inside(folder: Path, names: Iterable[object], told_by: str) -> None:
+    """Raise CheckpointError for the first of `names` that is none of a file in `folder`, or a link out of it.
+
+    told_by: the file that states the names. Links are followed within the folder, and from a snapshot in the hub's
+    cache (`snapshots/REVISION/NAME`) to the `blobs` beside it, which is how that cache keeps its files.
+    """
+    for name in dict.fromkeys(require_name(name, told_by) for name in names):
+        _require_no_way_out(folder / name, folder)
+
+
+def require_own_links(folder: Path) -> None:
+    """Raise CheckpointError where a file that a model is read from is a link out of its folder.
+
+    All JSON, safetensors, tokenizer and template files at the top; `adapter`, `edge` and `scaling` with all in them.
+    """
+    try:
+        entries = [e for e in os.scandir(folder) if e.name in _FOLDERS or Path(e.name).suffix in _READ]
+    except OSError:
+        return  # no folder: whoever opens it says so
+    for entry in entries:
+        if entry.is_symlink():
+            _require_no_way_out(Path(entry.path), folder)
+        if entry.name in _FOLDERS and entry.is_dir():
+            for path in Path(entry.path).iterdir():
+                _require_no_way_out(path, folder)
+
+
+def require_no_links_out(folder: Path) -> None:
+    """Raise CheckpointError where anything in a folder of ours, however deep, is a link out of it."""
+    for home, folders, files in os.walk(folder):
+        for path in (Path(home) / name for name in (*folders, *files)):
+            if path.is_symlink():
+                _require_no_way_out(path, folder)
+
+
+def require_finished(folder: Path) -> None:
+    """Raise CheckpointError for a folder in which a stage is still at work, or was when it was stopped."""
+    if (folder / WORK).is_dir() and not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} is a checkpoint still being written; run its command again to finish it")
+
+
+def _require_no_way_out(path: Path, folder: Path) -> None:
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        real = Path("/")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{path} is a link out of its folder, to {os.readlink(path) if path.is_symlink() else real}; it was not "
+            "followed. Put the file itself there"
+        )
+
+
+# --- hashes that JSON carries of itself ------------------------------------------------------------------------------
+
+
+def seal_of(data: Any, about: str = "") -> str:
+    """Sha256 over a value as JSON, whatever the order of its keys; about: what else it belongs to."""
+    same = json.loads(json.dumps(data))  # as a reader will have it: keys are strings
+    return hashlib.sha256((about + json.dumps(same, sort_keys=True)).encode()).hexdigest()
+
+
+def sealed(data: Mapping[str, Any], about: str = "") -> dict[str, Any]:
+    """The object with the hash of itself under `sha256`."""
+    rest = {key: value for key, value in data.items() if key != SEAL}
+    return rest | {SEAL: seal_of(rest, about)}
+
+
+def seal_holds(data: Mapping[str, Any], about: str = "") -> bool | None:
+    """Whether an object is as it was sealed; None where it carries no hash, as files of earlier versions."""
+    if SEAL not in data:
+        return None
+    return bool(sealed(data, about)[SEAL] == data[SEAL])
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
 def write_json(path: Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write atomically: whoever looks sees the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
-    with temporary.open("wb") as file:
+    """Write as `replacing` does."""
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that becomes `path` at the end: whoever looks sees the old file or the whole new one.
+
+    That holds after a power cut too; after an error or Ctrl-C nothing is left. A device, pipe or socket is never
+    replaced: what was written is sent to it at the end. Raises CheckpointError where `path` is a folder or lies in
+    none, and OSError naming the path.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path} cannot be written: there is no folder {path.parent}")
+    try:
+        if is_special(path):
+            with tempfile.TemporaryFile() as draft:
+                yield draft
+                draft.seek(0)
+                _send(draft, path)
+            return
+        temporary = path.with_name(f".{path.name}{PARTIAL}")
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a device, pipe or socket, or a process's own stream such as /dev/stdout."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if not stat.S_ISREG(mode):
+        return not stat.S_ISDIR(mode)
+    home = path.parent.resolve()  # /dev/fd and /dev/stdout lead to a file where the shell redirected to one
+    return path.is_symlink() and any(home.is_relative_to(place) for place in ("/dev", "/proc"))
+
+
+def _send(draft: IO[bytes], path: Path) -> None:
+    # Opened so, a pipe that nobody reads is an error and not a wait without end.
+    handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | getattr(os, "O_NOCTTY", 0))
+    os.set_blocking(handle, True)
+    with open(handle, "wb", closefd=True) as file:
+        shutil.copyfileobj(draft, file)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the cut writes that a process killed at once left in a folder that only we write to."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        if path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

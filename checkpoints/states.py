@@ -12,6 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from checkpoints.manifest import sha256_file
+
 
 class States:
     """Chunks of hidden states, each (b, L, d). With a path they live in that file, one chunk in memory at a time."""
@@ -39,6 +41,11 @@ class States:
                 os.fsync(handle)
             finally:
                 os.close(handle)
+
+    def sha256(self) -> str:
+        """Of the file that holds the states; they must have one."""
+        assert self.path is not None
+        return sha256_file(self.path)
 
 
 class _FileChunks(Sequence[Tensor]):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import write_bytes, write_json
+from checkpoints.manifest import require_name, require_own_links, write_bytes, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,12 +57,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises CheckpointError if the folder holds none."""
     from transformers import AutoTokenizer
 
+    require_own_links(folder)
+    _require_own_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder} holds no tokenizer that transformers can read: {reason}") from None
     return tokenizer
+
+
+def _require_own_files(folder: Path) -> None:
+    """Raise CheckpointError where the tokenizer's settings name a file elsewhere, which transformers would read."""
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    for key, name in settings.items() if isinstance(settings, dict) else ():
+        if key.endswith("_file") and isinstance(name, str) and (Path(name).is_absolute() or ".." in Path(name).parts):
+            require_name(name, f"{path} ({key})")
 
 
 def trim(

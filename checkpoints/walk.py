@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.func import functional_call
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, NumericsError
+from checkpoints.manifest import SEAL, WORK, require_inside, seal_holds, sealed, sha256_file, write_bytes
 from checkpoints.runtime import Runtime
 from checkpoints.shape import ModelShape
 from checkpoints.skeleton import Skeleton
@@ -37,21 +38,30 @@ Observer = Callable[[tuple[str, ...], Tensor], None]
 
 
 class Work:
-    """A stage's durable progress inside its unfinished folder: a journal with one line a block."""
+    """A stage's durable progress inside its unfinished folder: a journal with one line a block.
+
+    A line carries the sha256 of the files written since the line before, and of itself and all lines before it. What
+    was changed between a kill and the next run is so found when the journal is read. `vouched` is all those files:
+    name from the stage's folder -> sha256.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError naming the line or file that is not as it was written.
+
+        A last line that is cut or damaged is left out, and its step is done again. A journal without hashes, of an
+        earlier version, is left out as a whole.
+        """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._home = folder.parent
         self._journal = folder / "journal.jsonl"
         self.entries: list[dict[str, Any]] = []
+        self.vouched: dict[str, str] = {}
+        self._new: dict[str, str] = {}  # of `vouched`, what no line carries yet
+        self._last = ""  # the last line's hash
         self._began = time.monotonic()
         if self._journal.is_file():
-            for line in self._journal.read_text().splitlines():
-                try:
-                    self.entries.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break  # the line that a kill cut short
-            self._rewrite()
+            self._read()
         self._earlier = float(self.entries[-1]["seconds"]) if self.entries else 0.0
 
     @property
@@ -59,23 +69,75 @@ class Work:
         """Time spent on this stage, up to the last entry of earlier runs and in this one."""
         return self._earlier + time.monotonic() - self._began
 
-    def _rewrite(self) -> None:
-        text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-        temporary = self._journal.with_suffix(".partial")
-        temporary.write_text(text)
-        temporary.replace(self._journal)
+    def _read(self) -> None:
+        data = self._journal.read_bytes()
+        lines = data.split(b"\n")
+        kept = []
+        for number, line in enumerate(lines[:-1], 1):  # behind the last newline: what a kill cut short
+            entry = _parsed(line)
+            if number == 1 and entry is not None and SEAL not in entry:
+                break
+            if entry is None or not seal_holds(entry, self._last):
+                if number == len(lines) - 1:
+                    break
+                raise self._damaged(f"line {number} of its {self._journal.name}")
+            self._last = str(entry.pop(SEAL))
+            self.entries.append(entry)
+            self.vouched |= entry.get("files", {})
+            kept.append(line + b"\n")
+        require_inside(self._home, self.vouched, str(self._journal))
+        for name, digest in self.vouched.items():
+            path = self._home / name
+            if not path.is_file() or sha256_file(path) != digest:
+                raise self._damaged(name)
+        if (sound := b"".join(kept)) != data:
+            write_bytes(self._journal, sound)
+
+    def _damaged(self, what: str) -> CheckpointError:
+        home = self._home if self.folder.name == WORK else self.folder
+        return CheckpointError(
+            f"the unfinished {home} is damaged: {what} is not as it was written. It was neither used nor removed; "
+            "move the folder away and run the same command again to compute it anew"
+        )
+
+    def vouch(self, path: Path) -> str:
+        """Take down a finished file's sha256, for the next line and for `require_as_written`."""
+        name = path.relative_to(self._home).as_posix()
+        self.vouched[name] = self._new[name] = sha256_file(path)
+        return self.vouched[name]
+
+    def require_as_written(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise CheckpointError unless `files`, a folder's as a manifest lists them, are those that were written.
+
+        A weight file that no step wrote does not belong to the stage, whoever put it there.
+        """
+        for name, digest in self.vouched.items():
+            if Path(name).parts[0] != WORK and files.get(name, {}).get("sha256") != digest:
+                raise self._damaged(name)
+        if strays := [name for name in files if name.endswith(".safetensors") and name not in self.vouched]:
+            raise self._damaged(f"{strays[0]}, which no step of the stage wrote,")
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a line and wait until it is on the disk; floats survive the round trip through JSON exactly."""
-        line = json.dumps(entry | {"seconds": round(self.seconds, 3)})
-        self.entries.append(json.loads(line))
+        files = {"files": self._new} if self._new else {}
+        line = sealed(entry | {"seconds": round(self.seconds, 3)} | files, self._last)
+        self.entries.append(json.loads(json.dumps({key: value for key, value in line.items() if key != SEAL})))
         with self._journal.open("a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._last, self._new = str(line[SEAL]), {}
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 @dataclass
@@ -201,6 +263,7 @@ class Walk:
                 raise RuntimeError("a stage left a block without calling done()")
 
     def advance(self, visit: BlockVisit, facts: dict[str, Any]) -> None:
+        entry: dict[str, Any] = {"block": visit.index, "facts": facts}
         if visit.index + 1 < visit.count or self._last_outputs:
             following = self._states(visit.index + 1)
             for number, before in enumerate(self.states.chunks):
@@ -210,8 +273,10 @@ class Walk:
                 following.write(number, after)
             following.flush()
             self.states = following
+            if self.work:
+                entry["states"] = following.sha256()
         if self.work:
-            self.work.append({"block": visit.index, "facts": facts})
+            self.work.append(entry)
         self._next = visit.index + 1
         self.runtime.progress.step(block=f"{visit.index + 1}/{visit.count}")
 
@@ -222,6 +287,11 @@ class Walk:
         resumed = 0 < index == self._next and (index < len(self.skeleton.blocks) or self._last_outputs)
         if resumed and not (path.is_file() and path.stat().st_size == self._states_bytes):
             raise CheckpointError(f"{self.work.folder} has lost the hidden states of block {index}; move it away")
+        if resumed and sha256_file(path) != self.work.entries[-1]["states"]:
+            raise CheckpointError(
+                f"{self.work.folder}: the hidden states of block {index} in {path.name} are not as they were written; "
+                "move it away"
+            )
         return States(self._shapes, self.runtime.dtype, path)
 
     @property

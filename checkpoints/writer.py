@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import CheckpointError
 from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
-from checkpoints.manifest import WORK, sync_folder, write_json
+from checkpoints.manifest import (
+    MANIFEST,
+    PARTIAL,
+    WORK,
+    Manifest,
+    replacing,
+    require_inside,
+    require_own_links,
+    sync_folder,
+    write_bytes,
+    write_json,
+)  # fmt: skip
 from checkpoints.scaling import scaling_name
 from checkpoints.walk import Work
 
@@ -43,6 +56,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, block_prefix: str = "model.layers") -> None:
         self.folder = folder
         self.block_prefix = block_prefix
+        self._manifests: dict[Path, dict[str, dict[str, Any]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -112,9 +126,10 @@ class CheckpointWriter:
         """Write configuration, tokenizer and index; afterwards the folder loads. The manifest is still to come."""
         write_json(self.folder / "config.json", dict(config))
         if source is not None:
+            require_own_links(source.folder)
             for name in TOKENIZER_FILES:
                 if (source.folder / name).is_file():
-                    shutil.copyfile(source.folder / name, self.folder / name)
+                    write_bytes(self.folder / name, (source.folder / name).read_bytes())
         names, total = {}, 0
         for path in sorted(self.folder.glob("*.safetensors")):
             for name, tensor in read_header(path).items():
@@ -125,21 +140,47 @@ class CheckpointWriter:
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary = path.with_name(f".{path.name}{PARTIAL}")
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
+        self._vouch(path)
 
     def _link(self, path: Path, name: str) -> bool:
-        """Share an unchanged shard with the folder it comes from, where the file system can."""
+        """Share an unchanged shard with the folder it comes from, where the file system can.
+
+        Raises CheckpointError where it is no longer the file that the folder's manifest lists.
+        """
         target = self.folder / name
         if not path.is_file():
             return False
+        home = path.parents[len(Path(name).parts) - 1]
+        require_inside(home, [name], str(home))
         target.unlink(missing_ok=True)
         try:
-            os.link(path, target)
+            os.link(path.resolve(), target)
         except OSError:
-            shutil.copyfile(path, target)
+            with path.open("rb") as there, replacing(target) as here:
+                shutil.copyfileobj(there, here)
+        digest = self._vouch(target)
+        listed = self._listed(home).get(name)
+        if digest and listed and digest != listed["sha256"]:
+            raise CheckpointError(f"the checkpoint {home} is damaged: {name} does not have the sha256 of its manifest")
         return True
+
+    def _vouch(self, path: Path) -> str:
+        """Have the stage's journal answer for a file; without work in progress there is none, and no hash."""
+        return self.work.vouch(path) if "work" in self.__dict__ else ""
+
+    def _listed(self, home: Path) -> dict[str, dict[str, Any]]:
+        """The files of a finished folder by its manifest, which is read once."""
+        if home not in self._manifests:
+            self._manifests[home] = Manifest.read(home).files if (home / MANIFEST).is_file() else {}
+        return self._manifests[home]

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoints.errors import NumericsError, TextError
+from checkpoints.errors import CheckpointError, NumericsError, TextError
+from checkpoints.manifest import sha256_file
 from checkpoints.quiet import quiet_import
 from checkpoints.runtime import Progress, Runtime
 from checkpoints.tokens import TokenBatches
@@ -86,7 +87,7 @@ def train(
         ],
     )
     trainer.remove_callback(PrinterCallback)  # output is the progress bar's
-    saved = last_whole_step(work.folder)
+    saved = last_whole_step(work)
     state = settled(saved, steps, options.patience) if saved else None
     runtime.progress.start("lora", 0 if state else steps - (int(saved.name.split("-")[1]) if saved else 0))
     if not any(_BEGAN in entry for entry in work.entries):
@@ -181,20 +182,21 @@ def _report(progress: Progress, work: Work) -> Any:
             ):
                 value = float(logs.get(key, 0))
                 if not math.isfinite(value):
-                    raise NumericsError(f"the {what} became {value} at step {state.global_step}; {_kept(work.folder)}")
+                    raise NumericsError(f"the {what} became {value} at step {state.global_step}; {_kept(work)}")
             if "loss" in logs:
                 progress.step(step=f"{state.global_step}/{state.max_steps}", loss=f"{float(logs['loss']):.3f}")
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (work.folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-            work.append({"step": state.global_step})
+            folder = work.folder / f"checkpoint-{state.global_step}"
+            work.append({"step": state.global_step, "saved": _hashes(folder)})
+            (folder / _COMPLETE).touch()  # last: a step saved again must not meet the line of its first time
 
     return Report()
 
 
-def _kept(folder: Path) -> str:
+def _kept(work: Work) -> str:
     """What is left after a loss that is not finite, and what to do."""
-    saved = last_whole_step(folder)
+    saved = last_whole_step(work)
     if saved is None:
         return "no step was saved before it. Lower --lora-lr"
     step = saved.name.split("-")[1]
@@ -241,14 +243,32 @@ def settled(saved: Path, steps: int, patience: int) -> Any:
     return state if state.global_step >= steps or impatient else None
 
 
-def last_whole_step(work: Path) -> Path | None:
-    """The newest saved step that was written completely; half-written ones are removed."""
-    steps = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+def last_whole_step(work: Work) -> Path | None:
+    """The newest saved step that the journal answers for; half-written ones are removed.
+
+    Raises CheckpointError naming a file of a saved step that is not as it was saved.
+    """
+    told = {entry["step"]: entry["saved"] for entry in work.entries if "saved" in entry}
+    steps = sorted(work.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     for path in steps:
-        if not (path / _COMPLETE).is_file():
+        number = int(path.name.split("-")[1])
+        if number not in told or not (path / _COMPLETE).is_file():
             shutil.rmtree(path)
+            continue
+        found = _hashes(path)
+        for name in sorted(found.keys() | told[number]):
+            if found.get(name) != told[number].get(name):
+                raise CheckpointError(
+                    f"{path / name} is not as it was saved; move {work.folder.parent} away and run the same command "
+                    "again to train anew"
+                )
     whole = [path for path in steps if path.is_dir()]
     return whole[-1] if whole else None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != _COMPLETE]
+    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files}
 
 
 # --- data and randomness --------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from checkpoints.headers import shape_from_folder
 from checkpoints.image import pack_checkpoint
 from checkpoints.image_restore import unpack_checkpoint
 from checkpoints.image_tensors import decode_linear, encode_linear
+from checkpoints.manifest import sealed
 from checkpoints.packed_sizes import block_records, packed_sizes, place
 from checkpoints.shape import BlockShape, LinearShape
 from checkpoints.sparsity import parse_sparsity
@@ -243,7 +244,7 @@ def test_what_cannot_be_read_back_is_refused(made: Checkpoint, quantised: dict[s
 def test_a_mask_that_is_not_there_cannot_be_packed(tmp_path: Path) -> None:
     made = Wanted(codebook="nf4", pattern=None, unit=64).make(tmp_path / "it")
     manifest = json.loads((made.folder / "manifest.json").read_text())
-    (made.folder / "manifest.json").write_text(json.dumps(manifest | {"sparsity": {"pattern": "2:4"}}))
+    (made.folder / "manifest.json").write_text(json.dumps(sealed(manifest | {"sparsity": {"pattern": "2:4"}})))
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.down_proj is said to hold 2:4, but"):
         pack_checkpoint(Checkpoint.open(made.folder), tmp_path / "model.bin")
 

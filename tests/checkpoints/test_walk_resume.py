@@ -14,6 +14,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError
+from checkpoints.manifest import sealed
 from checkpoints.runtime import Runtime
 from checkpoints.walk import Walk, Work
 
@@ -163,7 +164,7 @@ def test_time_of_earlier_runs_counts(tmp_path: Path) -> None:
     work = Work(tmp_path / "work")
     work.append({"block": 0})
     line = json.loads((work.folder / "journal.jsonl").read_text())
-    (work.folder / "journal.jsonl").write_text(json.dumps(line | {"seconds": 1000.0}) + "\n")
+    (work.folder / "journal.jsonl").write_text(json.dumps(sealed(line | {"seconds": 1000.0})) + "\n")
     assert 1000 <= Work(tmp_path / "work").seconds < 1060
     shutil.rmtree(work.folder)
     assert Work(tmp_path / "work").seconds < 60

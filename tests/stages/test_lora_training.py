@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, TextError
+from checkpoints.errors import CheckpointError, NumericsError, TextError
 from checkpoints.manifest import describe_files
 from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches
+from checkpoints.walk import Work
 from checkpoints.writer import CheckpointWriter
 from stages import lora, training
 from tests.stages.lora_help import Watcher, mean_loss, options, text, weights
@@ -107,13 +108,39 @@ def test_a_half_written_step_is_ignored(
 
 
 def test_last_whole_step_compares_numbers_and_removes_halves(tmp_path: Path) -> None:
-    assert training.last_whole_step(tmp_path) is None
+    work = Work(tmp_path / "work")
+    assert training.last_whole_step(work) is None
+    for step in (8, 12, 100, 120):
+        (work.folder / f"checkpoint-{step}").mkdir()
     for step in (8, 12, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        work.append({"step": step, "saved": {}})
+    for step in (8, 12, 120):
+        (work.folder / f"checkpoint-{step}" / "complete").touch()
+    assert training.last_whole_step(work) == work.folder / "checkpoint-12"
+    assert not (work.folder / "checkpoint-100").exists()  # not complete
+    assert not (work.folder / "checkpoint-120").exists()  # the journal knows nothing of it
+
+
+@pytest.mark.parametrize("fault", ["flipped", "gone", "more"])
+def test_a_saved_step_that_was_changed_is_refused_by_name(tmp_path: Path, fault: str) -> None:
+    work = Work(tmp_path / "work")
     for step in (8, 12):
-        (tmp_path / f"checkpoint-{step}" / "complete").touch()
-    assert training.last_whole_step(tmp_path) == tmp_path / "checkpoint-12"
-    assert not (tmp_path / "checkpoint-100").exists()
+        folder = work.folder / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "adapter.safetensors").write_bytes(b"weights")
+        work.append({"step": step, "saved": training._hashes(folder)})
+        (folder / "complete").touch()
+    assert training.last_whole_step(Work(work.folder)) == work.folder / "checkpoint-12"
+    # The older step too: its adapter may be the best one, which is read at the end.
+    file = work.folder / "checkpoint-8" / "adapter.safetensors"
+    if fault == "flipped":
+        file.write_bytes(b"weightz")
+    elif fault == "gone":
+        file.unlink()
+    else:
+        file.with_name("optimizer.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"checkpoint-8/\S+ is not as it was saved; move \S+ away"):
+        training.last_whole_step(Work(work.folder))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -137,7 +164,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_names_the_step(
     monkeypatch.setattr(LlamaForCausalLM, "forward", spoilt)
     with pytest.raises(NumericsError) as caught:
         lora.run(masked, writer, text(), options(held_out=0), RUNTIME)
-    saved = training.last_whole_step(writer.work.folder)
+    saved = training.last_whole_step(writer.work)
     assert saved == writer.work.folder / "checkpoint-3"
     assert str(caught.value) == (
         f"the training {what} became nan at step 6; the adapter of step 3, the last good one, is kept in {saved}. "
