@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
+from checkpoints.manifest import SEAL, write_bytes
 from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches, sample_windows
 from eval.text import Text, load_text
@@ -100,12 +103,33 @@ class Calibration:
         if kept is not None:
             name += f"-{hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:12]}"
         path = self._store / "calibration" / f"{name}.safetensors"
-        if not path.is_file():
+        ids = _sampled_before(path, runtime.progress.note) if path.is_file() else None
+        if ids is None:
             path.parent.mkdir(exist_ok=True)
             ids = sample_text(self._source, samples, length, runtime, kept)
-            save_file({"ids": ids}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
-        return TokenBatches("self", load_file(path)["ids"])
+            write_bytes(path, save({"ids": ids}, metadata={SEAL: _digest(ids)}))
+        return TokenBatches("self", ids)
+
+
+def _sampled_before(path: Path, note: Callable[[str], None]) -> Tensor | None:
+    """The ids of a file that `_sampled` wrote; None where they are not as they were written, which is told."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            ids: Tensor = file.get_tensor("ids")
+            stated = (file.metadata() or {}).get(SEAL)
+    except (OSError, SafetensorError):
+        ids, stated = torch.empty(0), "unreadable"
+    if stated == _digest(ids):
+        return ids
+    if stated is None:
+        note(f"{path.name} in calibration/ carries no hash, as those of earlier versions; it is used as it is")
+        return ids
+    note(f"{path} is damaged or was edited; the text is sampled again")
+    return None
+
+
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(str(list(ids.shape)).encode() + ids.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _evaluation_text(recipe: Recipe) -> Text:

@@ -178,8 +178,12 @@ def _as_if(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> Mode
 
 def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     import csv
+    import io
 
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    from checkpoints.manifest import write_bytes
+
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, table.getvalue().encode())

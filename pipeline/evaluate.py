@@ -12,14 +12,14 @@ import torch
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, EdgepressError, PlanError
-from checkpoints.manifest import write_json
+from checkpoints.manifest import is_special, seal_holds, sealed, write_json
 from checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
 from checkpoints.sources import open_source
 from eval.results import Result
 from eval.settings import Settings
 from eval.subject import Subject
 from eval.tasks import TASKS, Task
-from pipeline.store import MARKER
+from pipeline.store import MARKER, Store, require_own
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,14 @@ def open_all(names: Sequence[str]) -> list[tuple[str, Checkpoint]]:
 
 def _stages(store: Path) -> list[Checkpoint]:
     """The last run's checkpoints of an output folder, the uncompressed model first."""
-    result = store / "result"
-    if not result.is_dir():
+    require_own(store)
+    result = Store(store).result()
+    if result is None:
         raise CheckpointError(
             f"{store} has no result yet: its run is not finished. Run its command again to finish it, or name a "
             "stage's folder in it"
         )
-    return list(Checkpoint.open(result.resolve()).ancestors())[::-1]
+    return list(Checkpoint.open(result).ancestors())[::-1]
 
 
 def check_request(tasks: Sequence[Task], settings: Settings) -> None:
@@ -157,8 +158,9 @@ def keeping_answers(settings: Settings, home: Path) -> Settings:
 
 def write_report(path: Path, measured: Sequence[Measured], machine: str) -> None:
     """Every result with the value of each item, so that two reports can be compared later."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, report(measured, machine, items=True))
+    if not is_special(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, sealed(report(measured, machine, items=True)))
 
 
 def report(measured: Sequence[Measured], machine: str, items: bool = False) -> dict[str, Any]:
@@ -171,8 +173,10 @@ def read_report(name: str) -> Measured:
     path = Path(file if not label else f"{file}.json").expanduser()
     try:
         data = json.loads(path.read_text())
+        if seal_holds(data) is False:
+            raise PlanError(f"{path} is damaged or was edited: it does not have the sha256 that it states of itself")
         found = {m["label"]: Measured.from_dict(m) for m in data["checkpoints"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlanError(f"{path} is not a report of `compress eval -o`: {error}") from None
     if label and label in found:
         return found[label]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.errors import PlanError
-from checkpoints.manifest import write_json
+from checkpoints.manifest import replacing, sealed, write_json
 from checkpoints.runtime import Runtime, choose_device, choose_dtype
 from checkpoints.sources import open_source
 from pipeline.calibration import Calibration
@@ -86,7 +86,7 @@ def write_ranking(ranking: dict[str, Any], out: Path) -> None:
     from matplotlib import pyplot
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_suffix(".json"), ranking)
+    write_json(out.with_suffix(".json"), sealed(ranking))
     blocks = [int(block) for block in ranking["scores"]]
     scores = list(ranking["scores"].values())
     first = set(ranking["order"][:5])
@@ -99,5 +99,6 @@ def write_ranking(ranking: dict[str, Any], out: Path) -> None:
     axes.set_ylabel(ranking["metric"])
     axes.set_title(f"{ranking['model']}: {ranking['meaning']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out.with_suffix(".png"), dpi=130)
+    with replacing(out.with_suffix(".png")) as file:
+        figure.savefig(file, format="png", dpi=130)
     pyplot.close(figure)

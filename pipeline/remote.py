@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.manifest import MANIFEST, WORK, Manifest
+from checkpoints.errors import CheckpointError, EdgepressError, PlanError
+from checkpoints.manifest import (
+    MANIFEST,
+    PARTIAL,
+    WORK,
+    Manifest,
+    check_files,
+    require_inside,
+    require_name,
+    write_bytes,
+)  # fmt: skip
 
 _SHARED_FOLDERS = ("measurements", "calibration")
+_MOST_BYTES = 2**26  # of a manifest
 
 
 class Mirror:
@@ -41,59 +52,143 @@ class Mirror:
             raise PlanError(f"--store {self.url} cannot be written: {type(error).__name__}: {error}") from None
 
     def has(self, name: str) -> bool:
-        return bool(self.files.exists(f"{self.root}/{name}/{MANIFEST}"))
+        with self._named(name):
+            return bool(self.files.exists(f"{self.root}/{name}/{MANIFEST}"))
 
-    def fetch(self, name: str) -> bool:
-        """Bring a finished stage folder here if it is there and not here; whether it is here now."""
+    def fetch(self, name: str, fingerprint: str) -> bool:
+        """Bring a finished stage folder here if it is there and not here; whether it is here now.
+
+        What comes is not trusted: its manifest must be sound and of this fingerprint, name files in the folder alone,
+        and every file must have the size and sha256 listed. Only then does the folder appear. Raises CheckpointError
+        saying what is wrong at the URL; nothing of it is left here.
+        """
+        _require_folder_name(name, self.url)
         self._fetch_shared()
         target = self.folder / name
         if (target / MANIFEST).is_file():
             return True
         if not self.has(name):
             return False
+        if target.is_symlink():
+            raise CheckpointError(f"{target} is a link, where a stage's folder would be put; move it away")
         draft = self.folder / f".fetched-{name}"
         shutil.rmtree(draft, ignore_errors=True)
-        manifest = json.loads(self.files.cat_file(f"{self.root}/{name}/{MANIFEST}"))
-        for file in (*manifest["files"], MANIFEST):
-            (draft / file).parent.mkdir(parents=True, exist_ok=True)
-            self.files.get_file(f"{self.root}/{name}/{file}", str(draft / file))
-        shutil.rmtree(target, ignore_errors=True)  # an attempt that died here before another machine finished it
-        draft.rename(target)
+        try:
+            self._fetch_folder(name, fingerprint, draft)
+            shutil.rmtree(target, ignore_errors=True)  # an attempt that died here before another machine finished it
+            draft.rename(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
         return True
 
-    def fetch_line(self, name: str) -> None:
+    def _fetch_folder(self, name: str, fingerprint: str, draft: Path) -> None:
+        there = f"{self.url.rstrip('/')}/{name}"
+        manifest, content = self._manifest(name)
+        if manifest.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{there} was refused: its fingerprint is {manifest.fingerprint[:12]}, asked for was "
+                f"{fingerprint[:12]}. Remove it there, and it is computed again"
+            )
+        for file, facts in manifest.files.items():
+            if file == MANIFEST or Path(file).parts[0] == WORK:
+                raise CheckpointError(f"{there} was refused: its manifest lists {file}, which is no result")
+            place = f"{self.root}/{name}/{file}"
+            with self._named(f"{name}/{file}"):
+                size = int(self.files.size(place))
+            if size != facts["bytes"]:
+                raise CheckpointError(
+                    f"{there} was refused: {file} has {size} bytes, the manifest says {facts['bytes']}. Remove the "
+                    "folder there, and it is computed again"
+                )
+            (draft / file).parent.mkdir(parents=True, exist_ok=True)
+            with self._named(f"{name}/{file}"):
+                self.files.get_file(place, str(draft / file))
+        try:
+            check_files(draft, manifest, hashes=True)
+        except CheckpointError as error:
+            reason = str(error).partition(" is damaged: ")[2].partition(". It was")[0] or str(error)
+            raise CheckpointError(
+                f"{there} was refused: {reason}. Remove the folder there, and it is computed again"
+            ) from None
+        write_bytes(draft / MANIFEST, content)
+
+    def _manifest(self, name: str) -> tuple[Manifest, bytes]:
+        """The manifest at the URL, and its bytes, read once: what was checked is what is kept."""
+        place = f"{self.root}/{name}/{MANIFEST}"
+        with self._named(f"{name}/{MANIFEST}"):
+            content = bytes(self.files.cat_file(place, start=0, end=_MOST_BYTES))
+        if len(content) == _MOST_BYTES:
+            raise CheckpointError(f"{self.url}/{name}/{MANIFEST} was refused: no manifest is so large")
+        return Manifest.parse(content, f"{self.url.rstrip('/')}/{name}/{MANIFEST}"), content
+
+    def fetch_line(self, name: str, fingerprint: str) -> None:
         """A stage folder and those it was made from: some stages look at their ancestors' weights."""
-        while name and self.fetch(name):
-            parent = Manifest.read(self.folder / name).parent
-            name = Path(parent["path"]).name if parent and parent["path"].startswith("../") else ""
+        while name and self.fetch(name, fingerprint):
+            manifest = Manifest.read(self.folder / name)
+            if manifest.fingerprint != fingerprint:
+                raise CheckpointError(
+                    f"{self.folder / name} belongs to another run: its fingerprint is {manifest.fingerprint[:12]}, "
+                    f"expected {fingerprint[:12]}; move it away"
+                )
+            parent = manifest.parent
+            if not parent or Path(parent["path"]).is_absolute():
+                return
+            name, fingerprint = parent["path"].removeprefix("../"), parent["fingerprint"]
 
     def send(self, name: str) -> None:
         """Put a finished stage folder, and what was measured, at the URL; the manifest last."""
         folder = self.folder / name
         if not self.has(name):
-            for path in sorted(folder.rglob("*")):
-                inside = path.relative_to(folder)
-                if path.is_file() and path.name != MANIFEST and inside.parts[0] != WORK:
-                    self._put(path, f"{name}/{inside.as_posix()}")
-            self._put(folder / MANIFEST, f"{name}/{MANIFEST}")
+            manifest = Manifest.read(folder)
+            require_inside(folder, manifest.files, str(folder / MANIFEST))
+            for file in (*manifest.files, MANIFEST):
+                self._put(folder / file, f"{name}/{file}")
         for shared in _SHARED_FOLDERS:
             for path in (self.folder / shared).glob("[!.]*"):
-                if not self.files.exists(f"{self.root}/{shared}/{path.name}"):
+                with self._named(f"{shared}/{path.name}"):
+                    there = self.files.exists(f"{self.root}/{shared}/{path.name}")
+                if not there and path.is_file() and not path.is_symlink():
                     self._put(path, f"{shared}/{path.name}")
 
     def _fetch_shared(self) -> None:
+        """Measurements and sampled texts, whose readers check the hashes that they carry."""
         for shared in _SHARED_FOLDERS:
-            if not self.files.exists(f"{self.root}/{shared}"):
-                continue
+            with self._named(shared):
+                if not self.files.exists(f"{self.root}/{shared}"):
+                    continue
+                entries: list[dict[str, Any]] = self.files.ls(f"{self.root}/{shared}", detail=True)
             (self.folder / shared).mkdir(exist_ok=True)
-            entries: list[Any] = self.files.ls(f"{self.root}/{shared}", detail=False)
             for entry in entries:
-                target = self.folder / shared / Path(entry).name
-                if not target.is_file():
-                    draft = target.with_name(f".{target.name}.fetched")
-                    self.files.get_file(entry, str(draft))
+                name = require_name(str(entry["name"]).rstrip("/").rpartition("/")[2], f"{self.url}/{shared}")
+                target = self.folder / shared / name
+                if entry["type"] != "file" or name.startswith(".") or target.is_file() or target.is_symlink():
+                    continue
+                draft = target.with_name(f".{name}{PARTIAL}")
+                try:
+                    with self._named(f"{shared}/{name}"):
+                        self.files.get_file(entry["name"], str(draft))
                     draft.replace(target)
+                finally:
+                    draft.unlink(missing_ok=True)
 
     def _put(self, path: Path, name: str) -> None:
-        self.files.makedirs(f"{self.root}/{Path(name).parent.as_posix()}", exist_ok=True)
-        self.files.put_file(str(path), f"{self.root}/{name}")
+        with self._named(name):
+            self.files.makedirs(f"{self.root}/{Path(name).parent.as_posix()}", exist_ok=True)
+            self.files.put_file(str(path), f"{self.root}/{name}")
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Turn what a file system raises, each has errors of its own, into one that names the URL and file."""
+        try:
+            yield
+        except EdgepressError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise CheckpointError(f"--store {self.url}: {name}: {type(error).__name__} {reason}".rstrip()) from None
+
+
+def _require_folder_name(name: str, told_by: str) -> None:
+    """Raise CheckpointError unless a name can only be that of a stage's folder in the store."""
+    if "/" in require_name(name, told_by) or name.startswith("."):
+        raise CheckpointError(f"{told_by} names {name!r}, which is no stage's folder")

@@ -53,7 +53,8 @@ def print_summary(console: Console, result: RunResult, out: Path) -> None:
         console.print("The packaged model's weights were 4-bit (GGUF Q4_1) before it came here.", highlight=False)
     if result.stages and not result.computed:
         console.print("Nothing to do: every stage was in the store already.", style="green")
-    console.print(f"Result: {out / 'result'}   report: {out / 'report.json'}", highlight=False, soft_wrap=True)
+    made = f"Result: {out / 'result'}" if result.stages else "Every stage was skipped: there is no result"
+    console.print(f"{made}   report: {out / 'report.json'}", highlight=False, soft_wrap=True)
 
 
 def print_plan(

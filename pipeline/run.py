@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
-from checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, write_json
+from checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, sealed, write_json
 from checkpoints.memory import available_bytes, peak_bytes, reset_peak
 from checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
 from checkpoints.shape import ModelShape
@@ -26,7 +26,7 @@ from pipeline.plan import StagePlan, plan
 from pipeline.progress import Reporter
 from pipeline.recipe import Recipe
 from pipeline.report import machine
-from pipeline.store import Store
+from pipeline.store import REPORT, Store
 from pipeline.verdicts import judge, say_measured, say_planned, to_dict
 from stages.options import Options, decisive
 
@@ -111,6 +111,9 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
     plans = plan(recipe, source.shape)
     keys = at.fingerprints(plans)
     _require_room(out, store, plans, keys)
+    store.forget_result(store.stage_folder(len(plans), plans[-1].options.label, keys[-1]) if plans else None)
+    if not plans:
+        reporter.note("every stage is skipped: the model is measured, and no checkpoint is written")
     say_planned(reporter, plans[-1].shape if plans else source.shape, soc, _name(recipe))
     for note in dict.fromkeys((*recipe.notes, *(remark for p in plans for remark in p.remarks))):
         reporter.note(note)
@@ -145,7 +148,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         "stages": [result.to_dict() for result in results],
         "hardware": to_dict(verdict),
     }
-    write_json(out / "report.json", report)
+    write_json(out / REPORT, sealed(report))
     return RunResult(report, results, sum(not r.reused for r in results))
 
 
@@ -172,11 +175,14 @@ def _compute(
     """Run one stage, prove and measure what lies on the disk, and only then write the manifest."""
     module = importlib.import_module(f"stages.{step.stage}")
     target = CheckpointWriter(folder, parent.shape.block_prefix)
+    work = target.work  # from the start, so that a kill at any moment leaves a folder that is known to be unfinished
     windows = calibration.windows(step.stage, step.options, step.turn)
     reset_peak()
     facts = module.run(parent, target, windows, step.options, replace(runtime, turn=step.turn))
-    seconds, peak = target.work.seconds, peak_bytes()
+    seconds, peak = work.seconds, peak_bytes()
 
+    files = describe_files(folder)
+    work.require_as_written(files)
     result = Checkpoint(folder, None)
     counted = result.facts(step.shape.pattern)
     for count, what in (("file_bytes", "on disk"), ("packed_bytes", "packed")):
@@ -199,7 +205,7 @@ def _compute(
         seconds=seconds,
         peak_memory_bytes=peak,
         versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-        files=describe_files(folder),
+        files=files,
         origin=_origin(parent, facts),
         facts=facts,
         **counted,
@@ -208,7 +214,7 @@ def _compute(
     after = _measured(measured, calibration, protocol, runtime, store)
     manifest.quality = {"before": before, "after": after}
     manifest.write(folder)
-    target.work.remove()
+    work.remove()
     return Checkpoint.open(folder)
 
 
@@ -254,7 +260,7 @@ def _measured(
 ) -> dict[str, Any]:
     """The perplexity, measured now or, with the same checkpoint and protocol, before."""
     key = measurement_key(checkpoint.fingerprint, calibration.evaluation, protocol, runtime.dtype)
-    known = store.measurement(key)
+    known = store.measurement(key, runtime.progress.note)
     if known is None:
         known = measure(checkpoint, calibration.evaluation, protocol, runtime).to_dict()
         store.keep_measurement(key, known)

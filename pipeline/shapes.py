@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.headers import INDEX, read_config, shape_from_folder
-from checkpoints.manifest import MANIFEST, Manifest, check_files
+from checkpoints.manifest import MANIFEST, Manifest, check_files, require_finished
 from checkpoints.shape import ModelShape
 
 PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
@@ -23,6 +23,7 @@ def model_shape(model: str | None) -> ModelShape:
         return shape_from_config(PRESETS[PACKAGED_PRESET])
     path = Path(model).expanduser()
     if path.is_dir():
+        require_finished(path)
         has_weights = (path / INDEX).is_file() or (path / "model.safetensors").is_file()
         return shape_from_folder(path) if has_weights else shape_from_config(read_config(path))
     if path.is_file() and path.name == "config.json":

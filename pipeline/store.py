@@ -10,16 +10,27 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import MANIFEST, WORK, write_json
+from checkpoints.manifest import (
+    MANIFEST,
+    SEAL,
+    WORK,
+    remove_partial,
+    require_inside,
+    require_no_links_out,
+    seal_holds,
+    sealed,
+    write_json,
+)  # fmt: skip
 
-MARKER, LOCKS = ".edgepress", ".locks"
+MARKER, LOCKS, RESULT = ".edgepress", ".locks", "result"
+REPORT, EARLIER_REPORT = "report.json", "report-earlier.json"
 
 
 class Store:
@@ -36,13 +47,18 @@ class Store:
             names = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
             raise PlanError(f"{folder} is not an output folder of compress (it holds {names}); choose another with -o")
         folder.mkdir(parents=True, exist_ok=True)
+        require_own(folder)
         (folder / MARKER).touch()
         with (folder / MARKER).open("r+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise PlanError(f"another compress is writing to {folder}; wait for it, or choose another -o") from None
-            yield self
+            remove_partial(folder)
+            try:
+                yield self
+            finally:
+                remove_partial(folder)  # of workers that were stopped while they wrote
 
     def stage_folder(self, position: int, label: str, fingerprint: str) -> Path:
         return self.folder / f"{position}-{label}-{fingerprint[:8]}"
@@ -65,6 +81,7 @@ class Store:
         Raises CheckpointError naming a folder that is damaged or was made from something else; such a folder
         is neither reused nor removed.
         """
+        require_no_links_out(folder)
         if not (folder / MANIFEST).is_file():
             if folder.is_dir() and not (folder / WORK).is_dir() and any(folder.iterdir()):
                 raise CheckpointError(
@@ -81,20 +98,68 @@ class Store:
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return checkpoint
 
+    def result(self) -> Path | None:
+        """The last stage's folder of the last run, if that run is finished.
+
+        Raises CheckpointError where `result` does not lead to a folder of this store.
+        """
+        link = self.folder / RESULT
+        if not link.is_symlink() and not link.exists():
+            return None
+        if not link.is_symlink() or Path(os.readlink(link)).name != os.readlink(link) or not link.is_dir():
+            raise CheckpointError(f"{link} is not the link to a stage's folder beside it that compress keeps there")
+        require_inside(self.folder, [RESULT], str(self.folder))
+        return link.resolve()
+
+    def forget_result(self, coming: Path | None) -> None:
+        """At the start of a run: take `result` away unless it is the folder that this run will give.
+
+        The report of the run that gave it is kept under another name. Raises PlanError where `result` is no link.
+        """
+        link = self.folder / RESULT
+        if link.exists() and not link.is_symlink():
+            raise PlanError(
+                f"{link} is not the link that compress keeps there; move it away, or choose another folder with -o"
+            )
+        if coming is not None and link.is_symlink() and os.readlink(link) == coming.name:
+            return
+        link.unlink(missing_ok=True)
+        if (self.folder / REPORT).is_file():
+            os.replace(self.folder / REPORT, self.folder / EARLIER_REPORT)
+
     def link_result(self, folder: Path) -> None:
         """Point `result` at the last stage's folder, atomically."""
         temporary = self.folder / ".result.partial"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name)
-        os.replace(temporary, self.folder / "result")
+        os.replace(temporary, self.folder / RESULT)
 
     # --- measurements, which belong to a checkpoint and a protocol, not to a run -----------------------------------
 
-    def measurement(self, key: str) -> dict[str, Any] | None:
+    def measurement(self, key: str, note: Callable[[str], None] = lambda message: None) -> dict[str, Any] | None:
+        """What was measured before; None where it was not, or the file is not as it was written, which is told."""
         path = self.folder / "measurements" / f"{key}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            facts: dict[str, Any] = json.loads(path.read_text())
+            holds = seal_holds(facts, key)
+        except (ValueError, TypeError, RecursionError):
+            holds = False
+        if not holds:
+            why = "carries no hash, as those of earlier versions" if holds is None else "is damaged or was edited"
+            note(f"{path} {why}; it is measured again")
+            return None
+        del facts[SEAL]
+        return facts
 
     def keep_measurement(self, key: str, facts: dict[str, Any]) -> None:
         path = self.folder / "measurements" / f"{key}.json"
         path.parent.mkdir(exist_ok=True)
-        write_json(path, facts)
+        write_json(path, sealed(facts, key))
+
+
+def require_own(folder: Path) -> None:
+    """Raise CheckpointError where something in an output folder is a link out of it, through which we would write."""
+    if folder.is_dir():
+        require_inside(folder, [p.name for p in folder.iterdir() if p.is_symlink() and p.name != RESULT], str(folder))

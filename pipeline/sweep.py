@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import PlanError
-from checkpoints.manifest import MANIFEST, write_json
+from checkpoints.manifest import MANIFEST, sealed, sha256_file, write_json
 from checkpoints.memory import available_bytes
 from checkpoints.shape import ModelShape
 from pipeline.plan import StagePlan
@@ -153,7 +153,8 @@ def _task(tree: Tree, node: Node, out: Path, store_url: str) -> Task:
     parent = tree.nodes[node.parent] if node.parent else None
     above = folder_name(parent) if parent is not None and parent.step is not None else None
     plain = conditions_of(node.recipe)
-    return Task(node.key, node.fingerprint, node.position, node.step, above, plain, out, store_url)
+    start = parent.fingerprint if parent else ""
+    return Task(node.key, node.fingerprint, node.position, node.step, above, plain, out, start, store_url)
 
 
 def all_tasks(tree: Tree, out: Path, store_url: str = "") -> list[Task]:
@@ -184,7 +185,9 @@ def write_state(out: Path, sweep: Sweep, result: SweepResult) -> None:
     counts: dict[str, Any] = {"asked": tree.asked, "distinct": tree.distinct, "shared": tree.shared}
     counts |= {"done": result.done, "computed": result.computed}
     about = {"name": sweep.name, "about": sweep.about, "notes": list(sweep.notes), "machine": machine()}
-    write_json(out / "sweep.json", about | {"stage_runs": counts, "configurations": configurations})
+    tables = {p.name: sha256_file(p) for p in sorted(out.glob("results.*")) if p.suffix in (".csv", ".parquet")}
+    state = about | {"stage_runs": counts, "configurations": configurations, "tables": tables}
+    write_json(out / "sweep.json", sealed(state))
 
 
 def _status(name: str, failed: dict[str, str], complete: bool) -> str:

@@ -26,6 +26,7 @@ class Task:
     parent: str | None  # the parent's folder name in the store; None: the uncompressed model
     recipe: Recipe  # its plain keys
     out: Path
+    parent_fingerprint: str = ""  # of the folder `parent`
     store_url: str = ""  # fsspec URL that finished stages are fetched from and sent to; empty: `out` is shared
 
 
@@ -89,6 +90,7 @@ def conditions(recipe: Recipe, out: Path, checked: Recipe | None = None) -> Cond
 def perform(task: Task, tell: Callable[[str], None]) -> Outcome:
     """Compute one stage run or find it in the store, and measure it. Raises what the stage raises."""
     from checkpoints.checkpoint import Checkpoint
+    from checkpoints.errors import CheckpointError
     from pipeline.remote import Mirror
     from pipeline.run import run_stage
 
@@ -105,11 +107,13 @@ def perform(task: Task, tell: Callable[[str], None]) -> Outcome:
     parent = at.source
     if task.parent is not None:
         if mirror:
-            mirror.fetch_line(task.parent)
+            mirror.fetch_line(task.parent, task.parent_fingerprint)
         parent = Checkpoint.open(task.out / task.parent)
+        if parent.fingerprint != task.parent_fingerprint:
+            raise CheckpointError(f"{parent.folder} belongs to another run; move it away and run the same sweep again")
     folder = at.store.stage_folder(task.position, task.step.options.label, task.fingerprint)
     if mirror:
-        mirror.fetch(folder.name)
+        mirror.fetch(folder.name, task.fingerprint)
     result = run_stage(task.step, task.position, task.fingerprint, parent, at, at.measured(parent))
     if mirror:
         mirror.send(folder.name)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.manifest import MANIFEST, Manifest, seal_holds, sha256_file
 from pipeline.page.study import SOURCE, Configuration, StageRun, Study
-from pipeline.store import MARKER
+from pipeline.store import MARKER, require_own
 
 _RUN, _SWEEP, _TABLES = "report.json", "sweep.json", ("results.parquet", "results.csv")
 _NEEDED = (
@@ -25,6 +25,7 @@ def read_study(out: Path) -> Study:
     """Raises PlanError where the folder is no store or nothing in it is finished, CheckpointError for damage."""
     if not out.is_dir():
         raise PlanError(f"there is no folder {out}; give the -o of a finished `compress` or `compress sweep`")
+    require_own(out)
     found = [path for name in (_RUN, *_TABLES) if (path := out / name).is_file()]
     if not found and not (out / MARKER).is_file():
         names = ", ".join(sorted(clean(p.name) for p in out.iterdir())[:5]) or "nothing"
@@ -79,7 +80,7 @@ def _run_study(out: Path, report: dict[str, Any]) -> Study:
     )  # fmt: skip
     runs = [begin]
     for position, stage in enumerate(report["stages"], 1):
-        folder = _on_disk(out, stage["path"])
+        folder = _on_disk(out, Path(stage["path"]).name)
         manifest = _manifest(folder, notes)
         quality = manifest.quality.get("after", {}) if manifest else {}
         after = stage["perplexity"]["after"]
@@ -135,6 +136,8 @@ def _read_sweep(out: Path, path: Path) -> Study:
     if not any(row["metric"] == "perplexity" for row in rows):
         raise PlanError(f"{path} holds no measurement: nothing is finished; run the same sweep again, then report")
     state = _json(out / _SWEEP) if (out / _SWEEP).is_file() else {}
+    if state.get("tables", {}).get(path.name, "") not in ("", sha256_file(path)):
+        raise _damaged(path, ValueError(f"it was edited or damaged: {_SWEEP} states another sha256"))
     try:
         return _sweep_study(out, rows, state)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -226,6 +229,8 @@ def _json(path: Path) -> dict[str, Any]:
         raise _damaged(path, error) from None
     if not isinstance(data, dict):
         raise _damaged(path, ValueError("it holds no object"))
+    if seal_holds(data) is False:
+        raise _damaged(path, ValueError("it was edited or damaged: it does not have the sha256 that it states"))
     return data
 
 

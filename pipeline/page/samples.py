@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import write_json
+from checkpoints.manifest import SEAL, seal_holds, sealed, write_json
 from pipeline.page.read import clean
 from pipeline.page.study import StageRun, Study
 
@@ -59,7 +59,7 @@ def generate_samples(
     """Raises PlanError for an empty prompt. A checkpoint that cannot be opened is told and left out."""
     if blank := [p for p in prompts if not p.strip()]:
         raise PlanError(f"--prompts {blank[0]!r}: a prompt needs at least one word")
-    known = _known(study.out / FILE)
+    known = _known(study.out / FILE, tell)
     wanted = dict(chosen(study, count))
     by_prompt: dict[str, list[Sample]] = {clean(prompt): [] for prompt in prompts}
     for name, run in wanted.items():
@@ -71,7 +71,7 @@ def generate_samples(
             except CheckpointError as error:
                 tell(f"no samples of {name}: {error}")
                 continue
-            write_json(study.out / FILE, known)
+            write_json(study.out / FILE, sealed(known))
         for prompt, key in keys.items():
             by_prompt[clean(prompt)].append(Sample(name, clean(known[key], 4000), run.perplexity))
     return Samples({prompt: found for prompt, found in by_prompt.items() if found}, tokens)
@@ -97,9 +97,12 @@ def _key(fingerprint: str, prompt: str, tokens: int) -> str:
     return hashlib.sha256(json.dumps([fingerprint, prompt, tokens]).encode()).hexdigest()
 
 
-def _known(path: Path) -> dict[str, str]:
+def _known(path: Path, tell: Callable[[str], None]) -> dict[str, str]:
     try:
         data = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
+        if seal_holds(data) is False:
+            tell(f"{path} was edited or damaged; the samples are generated again")
+            data = {}
+    except (ValueError, TypeError, RecursionError):
         raise CheckpointError(f"{path} is damaged; remove it, and the samples are generated again") from None
-    return dict(data)
+    return {key: text for key, text in dict(data).items() if key != SEAL}

@@ -59,6 +59,10 @@ def test_a_manifest_that_disagrees_with_the_files_is_an_error(compress: Command,
     manifest = json.loads((folder / "manifest.json").read_text())
     wrong = manifest | {"parameters_total": 1, "file_bytes": 2}
     (folder / "manifest.json").write_text(json.dumps(wrong))
+    done = compress("check", folder)
+    assert done.returncode == 2 and "manifest.json is damaged or was edited" in done.stderr
+    del wrong["sha256"]  # as one of an earlier version
+    (folder / "manifest.json").write_text(json.dumps(wrong))
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     done = compress("check", folder)
     assert done.returncode == 2

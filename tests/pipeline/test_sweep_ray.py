@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.manifest import MANIFEST
+from checkpoints.manifest import MANIFEST, Manifest
 from pipeline.remote import Mirror
 from pipeline.sweep import all_tasks, prepare
 from pipeline.sweep_recipe import load_sweep
@@ -108,10 +108,10 @@ def test_a_store_at_a_url_gives_back_whole_stages_and_their_line(scheme: str, ch
         near.send(name)
         assert near.has(name)
     other = Mirror(url, tmp_path / "other")
-    assert not other.fetch("1-depth-9-00000000")
+    assert not other.fetch("1-depth-9-00000000", "0" * 64)
     (tmp_path / "other" / names[2]).mkdir()  # an attempt that died here
     (tmp_path / "other" / names[2] / "block-00000.safetensors").write_text("half")
-    other.fetch_line(names[3])
+    other.fetch_line(names[3], Manifest.read(chain / names[3]).fingerprint)
     assert sorted(p.name for p in (tmp_path / "other").glob("[0-9]-*")) == names[:4]
     last = Checkpoint.open(tmp_path / "other" / names[3], hashes=True)
     assert len([c for c in last.ancestors() if c.manifest]) == 4
