@@ -177,7 +177,7 @@ def _block(
             dense = next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
             linears.append(LinearShape(base, outs, ins, dense, bias, zeros, form, *adapter))
             _require_stored(linears[-1], members)
-        elif kind == "weight" and len(tensor.shape) == 2:
+        elif kind == "weight" and len(tensor.shape) == 2 and not base.endswith("norm"):  # Cohere's has a row a head
             outs, ins = tensor.shape
             if tensor.dtype not in TORCH_NAMES:
                 raise CheckpointError(

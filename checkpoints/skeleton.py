@@ -19,9 +19,13 @@ from checkpoints.errors import CheckpointError
 from checkpoints.rounded_inputs import round_inputs, rounded_inputs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from checkpoints.checkpoint import Checkpoint
+
+
+# Families whose model goes on with the first of what a block returns: of a tensor alone it would take a sequence.
+_BLOCKS_RETURN_TUPLES = {"falcon"}
 
 
 class Skeleton:
@@ -42,6 +46,7 @@ class Skeleton:
                 f"{checkpoint.folder}: transformers builds this {checkpoint.shape.family} model without '{prefix}', "
                 "where its files keep the blocks; this family is not supported"
             ) from None
+        self._tuples = self.model.config.model_type in _BLOCKS_RETURN_TUPLES
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
     # --- one part at a time -------------------------------------------------------------------------------------
@@ -49,7 +54,8 @@ class Skeleton:
     @torch.no_grad()
     def embed(self, chunks: list[Tensor]) -> Iterator[Tensor]:
         """Hidden states (b, L, d) that enter the first block, for token ids (b, L) each, one at a time."""
-        with self._outer_weights(), self._blocks_replaced([_Recorder(block) for block in self.blocks]) as recorders:
+        stand_ins = [_Recorder(block, self._tuples) for block in self.blocks]
+        with self._outer_weights(), self._blocks_replaced(stand_ins) as recorders:
             for ids in chunks:
                 yield self._record(ids, recorders)
 
@@ -100,7 +106,7 @@ class Skeleton:
     @contextmanager
     def head(self) -> Iterator[Any]:
         """A function from the last block's output (b, L, d) to logits (b, L, vocabulary)."""
-        entrance = _Entrance()
+        entrance = _Entrance(self._tuples)
         with self._outer_weights(), self._blocks_replaced([entrance] * len(self.blocks)):
 
             def logits(states: Tensor) -> Tensor:
@@ -173,8 +179,9 @@ class Skeleton:
 class _Recorder(nn.Module):
     """Stands in for a block: remembers what it was called with and passes the hidden states on."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, tuples: bool) -> None:
         super().__init__()
+        self.tuples = tuples
         # outside the module tree, so that the recorder has no weights of its own
         object.__setattr__(self, "block", block)
         self.arguments: dict[str, Any] = {}
@@ -187,9 +194,9 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "block"), name)
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor | tuple[Tensor]:
         self.states, self.arguments = hidden_states, arguments
-        return hidden_states
+        return (hidden_states,) if self.tuples else hidden_states
 
 
 class _Entrance(nn.Module):
@@ -197,8 +204,12 @@ class _Entrance(nn.Module):
 
     states: Tensor
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        return self.states
+    def __init__(self, tuples: bool) -> None:
+        super().__init__()
+        self.tuples = tuples
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor | tuple[Tensor]:
+        return (self.states,) if self.tuples else self.states
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -206,9 +217,13 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = checkpoint.hf_config()
+    # Nobody reads them here, and with them a model expects more of its blocks than the hidden states.
+    config.output_attentions = config.output_hidden_states = False
     with torch.device("meta"):
         try:
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, attn_implementation=attention_kernels(config), trust_remote_code=False
+            )
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.folder} is not a causal language model: {error}") from None
     model.eval()
@@ -217,12 +232,24 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     return built
 
 
+def attention_kernels(config: PreTrainedConfig) -> str:
+    """What transformers chooses where nobody asks for anything: PyTorch's own, else the plain formula.
+
+    A configuration may name kernels of its writer's machine, which must neither be needed here nor change a number.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(known, "_supports_sdpa", False) else "eager"
+
+
 def _restore_buffers(model: Any, part: nn.Module) -> None:
     """Give every meta buffer its initial value, the way from_pretrained fills those that no file holds."""
     for module in part.modules():
         lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in lost:
-            module.register_buffer(name, torch.empty_like(module.get_buffer(name), device="cpu"), persistent=False)
+            persistent = name not in module._non_persistent_buffers_set  # such a one is read from the files afterwards
+            module.register_buffer(name, torch.empty_like(module.get_buffer(name), device="cpu"), persistent=persistent)
         if lost:
             model._init_weights(module)
 

@@ -30,6 +30,7 @@ from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.headers import ADAPTER
 from checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes
 from checkpoints.quiet import quiet_import, quiet_libraries
+from checkpoints.skeleton import attention_kernels
 from eval.results import Result, Score, not_measured
 from eval.settings import Settings
 from eval.subject import Subject
@@ -246,7 +247,11 @@ def _load(checkpoint: Checkpoint, engine: str, device: torch.device, dtype: torc
 
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype=dtype, device_map=device, trust_remote_code=False
+                checkpoint.folder,
+                dtype=dtype,
+                device_map=device,
+                attn_implementation=attention_kernels(checkpoint.hf_config()),
+                trust_remote_code=False,
             )
             if (checkpoint.folder / ADAPTER).is_file():
                 from peft import PeftModel

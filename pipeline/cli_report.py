@@ -88,11 +88,10 @@ def chip_of(study: Study, soc: str) -> Chip:
 
 
 def _judged(result: StageRun, soc: str, name: str) -> dict[str, object]:
-    from hardware.check import check
     from hardware.soc import load_soc
     from pipeline.shapes import model_shape
+    from pipeline.verdicts import judge, to_dict
 
     if result.folder is None:
         raise PlanError(f"the checkpoint {result.name} is not on this disk.")
-    shape = model_shape(str(result.folder))
-    return check(shape, load_soc(soc), context=min(256, shape.positions), name=name).to_dict()
+    return to_dict(judge(model_shape(str(result.folder)), load_soc(soc), name))

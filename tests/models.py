@@ -34,6 +34,7 @@ _SIZES: dict[str, Any] = {
     "dtype": "float32",
 }
 _MIXED = ["full_attention", "sliding_attention", "sliding_attention"] * 2
+# The families that every test of blocks and their order takes, for how different they are.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": WINDOW},
@@ -44,23 +45,69 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": WINDOW, "layer_types": _MIXED},
     "phi3": {"sliding_window": WINDOW},
 }
+# All that the product supports, as README lists them; `...` leaves a key out, for families that refuse it.
+_MULTI_HEAD: dict[str, Any] = {"num_key_value_heads": ..., "head_dim": ...}
+ALL_FAMILIES: dict[str, dict[str, Any]] = FAMILIES | {
+    "apertus": {},
+    "arcee": {},
+    "bitnet": {},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": {"sliding_window": WINDOW, "layer_types": _MIXED},
+    "cwm": {"sliding_window": WINDOW},
+    "diffllama": {},
+    "doge": {},
+    "ernie4_5": {},
+    "exaone4": {"sliding_window": WINDOW, "layer_types": _MIXED},
+    "falcon": _MULTI_HEAD | {"ffn_hidden_size": 128, "alibi": True},
+    "gemma": {},
+    "glm": {},
+    "glm4": {},
+    "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
+    "granite_swa": {"sliding_window": WINDOW, "layer_types": _MIXED},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {},
+    "internlm3": {},
+    "iquestcoder": {},
+    "jais2": {},
+    "lfm2": {},
+    "ministral": {"sliding_window": WINDOW, "layer_types": _MIXED},
+    "ministral3": {"sliding_window": WINDOW},
+    "nanochat": {},
+    "nemotron": {},
+    "olmo": {"clip_qkv": 4.0},
+    "olmo2": {},
+    "olmo3": {"sliding_window": WINDOW, "layer_types": _MIXED},
+    "persimmon": _MULTI_HEAD,
+    "phi": {},
+    "seed_oss": {},
+    "stablelm": _MULTI_HEAD | {"num_key_value_heads": 2},
+    "starcoder2": {"sliding_window": WINDOW},
+    "vaultgemma": {"sliding_window": WINDOW},
+}
+
+
+def family_config(family: str, **overrides: Any) -> dict[str, Any]:
+    """The settings that make a tiny model of a family; an override of `...` leaves the family's default."""
+    stated = _SIZES | ALL_FAMILIES[family] | overrides
+    return {key: value for key, value in stated.items() if value is not ...}
 
 
 def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     """A tiny model's configuration in full, as transformers would write it."""
-    config = AutoConfig.for_model(family, **(_SIZES | FAMILIES[family] | overrides))
+    config = AutoConfig.for_model(family, **family_config(family, **overrides))
     return dict(config.to_dict())
 
 
 def build_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **(_SIZES | FAMILIES[family] | overrides))
+    config = AutoConfig.for_model(family, **family_config(family, **overrides))
     with torch.random.fork_rng():  # transformers fills the weights from the global generator
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
+            if "norm" in name or (parameter.dim() == 1 and not name.endswith("bias")):
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(0.15 * noise)
