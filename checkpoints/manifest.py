@@ -307,6 +307,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def require_output(path: Path) -> None:
+    """Raise CheckpointError before long work where its result could not be written to `path`, whose folder is made."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file to write")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise CheckpointError(f"{path} cannot be written: {above} is a file, not a folder")
+
+
 def is_special(path: Path) -> bool:
     """Whether a path is a device, pipe or socket, or a process's own stream such as /dev/stdout."""
     try:

@@ -106,6 +106,13 @@ class Work:
         self.vouched[name] = self._new[name] = sha256_file(path)
         return self.vouched[name]
 
+    def remove_rest(self) -> None:
+        """Remove from the stage's folder what no line vouches for: a kill left it, and the stage writes it again."""
+        for path in [p for p in self._home.rglob("*") if not p.is_dir() or p.is_symlink()]:
+            name = path.relative_to(self._home)
+            if name.parts[0] != WORK and name.as_posix() not in self.vouched:
+                path.unlink()
+
     def require_as_written(self, files: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise CheckpointError unless `files`, a folder's as a manifest lists them, are those that were written.
 

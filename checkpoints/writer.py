@@ -92,8 +92,8 @@ class CheckpointWriter:
     def join_adapter(self, config: dict[str, Any]) -> None:
         """All parts as one adapter in PEFT's format in `adapter/`, 8-bit codes in a file beside it."""
         joined: dict[str, Tensor] = {}
-        for part in sorted(self.work.folder.glob("adapter-*.safetensors")):
-            joined |= load_file(part)
+        for part in sorted(name for name in self.work.vouched if name.startswith(f"{WORK}/adapter-")):
+            joined |= load_file(self.folder / part)
         packed = {name: tensor for name, tensor in joined.items() if name.endswith((".codes", ".scales"))}
         if packed:
             self._save(self.folder / ADAPTER_PACKED, packed)

@@ -51,8 +51,10 @@ class AnswerFile:
     def __enter__(self) -> AnswerFile:
         """Read what is there, and be ready to add to it. Raises CheckpointError if it belongs to something else."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
-            raise CheckpointError(f"{self.path} is no plain file; move it away, or choose another --answers FOLDER")
+        if self.path.parent.is_symlink() or self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+            raise CheckpointError(
+                f"{self.path} is no plain file in a plain folder; move it away, or choose another --answers FOLDER"
+            )
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

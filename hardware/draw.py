@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from checkpoints.errors import PlanError
 from checkpoints.manifest import replacing
 from hardware.activations import Pass
 from hardware.units import size_text, times_text
@@ -43,8 +44,12 @@ def draw_verdict(verdict: Verdict, path: Path) -> None:
     colours |= _draw_pass(prefill, verdict, verdict.needs.prefill, title, cache=True)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, fontsize=8, ncols=len(handles), loc="outside lower center", frameon=False)
+    known = figure.canvas.get_supported_filetypes()
+    kind = path.suffix[1:].lower() or "png"
+    if kind not in known:
+        raise PlanError(f"{path}: no picture format is called '{kind}'; there are {', '.join(sorted(known))}")
     with replacing(path) as file:
-        figure.savefig(file, format=path.suffix[1:] or "png")
+        figure.savefig(file, format=kind)
 
 
 def _draw_memories(axes: Axes, uses: list[MemoryUse]) -> None:

@@ -51,11 +51,16 @@ def evaluate(
     """
     tasks = find_tasks(task.split(",") if task else ["perplexity"])
     quiet_libraries()
+    from checkpoints.manifest import is_special, require_output
     from pipeline.eval_report import draw, print_measured
     from pipeline.evaluate import check_request, is_store, keeping_answers, measure_all, open_all, report, write_report
     from pipeline.report import machine
 
-    home = Path(out).parent if out else Path(checkpoints[0]) if checkpoints and is_store(checkpoints[0]) else Path()
+    special = bool(out) and is_special(Path(out))  # a device or pipe has no folder to keep answers and figures in
+    home = Path(checkpoints[0]) if not out and checkpoints and is_store(checkpoints[0]) else Path()
+    if out and not special:
+        require_output(Path(out))
+        home = Path(out).parent
     settings = keeping_answers(settings, home)
     check_request(tasks, settings)
     named = open_all(checkpoints)
@@ -67,7 +72,7 @@ def evaluate(
     path = Path(out) if out else home / "evaluation.json" if len(named) > 1 else None
     if path:
         write_report(path, measured, machine())
-        if len(named) > 1:
+        if len(named) > 1 and not special:
             draw(measured, path.with_suffix(".png"))
     if as_json:
         typer.echo(json.dumps(report(measured, machine()), indent=2))
@@ -76,7 +81,7 @@ def evaluate(
     print_measured(console, measured)
     console.print(f"Measured on {machine()}.", highlight=False)
     if path:
-        figure = f"   figure: {path.with_suffix('.png')}" if len(named) > 1 else ""
+        figure = f"   figure: {path.with_suffix('.png')}" if len(named) > 1 and not special else ""
         console.print(f"report: {path}{figure}", highlight=False, soft_wrap=True)
 
 

@@ -33,12 +33,15 @@ def rank(
     The lowest would be removed first.
     """
     quiet_libraries()
+    from checkpoints.manifest import is_special, require_output
     from pipeline.progress import Reporter
     from pipeline.rank import print_ranking, rank_blocks, write_ranking
 
     flags = {"model": model or None, "data": data or None, "seed": seed, "device": device, "dtype": dtype}
     options = {"metric": metric, "protect_first": protect_first, "protect_last": protect_last}
     options |= {"samples": samples, "length": length, "remove": 1}
+    for path in (out.with_suffix(".png"), out.with_suffix(".json")) if out and not is_special(out) else ():
+        require_output(path)
     wanted = build(None, flags | {f"depth.{key}": value for key, value in options.items()})
     with Reporter(Console(stderr=True), quiet=as_json) as reporter:
         ranking = rank_blocks(wanted, reporter)

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.manifest import is_special, replacing
+from checkpoints.manifest import replacing
 from eval.compare import Difference
 from eval.results import Result, Score
 from pipeline.evaluate import Measured
@@ -116,10 +116,9 @@ def draw(measured: Sequence[Measured], path: Path) -> None:
     axes[0][0].set_yticks(list(places), [m.label for m in measured])
     axes[0][0].set_ylim(len(measured) - 0.5, -0.5)
     figure.tight_layout()
-    if not is_special(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        figure.savefig(file, format=path.suffix[1:] or "png", dpi=150)
+        figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
 
 

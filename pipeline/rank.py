@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.errors import PlanError
-from checkpoints.manifest import replacing, sealed, write_json
+from checkpoints.manifest import is_special, replacing, sealed, write_json
 from checkpoints.runtime import Runtime, choose_device, choose_dtype
 from checkpoints.sources import open_source
 from pipeline.calibration import Calibration
@@ -68,9 +68,8 @@ def print_ranking(console: Console, ranking: dict[str, Any], out: Path | None) -
     console.print(f"{ranking['model']}: {ranking['meaning']}; the lowest goes first", highlight=False)
     console.print(table)
     if out is not None:
-        console.print(
-            f"Written: {out.with_suffix('.png')}, {out.with_suffix('.json')}", highlight=False, soft_wrap=True
-        )
+        files = [out] if is_special(out) else [out.with_suffix(".png"), out.with_suffix(".json")]
+        console.print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
 def _skewed(scores: dict[str, float]) -> bool:
@@ -79,7 +78,13 @@ def _skewed(scores: dict[str, float]) -> bool:
 
 
 def write_ranking(ranking: dict[str, Any], out: Path) -> None:
-    """OUT.json and OUT.png, a bar for each block; the five that would go first stand out."""
+    """OUT.json and OUT.png, a bar for each block; the five that would go first stand out.
+
+    To a device or pipe goes the JSON alone.
+    """
+    if is_special(out):
+        write_json(out, sealed(ranking))
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -176,6 +176,7 @@ def _compute(
     module = importlib.import_module(f"stages.{step.stage}")
     target = CheckpointWriter(folder, parent.shape.block_prefix)
     work = target.work  # from the start, so that a kill at any moment leaves a folder that is known to be unfinished
+    work.remove_rest()
     windows = calibration.windows(step.stage, step.options, step.turn)
     reset_peak()
     facts = module.run(parent, target, windows, step.options, replace(runtime, turn=step.turn))

@@ -55,6 +55,8 @@ class Store:
             except OSError:
                 raise PlanError(f"another compress is writing to {folder}; wait for it, or choose another -o") from None
             remove_partial(folder)
+            for draft in folder.glob(".fetched-*"):
+                shutil.rmtree(draft, ignore_errors=True)
             try:
                 yield self
             finally:
