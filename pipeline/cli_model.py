@@ -83,7 +83,7 @@ def pack(
     from pipeline.progress import Reporter
     from pipeline.report import print_packed
 
-    source = Checkpoint.open(checkpoint)
+    source = Checkpoint.open(checkpoint, hashes=True)
     with Reporter(Console(stderr=True), quiet=as_json) as reporter:
         image = pack_checkpoint(source, out, tokenizer, reporter)
     sizes = packed_sizes(source.shape)

@@ -12,7 +12,7 @@ import torch
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import CheckpointError, EdgepressError, PlanError
-from checkpoints.manifest import is_special, seal_holds, sealed, write_json
+from checkpoints.manifest import check_files, is_special, seal_holds, sealed, write_json
 from checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
 from checkpoints.sources import open_source
 from eval.results import Result
@@ -84,7 +84,11 @@ def _stages(store: Path) -> list[Checkpoint]:
             f"{store} has no result yet: its run is not finished. Run its command again to finish it, or name a "
             "stage's folder in it"
         )
-    return list(Checkpoint.open(result).ancestors())[::-1]
+    line = list(Checkpoint.open(result).ancestors())[::-1]
+    for checkpoint in line:
+        if checkpoint.manifest is not None:
+            check_files(checkpoint.folder, checkpoint.manifest, hashes=True)
+    return line
 
 
 def check_request(tasks: Sequence[Task], settings: Settings) -> None:

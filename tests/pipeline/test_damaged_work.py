@@ -321,3 +321,35 @@ def test_a_manifest_of_before_is_read_and_its_stage_reused(
     assert run_recipe(out, tiny_llama).computed == 0
     done = compress("verify", folder)
     assert done.returncode == 0 and "the manifest carries no hash of itself" in done.stdout
+
+
+def test_a_flipped_bit_of_a_finished_stage_is_neither_measured_nor_packed(
+    chain: Path, compress: Command, tmp_path: Path
+) -> None:
+    """Shards are hard links: what happens to one stage's happens to all that share it."""
+    out = tmp_path / "out"
+    shutil.copytree(chain, out, symlinks=True)
+    middle = next(out.glob("2-*"))
+    shard = middle / "block-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    for command in (["eval", out], ["pack", middle, "-o", tmp_path / "x.bin"], ["verify", middle]):
+        done = compress(*command)
+        assert done.returncode == 2 and "block-00001.safetensors does not have the sha256" in done.stderr, command
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_a_sampled_text_that_was_damaged_is_sampled_again(
+    tiny_llama: Path, run_recipe: RunRecipe, tmp_path: Path
+) -> None:
+    out, skip = tmp_path / "out", "depth,lora,gptq,eora"
+    data = {"data": "self", "text": "embedded"}
+    first = run_recipe(out, tiny_llama, skip=skip, **data)
+    (text,) = (out / "calibration").iterdir()
+    before = text.read_bytes()
+    for damaged in (before[:-8] + b"\1\0\0\0\0\0\0\0", before[:50], b""):
+        text.write_bytes(damaged)
+        again = run_recipe(out, tiny_llama, skip=skip, **data)
+        assert again.computed == 0 and text.read_bytes() == before
+        assert again.stages[0].checkpoint.fingerprint == first.stages[0].checkpoint.fingerprint
