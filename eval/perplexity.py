@@ -40,12 +40,15 @@ class Protocol:
     tokens: int = 16384  # of the text's beginning; 0 is all of it
 
     def __post_init__(self) -> None:
+        faults = []
         if self.kind not in ("windows", "rows"):
-            raise PlanError(f"--protocol {self.kind}: there are windows and rows")
+            faults.append(f"--protocol {self.kind}: there are windows and rows")
         if self.window < 2:
-            raise PlanError(f"--window {self.window}: at least 2 tokens are needed to predict one")
+            faults.append(f"--window {self.window}: at least 2 tokens are needed to predict one")
         if self.tokens < 0 or 0 < self.tokens < self.window:
-            raise PlanError(f"--tokens {self.tokens}: at least one window of {self.window}, or 0 for the whole text")
+            faults.append(f"--tokens {self.tokens}: at least one window of {self.window}, or 0 for the whole text")
+        if faults:
+            raise PlanError("\n".join(faults))
 
     def __str__(self) -> str:
         extent = f"first {self.tokens} tokens" if self.tokens else "whole text"

@@ -6,8 +6,9 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +18,7 @@ from checkpoints.quiet import quiet_libraries
 from pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
 from pipeline.flags import Json, Out, RecipeFile, Skip, recipe_flags
 from pipeline.help import PlainCommand, PlainGroup
-from pipeline.recipe import Recipe, build
+from pipeline.recipe import Recipe, draft
 from pipeline.sweep_recipe import is_sweep
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -39,6 +40,7 @@ def compress(
     recipe: RecipeFile = "",
     skip: Skip = "",
     out: Out = Path("out"),
+    plan_only: Annotated[bool, typer.Option("--plan", help="Forecast only, as the command plan does.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a LLaMA-like language model into something that fits a tiny chip, honestly measured.
@@ -51,14 +53,23 @@ def compress(
         if given := [key for key, value in flags.items() if value is not None]:
             raise PlanError(f"options go behind the command: compress {ctx.invoked_subcommand} … ({', '.join(given)})")
         return
-    wanted = build(recipe or None, flags, skip)
+    if plan_only:
+        _plan(flags, recipe, skip, as_json)
+        return
+    drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
+    from checkpoints.sources import open_source
+    from pipeline.plan import examined
     from pipeline.progress import Reporter
     from pipeline.report import print_summary
     from pipeline.run import run
     from pipeline.store import Store
+    from pipeline.vocabulary import corpus_fault
 
-    console = Console(stderr=as_json)
+    if fault := corpus_fault(drafted.recipe):
+        drafted = replace(drafted, faults=(*drafted.faults, fault))
+    examined(drafted, lambda recipe: open_source(recipe.model).shape)
+    wanted, console = drafted.recipe, Console(stderr=as_json)
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         signal.signal(signal.SIGINT, reporter.interrupt)
         try:
@@ -78,20 +89,23 @@ def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_jso
 
     Parameters, bytes, peak memory and the chip's verdict, without touching a weight.
     """
+    _plan(flags, recipe, skip, as_json)
+
+
+def _plan(flags: dict[str, Any], recipe: str, skip: str, as_json: bool) -> None:
     if is_sweep(recipe):
         cli_sweep.plan_sweep(recipe, flags, skip, as_json)
         return
-    wanted = build(recipe or None, flags, skip)
+    drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
     from hardware.soc import load_soc
-    from pipeline.plan import plan as plan_stages
+    from pipeline.plan import examined
     from pipeline.recovery import forecast_recovery
     from pipeline.report import print_plan
     from pipeline.shapes import model_shape
     from pipeline.verdicts import judge, to_dict
 
-    shape = model_shape(wanted.model)
-    stages = plan_stages(wanted, shape)
+    wanted, (shape, stages) = drafted.recipe, examined(drafted, lambda recipe: model_shape(recipe.model))
     final = stages[-1].shape if stages else shape
     verdict = judge(final, load_soc(wanted.soc), _model_name(wanted), timing=True)
     recovery = forecast_recovery(wanted, shape, stages)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from checkpoints.errors import PlanError
+from checkpoints.errors import PlanError, RecipeError
 from checkpoints.quiet import quiet_libraries
 from pipeline.flags import Out, RecipeFile, Skip, recipe_flags
 from pipeline.recipe import build
-from pipeline.sweep_recipe import MAX_RUNS, Sweep, load_sweep
+from pipeline.sweep_recipe import MAX_RUNS, Sweep, draft_sweep
 
 if TYPE_CHECKING:
     from pipeline.forecast import Forecast
@@ -60,7 +60,7 @@ def sweep(
     Flags go over the recipe's base. The same command again goes on where it stopped. Exit code 1: some
     configurations failed; the others are done.
     """
-    wanted = load_sweep(recipe, flags, max_runs, only or (), leave_out or ())
+    wanted = _wanted(draft_sweep(recipe, flags, max_runs, only or (), leave_out or ()))
     run_command(wanted, out, jobs, ray, store, track)
 
 
@@ -86,20 +86,38 @@ def ablate(
 
 def plan_sweep(file: str, flags: dict[str, Any], skip: str, as_json: bool) -> None:
     """Forecast a sweep from shapes alone: stage runs, disk, time, memory."""
+    drafted, faults = draft_sweep(file, flags, max_runs=2**20)
     if skip:
-        raise PlanError("--skip belongs to a recipe of one run; a sweep's configurations say which stages they have")
-    wanted = load_sweep(file, flags, max_runs=2**20)
+        faults.append("--skip belongs to a recipe of one run; a sweep's configurations say which stages they have")
+    wanted = _wanted((drafted, faults))
     quiet_libraries()
     from pipeline.forecast import forecast
     from pipeline.shapes import model_shape
     from pipeline.tree import grow, spec_fingerprints
 
-    tree = grow(wanted.configurations, lambda recipe: model_shape(recipe.model), spec_fingerprints)
+    tree = grow(wanted.configurations, lambda recipe: model_shape(recipe.model), spec_fingerprints, texts=True)
     expected = forecast(tree)
     if as_json:
         typer.echo(json.dumps({"sweep": wanted.name, "notes": list(wanted.notes)} | expected.to_dict(), indent=2))
     else:
         _print_plan(Console(), wanted, tree, expected)
+
+
+def _wanted(drafted: tuple[Sweep, list[str]]) -> Sweep:
+    """The sweep if nothing is wrong with it. Raises RecipeError with what its plan knows besides."""
+    wanted, faults = drafted
+    if faults and wanted.configurations:
+        quiet_libraries()
+        from pipeline.shapes import model_shape
+        from pipeline.tree import grow, spec_fingerprints
+
+        try:
+            grow(wanted.configurations, lambda recipe: model_shape(recipe.model), spec_fingerprints, texts=True)
+        except RecipeError as error:
+            faults += error.faults
+    if faults:
+        raise RecipeError(faults)
+    return wanted
 
 
 def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, track: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
+from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.shape import ModelShape
 from pipeline.homotopic import unrolled
-from pipeline.recipe import Recipe
+from pipeline.plan_texts import text_faults
+from pipeline.recipe import Draft, Recipe
 from pipeline.vocabulary import counted
 from stages.needs import HESSIANS, NOTHING, needs
 from stages.options import Eora, Lora, Options, Pad, Vocabulary
@@ -52,11 +55,61 @@ class StagePlan:
         }
 
 
-def plan(recipe: Recipe, shape: ModelShape) -> list[StagePlan]:
-    """Every stage's outcome, in order. Raises RecipeError with the faults of all stages at once."""
+def examined(
+    drafted: Draft, shape_of: Callable[[Recipe], ModelShape], texts: bool = True
+) -> tuple[ModelShape, list[StagePlan]]:
+    """The model's shape and every stage's outcome. Raises RecipeError with all that is wrong, of every kind, at once:
+    options, measuring, device, chip, model, stages, and unless told not to look, texts."""
+    recipe, faults = drafted.recipe, [*drafted.faults]
+    faults += condition_faults(recipe)
+    shape, plans = None, list[StagePlan]()
+    try:
+        shape = shape_of(recipe)
+    except EdgepressError as error:
+        faults += [] if set(str(error).split("\n")) <= {*faults} else [str(error)]  # it may ask the same as above
+        if (preset := (recipe.model or "").lower()) in PRESETS:  # no weights to run with, but a shape to plan with
+            shape = shape_from_config(PRESETS[preset])
+    try:
+        plans = plan(recipe, shape, drafted.refused) if shape is not None else []
+    except RecipeError as error:
+        faults += error.faults
+    if texts:
+        faults += text_faults(recipe, [(p.stage, p.options) for p in plans] or recipe.stages)
+    if faults:
+        raise RecipeError(dict.fromkeys(faults))
+    assert shape is not None
+    return shape, plans
+
+
+def condition_faults(recipe: Recipe) -> list[str]:
+    """What cannot be in how a recipe is measured and where it runs."""
+    from checkpoints.runtime import choose_device, choose_dtype
+    from eval.perplexity import Protocol
+    from hardware.soc import load_soc
+
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: Protocol(recipe.protocol, recipe.window, recipe.tokens),
+        lambda: choose_device(recipe.device),
+        lambda: choose_dtype(recipe.dtype, choose_device("cpu"), "F32"),
+        lambda: load_soc(recipe.soc),
+    )
+    faults: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except EdgepressError as error:
+            faults += str(error).split("\n")
+    return faults
+
+
+def plan(recipe: Recipe, shape: ModelShape, refused: Set[str] = frozenset()) -> list[StagePlan]:
+    """Every stage's outcome, in order. Raises RecipeError with the faults of all stages at once.
+
+    refused: stages that somebody wants and that are not in the recipe, since their options cannot be.
+    """
     plans: list[StagePlan] = []
     faults: list[str] = []
-    unquantised = False  # though a quantiser is there: it was refused
+    unquantised = "gptq" in refused  # though a quantiser is there: it was refused
     for name, options in unrolled(recipe):
         if unquantised and _works_on_codes(options):
             continue  # it would complain of dense weights, which is not the recipe's fault

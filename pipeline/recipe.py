@@ -7,7 +7,7 @@ dataclass are the same thing under three names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -68,12 +68,29 @@ class Recipe:
         return plain | {"stages": [{name: asdict(options)} for name, options in self.stages]}
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A recipe with what is wrong with it as far as no model is needed to see it. Stages in `refused` are left out."""
+
+    recipe: Recipe
+    faults: tuple[str, ...] = ()
+    refused: frozenset[str] = frozenset()
+
+
 def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
     """The recipe of a YAML file (a path or the name of a shipped one) with flags laid over it.
 
     flags: plain keys (`model`, `seed` …) and stage options by `stage.field`; None means not given. Raises
     RecipeError with every fault at once.
     """
+    drafted = draft(file, flags, skip)
+    if drafted.faults:
+        raise RecipeError(drafted.faults)
+    return drafted.recipe
+
+
+def draft(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Draft:
+    """The same with its faults beside it, for whoever knows of more."""
     faults: list[str] = []
     given = load_yaml(file, faults) if file else {}
     plain, stages = from_mapping(given, faults)
@@ -92,10 +109,7 @@ def build(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Recipe:
             faults.append(f"{flag} belongs to the stage {stage}, which {file} leaves out")
     left_out = _skipped(skip or str(given.get("skip") or ""), faults)
     asked = any(k.startswith("eora.") and v is not None for k, v in flags.items())
-    recipe = assemble(plain, stages, left_out, asked, faults, listed="stages" in given)
-    if faults:
-        raise RecipeError(faults)
-    return recipe
+    return assemble(plain, stages, left_out, asked, faults, listed="stages" in given)
 
 
 def assemble(
@@ -105,17 +119,18 @@ def assemble(
     eora_asked: bool,
     faults: list[str],
     listed: bool = False,
-) -> Recipe:
-    """A recipe of checked plain keys and options. Values that can never work are added to the faults.
+) -> Draft:
+    """A recipe of checked plain keys and options. Values that can never work are added to the faults found so far.
 
     listed: somebody listed the stages, so their order is wanted as it is.
     """
-    built = []
+    built, refused = [], set()
     for stage, values in stages.items():
         try:
             options = STAGES[stage](**values)
         except (PlanError, TypeError) as error:
-            faults.append(str(error))
+            faults += str(error).split("\n")
+            refused.add(stage)
             continue
         if stage not in left_out and not options.skipped:
             built.append((stage, options))
@@ -123,14 +138,22 @@ def assemble(
         faults.append("--eora-against dense needs the uncompressed model's widths, which --pad-ffn changes; use parent")
     notes = []
     names = [stage for stage, _ in built]
-    if "eora" in names and "gptq" not in names and not eora_asked:
+    if "eora" in names and not {"gptq"} & {*names, *refused} and not eora_asked:
         # Left out rather than refused: `--quant none` says that nothing is to be compensated.
         built = [entry for entry in built if entry[0] != "eora"]
         notes.append("eora is left out: without gptq there is no quantisation error to compensate")
     if not listed:
         built = in_working_order(built, eora_asked, notes)
     recipe = Recipe(stages=tuple(built), notes=tuple(notes), **plain)
-    return in_rounds(recipe, faults) if recipe.homotopic else recipe
+    if recipe.spill_mib < 0:
+        faults.append(f"--spill-mib {recipe.spill_mib}: cannot be negative")
+    if recipe.homotopic:
+        speaking_against: list[str] = []
+        in_full = replace(recipe, homotopic=0)  # what rounds are made of can still be looked at
+        recipe = in_full if refused else in_rounds(recipe, speaking_against)
+        recipe = in_full if speaking_against else recipe
+        faults += speaking_against
+    return Draft(recipe, tuple(faults), frozenset(refused - left_out))
 
 
 def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:

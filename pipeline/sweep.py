@@ -73,7 +73,7 @@ def prepare(sweep: Sweep, out: Path) -> Tree:
         at = conditions(recipe, out)
         return [at.source.fingerprint, *at.fingerprints(steps)]
 
-    return grow(sweep.configurations, shape, fingerprints)
+    return grow(sweep.configurations, shape, fingerprints, texts=True)
 
 
 def require_room(out: Path, tree: Tree) -> None:

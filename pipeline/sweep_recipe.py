@@ -71,6 +71,21 @@ def load_sweep(
 
     only, leave_out: patterns of configurations' names. Raises RecipeError with every fault at once.
     """
+    sweep, faults = draft_sweep(file, flags, max_runs, only, leave_out)
+    if faults:
+        raise RecipeError(faults)
+    return sweep
+
+
+def draft_sweep(
+    file: str,
+    flags: Mapping[str, Any],
+    max_runs: int = MAX_RUNS,
+    only: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+) -> tuple[Sweep, list[str]]:
+    """The configurations that can be made, and the faults, for whoever knows of more. Raises RecipeError for a file
+    that is no sweep."""
     faults: list[str] = []
     given = load_yaml(file, faults)
     if faults:
@@ -94,9 +109,8 @@ def load_sweep(
             built.append(Configuration(draft.name, recipe))
     faults += [f"{_some(names)}: {fault}" for fault, names in wrong.items()]
     chosen = choose(built, only, leave_out, faults)
-    if faults:
-        raise RecipeError(faults)
-    return Sweep(str(given.get("name") or file), tuple(chosen), str(given.get("about") or "").strip(), _notes(chosen))
+    sweep = Sweep(str(given.get("name") or file), tuple(chosen), str(given.get("about") or "").strip(), _notes(chosen))
+    return sweep, faults
 
 
 def choose(
@@ -224,7 +238,7 @@ def _laid_over(
         if stage in STAGES and stage not in order:
             draft.faults.append(f"{key} is set, but the stage {stage} is left out")
     asked = any(key.startswith("eora.") for key in draft.own) or "eora" in (draft.stages or {})
-    recipe = assemble(plain, stages, set(), asked and _quantises(stages), draft.faults, listed)
+    recipe = assemble(plain, stages, set(), asked and _quantises(stages), draft.faults, listed).recipe
     if "eora" in (draft.stages or {}) and "gptq" not in (draft.stages or {}):
         draft.faults.append("eora needs gptq before it: without it there is no quantisation error to compensate")
     return None if draft.faults else recipe

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
 from checkpoints.shape import ModelShape
-from pipeline.plan import StagePlan, plan
-from pipeline.recipe import PLAIN_KEYS, Recipe
+from pipeline.plan import StagePlan, examined
+from pipeline.recipe import PLAIN_KEYS, Draft, Recipe
 from pipeline.sweep_recipe import Configuration
 
 
@@ -69,16 +69,21 @@ Fingerprints = Callable[[Recipe, list[StagePlan]], list[str]]  # the source's fi
 
 
 def grow(
-    configurations: Iterable[Configuration], shape: Callable[[Recipe], ModelShape], fingerprints: Fingerprints
+    configurations: Iterable[Configuration],
+    shape: Callable[[Recipe], ModelShape],
+    fingerprints: Fingerprints,
+    texts: bool = False,
 ) -> Tree:
-    """The tree of all configurations. Raises RecipeError with the faults of all of them at once."""
+    """The tree of all configurations. Raises RecipeError with the faults of all of them at once.
+
+    texts: look at the recipes' texts too, which a forecast from shapes alone does without.
+    """
     nodes: dict[str, Node] = {}
     paths: dict[str, tuple[str, ...]] = {}
     faults: dict[str, list[str]] = {}
     for name, recipe in ((c.name, c.recipe) for c in configurations):
         try:
-            source = shape(recipe)
-            steps = plan(recipe, source)
+            source, steps = examined(Draft(recipe), shape, texts)
             keys = fingerprints(recipe, steps)
         except EdgepressError as error:
             for fault in error.faults if isinstance(error, RecipeError) else (str(error),):

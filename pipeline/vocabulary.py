@@ -60,12 +60,20 @@ def corpus_vocabulary(recipe: Recipe, folder: Path) -> CorpusVocabulary | None:
     options = next((o for _, o in recipe.stages if isinstance(o, Vocabulary)), None)
     if options is None:
         return None
-    if not options.corpus:
-        raise PlanError(
-            f"--vocabulary-size {options.size} does not say which tokens stay; name a text with --trim-vocabulary"
-        )
+    if fault := corpus_fault(recipe):
+        raise PlanError(fault)
     text = corpus_text(recipe, options.corpus)
     return _cut(folder, text.name, text.documents, options.size)
+
+
+def corpus_fault(recipe: Recipe) -> str:
+    """Why the vocabulary stage cannot run, though it can be planned; empty if it can."""
+    for _, options in recipe.stages:
+        if isinstance(options, Vocabulary) and not options.corpus:
+            return (
+                f"--vocabulary-size {options.size} does not say which tokens stay; name a text with --trim-vocabulary"
+            )
+    return ""
 
 
 def corpus_text(recipe: Recipe, corpus: str) -> Text:

@@ -7,6 +7,7 @@ work raise PlanError at once; what depends on the model is checked by the stage'
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,9 +24,31 @@ def option(default: Any, flag: str, text: str, later: bool = False) -> Any:
     return field(default=default, metadata={"flag": flag, "help": text, "later": later})
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise PlanError(message)
+class _Faults:
+    """What cannot be in one stage's options, raised together."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def require(self, holds: bool, message: str) -> None:
+        if not holds:
+            self.found.append(message)
+
+    def of(self, check: Callable[[], object]) -> None:
+        """What a check raises."""
+        try:
+            check()
+        except PlanError as error:
+            self.found.append(str(error))
+
+    def windows(self, stage: str, samples: int, length: int) -> None:
+        self.require(samples > 0, f"{stage}: {samples} calibration windows; at least one is needed")
+        self.require(length > 1, f"{stage}: windows of {length} tokens; at least two are needed")
+
+    def raise_all(self) -> None:
+        """Raise PlanError, a line a fault, if there are any."""
+        if self.found:
+            raise PlanError("\n".join(self.found))
 
 
 QUANTS = (*quantisers.METHODS, "none")
@@ -41,7 +64,9 @@ class Vocabulary:
     size: int = option(0, "--vocabulary-size", "At most so many tokens, those the corpus uses most; 0: all it uses.")
 
     def __post_init__(self) -> None:
-        _require(self.size >= 0, f"--vocabulary-size {self.size}: cannot be negative")
+        faults = _Faults()
+        faults.require(self.size >= 0, f"--vocabulary-size {self.size}: cannot be negative")
+        faults.raise_all()
 
     @property
     def skipped(self) -> bool:
@@ -59,7 +84,9 @@ class Pad:
     multiple: int = option(0, "--pad-ffn", "Widen the feed-forward with zeros to a multiple of this, e.g. 32; 0 skips.")
 
     def __post_init__(self) -> None:
-        _require(self.multiple >= 0, f"--pad-ffn {self.multiple}: cannot be negative")
+        faults = _Faults()
+        faults.require(self.multiple >= 0, f"--pad-ffn {self.multiple}: cannot be negative")
+        faults.raise_all()
 
     @property
     def skipped(self) -> bool:
@@ -84,11 +111,13 @@ class Depth:
     length: int = option(128, "--depth-length", "Tokens per calibration window.")
 
     def __post_init__(self) -> None:
-        _require(self.remove >= 0, f"--depth {self.remove}: the number of blocks to remove cannot be negative")
-        _require(self.metric in METRICS, f"--metric {self.metric}: there are {', '.join(METRICS)}")
-        _require(min(self.protect_first, self.protect_last) >= 0, "protected blocks cannot be negative")
-        _require(not self.layers or bool(self.sequence), "--layers names no block")
-        _windows("depth", self.samples, self.length)
+        faults = _Faults()
+        faults.require(self.remove >= 0, f"--depth {self.remove}: the number of blocks to remove cannot be negative")
+        faults.require(self.metric in METRICS, f"--metric {self.metric}: there are {', '.join(METRICS)}")
+        faults.require(min(self.protect_first, self.protect_last) >= 0, "protected blocks cannot be negative")
+        faults.of(lambda: faults.require(not self.layers or bool(self.sequence), "--layers names no block"))
+        faults.windows("depth", self.samples, self.length)
+        faults.raise_all()
 
     @property
     def skipped(self) -> bool:
@@ -105,7 +134,8 @@ class Depth:
         for part in filter(None, self.layers.replace(" ", "").split(",")):
             match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-            _require(first <= last, f"--layers: '{part}' is not a block or a range of blocks, e.g. 0-22,28-31")
+            if first > last:
+                raise PlanError(f"--layers: '{part}' is not a block or a range of blocks, e.g. 0-22,28-31")
             blocks += range(first, last + 1)
         return blocks
 
@@ -122,14 +152,16 @@ class Wanda:
     method: str = option("wanda", "--prune", f"What chooses the zeros: {', '.join(METHODS)}.")
 
     def __post_init__(self) -> None:
-        _require(self.method in METHODS, f"--prune {self.method}: there are {', '.join(METHODS)}")
-        _require(
-            not self.skipped or self.method == "wanda",
+        faults = _Faults()
+        faults.require(self.method in METHODS, f"--prune {self.method}: there are {', '.join(METHODS)}")
+        faults.require(
+            not self.skipped or self.method == "wanda" or self.method not in METHODS,
             f"--prune {self.method} has nothing to prune with --wanda none; give an amount, e.g. --wanda 2:4",
         )
         if not self.skipped:
-            parse_amount(self.pattern)
-        _windows("wanda", self.samples, self.length)
+            faults.of(lambda: parse_amount(self.pattern))
+        faults.windows("wanda", self.samples, self.length)
+        faults.raise_all()
 
     @property
     def skipped(self) -> bool:
@@ -171,31 +203,37 @@ class Lora:
     )
 
     def __post_init__(self) -> None:
+        faults = _Faults()
         # What is the same is written the same: in fingerprints, folders' names and manifests.
-        object.__setattr__(self, "method", str(self.recovery))
-        object.__setattr__(self, "targets", self.targets or self.recovery.adapter.TARGETS)
-        _require(self.rank > 0, f"--lora-rank {self.rank}: must be positive; use --skip lora to leave the stage out")
-        _require(self.alpha > 0, f"--lora-alpha {self.alpha}: must be positive")
-        _require(0 <= self.dropout < 1, f"--lora-dropout {self.dropout}: must be in [0, 1)")
-        _require(self.batch > 0 and self.micro_batch > 0, "--lora-batch and --lora-micro-batch must be positive")
-        _require(
-            self.batch % self.micro_batch == 0,
+        faults.of(self._settle)
+        rank = f"--lora-rank {self.rank}: must be positive; use --skip lora to leave the stage out"
+        faults.require(self.rank > 0, rank)
+        faults.require(self.alpha > 0, f"--lora-alpha {self.alpha}: must be positive")
+        faults.require(0 <= self.dropout < 1, f"--lora-dropout {self.dropout}: must be in [0, 1)")
+        faults.require(self.batch > 0 and self.micro_batch > 0, "--lora-batch and --lora-micro-batch must be positive")
+        faults.require(
+            min(self.batch, self.micro_batch) < 1 or self.batch % self.micro_batch == 0,
             f"--lora-batch {self.batch} is not a multiple of --lora-micro-batch {self.micro_batch}",
         )
-        _require(self.steps >= 0, f"--lora-steps {self.steps}: cannot be negative")
-        _require(self.epochs > 0, f"--lora-epochs {self.epochs}: must be positive")
-        _require(self.learning_rate > 0, f"--lora-lr {self.learning_rate}: must be positive")
-        _require(self.save_steps > 0, f"--lora-save-steps {self.save_steps}: must be positive")
-        _require(0 <= self.distill <= 1, f"--distill {self.distill}: must be in [0, 1]")
-        _require(self.teacher in TEACHERS, f"--distill-teacher {self.teacher}: there are {', '.join(TEACHERS)}")
-        _require(self.held_out >= 0, f"--lora-held-out {self.held_out}: cannot be negative")
-        _require(self.patience > 0, f"--lora-patience {self.patience}: must be positive")
-        _windows("lora", self.samples, self.length)
-        _require(
-            self.samples - self.held_out >= self.batch,
+        faults.require(self.steps >= 0, f"--lora-steps {self.steps}: cannot be negative")
+        faults.require(self.epochs > 0, f"--lora-epochs {self.epochs}: must be positive")
+        faults.require(self.learning_rate > 0, f"--lora-lr {self.learning_rate}: must be positive")
+        faults.require(self.save_steps > 0, f"--lora-save-steps {self.save_steps}: must be positive")
+        faults.require(0 <= self.distill <= 1, f"--distill {self.distill}: must be in [0, 1]")
+        faults.require(self.teacher in TEACHERS, f"--distill-teacher {self.teacher}: there are {', '.join(TEACHERS)}")
+        faults.require(self.held_out >= 0, f"--lora-held-out {self.held_out}: cannot be negative")
+        faults.require(self.patience > 0, f"--lora-patience {self.patience}: must be positive")
+        faults.windows("lora", self.samples, self.length)
+        faults.require(
+            min(self.samples, self.batch) < 1 or self.held_out < 0 or self.samples - self.held_out >= self.batch,
             f"--lora-samples {self.samples}, less {self.held_out} held out, fill no batch of {self.batch}; "
             "lower --lora-batch or raise the samples",
         )
+        faults.raise_all()
+
+    def _settle(self) -> None:
+        object.__setattr__(self, "method", str(self.recovery))
+        object.__setattr__(self, "targets", self.targets or self.recovery.adapter.TARGETS)
 
     @property
     def skipped(self) -> bool:
@@ -239,18 +277,21 @@ class Gptq:
     length: int = option(512, "--quant-length", "Tokens per calibration window.")
 
     def __post_init__(self) -> None:
-        _require(self.quant in QUANTS, f"--quant {self.quant}: there are {', '.join(QUANTS)}")
-        _require(self.group == -1 or self.group >= 32, f"--group {self.group}: at least 32, or -1 for whole rows")
-        _require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
-        _require(self.effort in ("normal", "high"), f"--quant-effort {self.effort}: there are normal and high")
-        _require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
-        _require(self.activation_bits in (8, 16), f"--activation-bits {self.activation_bits}: 8, or 16 to leave them")
-        _require(
-            not self.skipped or self.activation_bits == 16,
+        faults = _Faults()
+        faults.require(self.quant in QUANTS, f"--quant {self.quant}: there are {', '.join(QUANTS)}")
+        faults.require(self.group == -1 or self.group >= 32, f"--group {self.group}: at least 32, or -1 for whole rows")
+        faults.require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
+        faults.require(self.effort in ("normal", "high"), f"--quant-effort {self.effort}: there are normal and high")
+        faults.require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
+        bits = self.activation_bits
+        faults.require(bits in (8, 16), f"--activation-bits {bits}: 8, or 16 to leave them")
+        faults.require(
+            not self.skipped or bits != 8,
             "--activation-bits 8 rounds inputs of quantised layers, and --quant none leaves none; give --quant int8",
         )
-        _require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
-        _windows("gptq", self.samples, self.length)
+        faults.require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
+        faults.windows("gptq", self.samples, self.length)
+        faults.raise_all()
 
     @property
     def skipped(self) -> bool:
@@ -272,10 +313,13 @@ class Eora:
     length: int = option(512, "--eora-length", "Tokens per calibration window.")
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 0, f"--eora {self.rank}: the rank cannot be negative")
-        _require(self.against in ("parent", "dense"), f"--eora-against {self.against}: there are parent and dense")
-        _require(self.bits in (8, 16), f"--eora-bits {self.bits}: 8 or 16")
-        _windows("eora", self.samples, self.length)
+        faults = _Faults()
+        faults.require(self.rank >= 0, f"--eora {self.rank}: the rank cannot be negative")
+        known = ("parent", "dense")
+        faults.require(self.against in known, f"--eora-against {self.against}: there are {' and '.join(known)}")
+        faults.require(self.bits in (8, 16), f"--eora-bits {self.bits}: 8 or 16")
+        faults.windows("eora", self.samples, self.length)
+        faults.raise_all()
 
     @property
     def skipped(self) -> bool:
@@ -306,8 +350,3 @@ STAGES: dict[str, type[Options]] = {
     "gptq": Gptq,
     "eora": Eora,
 }
-
-
-def _windows(stage: str, samples: int, length: int) -> None:
-    _require(samples > 0, f"{stage}: {samples} calibration windows; at least one is needed")
-    _require(length > 1, f"{stage}: windows of {length} tokens; at least two are needed")
