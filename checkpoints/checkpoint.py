@@ -240,7 +240,7 @@ def foreign_fingerprint(folder: Path) -> str:
     """Sha256 over the names and hashes of the files that make a model what it is."""
     digest = hashlib.sha256()
     names = set(weight_files(folder).values()) | {folder / "config.json"}
-    names |= set(folder.glob("*token*")) | set(folder.glob("*.model"))
+    names |= {path for pattern in ("*token*", "*.model") for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(names):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
     return digest.hexdigest()

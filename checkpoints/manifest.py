@@ -28,7 +28,7 @@ PARTIAL = ".partial"  # ends the name of a file being written, which a kill may 
 WORK = ".work"  # a stage's durable progress, gone once the manifest is there
 SEAL = "sha256"  # the key under which a JSON object carries the hash of the rest of it
 
-_FOLDERS = ("adapter", "edge", "scaling")  # of a checkpoint, beside the files at its top
+_FOLDERS = ("adapter", "edge", "scaling", "additional_chat_templates")  # of a checkpoint, beside the files at its top
 _READ = {".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".factors", ".spm"}
 _MOST_BYTES = 2**26  # of a manifest; one of 10,000 files takes 2 MiB
 
@@ -188,7 +188,7 @@ def require_inside(folder: Path, names: Iterable[object], told_by: str) -> None:
 
 
 def require_own_links(folder: Path) -> None:
-    """Raise CheckpointError where a file that a model is read from is a link out of its folder.
+    """Raise CheckpointError where a file that a model is read from is a link out of its folder, or no file.
 
     All JSON, safetensors, tokenizer and template files at the top; `adapter`, `edge` and `scaling` with all in them.
     """
@@ -199,6 +199,8 @@ def require_own_links(folder: Path) -> None:
     for entry in entries:
         if entry.is_symlink():
             _require_no_way_out(Path(entry.path), folder)
+        if entry.name not in _FOLDERS and not entry.is_file() and not entry.is_dir() and not entry.is_symlink():
+            raise CheckpointError(f"{entry.path} is a device, pipe or socket, where a model's file would be")
         if entry.name in _FOLDERS and entry.is_dir():
             for path in Path(entry.path).iterdir():
                 _require_no_way_out(path, folder)

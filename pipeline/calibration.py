@@ -107,7 +107,7 @@ class Calibration:
         if ids is None:
             path.parent.mkdir(exist_ok=True)
             ids = sample_text(self._source, samples, length, runtime, kept)
-            write_bytes(path, save({"ids": ids}, metadata={SEAL: _digest(ids)}))
+            write_bytes(path, save({"ids": ids}, metadata={SEAL: _digest(name, ids)}))
         return TokenBatches("self", ids)
 
 
@@ -119,7 +119,7 @@ def _sampled_before(path: Path, note: Callable[[str], None]) -> Tensor | None:
             stated = (file.metadata() or {}).get(SEAL)
     except (OSError, SafetensorError):
         ids, stated = torch.empty(0), "unreadable"
-    if stated == _digest(ids):
+    if stated == _digest(path.stem, ids):
         return ids
     if stated is None:
         note(f"{path.name} in calibration/ carries no hash, as those of earlier versions; it is used as it is")
@@ -128,8 +128,9 @@ def _sampled_before(path: Path, note: Callable[[str], None]) -> Tensor | None:
     return None
 
 
-def _digest(ids: Tensor) -> str:
-    return hashlib.sha256(str(list(ids.shape)).encode() + ids.contiguous().numpy().tobytes()).hexdigest()
+def _digest(name: str, ids: Tensor) -> str:
+    """Sha256 over the ids and the name that says whose they are: one file put in another's place is found."""
+    return hashlib.sha256(f"{name} {list(ids.shape)}".encode() + ids.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _evaluation_text(recipe: Recipe) -> Text:

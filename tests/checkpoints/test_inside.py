@@ -130,6 +130,15 @@ def test_a_file_in_a_folder_of_a_model_is_no_link_out(sharded: Path, tmp_path: P
         Checkpoint.open(sharded)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "model.safetensors"])
+def test_a_pipe_is_no_file_of_a_model(sharded: Path, name: str) -> None:
+    """Reading one would wait for ever."""
+    (sharded / name).unlink(missing_ok=True)
+    os.mkfifo(sharded / name)
+    with pytest.raises(CheckpointError, match=rf"{name} is a device, pipe or socket"):
+        Checkpoint.open(sharded)
+
+
 def test_tokenizer_settings_cannot_name_files_elsewhere(sharded: Path, tmp_path: Path) -> None:
     settings = json.loads((sharded / "tokenizer_config.json").read_text())
     (sharded / "tokenizer_config.json").write_text(json.dumps(settings | {"vocab_file": "/etc/passwd"}))

@@ -130,6 +130,23 @@ def test_one_checkpoint_gives_its_numbers_as_json_and_as_a_table(
     shown = compress(*call, "-o", "report/mine.json", cwd=tmp_path)
     assert shown.returncode == 0 and "accuracy" in shown.stdout and "%" in shown.stdout
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["answers", "mine.json"]
+    report = tmp_path / "report" / "mine.json"
+    assert compress("compare", report, report).returncode == 0
+    report.write_text(report.read_text().replace('"n": ', '"n": 1', 1))
+    done = compress("compare", report, report)
+    assert done.returncode == 2 and "is damaged or was edited: it does not have the sha256" in done.stderr
+
+
+def test_a_report_goes_to_a_device_and_nothing_beside_it(
+    compress: Command, tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    call = ["eval", tiny_llama, "--task", "triviaqa-open", *sources(data, "triviaqa-open"), "--new-tokens", 2]
+    before = sorted(Path("/dev").iterdir())
+    assert compress(*call, "-o", "/dev/null", cwd=tmp_path).returncode == 0
+    assert sorted(Path("/dev").iterdir()) == before
+    for out, words in ((tmp_path, "is a folder"), (tiny_llama / "config.json" / "x.json", "is a file, not a folder")):
+        done = compress(*call, "-o", out, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,9 @@ def test_a_sampled_text_that_was_damaged_is_sampled_again(
     first = run_recipe(out, tiny_llama, skip=skip, **data)
     (text,) = (out / "calibration").iterdir()
     before = text.read_bytes()
-    for damaged in (before[:-8] + b"\1\0\0\0\0\0\0\0", before[:50], b""):
+    run_recipe(tmp_path / "other", tiny_llama, skip=skip, seed=3, **data)
+    (other,) = (tmp_path / "other" / "calibration").iterdir()
+    for damaged in (other.read_bytes(), before[:-8] + b"\1\0\0\0\0\0\0\0", before[:50], b""):
         text.write_bytes(damaged)
         again = run_recipe(out, tiny_llama, skip=skip, **data)
         assert again.computed == 0 and text.read_bytes() == before

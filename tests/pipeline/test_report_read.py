@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.errors import CheckpointError, EdgepressError, PlanError
+from checkpoints.manifest import sealed, sha256_file, write_json
 from pipeline.page.read import clean, read_study
 from tests.pipeline import report_help as made
 
@@ -89,6 +90,34 @@ def test_a_damaged_manifest_is_a_note_not_the_end(tmp_path: Path) -> None:
     study = read_study(out)
     assert study.of_stage("gptq")[0].manifest is None
     assert any("manifest.json is damaged" in note for note in study.notes)
+
+
+@pytest.mark.parametrize("edited", ["sweep.json", "results.parquet"])
+def test_a_sweep_that_was_edited_is_refused(tmp_path: Path, edited: str) -> None:
+    """`sweep.json` carries its own hash and those of the tables."""
+    out = made.write_sweep(tmp_path / "out", made.sweep_rows(), {})
+    tables = {name: sha256_file(out / name) for name in ("results.parquet", "results.csv")}
+    write_json(out / "sweep.json", sealed({"notes": [], "tables": tables}))
+    read_study(out)
+    if edited == "sweep.json":
+        write_json(out / edited, json.loads((out / edited).read_text()) | {"notes": ["it was good"]})
+    else:
+        made.write_sweep(out, [row | {"value": 1.0} for row in made.sweep_rows()])
+    with pytest.raises(CheckpointError, match=rf"{edited} cannot be read \(it was edited or damaged"):
+        read_study(out)
+
+
+def test_a_stage_that_a_report_names_is_read_in_the_store_alone(tmp_path: Path) -> None:
+    elsewhere = made.write_run(tmp_path / "elsewhere")
+    out = made.write_run(tmp_path / "out")
+    report = json.loads((out / "report.json").read_text())
+    for stage in report["stages"]:
+        stage["path"] = str(elsewhere / Path(stage["path"]).name)
+    shutil.rmtree(next(out.glob("4-gptq-*")))
+    (out / "report.json").write_text(json.dumps(report))
+    study = read_study(out)
+    assert study.of_stage("gptq")[0].folder is None
+    assert study.of_stage("wanda")[0].folder == next(out.glob("2-wanda-*"))
 
 
 def test_mistakes_get_one_message_that_says_what_to_do(tmp_path: Path) -> None:
