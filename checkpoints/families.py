@@ -7,27 +7,139 @@ family against the module that transformers builds from the same configuration.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from checkpoints.defaults import head_dim, kv_heads, setting
 from checkpoints.errors import PlanError
 from checkpoints.forms import TensorShape
 from checkpoints.shape import BlockShape, LinearShape, ModelShape
 
+# Sizes that a config.json must state to be believed, and those that its family's class may fill in.
+_STATED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+_DERIVED = ("intermediate_size", "vocab_size")
 _TORCH_TO_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-# What distinguishes the families: which linears carry a bias, and which settings for it they heed at all; which
-# norms a block has; what is fused; whether the head is tied where the configuration is silent.
-_LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
-_GEMMA_NORMS = (*_LLAMA_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"may_bias": ("attention_bias", "mlp_bias")},
-    "mistral": {},
-    "smollm3": {"may_bias": ("attention_bias", "mlp_bias"), "tied": True},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"may_bias": ("attention_bias",), "head_norms": True},
-    "gemma2": {"may_bias": ("attention_bias",), "norms": _GEMMA_NORMS, "tied": True},
-    "gemma3_text": {"may_bias": ("attention_bias",), "norms": _GEMMA_NORMS, "head_norms": True, "tied": True},
-    "phi3": {"fused": True},
+_TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+_GEMMA_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_Switch = bool | str  # true, or the setting that says so
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a block of a family is made of: which linears carry a bias, which norms there are, what is fused."""
+
+    qkv_bias: _Switch = False
+    o_bias: _Switch = False
+    mlp_bias: _Switch = False
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    o: str = "o_proj"
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    norms: tuple[str, ...] = _TWO_NORMS
+    norm_goes_if: str = ""  # the second one, by this setting
+    norms_come_if: str = ""  # HyperCLOVA X's two, by this setting
+    norm_bias: bool = False
+    last_norm: str = "norm"  # "" has no weights
+    head_norms: tuple[str, ...] = ()  # of queries and keys
+    head_norms_if: _Switch = True
+    head_norms_over: str = "head"  # head: one for all; all: one over all heads; each: a row or a norm for each head
+    sub_norms: bool = False  # BitNet's, before o_proj and down_proj
+    activation: tuple[str, ...] = ()  # numbers that the activation function learns or keeps
+    head_bias: bool = False
+
+
+def _biased(attention: str, feed_forward: _Switch = False, **more: Any) -> _Layout:
+    return _Layout(attention, attention, feed_forward, **more)
+
+
+_QK = ("q_norm", "k_norm")
+_QK_LAYER = ("q_layernorm", "k_layernorm")
+_BRANCH_ENDS = ("post_attention_layernorm", "post_feedforward_layernorm")
+_FUSED_MLP, _PLAIN_MLP = ("gate_up_proj", "down_proj"), ("up_proj", "down_proj")
+_LLAMA = _biased("attention_bias", "mlp_bias")
+_FAMILIES: dict[str, _Layout] = {
+    "apertus": _biased(
+        "attention_bias",
+        mlp=_PLAIN_MLP,
+        norms=("attention_layernorm", "feedforward_layernorm"),
+        head_norms=_QK,
+        activation=("alpha_p", "alpha_n", "beta", "eps"),
+    ),
+    "arcee": _biased("attention_bias", "mlp_bias", mlp=_PLAIN_MLP),
+    "bitnet": _biased("attention_bias", sub_norms=True),
+    "cohere": _biased(
+        "attention_bias",
+        norms=("input_layernorm",),
+        head_norms=_QK,
+        head_norms_if="use_qk_norm",
+        head_norms_over="each",
+    ),
+    "cohere2": _biased("attention_bias", norms=("input_layernorm",)),
+    "cwm": _Layout(mlp_bias="mlp_bias"),
+    "ernie4_5": _biased("use_bias", "use_bias"),
+    "exaone4": _Layout(norms=_BRANCH_ENDS, head_norms=_QK),
+    "gemma": _biased("attention_bias"),
+    "gemma2": _biased("attention_bias", norms=_GEMMA_NORMS),
+    "gemma3_text": _biased("attention_bias", norms=_GEMMA_NORMS, head_norms=_QK),
+    "glm": _Layout("attention_bias", mlp=_FUSED_MLP),
+    "glm4": _Layout(
+        "attention_bias", mlp=_FUSED_MLP, norms=(*_TWO_NORMS, "post_self_attn_layernorm", "post_mlp_layernorm")
+    ),
+    "granite": _LLAMA,
+    "helium": _Layout("attention_bias", False, "mlp_bias"),
+    "hunyuan_v1_dense": _biased("attention_bias", head_norms=("query_layernorm", "key_layernorm")),
+    "hyperclovax": _biased("attention_bias", "mlp_bias", norms_come_if="use_post_norm"),
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
+    "jais2": _biased("attention_bias", "mlp_bias", mlp=_PLAIN_MLP, norm_bias=True),
+    "llama": _LLAMA,
+    "ministral": _Layout(),
+    "ministral3": _Layout(),
+    "mistral": _Layout(),
+    "nemotron": _biased("attention_bias", "mlp_bias", mlp=_PLAIN_MLP, norm_bias=True),
+    "olmo": _biased("attention_bias", norms=(), last_norm=""),
+    "olmo2": _biased("attention_bias", norms=_BRANCH_ENDS, head_norms=_QK, head_norms_over="all"),
+    "olmo3": _biased("attention_bias", norms=_BRANCH_ENDS, head_norms=_QK, head_norms_over="all"),
+    "persimmon": _Layout(
+        True,
+        True,
+        True,
+        qkv=("query_key_value",),
+        o="dense",
+        mlp=("dense_h_to_4h", "dense_4h_to_h"),
+        norm_bias=True,
+        last_norm="final_layernorm",
+        head_norms=_QK_LAYER,
+        head_norms_if="qk_layernorm",
+    ),
+    "phi": _Layout(
+        True,
+        True,
+        True,
+        o="dense",
+        mlp=("fc1", "fc2"),
+        norms=("input_layernorm",),
+        norm_bias=True,
+        last_norm="final_layernorm",
+        head_norms=_QK_LAYER,
+        head_norms_if="qk_layernorm",
+        head_bias=True,
+    ),
+    "phi3": _Layout(qkv=("qkv_proj",), mlp=_FUSED_MLP),
+    "qwen2": _Layout(True),
+    "qwen3": _biased("attention_bias", head_norms=_QK),
+    "seed_oss": _Layout("attention_bias", "attention_out_bias", "mlp_bias"),
+    "smollm3": _LLAMA,
+    "stablelm": _Layout(
+        "use_qkv_bias",
+        norm_goes_if="use_parallel_residual",
+        norm_bias=True,
+        head_norms=_QK_LAYER,
+        head_norms_if="qk_layernorm",
+        head_norms_over="each",
+    ),
+    "starcoder2": _biased("use_bias", "use_bias", mlp=("c_fc", "c_proj"), norm_bias=True),
+    "vaultgemma": _biased("attention_bias", norms=("input_layernorm", "pre_feedforward_layernorm")),
 }
 
 
@@ -47,56 +159,82 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
             f"the shape of a '{family or 'nameless'}' model cannot be told from its config.json alone; "
             f"known are {', '.join(known_families())}. Give a folder that holds the weights as well."
         )
-    traits = _FAMILIES[family]
+    layout = _FAMILIES[family]
     bare = config.get("vocab_size") == 0  # blocks alone, between states instead of tokens: no embedding, no head
-    wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    sizes = {key: setting(config, key) for key in _DERIVED} | {key: config.get(key) for key in _STATED}
     missing = [
-        key for key in (wanted[:-1] if bare else wanted) if not isinstance(config.get(key), int) or config[key] <= 0
+        key
+        for key in (*_STATED, *_DERIVED)
+        if not (bare and key == "vocab_size") and (not isinstance(sizes[key], int) or sizes[key] <= 0)
     ]
     if missing:
         raise PlanError(f"config.json lacks a positive whole number for {', '.join(missing)}")
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    inner = config["intermediate_size"]
     dtype = _TORCH_TO_SAFETENSORS.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), "BF16")
+    hidden, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
 
-    def linear(name: str, out_features: int, in_features: int, bias: bool = False) -> LinearShape:
-        return LinearShape(name, out_features, in_features, dtype, bias)
-
-    may_bias = traits.get("may_bias", ())
-    any_bias = "attention_bias" in may_bias and bool(config.get("attention_bias", False))
-    qkv_bias = any_bias or bool(traits.get("qkv_bias"))
-    mlp_bias = "mlp_bias" in may_bias and bool(config.get("mlp_bias", False))
-    linears: tuple[LinearShape, ...]
-    if traits.get("fused"):
-        linears = (
-            linear("self_attn.qkv_proj", (heads + 2 * kv_heads) * head_dim, hidden),
-            linear("self_attn.o_proj", hidden, heads * head_dim),
-            linear("mlp.gate_up_proj", 2 * inner, hidden),
-            linear("mlp.down_proj", hidden, inner),
-        )
-    else:
-        linears = (
-            linear("self_attn.q_proj", heads * head_dim, hidden, qkv_bias),
-            linear("self_attn.k_proj", kv_heads * head_dim, hidden, qkv_bias),
-            linear("self_attn.v_proj", kv_heads * head_dim, hidden, qkv_bias),
-            linear("self_attn.o_proj", hidden, heads * head_dim, any_bias),
-            linear("mlp.gate_proj", inner, hidden, mlp_bias),
-            linear("mlp.up_proj", inner, hidden, mlp_bias),
-            linear("mlp.down_proj", hidden, inner, mlp_bias),
-        )
-    others = [TensorShape(f"{norm}.weight", (hidden,), dtype) for norm in traits.get("norms", _LLAMA_NORMS)]
-    if traits.get("head_norms"):
-        others += [TensorShape(f"self_attn.{name}.weight", (head_dim,), dtype) for name in ("q_norm", "k_norm")]
-    block = BlockShape(linears, tuple(others))
-
-    outer = [TensorShape("model.norm.weight", (hidden,), dtype)]
+    block = _block(config, layout, sizes["intermediate_size"], dtype)
+    outer = []
+    if layout.last_norm:
+        outer += _norm(f"model.{layout.last_norm}", (hidden,), layout.norm_bias, dtype)
     if not bare:
-        outer.insert(0, TensorShape("model.embed_tokens.weight", (config["vocab_size"], hidden), dtype))
-    if not bare and not config.get("tie_word_embeddings", bool(traits.get("tied"))):
-        outer.append(TensorShape("lm_head.weight", (config["vocab_size"], hidden), dtype))
-    return ModelShape(family, dict(config), (block,) * config["num_hidden_layers"], tuple(outer))
+        outer.insert(0, TensorShape("model.embed_tokens.weight", (vocabulary, hidden), dtype))
+    if not bare and not setting(config, "tie_word_embeddings"):
+        outer.append(TensorShape("lm_head.weight", (vocabulary, hidden), dtype))
+    if not bare and layout.head_bias:
+        outer.append(TensorShape("lm_head.bias", (vocabulary,), dtype))
+    return ModelShape(family, dict(config), (block,) * sizes["num_hidden_layers"], tuple(outer))
+
+
+def _block(config: Mapping[str, Any], layout: _Layout, inner: int, dtype: str) -> BlockShape:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    own_heads, width = kv_heads(config), head_dim(config)
+
+    def on(switch: _Switch) -> bool:
+        return bool(setting(config, switch)) if isinstance(switch, str) else switch
+
+    def linear(name: str, out_features: int, in_features: int, bias: _Switch) -> LinearShape:
+        return LinearShape(name, out_features, in_features, dtype, on(bias))
+
+    rows = (heads * width, own_heads * width, own_heads * width)
+    qkv = zip(layout.qkv, rows if len(layout.qkv) == 3 else (sum(rows),), strict=True)
+    linears = [linear(f"self_attn.{name}", out, hidden, layout.qkv_bias) for name, out in qkv]
+    linears.append(linear(f"self_attn.{layout.o}", hidden, heads * width, layout.o_bias))
+    *ups, down = layout.mlp
+    fused = 2 if "gate_up_proj" in ups else 1
+    linears += [linear(f"mlp.{name}", fused * inner, hidden, layout.mlp_bias) for name in ups]
+    linears.append(linear(f"mlp.{down}", hidden, inner, layout.mlp_bias))
+
+    others: list[TensorShape] = []
+    names = layout.norms
+    if layout.norm_goes_if and setting(config, layout.norm_goes_if):
+        names = names[:1]
+    if layout.norms_come_if and setting(config, layout.norms_come_if):
+        names = (*names, "post_norm1", "post_norm2")
+    for name in names:
+        others += _norm(name, (hidden,), layout.norm_bias, dtype)
+    if on(layout.head_norms_if):
+        for name, count in zip(layout.head_norms, (heads, own_heads), strict=bool(layout.head_norms)):
+            others += _head_norm(f"self_attn.{name}", layout, count, width, dtype)
+    if layout.sub_norms:
+        others += _norm("self_attn.attn_sub_norm", (hidden,), False, dtype)
+        others += _norm("mlp.ffn_sub_norm", (inner,), False, dtype)
+    for name in layout.activation:
+        others.append(TensorShape(f"mlp.act_fn.{name}", (1,) if name.startswith("alpha") else (), dtype))
+    return BlockShape(tuple(linears), tuple(others))
+
+
+def _norm(name: str, shape: tuple[int, ...], bias: bool, dtype: str) -> list[TensorShape]:
+    return [TensorShape(f"{name}.{kind}", shape, dtype) for kind in (("weight", "bias") if bias else ("weight",))]
+
+
+def _head_norm(name: str, layout: _Layout, heads: int, width: int, dtype: str) -> list[TensorShape]:
+    if layout.head_norms_over == "all":
+        return _norm(name, (heads * width,), layout.norm_bias, dtype)
+    if layout.head_norms_over == "head":
+        return _norm(name, (width,), layout.norm_bias, dtype)
+    if layout.norm_bias:  # StableLM: a norm of its own for each head, without a bias
+        return [TensorShape(f"{name}.norms.{i}.weight", (width,), dtype) for i in range(heads)]
+    return _norm(name, (heads, width), False, dtype)
 
 
 def _llama(

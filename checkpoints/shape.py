@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from checkpoints.defaults import head_dim, kv_heads, setting
 from checkpoints.errors import PlanError
 from checkpoints.forms import DTYPE_BYTES, Form, TensorShape
 from checkpoints.sparsity import Sparsity
@@ -223,8 +224,8 @@ class ModelShape:
     # --- the numbers that attention needs --------------------------------------------------------------------
 
     def number(self, key: str) -> int:
-        """A whole number of the configuration; raises PlanError where the model does not state it."""
-        value = self.config.get(key)
+        """A whole number of the configuration, or its family's default; raises PlanError where there is neither."""
+        value = setting(self.config, key)
         if not isinstance(value, int):
             raise PlanError(f"the configuration of this {self.family} model states no whole number '{key}'")
         return value
@@ -243,11 +244,11 @@ class ModelShape:
 
     @property
     def kv_heads(self) -> int:
-        return int(self.config.get("num_key_value_heads") or self.heads)
+        return kv_heads(self.config)
 
     @property
     def head_dim(self) -> int:
-        return int(self.config.get("head_dim") or self.hidden_size // self.heads)
+        return head_dim(self.config)
 
     @property
     def positions(self) -> int:

@@ -1,12 +1,11 @@
-"""How a family's attention departs from the plain one, block by block, as far as its configuration tells.
-
-The defaults are those of the families' configuration classes in transformers.
-"""
+"""How a family's attention departs from the plain one, block by block, as far as its configuration tells."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+from checkpoints import defaults
+from checkpoints.defaults import setting, slides
 from checkpoints.kv_format import KVFormat
 from checkpoints.shape import ModelShape
 
@@ -45,45 +44,17 @@ def window_of(shape: ModelShape, block: int) -> int | None:
 
 
 def own_window(shape: ModelShape, block: int) -> int | None:
-    """Tokens that the queries of a block see with a sliding window of the model's own, None where they see all.
-
-    `layer_types` decides where the configuration states it for each block; after depth pruning without such a
-    list the rule is applied to the blocks that are left.
-    """
-    config, family = shape.config, shape.family
-    gemma = family in ("gemma2", "gemma3_text")
-    window = config.get("sliding_window", 4096 if gemma else None)
-    switched = family in ("qwen2", "qwen3", "smollm3")  # these heed the window only when told so
-    if not window or (switched and not config.get("use_sliding_window")):
-        return None
-    types = config.get("layer_types")
-    if types and len(types) == len(shape.blocks):
-        sliding = types[block] == "sliding_attention"
-    elif gemma:
-        sliding = (block + 1) % (2 if family == "gemma2" else config.get("sliding_window_pattern", 6)) != 0
-    elif family == "smollm3":
-        sliding = not has_rope(shape, block)
-    elif family in ("qwen2", "qwen3"):
-        sliding = block >= config.get("max_window_layers", 28)
-    else:
-        sliding = family in ("mistral", "phi3")
-    return int(window) if sliding else None
+    """Tokens that the queries of a block see with a sliding window of the model's own, None where they see all."""
+    return shape.number("sliding_window") if slides(shape.config, block, len(shape.blocks)) else None
 
 
 def has_rope(shape: ModelShape, block: int) -> bool:
-    """Whether a block rotates queries and keys: SmolLM3 leaves every fourth as they are."""
-    if shape.family != "smollm3":
-        return True
-    stated = shape.config.get("no_rope_layers")  # despite its name, 1 where there is rope
-    if stated and len(stated) == len(shape.blocks):
-        return bool(stated[block])
-    return (block + 1) % int(shape.config.get("no_rope_layer_interval", 4)) != 0
+    """Whether a block rotates queries and keys."""
+    return defaults.has_rope(shape.config, block, len(shape.blocks))
 
 
 def softcaps(shape: ModelShape) -> tuple[bool, bool]:
     """Whether attention's scores and the head's logits are capped by a tanh (Gemma 2, if not switched off)."""
-    default = shape.family == "gemma2"
-    scores, logits = "attn_logit_softcapping", "final_logit_softcapping"
-    if not shape.family.startswith("gemma"):
+    if "gemma" not in shape.family or shape.family == "gemma":
         return False, False
-    return bool(shape.config.get(scores, default)), bool(shape.config.get(logits, default))
+    return tuple(bool(setting(shape.config, f"{of}_logit_softcapping")) for of in ("attn", "final"))  # type: ignore[return-value]

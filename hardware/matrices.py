@@ -57,17 +57,19 @@ def adapter_weights(name: str, tensor: TensorShape, packed: bool = False) -> Wei
     return Weights(name.removesuffix(".weight"), rows, columns, 8 if packed else DTYPE_BYTES[tensor.dtype] * 8)
 
 
-def norm_weights(name: str, tensor: TensorShape) -> Weights:
-    """A norm's vector, as one row."""
-    return Weights(name.removesuffix(".weight"), 1, tensor.elements, DTYPE_BYTES[tensor.dtype] * 8)
+def norm_weights(name: str, tensor: TensorShape, bias: TensorShape | None = None) -> Weights:
+    """A norm's vector, as one row, and its bias beside it."""
+    extra = 0 if bias is None else bias.nbytes * 8
+    return Weights(name.removesuffix(".weight"), 1, tensor.elements, DTYPE_BYTES[tensor.dtype] * 8, extra)
 
 
 def outer_weights(tensor: TensorShape, shape: ModelShape) -> Weights:
-    """Embedding or head, or its packed copy for the edge where the model has one."""
+    """Embedding or head, or its packed copy for the edge where the model has one; a bias, where there is one, too."""
     name, (rows, columns) = tensor.name.removesuffix(".weight"), tensor.shape
+    bias = next((DTYPE_BYTES[t.dtype] * 8 for t in shape.outer if t.name == f"{name}.bias"), 0)
     if shape.embedding_bits is None:
-        return Weights(name, rows, columns, DTYPE_BYTES[tensor.dtype] * 8)
-    return Weights(name, rows, columns, shape.embedding_bits, 2 * SCALE_BITS, 1, True)  # scale and minimum a row
+        return Weights(name, rows, columns, DTYPE_BYTES[tensor.dtype] * 8, bias)
+    return Weights(name, rows, columns, shape.embedding_bits, 2 * SCALE_BITS + bias, 1, True)  # scale, minimum a row
 
 
 def last_part(name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from checkpoints.defaults import rotary_width, setting
 from checkpoints.errors import PlanError
 from checkpoints.forms import TensorShape, bytes_of
 from checkpoints.kv_format import KVFormat
@@ -18,6 +19,16 @@ from checkpoints.shape import BlockShape, LinearShape, ModelShape
 from hardware.attention import has_rope, softcaps, window_of
 from hardware.footprint import kv_block_bytes, kv_form, kv_written_bytes
 from hardware.matrices import Weights, adapter_weights, last_part, linear_weights, norm_weights, outer_weights
+from hardware.orders import (
+    Order,
+    branches_are_scaled,
+    by_role,
+    embedding_is_scaled,
+    logits_are_scaled,
+    norm_name,
+    of_norm,
+    order_of,
+)
 
 ACCELERATOR, CORES = "accelerator", "cores"
 
@@ -109,7 +120,7 @@ def forward(
     be, and for linear layers that no family known here has.
     """
     _validate(shape, tokens, context)
-    return list(_Pass(shape, tokens, context, activation_bits, kv_bits).operators())
+    return list(_Pass(shape, order_of(shape), tokens, context, activation_bits, kv_bits).operators())
 
 
 def weights_read(shape: ModelShape) -> dict[str, int]:
@@ -121,19 +132,12 @@ def weights_read(shape: ModelShape) -> dict[str, int]:
     return found
 
 
-_KNOWN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"}
-
-
 def _validate(shape: ModelShape, tokens: int, context: int) -> None:
     faults = []
     if tokens < 1 or context < 1:
         faults.append(f"{tokens} tokens at a context of {context}: both must be at least 1")
     elif tokens > context:
         faults.append(f"{tokens} tokens do not fit in a context of {context}")
-    names = {last_part(x.name) for block in shape.blocks for x in block.linears}
-    if names - _KNOWN:
-        unknown = ", ".join(sorted(names - _KNOWN))
-        faults.append(f"no order of computing is known for the linear layers {unknown} of this {shape.family} model")
     if faults:
         raise PlanError("; ".join(faults))
 
@@ -141,6 +145,7 @@ def _validate(shape: ModelShape, tokens: int, context: int) -> None:
 @dataclass(frozen=True)
 class _Pass:
     shape: ModelShape
+    order: Order
     tokens: int
     context: int
     activation_bits: int
@@ -155,55 +160,107 @@ class _Pass:
         if embedding is not None:
             read = bytes_of(self.tokens * (embedding.columns * embedding.bits + embedding.row_bits))
             yield self._element("embed", "embedding", None, self.tokens, hidden, (), residual, embedding, read)
-            if shape.family.startswith("gemma"):  # scaled by sqrt(hidden)
+            if embedding_is_scaled(shape):
                 yield self._element("scale", "multiply", None, self.tokens, hidden, (residual,), residual)
         for index, block in enumerate(shape.blocks):
             yield from self._block(index, block, residual)
         rows = 1 if head is not None else self.tokens  # only the last token's successor is wanted
         normed = self._buffer("normed", rows * hidden)
-        for tensor in shape.outer:
-            if len(tensor.shape) == 1 and not tensor.name.endswith(".bias"):
-                last = norm_weights(tensor.name, tensor)
+        vectors = {t.name: t for t in shape.outer if len(t.shape) == 1}
+        for name, tensor in vectors.items():
+            if not name.endswith(".bias"):
+                last = norm_weights(name, tensor, vectors.get(f"{name.removesuffix('.weight')}.bias"))
                 yield self._element("last norm", "norm", None, rows, hidden, (residual,), normed, last)
+        if self.order.weightless:
+            yield self._element("last norm", "norm", None, rows, hidden, (residual,), normed)
         if head is not None:
             logits = self._buffer("logits", head.rows)
             yield self._product("head", None, 1, head, (normed,), (logits,))
+            if logits_are_scaled(shape):
+                yield self._element("scale logits", "multiply", None, 1, head.rows, (logits,), logits)
             if softcaps(shape)[1]:
                 yield self._element("cap logits", "softcap", None, 1, head.rows, (logits,), logits)
 
     def _block(self, index: int, block: BlockShape, residual: Activation) -> Iterator[Operator]:
-        prefix, hidden = f"{self.shape.block_prefix}.{index}", self.shape.hidden_size
-        norms = {last_part(t.name.removesuffix(".weight")): t for t in block.others if t.name.endswith("norm.weight")}
-        branch_norms = "pre_feedforward_layernorm" in norms  # Gemma: also after attention and after the MLP
+        order, hidden = self.order, self.shape.hidden_size
+        linears = by_role(block)
 
-        def norm(name: str, source: Activation, target: Activation, rows: int = 0, width: int = hidden) -> Operator:
-            weights = norm_weights(f"{prefix}.{norms[name].name}", norms[name])
-            return self._element(name, "norm", index, rows or self.tokens, width, (source,), target, weights)
+        def own(name: str) -> Activation:
+            return self._buffer(f"{index}.{name}", self.tokens * hidden)
 
-        normed, normed2, attended, mlp = (
-            self._buffer(f"{index}.{name}", self.tokens * hidden) for name in ("normed", "normed2", "attended", "mlp")
-        )
-        linears = {last_part(x.name): x for x in block.linears}
-        yield norm("input_layernorm", residual, normed)
-        heads = {"q_norm": self.shape.heads, "k_norm": self.shape.kv_heads}
+        def norm(name: str, source: Activation, target: Activation) -> Iterator[Operator]:
+            if name:
+                yield from self._norm(index, block, name, source, target)
+
+        def branch(name: str, end: str, result: Activation) -> Iterator[Operator]:
+            yield from norm(end, result, result)
+            if branches_are_scaled(self.shape):
+                yield self._element(f"scale {name}", "multiply", index, self.tokens, hidden, (result,), result)
+
+        def add(name: str, *others: Activation) -> Operator:
+            return self._element(name, "add", index, self.tokens, hidden, (residual, *others), residual)
+
+        attended, mlp = own("attended"), own("mlp")
+        normed = own("normed") if order.attention_in else residual
+        yield from norm(order.attention_in, residual, normed)
+        yield from self._attended(index, block, linears, normed, attended)
+        yield from branch("attended", order.attention_out, attended)
+        normed2 = normed
+        if not order.parallel:
+            yield add("first residual", attended)
+            normed2 = residual
+        if order.mlp_in:
+            normed2 = own("normed2")
+            yield from norm(order.mlp_in, residual, normed2)
+        yield from self._mlp(index, block, linears, normed2, mlp)
+        yield from branch("mlp", order.mlp_out, mlp)
+        if order.parallel:
+            yield add("first residual", attended)
+        yield add("second residual", mlp)
+
+    def _norm(
+        self, index: int, block: BlockShape, name: str, source: Activation, target: Activation, elements: int = 0
+    ) -> Iterator[Operator]:
+        """Over the last dimension; elements: of the source for one token, of which each `width` are a vector."""
+        elements = elements or self.shape.hidden_size
+        pairs = list(of_norm(block, name))
+        if not pairs and self.order.weightless:
+            yield self._element(name, "norm", index, self.tokens, elements, (source,), target)
+        for weights, bias in pairs:  # with a norm of its own for each head, each does its part
+            width = weights.elements
+            rows = self.tokens if len(pairs) > 1 else self.tokens * elements // width
+            read = norm_weights(f"{self.shape.block_prefix}.{index}.{weights.name}", weights, bias)
+            label = name if len(pairs) == 1 else f"{name}.{last_part(read.name)}"
+            yield self._element(label, "norm", index, rows, width, (source,), target, read)
+
+    def _attended(
+        self, index: int, block: BlockShape, linears: dict[str, LinearShape], source: Activation, attended: Activation
+    ) -> Iterator[Operator]:
+        """From the attention's input to what its output layer makes."""
+        order = self.order
         q, k, v = (self._buffer(f"{index}.{n}", self.tokens * self._width(n)) for n in "qkv")
-        for name, target in (("q_proj", (q,)), ("k_proj", (k,)), ("v_proj", (v,)), ("qkv_proj", (q, k, v))):
-            if name in linears:
-                yield from self._linear(index, linears[name], normed, target)
-        for name, buffer in (("q_norm", q), ("k_norm", k)):
-            if name in norms:
-                yield norm(name, buffer, buffer, self.tokens * heads[name], self.shape.head_dim)
+        for role, target in (("q", (q,)), ("k", (k,)), ("v", (v,)), ("qkv", (q, k, v))):
+            if role in linears:
+                yield from self._linear(index, linears[role], source, target)
+        normed = [
+            operator
+            for name, buffer, n in ((order.q_norm, q, "q"), (order.k_norm, k, "k"))
+            if any(norm_name(t) == name for t in block.others)
+            for operator in self._norm(index, block, name, buffer, buffer, self._width(n))
+        ]
+        turned = list(self._rope(index, q, k))
+        yield from (*turned, *normed) if order.rope_first else (*normed, *turned)
         mixed = self._buffer(f"{index}.mixed", self.tokens * self._width("q"))
         yield from self._attention(index, q, k, v, mixed)
-        yield from self._linear(index, linears["o_proj"], mixed, (attended,))
-        if branch_norms:
-            yield norm("post_attention_layernorm", attended, attended)
-        yield self._element("first residual", "add", index, self.tokens, hidden, (residual, attended), residual)
-        yield norm("pre_feedforward_layernorm" if branch_norms else "post_attention_layernorm", residual, normed2)
-        yield from self._mlp(index, linears, normed2, mlp)
-        if branch_norms:
-            yield norm("post_feedforward_layernorm", mlp, mlp)
-        yield self._element("second residual", "add", index, self.tokens, hidden, (residual, mlp), residual)
+        if order.mixed_norm:
+            yield from self._norm(index, block, order.mixed_norm, mixed, mixed, self._width("q"))
+        yield from self._linear(index, linears["o"], mixed, (attended,))
+
+    def _rope(self, index: int, q: Activation, k: Activation) -> Iterator[Operator]:
+        shape, width = self.shape, rotary_width(self.shape.config)
+        if has_rope(shape, index):
+            for name, buffer, count in (("rope q", q, shape.heads), ("rope k", k, shape.kv_heads)):
+                yield self._element(name, "rope", index, self.tokens * count, width, (buffer,), buffer)
 
     def _attention(
         self, index: int, q: Activation, k: Activation, v: Activation, mixed: Activation
@@ -213,9 +270,6 @@ class _Pass:
         window = window_of(shape, index) or self.context
         view = min(self.context, window + tokens - 1)  # keys that some query of the pass sees
         first = self.context - tokens + 1  # keys before and at the first query
-        if has_rope(shape, index):
-            for name, buffer, count in (("rope q", q, heads), ("rope k", k, shape.kv_heads)):
-                yield self._element(name, "rope", index, tokens * count, head_dim, (buffer,), buffer)
         append = self._element("append to KV cache", "append", index, tokens, 2 * kv, (k, v), None)
         held = kv_block_bytes(shape, index, self.context, self.kv_bits)
         yield replace(append, kv_write=kv_written_bytes(shape, index, tokens, self.kv_bits), kv_held=held)
@@ -239,18 +293,31 @@ class _Pass:
         yield product("values", head_dim, view, scores, mixed, values)
 
     def _mlp(
-        self, index: int, linears: dict[str, LinearShape], source: Activation, mlp: Activation
+        self, index: int, block: BlockShape, linears: dict[str, LinearShape], source: Activation, mlp: Activation
     ) -> Iterator[Operator]:
-        inner = self.shape.number("intermediate_size")
+        inner, config = linears["down"].in_features, self.shape.config
         gated, upped = (self._buffer(f"{index}.{name}", self.tokens * inner) for name in ("gated", "upped"))
-        for name, target in (("gate_proj", (gated,)), ("up_proj", (upped,)), ("gate_up_proj", (gated, upped))):
-            if name in linears:
-                yield from self._linear(index, linears[name], source, target)
-        config = self.shape.config
-        function = str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
-        yield self._element(function, "activation", index, self.tokens, inner, (gated,), gated)
-        yield self._element("gate x up", "multiply", index, self.tokens, inner, (gated, upped), gated)
-        yield from self._linear(index, linears["down_proj"], gated, (mlp,))
+        is_gated = "gate" in linears or "gate_up" in linears
+        for role, target in (("gate", (gated,)), ("up", (upped,)), ("gate_up", (gated, upped))):
+            if role in linears:
+                yield from self._linear(index, linears[role], source, target)
+        function = str(setting(config, "hidden_activation") or setting(config, "hidden_act") or "silu")
+        result = gated if is_gated else upped
+        learnt = self._learnt(index, block)
+        yield self._element(function, "activation", index, self.tokens, inner, (result,), result, learnt)
+        if is_gated:
+            yield self._element("gate x up", "multiply", index, self.tokens, inner, (gated, upped), gated)
+        if self.order.inner_norm:
+            yield from self._norm(index, block, self.order.inner_norm, result, result, inner)
+        yield from self._linear(index, linears["down"], result, (mlp,))
+
+    def _learnt(self, index: int, block: BlockShape) -> Weights | None:
+        """The numbers that the activation function learns, as one row."""
+        own = [t for t in block.others if norm_name(t) == "act_fn"]
+        if not own:
+            return None
+        name = f"{self.shape.block_prefix}.{index}.{own[0].name.rpartition('.')[0]}"
+        return norm_weights(name, TensorShape(name, (sum(t.elements for t in own),), own[0].dtype))
 
     def _linear(
         self, index: int, x: LinearShape, source: Activation, targets: tuple[Activation, ...]

@@ -21,7 +21,7 @@ def judge(shape: ModelShape, soc: Soc, name: str, file_bytes: int | None = None,
         context = min(CONTEXT, shape.positions)
         return check(shape, soc, context=context, name=name, file_bytes=file_bytes, timing=timing)
     except PlanError as error:
-        return f"no verdict: {error}"
+        return f"no verdict: {str(error).removeprefix('no verdict: ')}"
     except Exception as error:  # whatever it is: hours of compression must not be lost to a forecast
         return _failed(error)
 

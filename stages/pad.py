@@ -46,7 +46,7 @@ def run(
         runtime.progress.step(block=f"{index + 1}/{count}")
     target.copy_outer(source)
     target.finish(dict(source.config) | {"intermediate_size": after.config["intermediate_size"]}, source)
-    return {"width_before": source.shape.config["intermediate_size"], "width": after.config["intermediate_size"]}
+    return {"width_before": source.shape.number("intermediate_size"), "width": after.config["intermediate_size"]}
 
 
 def widened(tensors: dict[str, Tensor], after: BlockShape) -> dict[str, Tensor]:

@@ -86,6 +86,10 @@ ALL_FAMILIES: dict[str, dict[str, Any]] = FAMILIES | {
     "vaultgemma": {"sliding_window": WINDOW},
 }
 
+# Every switch that some family has for what its blocks are made of.
+BIASES = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "use_qkv_bias")
+SWITCHES = (*BIASES, "qk_layernorm", "use_qk_norm", "use_parallel_residual", "use_post_norm")
+
 
 def family_config(family: str, **overrides: Any) -> dict[str, Any]:
     """The settings that make a tiny model of a family; an override of `...` leaves the family's default."""

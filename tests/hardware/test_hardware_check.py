@@ -183,7 +183,9 @@ def test_the_last_position_is_allowed(make: Make, siracusa: Soc) -> None:
 
 def test_a_model_that_states_no_positions(make: Make, siracusa: Soc) -> None:
     shape = make("stories260k")
-    config = {key: value for key, value in shape.config.items() if key != "max_position_embeddings"}
+    silent = {key: value for key, value in shape.config.items() if key != "max_position_embeddings"}
+    assert replace(shape, config=silent).positions == 2048  # as LLaMA's class in transformers has it
+    config = silent | {"max_position_embeddings": None}
     with pytest.raises(PlanError, match="max_position_embeddings"):
         check(replace(shape, config=config), siracusa)
 

@@ -203,7 +203,7 @@ def test_kv_cache_anchors(make: Make) -> None:
 
 
 def test_a_sliding_window_holds_no_more_than_itself(make: Make) -> None:
-    gemma = make({**PHI3, "model_type": "gemma2", "sliding_window": 8})
+    gemma = make({**PHI3, "model_type": "gemma2", "head_dim": 16, "sliding_window": 8})
     assert [kv_block_bytes(gemma, index, 64, 8) for index in (0, 1)] == [2 * 32 * 8, 2 * 32 * 64]
     assert kv_cache_bytes(gemma, 4, 8) == 2 * 2 * 32 * 4
 
@@ -221,7 +221,7 @@ def test_groups_are_counted_token_by_token(make: Make) -> None:
 
 
 def test_eviction_caps_what_every_block_holds(make: Make) -> None:
-    gemma = make({**PHI3, "model_type": "gemma2", "sliding_window": 8})
+    gemma = make({**PHI3, "model_type": "gemma2", "head_dim": 16, "sliding_window": 8})
     for window, sinks, expected in ((20, 4, (8, 24)), (5, 1, (6, 6))):
         capped = with_cache(gemma, CacheRule(KVFormat(window=window, sinks=sinks)))
         found = [kv_block_bytes(capped, index, 64, 8) for index in (0, 1)]

@@ -14,12 +14,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import DTYPE_BYTES, Grid
+from checkpoints.families import PRESETS, known_families, shape_from_config
+from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
 from checkpoints.shape import LinearShape, ModelShape
 from hardware.attention import window_of
 from hardware.operators import ACCELERATOR, CORES, forward, weights_read
-from tests.models import FAMILIES, build_model, tiny_config
+from tests.models import ALL_FAMILIES, FAMILIES, SWITCHES, build_model, tiny_config
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]
@@ -42,11 +42,11 @@ def test_macs_are_those_of_the_configuration(preset: str, tokens: int, context: 
     assert sum(x.macs for x in operators) == macs_of_config(PRESETS[preset], tokens, context)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", known_families())
 def test_macs_are_those_that_torch_counts(family: str) -> None:
     """Prefill of 11 tokens, then one more with the cache: every matrix product of the real module, and no other."""
-    wide = {"sliding_window": 64} if family != "smollm3" else {}
-    layers = {"layer_types": ["full_attention"] * 6} if "layer_types" in FAMILIES[family] else {}
+    wide = {"sliding_window": 64} if "sliding_window" in ALL_FAMILIES[family] else {}
+    layers = {"layer_types": ["full_attention"] * 6} if "layer_types" in ALL_FAMILIES[family] else {}
     model = build_model(family, attn_implementation="eager", **wide, **layers)
     model.set_attn_implementation("eager")
     shape = shape_from_config(tiny_config(family, **wide, **layers))
@@ -66,9 +66,12 @@ def _counted(model: Any, **inputs: Any) -> tuple[Any, int]:
     return found, (counter.get_total_flops() - tables) // 2
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_tensor_of_the_model_is_read_once(family: str) -> None:
-    shape = shape_from_config(tiny_config(family, attention_bias=True) if family == "llama" else tiny_config(family))
+@pytest.mark.parametrize("family", known_families())
+@pytest.mark.parametrize("switched", [False, True])
+def test_every_tensor_of_the_model_is_read_once(family: str, switched: bool) -> None:
+    """Also those that a family has only when told so: biases, norms of queries and keys, norms after a branch."""
+    config = tiny_config(family, **dict.fromkeys(SWITCHES, switched))
+    shape = shape_from_config(config)
     stored = {t.name: t.nbytes for i in range(len(shape.blocks)) for t in shape.block_tensors(i)}
     stored |= {t.name: t.nbytes for t in shape.outer}
     by_base: Counter[str] = Counter()
@@ -93,11 +96,114 @@ def test_order_of_a_llama_block() -> None:
 
 
 def test_each_buffer_is_written_before_it_is_read() -> None:
-    for family in FAMILIES:
+    for family in known_families():
         known: set[str] = set()
         for x in forward(shape_from_config(tiny_config(family)), tokens=5, context=20):
             assert {b.name for b in x.reads} <= known, (family, x.label)
             known |= {b.name for b in x.writes}
+
+
+def block_of(family: str, **overrides: Any) -> list[str]:
+    shape = shape_from_config(tiny_config(family, **overrides))
+    return [x.name for x in forward(shape, context=4) if x.block == 2 and x.kind not in ("scores", "values", "softmax")]
+
+
+QKV, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj", "silu", "gate x up", "down_proj"]
+ROPE, APPEND = ["rope q", "rope k"], ["append to KV cache"]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        (
+            "olmo2",
+            [
+                *(*QKV, "q_norm", "k_norm", *ROPE, *APPEND, "o_proj", "post_attention_layernorm", "first residual"),
+                *(*MLP, "post_feedforward_layernorm", "second residual"),
+            ],
+        ),
+        (  # block 2 slides, so it rotates
+            "cohere2",
+            ["input_layernorm", *QKV, *ROPE, *APPEND, "o_proj", *MLP, "first residual", "second residual"],
+        ),
+        (
+            "glm4",
+            [
+                *("input_layernorm", *QKV, *ROPE, *APPEND, "o_proj", "post_self_attn_layernorm", "first residual"),
+                *("post_attention_layernorm", "gate_up_proj", *MLP[2:], "post_mlp_layernorm", "second residual"),
+            ],
+        ),
+        (
+            "hunyuan_v1_dense",
+            [
+                *("input_layernorm", *QKV, *ROPE, "query_layernorm", "key_layernorm", *APPEND, "o_proj"),
+                *("first residual", "post_attention_layernorm", *MLP, "second residual"),
+            ],
+        ),
+        (
+            "bitnet",
+            [
+                *("input_layernorm", *QKV, *ROPE, *APPEND, "attn_sub_norm", "o_proj", "first residual"),
+                *("post_attention_layernorm", "gate_proj", "up_proj", "relu2", "gate x up", "ffn_sub_norm"),
+                *("down_proj", "second residual"),
+            ],
+        ),
+        (
+            "phi",
+            [
+                *("input_layernorm", *QKV, *ROPE, *APPEND, "dense", "fc1", "gelu_new", "fc2"),
+                *("first residual", "second residual"),
+            ],
+        ),
+    ],
+)
+def test_orders_that_differ_from_llamas(family: str, expected: list[str]) -> None:
+    """As transformers' DecoderLayer.forward of each has it."""
+    assert block_of(family) == expected
+
+
+def test_cohere2_rotates_only_where_it_slides() -> None:
+    full = {"layer_types": ["full_attention"] * 6}
+    assert "rope q" not in block_of("cohere2", **full) and "rope q" not in block_of("exaone4", **full)
+
+
+@pytest.mark.parametrize("family", known_families())
+def test_norms_come_in_the_order_in_which_the_module_calls_them(family: str) -> None:
+    """Every submodule of a block that is a norm or a linear layer, hooked in a real pass."""
+    model, called = build_model(family), []
+    block = model.model.layers[0]
+    for name, module in block.named_modules():
+        if isinstance(module, torch.nn.Linear) or "Norm" in type(module).__name__:
+            leaf = name.rpartition(".")[2]
+            module.register_forward_hook(lambda *_, leaf=leaf: called.append(leaf))
+    with torch.no_grad():
+        model(torch.arange(3, 9)[None], use_cache=False)
+    operators = forward(shape_from_config(tiny_config(family)), tokens=6, context=6)
+    ours = [x.name for x in operators if x.block == 0 and x.kind in ("norm", "linear")]
+    assert _in_pairs(ours) == _in_pairs(called)
+
+
+def _in_pairs(names: list[str]) -> list[str]:
+    """Gate before up, q before k before v, and so their norms: what does not depend on one another has no order."""
+    free = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "q_norm",
+        "k_norm",
+        "query_layernorm",
+        "key_layernorm",
+        "gate_proj",
+        "up_proj",
+    )
+    ordered, run = [], []
+    for name in [*names, ""]:
+        if name in free:
+            run.append(name)
+        else:
+            ordered += [*sorted(run), name]
+            run = []
+    return ordered
 
 
 def test_families_differ_where_their_shapes_do() -> None:
@@ -163,6 +269,25 @@ def test_what_cannot_be_is_one_message(make: Make) -> None:
     block = replace(shape.blocks[0], linears=(LinearShape("mlp.experts", 8, 64, "BF16"),))
     with pytest.raises(PlanError, match="linear layers experts of this llama model"):
         forward(replace(shape, blocks=(block,)))
+
+
+def test_an_unknown_order_is_no_guess(make: Make) -> None:
+    """What is left out or comes on top would be a wrong number; the message says so, and names the family."""
+    shape = make("stories260k")
+    with pytest.raises(
+        PlanError, match=r"no verdict: the order of computing of a 'falcon' model .* known are apertus, "
+    ):
+        forward(replace(shape, family="falcon"))
+    block = shape.blocks[0]
+    for others, message in (
+        (block.others[:1], "lacks post_attention_layernorm"),
+        ((*block.others, TensorShape("self_attn.sinks", (8,), "F32")), "has self_attn"),
+        ((*block.others, TensorShape("self_attn.q_extra.weight", (8,), "F32")), "has q_extra"),
+    ):
+        with pytest.raises(PlanError, match=f"a block of this llama model {message}: no order"):
+            forward(replace(shape, blocks=(replace(block, others=others),)))
+    with pytest.raises(PlanError, match=r"llama block with the linear layers self_attn\.q_proj"):
+        forward(replace(shape, blocks=(replace(block, linears=block.linears[:1]),)))
 
 
 def test_importing_takes_neither_torch_nor_numpy() -> None:
