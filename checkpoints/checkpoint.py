@@ -15,8 +15,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoints.adapters import adapter_scale, applied
+from checkpoints.config import read_config
 from checkpoints.errors import CheckpointError
-from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, read_config, shape_from_folder, weight_files
+from checkpoints.headers import (
+    ADAPTER,
+    ADAPTER_PACKED,
+    EDGE,
+    different_head,
+    same_values,
+    shape_of,
+    stored_tensors,
+    weight_files,
+)
 from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, require_finished, require_inside, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.packing import dense_weight
@@ -41,8 +51,8 @@ class Checkpoint:
         self.folder = folder
         self.manifest = manifest
         self.config = read_config(folder)
-        self.shape: ModelShape = shape_from_folder(folder)
-        self._files = weight_files(folder)
+        self._stored = stored_tensors(folder, self.config)
+        self.shape: ModelShape = shape_of(folder, self.config, self._stored)
 
     @classmethod
     def open(cls, folder: Path, hashes: bool = False) -> Checkpoint:
@@ -78,9 +88,8 @@ class Checkpoint:
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
-        """The precision that dense weights of this checkpoint have, or had before quantisation."""
-        first = self.shape.blocks[0].linears[0]
-        return _TORCH_DTYPES.get(first.dtype, torch.float32)
+        """The precision that most weights of this checkpoint have, or had before quantisation."""
+        return _TORCH_DTYPES[self.shape.dense_dtype]
 
     def parent(self) -> Checkpoint:
         """The checkpoint this one was made from. Raises CheckpointError if it is gone or changed."""
@@ -109,7 +118,7 @@ class Checkpoint:
     def stored_block(self, index: int) -> dict[str, Tensor]:
         """The block's tensors as they lie on disk, names relative to the block; memory-mapped, not copied."""
         prefix = f"{self.shape.block_prefix}.{index}."
-        return self._read([name for name in self._files if name.startswith(prefix)], prefix)
+        return self._read([name for name in self._stored if name.startswith(prefix)], prefix)
 
     def block(self, index: int) -> dict[str, Tensor]:
         """The block's dense effective weights: codes dequantised, adapter added, in the stored precision.
@@ -122,7 +131,7 @@ class Checkpoint:
         adapter = self.adapter_part(index)
         for x in linears:
             if x.grid:
-                dense[f"{x.name}.weight"] = dense_weight(x, codes[x.name]).to(self.stored_dtype)
+                dense[f"{x.name}.weight"] = dense_weight(x, codes[x.name]).to(_TORCH_DTYPES[x.dtype])
             if x.adapted:
                 own = {kind: dense[f"{x.name}.{kind}"] for kind in ("weight", "bias") if f"{x.name}.{kind}" in dense}
                 beside = {t.name.removeprefix(f"{x.name}."): adapter[t.name] for t in x.adapter()}
@@ -149,13 +158,18 @@ class Checkpoint:
     def _read(self, names: list[str], prefix: str) -> dict[str, Tensor]:
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name in names:
-            by_file[self._files[name]].append(name)
+            by_file[self._stored[name].path].append(name)
         tensors: dict[str, Tensor] = {}
         for path, members in by_file.items():
             with safe_open(path, framework="pt") as file:
                 for name in members:
-                    tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+                    tensors[name.removeprefix(prefix)] = file.get_tensor(self._stored[name].name)
         return tensors
+
+    def require_same_values(self, head: str, embedding: str) -> None:
+        """Raise CheckpointError where the files hold another matrix for the head than for what it is tied to."""
+        if not same_values(self._stored[head], self._stored[embedding]):
+            raise different_head(self.folder, head)
 
     def adapter_part(self, index: int) -> dict[str, Tensor]:
         """The block's adapter as it is stored, names relative to the block; empty where it has none."""

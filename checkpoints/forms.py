@@ -13,6 +13,11 @@ from typing import Any, ClassVar
 
 # In the order in which safetensors stores them (its Dtype enum, falling); the header's length depends on it.
 DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# Of whatever safetensors can hold, so that a file with what is not read here still shows its header.
+DTYPE_BITS = {dtype: 8 * size for dtype, size in DTYPE_BYTES.items()} | {
+    "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # As config.json names what no library knows: codebooks that are not bitsandbytes', and real zero points.
 CODEBOOK_METHOD, REAL_METHOD = "edgepress-codebook", "edgepress-real-zeros"
@@ -33,7 +38,7 @@ class TensorShape:
 
     @property
     def nbytes(self) -> int:
-        return self.elements * DTYPE_BYTES[self.dtype]
+        return self.elements * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)

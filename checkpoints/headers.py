@@ -5,98 +5,139 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import CheckpointError
-from checkpoints.forms import (
-    CODEBOOK_METHOD,
-    CODEBOOKS,
-    REAL_METHOD,
-    TORCH_NAMES,
-    Codebook,
-    Form,
-    Grid,
-    RealGrid,
-    TensorShape,
-)  # fmt: skip
-from checkpoints.manifest import MANIFEST, Manifest, require_inside, require_own_links
-from checkpoints.shape import BlockShape, LinearShape, ModelShape
+from checkpoints.config import read_config, stated_form, tied
+from checkpoints.errors import CheckpointError, PlanError
+from checkpoints.families import known_families, shape_from_config
+from checkpoints.forms import CODEBOOKS, DTYPE_BITS, TORCH_NAMES, Codebook, Form, RealGrid, TensorShape
+from checkpoints.manifest import MANIFEST, Manifest, require_inside
+from checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape
 from checkpoints.sparsity import Sparsity, parse_sparsity
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER = "adapter/adapter_model.safetensors"
 ADAPTER_PACKED = "adapter/packed.safetensors"
 EDGE = "edge/embedding.safetensors"
+
+# Files of an earlier day hold what the model computes itself: rotary tables, causal masks, positions. transformers
+# ignores them (its _keys_to_ignore_on_load_unexpected; huggingface/transformers#35255).
+_COMPUTED = re.compile(
+    r"(^|\.)(rotary\w*\.(original_)?(inv_freq|cos_cached|sin_cached)|(attention|attn|self_attn)\.(masked_)?bias"
+    r"|position_ids)$"
+)
+# What transformers calls otherwise than the files of a family do (its conversion_mapping.py).
+RENAMED = {"gpt_neox": {"embed_out.weight": "lm_head.weight"}}
 
 _Adapter = tuple[int, str, bool, str]  # rank, precision, whether packed codes lie beside it, vector
 _NO_ADAPTER: _Adapter = (0, "BF16", False, "")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    require_own_links(folder)
-    if not path.is_file():
-        beside = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        if "adapter_config.json" in beside:
-            raise CheckpointError(
-                f"{folder} is an adapter in PEFT's format, not a model. Give the model's folder: the one the adapter "
-                "was made for, or one with the adapter merged"
-            )
-        raise CheckpointError(
-            f"{folder} is not a model folder: it has no config.json"
-            + (f" (it holds {', '.join(beside[:8])}{' …' if len(beside) > 8 else ''})" if beside else "")
-        )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # neither JSON nor, perhaps, text at all
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} does not hold a configuration")
-    return config
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its file, its name there, and what it is, under the name that transformers' model has."""
+
+    path: Path
+    name: str
+    tensor: TensorShape
 
 
 def read_header(path: Path) -> dict[str, TensorShape]:
     """The tensors of one safetensors file by name. Raises CheckpointError if the file is cut or foreign."""
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > 100_000_000:
+            if length > min(100_000_000, size):
                 raise ValueError("the header length makes no sense")
             header = json.loads(file.read(length))
-        tensors = {
-            name: TensorShape(name, tuple(entry["shape"]), entry["dtype"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        expected = 8 + length + sum(t.nbytes for t in tensors.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        tensors, spans = {}, []
+        for name, entry in header.items():
+            if name != "__metadata__":
+                tensors[name] = tensor = TensorShape(name, tuple(map(_side, entry["shape"])), entry["dtype"])
+                begin, end = entry["data_offsets"]
+                if (end - begin) * 8 != tensor.elements * DTYPE_BITS[tensor.dtype]:
+                    raise ValueError(f"{name} has {end - begin} bytes, which do not make {list(tensor.shape)}")
+                spans.append((begin, end))
+        at = 0
+        for begin, end in sorted(spans):
+            if begin != at:
+                raise ValueError(f"its tensors overlap or leave a gap at byte {at}")
+            at = end
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    if path.stat().st_size != expected:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes where its header announces {expected}")
+    if size != (expected := 8 + length + at):
+        raise CheckpointError(f"{path} has {size} bytes where its header announces {expected}")
     return tensors
 
 
+def _side(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"a side of {value!r}")
+    return value
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it, through the index or the single file."""
-    index = folder / INDEX
+    """Tensor name -> the file that holds it, through the single file or the index.
+
+    Where both are there, the single file counts and the index does not, as in transformers. Raises CheckpointError
+    where the two make a finished checkpoint ambiguous.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if single.is_file():
+        if (folder / MANIFEST).is_file() and SINGLE not in Manifest.read(folder).files:
+            raise CheckpointError(
+                f"{folder} holds {SINGLE}, which its manifest does not list and which would be read in place of its "
+                "shards; move that file away"
+            )
+        return dict.fromkeys(read_header(single), single)
     if index.is_file():
         try:
             names: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from None
         require_inside(folder, names.values(), str(index))
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
             raise CheckpointError(f"{folder} lacks {', '.join(missing[:4])}, which its index names")
         return {name: folder / file for name, file in names.items()}
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return dict.fromkeys(read_header(single), single)
     pickled = [p.name for p in folder.glob("*.bin")]
     hint = f" {pickled[0]} is pickled and is never opened; save the model as safetensors." if pickled else ""
-    raise CheckpointError(f"{folder} holds no safetensors weights (neither {INDEX} nor model.safetensors).{hint}")
+    raise CheckpointError(f"{folder} holds no safetensors weights (neither {INDEX} nor {SINGLE}).{hint}")
+
+
+def stored_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
+    """Every tensor of a model folder by the name that transformers' model has, buffers that it computes left out.
+
+    Raises CheckpointError where the index and the files disagree, or two files hold a tensor of one name.
+    """
+    files = weight_files(folder)
+    renamed = RENAMED.get(str(config.get("model_type")), {})
+    found: dict[str, Stored] = {}
+    lost = set(files)
+    for path in sorted(set(files.values())):
+        for name, tensor in read_header(path).items():
+            if files.get(name) != path:
+                where = f"keeps in {files[name].name}" if name in files else "does not name"
+                raise CheckpointError(
+                    f"{folder}: {path.name} holds {name}, which its index {where}; save the model again"
+                )
+            lost.discard(name)
+            if _COMPUTED.search(name) and not _is_parameter(tensor):
+                continue
+            own = renamed.get(name, name)
+            found[own] = Stored(path, name, replace(tensor, name=own))
+    if lost:
+        raise CheckpointError(f"{folder}: its index names {min(lost)}, which no file holds")
+    return found
+
+
+def _is_parameter(tensor: TensorShape) -> bool:
+    """Whether what is called a bias of the attention is one, and not the causal mask that some families stored."""
+    return tensor.name.endswith(".bias") and len(tensor.shape) == 1 and tensor.dtype in TORCH_NAMES
 
 
 def block_prefix(names: list[str], blocks: int, folder: Path) -> str:
@@ -107,6 +148,12 @@ def block_prefix(names: list[str], blocks: int, folder: Path) -> str:
             numbers[match[1]].add(int(match[2]))
     found = [prefix for prefix, seen in numbers.items() if seen == set(range(blocks))]
     if len(found) != 1:
+        if len(numbers) == 1:
+            prefix, seen = next(iter(numbers.items()))
+            raise CheckpointError(
+                f"{folder}: the configuration states {blocks} blocks (num_hidden_layers), and its files hold "
+                f"{len(seen)}, {prefix}.{min(seen)} to {prefix}.{max(seen)}"
+            )
         seen_text = ", ".join(f"{prefix} ({len(seen)})" for prefix, seen in numbers.items()) or "none"
         raise CheckpointError(
             f"{folder}: cannot tell which tensors form its {blocks} blocks; numbered groups found: {seen_text}"
@@ -115,42 +162,175 @@ def block_prefix(names: list[str], blocks: int, folder: Path) -> str:
 
 
 def shape_from_folder(folder: Path) -> ModelShape:
-    """The shape of a checkpoint of any stage, or of any Hugging Face causal language model folder."""
-    config = read_config(folder)
-    files = weight_files(folder)
-    tensors: dict[str, TensorShape] = {}
-    for path in sorted(set(files.values())):
-        tensors.update(read_header(path))
-    lost = sorted(set(files) - set(tensors))
-    if lost:
-        raise CheckpointError(f"{folder}: its index names {lost[0]}, which no file holds")
+    """The shape of a checkpoint of any stage, or of any Hugging Face causal language model folder.
 
-    count = config.get("num_hidden_layers")
-    if not isinstance(count, int):
-        raise CheckpointError(f"{folder}/config.json states no num_hidden_layers")
-    prefix = block_prefix(list(tensors), count, folder)
+    Raises CheckpointError where the files do not hold what the configuration states.
+    """
+    config = read_config(folder)
+    return shape_of(folder, config, stored_tensors(folder, config))
+
+
+def shape_of(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored]) -> ModelShape:
+    """As `shape_from_folder`, of a folder whose configuration and headers were read already."""
+    try:
+        return _shape_of(folder, config, stored)
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+
+
+def _shape_of(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored]) -> ModelShape:
+    form = stated_form(config)
+    count = int(config["num_hidden_layers"])
+    prefix = block_prefix(list(stored), count, folder)
     members: dict[int, dict[str, TensorShape]] = defaultdict(dict)
     outer = []
-    for name, tensor in tensors.items():
+    for name, place in stored.items():
         if match := re.match(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name):
-            members[int(match[1])][match[2]] = tensor
+            members[int(match[1])][match[2]] = place.tensor
         else:
-            outer.append(tensor)
+            outer.append(_float(place.tensor))
+    outer = _without_tied_head(folder, config, outer, stored)
 
-    form = _form(config)
-    codes = _read_notes(files) if isinstance(form, Codebook) else {}
+    codes = _read_notes({x.name: x.path for x in stored.values()}) if isinstance(form, Codebook) else {}
     pattern = _pattern(folder)
     adapters = _adapters(folder, prefix)
     blocks = []
     for i in range(count):
         start = f"{prefix}.{i}."
         coded = {name.removeprefix(start): x for name, x in codes.items() if name.startswith(start)}
-        blocks.append(_block(members[i], form, coded, pattern, adapters.get(i, {})))
+        dense = str((config.get(OWN_KEY) or {}).get(DENSE_DTYPE) or "")
+        blocks.append(_block(members[i], form, coded, pattern, adapters.get(i, {}), dense))
     bits = None
     if (folder / EDGE).is_file():
         rows = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
         bits = rows.shape[1] * 8 // int(config["hidden_size"])
-    return ModelShape(str(config.get("model_type")), config, tuple(blocks), tuple(outer), prefix, bits)
+    shape = ModelShape(str(config.get("model_type")), config, tuple(blocks), tuple(outer), prefix, bits)
+    if form is not None and shape.grid is None:
+        raise CheckpointError(
+            f"{folder}: its configuration says that weights are quantised ({form.describe()}), and all of its files' "
+            "layers are dense; take quantization_config out of config.json if that is what they should be"
+        )
+    require_as_stated(shape, folder)
+    return shape
+
+
+# --- what the files hold against what the configuration states ----------------------------------------------------
+
+
+def require_as_stated(shape: ModelShape, folder: Path) -> None:
+    """Raise CheckpointError where a tensor is missing, left over, or of another shape than the configuration states.
+
+    Without torch, so by the table of families; of a family that is not in it, by what all have in common. Whoever
+    builds transformers' module compares with that in `skeleton.py`.
+    """
+    found = dense_tensors(shape)
+    if shape.family in known_families():
+        try:
+            plain = {k: v for k, v in shape.config.items() if k != "quantization_config"}
+            wanted = dense_tensors(shape_from_config(plain))
+        except PlanError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+        require_same(wanted, found, str(folder))
+        return
+    rows = shape.config.get("vocab_size")
+    tables = [name for name, sides in found.items() if len(sides) == 2 and sides[0] == rows and "." in name]
+    outside = [name for name in tables if not name.startswith(f"{shape.block_prefix}.")]
+    needed = 1 if shape.config.get("tie_word_embeddings", True) else 2
+    if isinstance(rows, int) and rows and len(outside) < needed:
+        what = "a head of its own, which an untied configuration asks for," if outside else "an embedding"
+        raise CheckpointError(f"{folder}: no file holds {what} with vocab_size = {rows} rows")
+
+
+def require_same(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise CheckpointError naming the first tensors that are missing, left over, or of another shape."""
+    faults = []
+    if missing := [name for name in wanted if name not in found]:
+        if any(name.startswith("lm_head.") for name in missing):
+            faults.append(
+                "the configuration says the head is not tied to the embedding, and no file holds lm_head.weight"
+            )
+            missing = [name for name in missing if not name.startswith("lm_head.")]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            faults.append(f"no file holds {missing[0]}{more}, which the configuration asks for")
+    if extra := [name for name in found if name not in wanted]:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        faults.append(f"its files hold {extra[0]}{more}, which the model that it states has not")
+    for name, sides in wanted.items():
+        if name in found and found[name] != sides:
+            faults.append(f"{name} is {_sides(found[name])} in its files and {_sides(sides)} by its configuration")
+            break
+    if faults:
+        raise CheckpointError(f"{where}: " + "; ".join(faults))
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def dense_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Full name -> sides of every tensor, quantised layers as the dense ones that they stand for."""
+    found = {t.name: t.shape for t in shape.outer}
+    for index, block in enumerate(shape.blocks):
+        for x in block.linears:
+            base = f"{shape.block_prefix}.{index}.{x.name}"
+            found[f"{base}.weight"] = (x.out_features, x.in_features)
+            if x.bias:
+                found[f"{base}.bias"] = (x.out_features,)
+        found |= {f"{shape.block_prefix}.{index}.{t.name}": t.shape for t in block.others}
+    return found
+
+
+def _without_tied_head(
+    folder: Path, config: Mapping[str, Any], outer: list[TensorShape], stored: Mapping[str, Stored]
+) -> list[TensorShape]:
+    """Without the copy of the embedding that some files hold as the head of a model whose head is tied to it.
+
+    Raises CheckpointError where the head is another matrix: the configuration and the files then state two models.
+    """
+    head = next((t for t in outer if t.name == "lm_head.weight"), None)
+    if head is None or not tied(config):
+        return outer
+    tables = [t for t in outer if len(t.shape) == 2 and t.shape[0] == config.get("vocab_size") and t is not head]
+    if not any(same_values(stored[t.name], stored[head.name]) for t in tables):
+        raise different_head(folder, head.name)
+    return [t for t in outer if t is not head]
+
+
+def different_head(folder: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: the configuration says the head is tied to the embedding, and its files hold another {name}. Set "
+        "tie_word_embeddings to false in config.json if that head is meant, or take it out of the files"
+    )
+
+
+def same_values(one: Stored, other: Stored) -> bool:
+    """Whether two tensors are the same bytes, compared a part at a time."""
+    if (one.tensor.shape, one.tensor.dtype) != (other.tensor.shape, other.tensor.dtype):
+        return False
+    with one.path.open("rb") as a, other.path.open("rb") as b:
+        for file, place in ((a, one), (b, other)):
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(8 + length + json.loads(file.read(length))[place.name]["data_offsets"][0])
+        left = one.tensor.nbytes
+        while left > 0:
+            size = min(left, 1 << 22)
+            if a.read(size) != b.read(size):
+                return False
+            left -= size
+    return True
+
+
+def _float(tensor: TensorShape) -> TensorShape:
+    """The tensor, which is one of floating-point numbers that are read here. Raises CheckpointError if it is not."""
+    if tensor.dtype in TORCH_NAMES:
+        return tensor
+    if tensor.dtype == "F64":
+        raise CheckpointError(f"{tensor.name} is stored in float64, which is not read; save the model in float32")
+    raise CheckpointError(
+        f"{tensor.name} is stored as {tensor.dtype} without saying what its codes stand for; give the checkpoint "
+        "from before quantisation"
+    )
 
 
 def _block(
@@ -159,9 +339,11 @@ def _block(
     coded: dict[str, _Coded],
     pattern: Sparsity | None,
     adapters: dict[str, _Adapter],
+    dense_dtype: str,
 ) -> BlockShape:
+    """dense_dtype: the precision that quantised layers had before, where the configuration says so."""
     linears, others = [], []
-    dtypes = Counter(t.dtype for t in members.values() if t.dtype in ("F32", "F16", "BF16"))
+    dense_dtype = dense_dtype or usual_dtype(members.values())
     for name, tensor in members.items():
         base, _, kind = name.rpartition(".")
         adapter = adapters.get(base, _NO_ADAPTER)
@@ -174,20 +356,30 @@ def _block(
         elif kind == "qweight" or (isinstance(form, RealGrid) and kind == "weight" and f"{base}.zeros" in members):
             words, outs = tensor.shape
             ins = words * 32 // form.bits if isinstance(form, RealGrid) else members[f"{base}.g_idx"].elements
-            dense = next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
-            linears.append(LinearShape(base, outs, ins, dense, bias, zeros, form, *adapter))
+            if form is None:
+                raise CheckpointError(
+                    f"{name} holds packed codes, and config.json says nothing of quantisation; put what "
+                    "quantize_config.json says there into config.json as quantization_config, with quant_method gptq"
+                )
+            linears.append(LinearShape(base, outs, ins, dense_dtype, bias, zeros, form, *adapter))
             _require_stored(linears[-1], members)
         elif kind == "weight" and len(tensor.shape) == 2 and not base.endswith("norm"):  # Cohere's has a row a head
-            outs, ins = tensor.shape
-            if tensor.dtype not in TORCH_NAMES:
-                raise CheckpointError(
-                    f"{name} is stored as {tensor.dtype} without saying what its codes stand for; give the checkpoint "
-                    "from before quantisation"
-                )
+            outs, ins = _float(tensor).shape
             linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, zeros, None, *adapter))
         elif name.partition(".weight.")[0] not in coded and not _belongs_to_linear(name, members):
-            others.append(TensorShape(name, tensor.shape, tensor.dtype))
-    return BlockShape(tuple(linears), tuple(others))
+            others.append(_float(replace(tensor, name=name)))
+    biases = {x.name: members[f"{x.name}.bias"].dtype for x in linears if x.bias}
+    own = tuple(replace(x, bias_dtype=biases[x.name]) if biases.get(x.name, x.dtype) != x.dtype else x for x in linears)
+    return BlockShape(own, tuple(others))
+
+
+def usual_dtype(dense: Iterable[TensorShape]) -> str:
+    """The precision that quantised layers are taken to have had: that of most tensors beside them, float16 last.
+
+    GPTQ's scales are in float16 whatever the model was.
+    """
+    dtypes = Counter(t.dtype for t in dense if t.dtype in TORCH_NAMES)
+    return next((d for d, _ in dtypes.most_common() if d != "F16"), "F16")
 
 
 def _require_stored(linear: LinearShape, members: dict[str, TensorShape]) -> None:
@@ -220,30 +412,6 @@ def _belongs_to_linear(name: str, members: dict[str, TensorShape]) -> bool:
 
 _Coded = tuple[Codebook, tuple[int, int], str]  # form, (out, in), precision of the weights
 _DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
-
-
-def _form(config: dict[str, Any]) -> Form | None:
-    """What config.json says of the weights. A codebook's blocks are told by each layer's own note."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return None
-    method = quantization.get("quant_method")
-    if method == "gptq":
-        return Grid(int(quantization["bits"]), int(quantization["group_size"]), bool(quantization.get("sym", False)))
-    if method == REAL_METHOD:
-        return RealGrid(int(quantization["bits"]), int(quantization["group_size"]))
-    if (
-        method == "bitsandbytes"
-        and quantization.get("load_in_4bit")
-        and quantization.get("bnb_4bit_quant_type") == "nf4"
-    ):
-        return CODEBOOKS["nf4"]
-    if method == CODEBOOK_METHOD and quantization.get("codebook") in CODEBOOKS:
-        return CODEBOOKS[quantization["codebook"]]
-    raise CheckpointError(
-        f"the weights are quantised by '{method}'; only GPTQ's format, bitsandbytes' nf4 and what this project writes "
-        "can be read back. Give the checkpoint from before quantisation"
-    )
 
 
 def _read_notes(files: dict[str, Path]) -> dict[str, _Coded]:

@@ -206,11 +206,11 @@ def require_own_links(folder: Path) -> None:
                 _require_no_way_out(path, folder)
 
 
-def require_no_links_out(folder: Path, but: str = "") -> None:
-    """Raise CheckpointError where anything in a folder of ours, however deep, is a link out of it; `but` at the top."""
+def require_no_links_out(folder: Path) -> None:
+    """Raise CheckpointError where anything in a folder of ours, however deep, is a link out of it."""
     for home, folders, files in os.walk(folder):
         for path in (Path(home) / name for name in (*folders, *files)):
-            if path.is_symlink() and path != folder / but:
+            if path.is_symlink():
                 _require_no_way_out(path, folder)
 
 

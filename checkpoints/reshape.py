@@ -103,10 +103,11 @@ def _with_packed(shape: ModelShape, wanted: Grid | RealGrid, embedding_bits: int
     fitting = [x for block in shape.blocks for x in block.linears if packable(x.out_features, x.in_features)]
     if not fitting:
         raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
+    dtype = shape.dense_dtype
     grid = replace(wanted, group=largest_group({x.in_features for x in fitting}, wanted.group))
 
     def quantised(x: LinearShape) -> LinearShape:
-        return replace(x, grid=grid) if packable(x.out_features, x.in_features) else x
+        return _coded(x, grid, dtype) if packable(x.out_features, x.in_features) else x
 
     return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or shape.embedding_bits)
 
@@ -124,7 +125,14 @@ def with_codebook(shape: ModelShape, codebook: Codebook, embedding_bits: int) ->
     The configuration stays: what it says of the quantisation is the stage's to write.
     """
     kept = embedding_bits or shape.embedding_bits
-    return replace(_each_linear(shape, lambda x: replace(x, grid=codebook)), embedding_bits=kept)
+    dtype = shape.dense_dtype
+    return replace(_each_linear(shape, lambda x: _coded(x, codebook, dtype)), embedding_bits=kept)
+
+
+def _coded(x: LinearShape, form: Form, dtype: str) -> LinearShape:
+    """Codes stand for weights of one precision in the whole model; a bias keeps its own."""
+    bias = x.bias_dtype or x.dtype
+    return replace(x, grid=form, dtype=dtype, bias_dtype=bias if x.bias and bias != dtype else "")
 
 
 def _each_linear(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:

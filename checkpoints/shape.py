@@ -7,6 +7,7 @@ list alone `file_bytes` gives the exact size of its safetensors files, headers i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from checkpoints.forms import DTYPE_BYTES, Form, TensorShape
 from checkpoints.sparsity import Sparsity
 
 OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for
+DENSE_DTYPE = "dense_dtype"  # under it: the precision that quantised layers had, where the files do not tell
 _FILE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
 # What an adapter can learn besides A and B, by the name that PEFT gives its tensor.
 ADAPTER_VECTORS = {"magnitude": "lora_magnitude_vector", "rows": "ia3_l", "columns": "ia3_l"}
@@ -37,6 +39,7 @@ class LinearShape:
     adapter_dtype: str = "BF16"
     adapter_packed: bool = False  # 8-bit codes of the adapter lie beside it
     adapter_vector: str = ""  # magnitude: DoRA's, a number a row; rows or columns: IA3's factors of what is so named
+    bias_dtype: str = ""  # of the bias, where it is not the weights'
 
     @property
     def weights(self) -> int:
@@ -66,7 +69,7 @@ class LinearShape:
         else:
             yield from self.grid.tensors(self.name, self.out_features, self.in_features)
         if self.bias:
-            yield TensorShape(f"{self.name}.bias", (self.out_features,), self.dtype)
+            yield TensorShape(f"{self.name}.bias", (self.out_features,), self.bias_dtype or self.dtype)
 
     def adapter(self) -> Iterator[TensorShape]:
         if self.adapter_rank:
@@ -150,6 +153,15 @@ class ModelShape:
     def grid(self) -> Form | None:
         """How the quantised layers are stored; all have one form."""
         return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
+
+    @property
+    def dense_dtype(self) -> str:
+        """The precision that most weights of the blocks have, or had before quantisation."""
+        weights: Counter[str] = Counter()
+        for block in self.blocks:
+            for x in block.linears:
+                weights[x.dtype] += x.weights
+        return weights.most_common(1)[0][0]
 
     @property
     def activation_bits(self) -> int:

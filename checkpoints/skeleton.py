@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from checkpoints.allocator import give_back
 from checkpoints.errors import CheckpointError
+from checkpoints.headers import dense_tensors, require_same
 from checkpoints.rounded_inputs import round_inputs, rounded_inputs
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Skeleton:
                 "where its files keep the blocks; this family is not supported"
             ) from None
         self._tuples = self.model.config.model_type in _BLOCKS_RETURN_TUPLES
+        _require_complete(self.model, checkpoint)
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
     # --- one part at a time -------------------------------------------------------------------------------------
@@ -241,6 +243,19 @@ def attention_kernels(config: PreTrainedConfig) -> str:
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "sdpa" if getattr(known, "_supports_sdpa", False) else "eager"
+
+
+def _require_complete(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the files hold every parameter of the model, of its shape, and nothing else."""
+    tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    found = dense_tensors(checkpoint.shape)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for copy, original in tied.items():
+        if copy in found and original in found:
+            checkpoint.require_same_values(copy, original)
+        elif copy not in found:
+            wanted.pop(copy, None)
+    require_same(wanted, found, str(checkpoint.folder))
 
 
 def _restore_buffers(model: Any, part: nn.Module) -> None:

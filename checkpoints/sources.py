@@ -44,7 +44,7 @@ def open_source(model: str | None) -> Checkpoint:
         return _converted(packaged_file(), PACKAGED, _read_gguf)
     path = Path(model).expanduser()
     if path.is_dir():
-        return Checkpoint.open(path.resolve())
+        return Checkpoint.open(path.resolve(), hashes=True)
     if path.is_file() and is_image(path):
         raise CheckpointError(f"{path} is a packed image; restore its folder first: compress unpack {path} -o FOLDER")
     if path.is_file() and path.suffix == ".gguf":
@@ -103,7 +103,7 @@ def _converted(path: Path, name: str, read: _Read) -> Checkpoint:
     home = cache_folder() / "sources"
     folder = home / f"{name}-{digest[:12]}-v{_READER_VERSION}"
     if (folder / "manifest.json").is_file():
-        return Checkpoint.open(folder)
+        return Checkpoint.open(folder, hashes=True)
     home.mkdir(parents=True, exist_ok=True)
     config, tensors, tokenizer = read(path)
     for tensor_name, tensor in tensors.items():

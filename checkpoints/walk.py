@@ -211,9 +211,22 @@ class BlockVisit:
         return self._walk.source.stored_dtype
 
     def weights(self) -> dict[str, Tensor]:
-        """The block's tensors in host memory, in the checkpoint's stored precision."""
-        stored = self.stored_dtype
-        return {name: tensor.detach().to("cpu", stored) for name, tensor in self.module.state_dict().items()}
+        """The block's tensors in host memory, each in the precision that it was stored in.
+
+        Where a tensor was computed with in fewer bits than it is stored in, a float32 norm beside bfloat16 matrices,
+        every number that the stage left alone is the stored one.
+        """
+        source = self._walk.source
+        before, found = source.stored_block(self.index), {}
+        for name, tensor in self.module.state_dict().items():
+            now, was = tensor.detach().to("cpu"), before.get(name)
+            if was is None or not was.is_floating_point():  # codes, which the stage writes itself
+                found[name] = now.to(self.stored_dtype)
+            elif torch.promote_types(was.dtype, now.dtype) == now.dtype:
+                found[name] = now.to(was.dtype)
+            else:
+                found[name] = torch.where(was.to(now.dtype) == now, was, now.to(was.dtype))
+        return found
 
     def done(self, facts: dict[str, Any] | None = None) -> None:
         """Carry the hidden states through the block as it is now, and make the step durable."""

@@ -24,7 +24,6 @@ from checkpoints.manifest import (
     replacing,
     require_inside,
     require_own_links,
-    sha256_file,
     sync_folder,
     write_bytes,
     write_json,
@@ -131,7 +130,6 @@ class CheckpointWriter:
             for name in TOKENIZER_FILES:
                 if (source.folder / name).is_file():
                     write_bytes(self.folder / name, (source.folder / name).read_bytes())
-                    self._require_listed(source.folder, name, sha256_file(self.folder / name))
         names, total = {}, 0
         for path in sorted(self.folder.glob("*.safetensors")):
             for name, tensor in read_header(path).items():
@@ -171,18 +169,18 @@ class CheckpointWriter:
         except OSError:
             with path.open("rb") as there, replacing(target) as here:
                 shutil.copyfileobj(there, here)
-        if digest := self._vouch(target):
-            self._require_listed(home, name, digest)
+        digest = self._vouch(target)
+        listed = self._listed(home).get(name)
+        if digest and listed and digest != listed["sha256"]:
+            raise CheckpointError(f"the checkpoint {home} is damaged: {name} does not have the sha256 of its manifest")
         return True
 
     def _vouch(self, path: Path) -> str:
         """Have the stage's journal answer for a file; without work in progress there is none, and no hash."""
         return self.work.vouch(path) if "work" in self.__dict__ else ""
 
-    def _require_listed(self, home: Path, name: str, digest: str) -> None:
-        """Raise CheckpointError where a finished folder's manifest, which is read once, lists another hash."""
+    def _listed(self, home: Path) -> dict[str, dict[str, Any]]:
+        """The files of a finished folder by its manifest, which is read once."""
         if home not in self._manifests:
             self._manifests[home] = Manifest.read(home).files if (home / MANIFEST).is_file() else {}
-        listed = self._manifests[home].get(name)
-        if listed and digest != listed["sha256"]:
-            raise CheckpointError(f"the checkpoint {home} is damaged: {name} does not have the sha256 of its manifest")
+        return self._manifests[home]

@@ -93,7 +93,7 @@ def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, a
 
     how, data = protocol_of(settings, settings.protocol), text_of("perplexity", settings)
     where = choose_device(device)
-    precision = choose_dtype(dtype, where, model.shape.blocks[0].linears[0].dtype)
+    precision = choose_dtype(dtype, where, model.shape.dense_dtype)
     with _reporter(as_json) as reporter:
         result = measure(model, data, how, Runtime(where, precision, progress=reporter), kv=settings.kv)
     if as_json:

@@ -146,7 +146,7 @@ def _precisions(
 
     `auto` is float32 for greedy answers, and for robustness that follows them.
     """
-    stored = {checkpoint.shape.blocks[0].linears[0].dtype for _, checkpoint in named}
+    stored = {checkpoint.shape.dense_dtype for _, checkpoint in named}
     usual = choose_dtype(dtype, where, "F32" if "F32" in stored else "BF16")
     exact = usual if dtype != "auto" else torch.float32
     measured = {t.name: TASKS.get(settings.robust_task, t) if t.name == "robustness" else t for t in tasks}

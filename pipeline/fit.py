@@ -59,7 +59,7 @@ def _corpus_lengths(folder: Path, corpus: str) -> tuple[int, Callable[[int], flo
     """
     from tokenizers import Tokenizer
 
-    from checkpoints.headers import read_config
+    from checkpoints.config import read_config
     from checkpoints.vocabulary import count_ids, load_tokenizer, trim
     from eval.text import NAMED, load_text
 

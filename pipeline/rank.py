@@ -37,7 +37,7 @@ def rank_blocks(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     source = open_source(recipe.model)
     plan(Recipe(model=recipe.model, stages=(("depth", options),)), source.shape)
     device = choose_device(recipe.device)
-    dtype = choose_dtype(recipe.dtype, device, source.shape.blocks[0].linears[0].dtype)
+    dtype = choose_dtype(recipe.dtype, device, source.shape.dense_dtype)
     runtime = Runtime(device, dtype, recipe.seed, reporter, spill_bytes=recipe.spill_mib * 2**20)
     windows = Calibration(recipe, source, Path(), runtime).windows("depth", options)
     scores = {int(i): s for i, s in choose(source, windows, options, runtime)["ranking"][0].items()}

@@ -92,7 +92,7 @@ class Conditions:
         device = choose_device(recipe.device)
         protocol = Protocol(recipe.protocol, recipe.window, recipe.tokens)
         source = open_source(recipe.model)
-        dtype = choose_dtype(recipe.dtype, device, source.shape.blocks[0].linears[0].dtype)
+        dtype = choose_dtype(recipe.dtype, device, source.shape.dense_dtype)
         runtime = Runtime(device, dtype, recipe.seed, progress, spill_bytes=recipe.spill_mib * 2**20)
         return cls(recipe, source, Calibration(recipe, source, out, runtime), protocol, runtime, Store(out))
 

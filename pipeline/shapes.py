@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from checkpoints.config import read_config, stated_form
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.headers import INDEX, read_config, shape_from_folder
+from checkpoints.headers import INDEX, shape_from_folder
 from checkpoints.manifest import MANIFEST, Manifest, check_files, require_finished
+from checkpoints.reshape import with_form
 from checkpoints.shape import ModelShape
 
 PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
@@ -25,9 +27,9 @@ def model_shape(model: str | None) -> ModelShape:
     if path.is_dir():
         require_finished(path)
         has_weights = (path / INDEX).is_file() or (path / "model.safetensors").is_file()
-        return shape_from_folder(path) if has_weights else shape_from_config(read_config(path))
+        return shape_from_folder(path) if has_weights else stated_shape(path)
     if path.is_file() and path.name == "config.json":
-        return shape_from_config(read_config(path.parent))
+        return stated_shape(path.parent)
     if model.lower() in PRESETS:
         return shape_from_config(PRESETS[model.lower()])
     if path.is_file() or "/" in model or model.lower() == "smollm2-135m-instruct":
@@ -37,6 +39,16 @@ def model_shape(model: str | None) -> ModelShape:
     raise CheckpointError(
         f"there is no model '{model}': no such folder or file, and not one of the presets {', '.join(PRESETS)}"
     )
+
+
+def stated_shape(folder: Path) -> ModelShape:
+    """The shape that a config.json alone states, its quantisation on every layer that it says nothing else of.
+
+    Raises CheckpointError or PlanError for what it states and nothing here reads.
+    """
+    config = read_config(folder)
+    form, shape = stated_form(config), shape_from_config(config)
+    return shape if form is None else with_form(shape, form, 0)
 
 
 def tokenizer_folder(model: str | None) -> Path:

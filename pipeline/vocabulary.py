@@ -101,7 +101,7 @@ def follows_vocabulary(recipe: Recipe, stage: str) -> bool:
 # Planning and running ask for the same one, and a large corpus takes its time.
 @lru_cache(maxsize=2)
 def _cut(folder: Path, name: str, documents: tuple[str, ...], limit: int) -> CorpusVocabulary:
-    from checkpoints.headers import read_config
+    from checkpoints.config import read_config
     from checkpoints.tokens import TokenBatches
     from eval.text import Text
 

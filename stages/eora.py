@@ -18,6 +18,7 @@ from torch import Tensor
 from checkpoints.adapter_codes import eight_bit, unpacked
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
+from checkpoints.image_tensors import TORCH_DTYPES
 from checkpoints.peft_config import peft_config
 from checkpoints.runtime import Runtime
 from checkpoints.scaling import rescaled, scaled_folders
@@ -71,7 +72,7 @@ def run(
                 linear = block.linears[name]
                 exact = dense[f"{name}.weight"].to(linear.weight.device).float()
                 present = linear.weight.float()
-                fit = fitted(exact - present, covariance, options, source.stored_dtype)
+                fit = fitted(exact - present, covariance, options, TORCH_DTYPES[wanted[name].adapter_dtype])
                 linear.weight.copy_(present + fit.delta)
                 adapter |= {f"{name}.{kind}": tensor.cpu() for kind, tensor in fit.tensors().items()}
                 energy = max(output_energy(exact, covariance), 1e-30)

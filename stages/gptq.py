@@ -17,12 +17,13 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
-from checkpoints.forms import Codebook, Form, Grid, RealGrid
+from checkpoints.forms import Codebook, Form, Grid, RealGrid, TensorShape
+from checkpoints.headers import usual_dtype
 from checkpoints.packed_sizes import is_head
 from checkpoints.reshape import packable, with_form
 from checkpoints.rounded_inputs import rounded_inputs
 from checkpoints.runtime import Runtime
-from checkpoints.shape import OWN_KEY, ModelShape
+from checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, ModelShape
 from checkpoints.tokens import TokenBatches
 from checkpoints.walk import BlockVisit, Walk
 from checkpoints.writer import CheckpointWriter
@@ -41,13 +42,26 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     require_dense(shape, "gptq")
     after = with_form(shape, _wanted_form(shape, options), options.quant_embeddings)
     quantization = quantization_config(after, options, left_dense(shape))
-    return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(shape, options))
+    return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(after, options))
 
 
-def _own(shape: ModelShape, options: Options) -> dict[str, Any]:
-    """The entry of the configuration that says what transformers has no word for; none at 16 bits."""
-    bits = activation_bits(options)
-    return {OWN_KEY: {**shape.config.get(OWN_KEY, {}), "activation_bits": bits}} if bits < 16 else {}
+def _own(after: ModelShape, options: Options) -> dict[str, Any]:
+    """The entry of the configuration that says what transformers has no word for; none where there is nothing.
+
+    That is the rounding of inputs, and the precision that the codes stand for where the files will not tell: norms in
+    float32 beside bfloat16 matrices would be all that is left to go by.
+    """
+    own: dict[str, Any] = {"activation_bits": bits} if (bits := activation_bits(options)) < 16 else {}
+    dtype = after.dense_dtype
+    if any(usual_dtype(_left_beside(block)) != dtype for block in after.blocks):
+        own[DENSE_DTYPE] = dtype
+    return {OWN_KEY: {**after.config.get(OWN_KEY, {}), **own}} if own else {}
+
+
+def _left_beside(block: BlockShape) -> list[TensorShape]:
+    """What stays in floating point where a block is quantised."""
+    dense = [t for x in block.linears for t in x.stored() if x.grid is None or t.name == f"{x.name}.bias"]
+    return [*dense, *block.others]
 
 
 def _wanted_form(shape: ModelShape, options: Options) -> Form:
@@ -196,7 +210,7 @@ def quantization_config(shape: ModelShape, options: Options, dense: list[str]) -
     grid = shape.grid
     if isinstance(grid, Codebook):
         heads = {t.name.removesuffix(".weight") for t in shape.outer if is_head(t.name)}
-        return grid.quantization_config(shape.blocks[0].linears[0].dtype, sorted({"lm_head", *heads}))
+        return grid.quantization_config(shape.dense_dtype, sorted({"lm_head", *heads}))
     if isinstance(grid, RealGrid):
         return grid.quantization_config()
     assert isinstance(grid, Grid)

@@ -62,6 +62,7 @@ ALL_FAMILIES: dict[str, dict[str, Any]] = FAMILIES | {
     "gemma": {},
     "glm": {},
     "glm4": {},
+    "gpt_neox": {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
     "granite_swa": {"sliding_window": WINDOW, "layer_types": _MIXED},
     "helium": {},

@@ -66,7 +66,8 @@ class Wanted:
         writer.write_outer(outer)
         if self.rank:
             writer.join_adapter(peft_config(self.rank, 2.0 * self.rank, names))
-        config: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": self.unit}
+        # Two layers a block make no model of a known family.
+        config: dict[str, Any] = {"model_type": "random", "num_hidden_layers": 2, "hidden_size": self.unit}
         if self.bits:
             quantised = {"bits": self.bits, "group_size": self.group, "sym": self.symmetric, "desc_act": self.desc_act}
             config["quantization_config"] = {"quant_method": "gptq", **quantised}

@@ -110,10 +110,27 @@ def test_file_that_is_no_safetensors(own_model: TinyModel, content: bytes) -> No
     refused(folder, r"model\.safetensors is not a readable safetensors file")
 
 
-def test_unknown_number_type_is_named(own_model: TinyModel) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.complex64, "stored as C64 without saying what its codes stand for"),
+        (torch.float8_e4m3fn, "stored as F8_E4M3 without saying what its codes stand for"),
+        (torch.float64, "stored in float64, which is not read; save the model in float32"),
+    ],
+)
+def test_numbers_of_another_kind_are_named(own_model: TinyModel, dtype: torch.dtype, said: str) -> None:
     folder = own_model()
-    save_file({"x": torch.zeros(2, dtype=torch.complex64)}, folder / "model.safetensors")
-    refused(folder, "is not a readable safetensors file: 'C64'")
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.3.input_layernorm.weight"):
+        save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors")
+        refused(folder, said)
+
+
+def test_a_type_that_safetensors_may_gain_is_named(own_model: TinyModel) -> None:
+    folder = own_model()
+    data = (folder / "model.safetensors").read_bytes().replace(b'"F32"', b'"F99"', 1)
+    (folder / "model.safetensors").write_bytes(data)
+    refused(folder, "is not a readable safetensors file: 'F99'")
 
 
 def test_index_names_a_missing_file(own_model: TinyModel) -> None:
@@ -133,7 +150,7 @@ def test_index_names_a_missing_tensor(own_model: TinyModel) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"weight_map": 3}', b"\xff\xfe"])
 def test_damaged_index(own_model: TinyModel, content: bytes) -> None:
-    folder = own_model()
+    folder = shard(own_model())
     (folder / INDEX).write_bytes(content)
     refused(folder, r"index\.json is damaged")
 
@@ -173,7 +190,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def test_config_and_files_disagree_on_blocks(own_model: TinyModel, count: int) -> None:
     folder = own_model()
     edit_config(folder, num_hidden_layers=count)
-    refused(folder, rf"which tensors form its {count} blocks; numbered groups found: model\.layers \(6\)")
+    refused(folder, rf"states {count} blocks \(num_hidden_layers\), and its files hold 6, model\.layers\.0 to")
 
 
 def test_config_without_a_block_count(own_model: TinyModel) -> None:

@@ -245,9 +245,7 @@ def test_a_result_that_leads_elsewhere_is_not_followed(chain: Path, compress: Co
         assert done.returncode == 2 and ("is not the link to a stage's" in done.stderr or to == ".."), to
 
 
-@pytest.mark.parametrize(
-    "name", ["measurements", "compress.log", "report.json", ".locks", "9-wanda-00000000", ".locks/x"]
-)
+@pytest.mark.parametrize("name", ["measurements", "compress.log", "report.json", ".locks", "9-wanda-00000000"])
 def test_a_link_out_of_the_store_is_not_written_through(
     name: str, tiny_llama: Path, run_recipe: RunRecipe, tmp_path: Path
 ) -> None:
@@ -255,8 +253,7 @@ def test_a_link_out_of_the_store_is_not_written_through(
     out.mkdir()
     (out / ".edgepress").touch()
     (tmp_path / "outside").mkdir()
-    (out / name).parent.mkdir(exist_ok=True)
-    (out / name).symlink_to(tmp_path / "outside")
+    (out / name).symlink_to("../outside")
     with pytest.raises(CheckpointError, match=rf"{name} is a link out of its folder"):
         run_recipe(out, tiny_llama, skip="depth,lora,gptq,eora")
     assert list((tmp_path / "outside").iterdir()) == []
