@@ -1,12 +1,16 @@
-"""Changes that make a model smaller, applied to its shape: what each stage or setting would leave."""
+"""Changes that make a model smaller, applied to its shape: what each stage or setting would leave.
+
+Each is named by the options that make it, and only what the stages' own plans accept is offered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoints.forms import Grid
+from checkpoints.reshape import packable, with_blocks, with_pattern, with_vocabulary
 from checkpoints.shape import BlockShape, LinearShape, ModelShape, largest_group
 from checkpoints.sparsity import Pattern
 from hardware.needs import Request
@@ -14,10 +18,10 @@ from hardware.soc import Soc
 
 State = tuple[ModelShape, Request]
 
-WORD = 32  # GPTQ's file format takes layers whose sides are both multiples of it; the others stay dense
 GROUP = 128  # as `--group`
 LEAST_VOCABULARY = 260  # 256 bytes and a few special tokens: a byte-level tokenizer cannot be cut further
 LEAST_CONTEXT = 16
+PROTECTED = (4, 2)  # first and last blocks, as `--protect-first` and `--protect-last`
 
 
 @dataclass(frozen=True)
@@ -28,39 +32,87 @@ class Lever:
     now: str
     steps: Sequence[Any]
     apply: Callable[[State, Any], State]
-    words: str  # of a step, as an option of this project where there is one
+    words: Callable[[Any], str] | str  # of a step, as options of this project where there are some
+    needs: str = ""  # another lever that must be pulled with it
 
     def how(self, step: Any) -> str:
-        return self.words.format(step)
+        return self.words.format(step) if isinstance(self.words, str) else self.words(step)
 
 
 def levers(shape: ModelShape, soc: Soc, request: Request) -> list[Lever]:
     """What can still give in this model on this chip; a lever without steps is left out."""
     linears = [x for block in shape.blocks for x in block.linears]
-    bits = {x.grid.bits for x in linears if x.grid}
-    width = max(bits, default=16)
+    width = max((x.grid.bits for x in linears if x.grid), default=16)
     count, vocabulary = len(shape.blocks), shape.vocabulary
     rank = max((x.adapter_rank for x in linears), default=0)
     channel = "-channel" if soc.layout.scale_per == "channel" else ""
-    patterns = [p for p in (Pattern(1, 4), Pattern(2, 4), Pattern(3, 4)) if soc.layout.patterns and not shape.pattern]
+    divisible = all(x.in_features % 4 == 0 for x in linears)
+    patterns = [Pattern(n, 4) for n in (1, 2, 3)] if soc.layout.patterns and not shape.pattern and divisible else []
+    # Below 4 bits the stage has groups alone. A layer that its file format cannot hold stays as it is.
+    bits = _below(width, *((8, 4) if channel else (8, 4, 3))) if any(map(_packable, linears)) else []
     copies = shape.embedding_bits or 16
     tokens = request.context
     found = [
-        Lever("weight bits", f"{width} bit", _below(width, 8, 4, 3), _bits(channel), f"--quant gptq{{}}{channel}"),
-        Lever("embedding bits", f"{copies} bit", _below(copies, 8, 4), _embedding, "--quant-embeddings {}"),
+        Lever("weight bits", f"{width} bit", bits, _bits(channel), f"--quant gptq{{}}{channel}"),
+        # The stage that packs the embedding is the one that quantises.
+        Lever(
+            "embedding bits", f"{copies} bit", _below(copies, 8, 4), _embedding, "--quant-embeddings {}",
+            "" if shape.grid else "weight bits",
+        ),
         Lever("N:M pattern", str(shape.pattern or "none"), patterns, _pattern, "--wanda {}"),
         Lever(
-            "vocabulary", f"{vocabulary} tokens", _down(vocabulary, LEAST_VOCABULARY), _vocabulary, "vocabulary of {}"
+            "vocabulary", f"{vocabulary} tokens", _down(vocabulary, LEAST_VOCABULARY), _vocabulary,
+            "--vocabulary-size {}",
         ),
-        Lever("layers", f"{count} blocks", _down(count, 1), _layers, f"{{}} of {count} blocks"),
-        Lever("context", f"{tokens} tokens", _down(tokens, LEAST_CONTEXT), _context, "--context {}"),
+        Lever("layers", f"{count} blocks", _down(count, 1), _layers, _removing(count)),
+        Lever("context", f"{tokens} tokens", _down(tokens, LEAST_CONTEXT), _context, _shorter(request)),
         Lever("KV precision", f"{request.kv_bits} bit", _below(request.kv_bits, 8, 4), _kv, "--kv-bits {}"),
         Lever("prefill chunk", f"{request.chunk} tokens", _down(request.chunk, 1), _chunk, "--prefill-chunk {}"),
         Lever("adapter rank", f"rank {rank}", _down(rank, 0), _rank, "adapters of rank {}"),
-    ]
+    ]  # fmt: skip
     if not any(len(t.shape) == 2 for t in shape.outer):
         found = [lever for lever in found if lever.name not in ("embedding bits", "vocabulary")]
-    return [lever for lever in found if lever.steps]
+    there = {lever.name for lever in found if lever.steps}
+    return [lever for lever in found if lever.steps and lever.needs in {"", *there}]
+
+
+_OF_CHECK = ("--context ", "--kv-bits ", "--prefill-chunk ", "adapters ")
+
+
+def recipe_options(words: Iterable[str], shape: ModelShape) -> str:
+    """Options of `compress` that make these steps of a shape and nothing else; those of `check` are left out."""
+    wanted = [word for word in words if not word.startswith(_OF_CHECK)]
+    given = {word.partition(" ")[0] for word in wanted}
+    if shape.embedding_bits and "--quant" in given and "--quant-embeddings" not in given:
+        wanted.append(f"--quant-embeddings {shape.embedding_bits}")
+    others = [f"{flag} {none}" for flag, none in (("--depth", 0), ("--wanda", "none"), ("--quant", "none"))
+              if flag not in given]  # fmt: skip
+    return " ".join([*wanted, *others, "--skip lora,eora"])
+
+
+def stage_group(soc: Soc, bits: int) -> int:
+    """The group that suits a chip: a scale for each row where it has no others and the stage makes such codes."""
+    return -1 if soc.layout.scale_per == "channel" and bits != 3 else GROUP
+
+
+def _removing(count: int) -> Callable[[int], str]:
+    """The options of the stage depth that leave so many of `count` blocks."""
+
+    def words(left: int) -> str:
+        first = min(PROTECTED[0], left)
+        last = min(PROTECTED[1], left - first)
+        protected = "" if (first, last) == PROTECTED else f" --protect-first {first} --protect-last {last}"
+        return f"--depth {count - left}{protected}"
+
+    return words
+
+
+def _shorter(request: Request) -> Callable[[int], str]:
+    def words(context: int) -> str:
+        cut = request.prefill_chunk is not None and request.prefill_chunk > context
+        return f"--context {context}" + (f" --prefill-chunk {context}" if cut else "")
+
+    return words
 
 
 def _below(now: int, *widths: int) -> Sequence[int]:
@@ -97,24 +149,8 @@ def with_linears(shape: ModelShape, change: Callable[[LinearShape], LinearShape]
     return replace(shape, blocks=tuple(made[id(block)] for block in shape.blocks))
 
 
-def with_vocabulary(shape: ModelShape, tokens: int) -> ModelShape:
-    """The shape with a vocabulary of so many tokens."""
-    outer = tuple(replace(t, shape=(tokens, t.shape[1])) if len(t.shape) == 2 else t for t in shape.outer)
-    return replace(shape, outer=outer, config={**shape.config, "vocab_size": tokens})
-
-
-def with_blocks(shape: ModelShape, count: int) -> ModelShape:
-    """The first `count` blocks, with every list of the configuration that has an entry a block cut alike.
-
-    Which blocks go is for a ranking to say; their bytes are the same where the blocks are alike.
-    """
-    old = len(shape.blocks)
-    config = {k: v[:count] if isinstance(v, list) and len(v) == old else v for k, v in shape.config.items()}
-    return replace(shape, blocks=shape.blocks[:count], config={**config, "num_hidden_layers": count})
-
-
 def _packable(x: LinearShape) -> bool:
-    return x.out_features % WORD == 0 and x.in_features % WORD == 0
+    return packable(x.out_features, x.in_features)
 
 
 def _bits(channel: str) -> Callable[[State, int], State]:
@@ -126,10 +162,7 @@ def _embedding(state: State, bits: int) -> State:
 
 
 def _pattern(state: State, pattern: Pattern) -> State:
-    def on(x: LinearShape) -> LinearShape:
-        return x if x.in_features % pattern.of else replace(x, pattern=pattern)
-
-    return with_linears(state[0], on), state[1]
+    return with_pattern(state[0], pattern), state[1]
 
 
 def _vocabulary(state: State, tokens: int) -> State:
@@ -137,7 +170,7 @@ def _vocabulary(state: State, tokens: int) -> State:
 
 
 def _layers(state: State, count: int) -> State:
-    return with_blocks(state[0], count), state[1]
+    return with_blocks(state[0], range(count)), state[1]
 
 
 def _context(state: State, context: int) -> State:

@@ -90,6 +90,11 @@ QUANTISATIONS = tuple(
 )
 
 
+def is_dense(shape: ModelShape) -> bool:
+    """Whether no layer is quantised and no adapter lies beside one."""
+    return not any(x.grid or x.adapted for block in shape.blocks for x in block.linears)
+
+
 def reshaped(shape: ModelShape, settings: Settings) -> ModelShape:
     """The model's shape after the stages. Raises PlanError for what cannot be."""
     how = settings.quantisation
@@ -118,11 +123,15 @@ def search(
     removable: blocks that may go. vocabularies: sizes to choose from. patterns: N:M to try, used only where the
     chip's verdict counts fewer bytes for them. how: context, kv_bits and the like, for `check`. Where nothing fits,
     the two smallest of different bits instead, what lacks least first, and the smallest with all of its blocks.
+    Of a model that is no longer dense only the vocabulary can be cut: the other stages take dense weights.
     """
     search_ = _Search(shape, soc, loss, how)
+    quantisations = QUANTISATIONS
+    if not is_dense(shape):
+        removable, patterns, quantisations = 0, (), ()
     sizes = sorted({size for size in vocabularies if size < shape.vocabulary} | {shape.vocabulary}, reverse=True)
     plain = Quantisation()
-    ways = [(plain, "none"), *((q, "none") for q in search_.possible(QUANTISATIONS))]
+    ways = [(plain, "none"), *((q, "none") for q in search_.possible(quantisations))]
     helping = [(q, p) for p in patterns for q, _ in ways if search_.saves(p, q)]
     ways += helping
     start = Settings(shape.vocabulary)

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from checkpoints.shape import ModelShape
-from hardware.changes import Lever, State, levers
+from hardware.changes import Lever, State, levers, recipe_options
 from hardware.needs import Needs, Request, needs
 from hardware.soc import Soc
 
@@ -45,6 +45,8 @@ class Levers:
     spread: tuple[str, ...]  # another way: every lever pulled, then eased; empty where it is the same
     needs_then: dict[str, int]  # bytes by role after the smallest change, or with every lever at its end
     missing_then: dict[str, int]  # bytes by role that are missing even then
+    options: str = ""  # of `compress`, that make the smallest change and nothing else
+    options_for: str = ""  # what the options of stages must be given to, if it is not this model
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,7 +66,16 @@ def find_levers(shape: ModelShape, soc: Soc, request: Request) -> Levers:
     by_role, missing = after.by_role(), after.short(soc)
     steps = tuple(lever.how(step) for lever, step in chosen or ())
     others = tuple(lever.how(step) for lever, step in spread)
-    return Levers(tuple(ranked), steps, others if set(others) != set(steps) else (), by_role, missing)
+    spread_words = others if set(others) != set(steps) else ()
+    options = recipe_options(steps, shape) if steps else ""
+    return Levers(tuple(ranked), steps, spread_words, by_role, missing, options, _options_for(shape))
+
+
+def _options_for(shape: ModelShape) -> str:
+    if shape.grid is not None:
+        return "the model from before it was quantised"
+    adapted = any(x.adapted for block in shape.blocks for x in block.linears)
+    return "the model without its adapter" if adapted else ""
 
 
 Choice = list[tuple[Lever, Any]]
@@ -83,6 +94,10 @@ class _Search:
         return needs(state[0], self.soc, state[1])
 
     def fits(self, choice: Choice) -> bool:
+        """Whether a choice that the stages can carry out makes the model fit."""
+        pulled = {"", *(lever.name for lever, _ in choice)}
+        if any(lever.needs not in pulled for lever, _ in choice):
+            return False
         return not self.planned(choice).short(self.soc)
 
     def saved(self, choice: Choice) -> int:
@@ -136,8 +151,11 @@ class _Search:
                     yield [(short, step), (long, found)]
 
     def eased(self, choice: Choice) -> Choice:
-        """Every lever at its end, then each in turn let back as far as the rest allows."""
-        for name in _EASED_FIRST:
+        """Every lever at its end, then each in turn let back as far as the rest allows.
+
+        Twice: what another needed may be free to go once that is gone.
+        """
+        for name in _EASED_FIRST * 2:
             held = next((entry for entry in choice if entry[0].name == name), None)
             if held is None:
                 continue

@@ -29,7 +29,7 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
     for line in _details(verdict):
         console.print(line, highlight=False, markup=False)
     if verdict.levers is not None:
-        _print_levers(console, verdict.levers, verdict.soc)
+        _print_levers(console, verdict.levers, verdict.soc, verdict.model)
     if verdict.notes:
         console.print("\nNotes", style="bold")
     for note in verdict.notes:
@@ -154,7 +154,7 @@ def print_soc(console: Console, name: str, soc: Soc) -> None:
         console.print(Padding(f"--set {setting}", (0, 0, 0, 2)), highlight=False, markup=False)
 
 
-def _print_levers(console: Console, levers: Levers, soc: str) -> None:
+def _print_levers(console: Console, levers: Levers, soc: str, model: str) -> None:
     console.print("\nWhat would have to give", style="bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("lever", "now", "furthest", "saves at most", "enough alone"):
@@ -162,10 +162,14 @@ def _print_levers(console: Console, levers: Levers, soc: str) -> None:
     for worth in levers.ranked:
         table.add_row(worth.lever, worth.now, worth.furthest, size_text(worth.saved_bytes), worth.enough or "no")
     console.print(table)
+    if levers.options_for:
+        console.print(f"Options of stages are for {levers.options_for}.", highlight=False)
     then = ", ".join(f"{role} {size_text(size)}" for role, size in levers.needs_then.items())
     if levers.smallest:
         console.print(f"Smallest change that fits: {', '.join(levers.smallest)}.", style="bold", highlight=False)
         console.print(f"Then it needs: {then}.", highlight=False)
+        if not levers.options_for:
+            console.print(f"Its stages: compress plan --model {model} {levers.options}", highlight=False, markup=False)
         if levers.spread:
             console.print(f"Or, spread over more of them: {', '.join(levers.spread)}.", highlight=False)
     else:

@@ -21,7 +21,7 @@ from checkpoints.headers import shape_from_folder
 from checkpoints.manifest import MANIFEST, Manifest
 from checkpoints.shape import ModelShape
 from hardware import quality
-from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, search
+from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, is_dense, search
 from hardware.soc import Soc
 from hardware.verdict import size_text, times_text
 from pipeline.tables import print_whole
@@ -214,17 +214,26 @@ def fit(
         activation_bits=activation_bits,
         name=model,
     )
-    return found, list(_notes(found, shape, soc, corpus, measured))
+    return found, list(_notes(found, model, shape, soc, corpus, measured))
 
 
-def _notes(found: Found, shape: ModelShape, soc: Soc, corpus: str, measured: Mapping[Settings, float]) -> Iterator[str]:
+def _notes(
+    found: Found, model: str, shape: ModelShape, soc: Soc, corpus: str, measured: Mapping[Settings, float]
+) -> Iterator[str]:
     cut = [c for c in (*found.fitting, *found.closest) if c.settings.vocabulary < shape.vocabulary]
     if cut and not corpus:
         yield (
             "The vocabulary was taken as free. To realise a cut, give a text with --trim-vocabulary: here, to count "
-            "what it needs of the vocabulary, and in the command for CORPUS."
+            "what it needs of the vocabulary, and beside the command's --vocabulary-size."
         )
-    if not found.patterns_help:
+    if not is_dense(shape):
+        yield (
+            "The model is quantised, or has an adapter, so only its vocabulary can be cut; give the model from before "
+            "that to search all settings."
+        )
+    if model.lower() in PRESETS and not Path(model).exists():
+        yield f"'{model}' is a preset, a shape without weights: give the model's folder in its place to compress it."
+    if not found.patterns_help and is_dense(shape):
         yield f"N:M zeros save no room on {soc.name}, so no pattern was tried; --wanda none leaves the stage out."
     what = "measured (m) where the sweep has the settings, else estimated" if measured else "estimated"
     yield (
@@ -238,8 +247,7 @@ def command_of(model: str, shape: ModelShape, settings: Settings, corpus: str, p
     how = settings.quantisation
     words = ["compress"]
     if model:
-        preset = model.lower() in PRESETS and not Path(model).exists()
-        words += ["--model", "FOLDER" if preset else model]
+        words += ["--model", model]
     words += ["--depth", str(settings.removed)]
     if settings.removed and protect != (4, 2):
         words += ["--protect-first", str(protect[0]), "--protect-last", str(protect[1])]
@@ -250,7 +258,8 @@ def command_of(model: str, shape: ModelShape, settings: Settings, corpus: str, p
         words += ["--quant-embeddings", str(how.embedding_bits)]
     words += ["--eora", "0"]
     if settings.vocabulary < shape.vocabulary:
-        words += ["--trim-vocabulary", corpus or "CORPUS", "--vocabulary-size", str(settings.vocabulary)]
+        words += ["--trim-vocabulary", corpus] if corpus else []
+        words += ["--vocabulary-size", str(settings.vocabulary)]
     return shlex.join(words)
 
 

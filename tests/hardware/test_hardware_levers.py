@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from checkpoints.forms import Grid
+from checkpoints.reshape import with_vocabulary
 from checkpoints.shape import ModelShape
 from checkpoints.sparsity import Pattern
-from hardware.changes import levers, quantised, with_blocks, with_vocabulary
+from hardware.changes import levers, quantised
 from hardware.check import check
 from hardware.levers import Levers, find_levers
 from hardware.needs import Request, needs
@@ -34,7 +34,7 @@ def test_stories15m_fits_with_its_vocabulary_cut_to_the_token(make: Make) -> Non
     shape, soc = make("stories15m", embedding_bits=8, grid=Grid(4, 32)), load_soc("siracusa")
     found = find_levers(shape, soc, REQUEST)
     (step,) = found.smallest
-    tokens = int(step.removeprefix("vocabulary of "))
+    tokens = int(step.removeprefix("--vocabulary-size "))
     assert check(with_vocabulary(shape, tokens), soc).fits
     assert not check(with_vocabulary(shape, tokens + 1), soc).fits
     assert found.ranked[0].lever == "vocabulary" and found.ranked[0].enough == step and not found.missing_then
@@ -114,11 +114,3 @@ def test_quantised_is_what_the_stage_leaves(make: Make, preset: str, quant: str)
     staged = gptq.plan(make(preset), options)
     wanted = form(options, masked=False)
     assert quantised(make(preset), wanted.bits, wanted.group).blocks == staged.blocks
-
-
-def test_blocks_and_their_lists_are_cut_together(make: Make) -> None:
-    shape = make("stories260k")
-    listed = replace(shape, config={**shape.config, "layer_types": list("abcde"), "other": [1, 2]})
-    cut = with_blocks(listed, 2)
-    assert len(cut.blocks) == cut.config["num_hidden_layers"] == 2
-    assert cut.config["layer_types"] == ["a", "b"] and cut.config["other"] == [1, 2]

@@ -75,9 +75,10 @@ def test_stories15m_s_table_commands_and_note(compress: Callable[..., Any]) -> N
     assert _children_seconds() - before < 10
     assert done.returncode == 0
     assert done.stdout.startswith("stories15m fits Siracusa with\n")
-    commands = [line for line in done.stdout.splitlines() if " compress --model FOLDER" in line]
+    commands = [line for line in done.stdout.splitlines() if " compress --model stories15m " in line]
     assert len(commands) == 8
-    assert all("--trim-vocabulary CORPUS --vocabulary-size" in line for line in commands)
+    assert all("--vocabulary-size" in line and "--trim-vocabulary" not in line for line in commands)
+    assert "'stories15m' is a preset" in done.stdout
     assert "The vocabulary was taken as free" in done.stdout
     assert "N:M" in done.stdout.splitlines()[2]  # kept weights with their index take less room there
 
