@@ -130,6 +130,13 @@ def test_offers_as_they_are_printed(compress: Command, chip: str) -> None:
     assert compress("check", "smollm2-135m", "--soc", chip, *asked).returncode == 3
 
 
+def test_an_embedding_judged_as_packed_is_packed_by_the_options(compress: Command) -> None:
+    done = compress("check", "smollm2-135m", "--embedding-bits", 4, "--json")
+    options = json.loads(done.stdout)["levers"]["options"]
+    planned_fit = compress("plan", "--model", "smollm2-135m", *options.split(), "--json")
+    assert json.loads(planned_fit.stdout)["hardware"]["fits"], options
+
+
 def test_three_bits_as_the_stage_leaves_them(compress: Command) -> None:
     """There is no gptq3-channel: three bits come in groups, on chips with a scale for each row too."""
     done = compress("check", "stories260k", "--soc", "siracusa-neureka", "--bits", 3, "--json")
