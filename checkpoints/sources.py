@@ -47,9 +47,9 @@ def open_source(model: str | None) -> Checkpoint:
         return Checkpoint.open(path.resolve(), hashes=True)
     if path.is_file() and is_image(path):
         raise CheckpointError(f"{path} is a packed image; restore its folder first: compress unpack {path} -o FOLDER")
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return _converted(path, path.stem, _read_gguf)
-    if path.is_file() and path.suffix == ".bin":
+    if path.is_file() and path.suffix.lower() == ".bin":
         return _converted(path, path.stem, _read_llama2c)
     if path.exists():
         raise CheckpointError(f"{path} is neither a model folder, nor a .gguf file, nor llama2.c's .bin file")

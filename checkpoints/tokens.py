@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from checkpoints.errors import TextError
+
+if TYPE_CHECKING:
+    from checkpoints.checkpoint import Checkpoint
+    from checkpoints.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,28 @@ def sample_windows(name: str, ids: Tensor, samples: int, length: int, generator:
     chosen = torch.randperm(slots, generator=generator)[:samples].sort().values
     grid = ids[offset : offset + slots * length].view(slots, length)
     return TokenBatches(name, grid[chosen].contiguous())
+
+
+# Families whose positions are rows of a learned table; the others turn or shift by position, and go on beyond it.
+_TABLES = ("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "xglm")
+
+
+def require_known(ids: Tensor, rows: int, where: str) -> None:
+    """Raise TextError where ids name a token that an embedding of so many rows does not have."""
+    beyond = ids[ids >= rows]
+    if beyond.numel():
+        raise TextError(
+            f"the tokenizer gives token {int(beyond.min())}, the embedding has {rows} rows ({where}). Take the "
+            "tokenizer that belongs to the model, or resize the model's embedding to it"
+        )
+
+
+def require_positions(source: Checkpoint, length: int, option: str, runtime: Runtime) -> None:
+    """Raise TextError where windows are longer than the family's position table; note it where it has none."""
+    positions = source.shape.config.get("max_position_embeddings")
+    if not isinstance(positions, int) or length <= positions:
+        return
+    found = f"{option} {length} is more than the {positions} positions of {source.name}"
+    if source.shape.family in _TABLES:
+        raise TextError(f"{found}, which are a table; at most {positions} fit")
+    runtime.progress.note(f"{found}; what lies beyond them the model was not trained for")

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints.errors import PlanError, TextError
+from checkpoints.tokens import require_known
 from eval.answer_file import AnswerFile
 from eval.decoding import greedy
 from eval.settings import Settings
@@ -129,6 +132,7 @@ def _batches(subject: Subject, todo: Sequence[tuple[Question, str]], settings: S
     for question, _, ids in tokenised:
         if not ids:
             raise TextError(f"question '{question.id}' is empty")
+        require_known(torch.tensor(ids), subject.checkpoint.shape.vocabulary, f"question '{question.id}'")
         if len(ids) > room:
             raise TextError(
                 f"question '{question.id}' has {len(ids)} tokens; the model's {subject.positions} positions leave "

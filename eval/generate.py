@@ -14,6 +14,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.kv_format import KVFormat
 from checkpoints.runtime import Runtime
+from checkpoints.tokens import require_known
 from eval.decoding import end_tokens
 from eval.subject import Subject
 
@@ -113,6 +114,7 @@ def _prompt_ids(checkpoint: Checkpoint, tokenizer: Any, prompt: str, chat: bool)
     ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if not ids.numel():
         raise TextError("the prompt is empty; give at least one word to continue")
+    require_known(ids, checkpoint.shape.vocabulary, checkpoint.name)
     return ids.long()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from checkpoints.errors import NumericsError
 from eval.answer_file import AnswerFile
 from eval.settings import Settings
 from eval.subject import Subject
@@ -86,6 +88,11 @@ class KeptModel(HFLM):  # type: ignore[misc]
     def _keep(self, kind: str, chunk: list[tuple[str, Any]], answers: list[Any]) -> None:
         rows = []
         for (key, request), answer in zip(chunk, answers, strict=True):
+            if kind != "generate_until" and not math.isfinite(answer[0] if isinstance(answer, tuple) else answer):
+                raise NumericsError(
+                    f"{self._task}: the log-likelihood of '{request.args[-1][:60]}' after "
+                    f"'{request.args[0][-60:]}' is not finite; measure with --dtype float32"
+                )
             self._answers[key] = answer
             rows.append({"id": key, "kind": kind, "prompt": request.args[0], "answer": answer})
             if kind == "loglikelihood":

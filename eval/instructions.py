@@ -138,7 +138,7 @@ def _text(row: Mapping[str, Any], name: str, may_be_empty: bool = False) -> str:
     if value is None and may_be_empty:
         return ""
     if not isinstance(value, str):
-        raise RowError(f"'{name}' is not text")
+        raise RowError(f"'{name}' is null" if value is None and name in row else f"'{name}' is not text")
     if not value.strip() and not may_be_empty:
         raise RowError(f"'{name}' is empty")
     return value.strip()

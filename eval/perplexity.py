@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, TextError
+from checkpoints.errors import NumericsError, PlanError, TextError
 from checkpoints.kv_format import PLAIN, KVFormat
 from checkpoints.runtime import Runtime
+from checkpoints.tokens import require_known, require_positions
 from checkpoints.walk import BlockVisit, Walk
 from eval.disturb import Disturbance
-from eval.text import Text
+from eval.results import exp_of
+from eval.text import Text, starts_with_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +81,7 @@ class Passage:
     read: int
     scored: int
     size: int  # bytes of what was predicted; the first token of each passage is context only
+    bos: bool = False  # it begins with the tokenizer's start token
 
 
 def measure(
@@ -104,14 +107,20 @@ def summarise(
 ) -> Perplexity:
     nll, scored = math.fsum(p.nll for p in passages), sum(p.scored for p in passages)
     return Perplexity(
-        perplexity=math.exp(nll / scored),
+        perplexity=exp_of(nll / scored),
         tokens=sum(p.read for p in passages),
         scored_tokens=scored,
         bits_per_byte=nll / math.log(2) / sum(p.size for p in passages),
-        protocol=str(protocol) + ("" if kv.plain else f", {kv}"),
+        protocol=described(protocol, passages) + ("" if kv.plain else f", {kv}"),
         text=text.name,
         dtype=str(runtime.dtype).removeprefix("torch."),
     )
+
+
+def described(protocol: Protocol, passages: Sequence[Passage]) -> str:
+    """The protocol, and whether a start token stood before each window."""
+    unit = protocol.kind.removesuffix("s")
+    return f"{protocol}, " + (f"BOS at the start of each {unit}" if passages[0].bos else "no BOS")
 
 
 def measure_passages(
@@ -124,7 +133,12 @@ def measure_passages(
 ) -> list[Passage]:
     """Each window or row by itself, in the text's order."""
     tokenizer = checkpoint.tokenizer()
+    if protocol.kind == "windows":
+        require_positions(checkpoint, protocol.window, "--window", runtime)
+    bos = starts_with_bos(tokenizer)
     batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
+    for batch in batches:
+        require_known(batch.ids, checkpoint.shape.vocabulary, checkpoint.name)
     losses = negative_log_likelihoods(checkpoint, batches, runtime, disturbance, kv)
     passages = {}
     for batch, batch_losses in zip(batches, losses, strict=True):
@@ -132,13 +146,24 @@ def measure_passages(
             row = padded[padded != _IGNORED]
             size = len(str(tokenizer.decode(row)).encode()) - len(str(tokenizer.decode(row[:1])).encode())
             name = f"{place}-{hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12]}"
-            passages[place] = Passage(name, nll, row.numel(), scored, size)
+            if not math.isfinite(nll):
+                dtype = str(runtime.dtype).removeprefix("torch.")
+                raise NumericsError(
+                    f"{checkpoint.folder}: the loss of {protocol.kind[:-1]} {place + 1} of '{text.name}' is {nll}: its "
+                    f"logits are not finite in {dtype}. Measure with --dtype float32; if that fails too, the weights "
+                    "are damaged"
+                )
+            passages[place] = Passage(name, nll, row.numel(), scored, size, bos)
     return [passages[place] for place in sorted(passages)]
 
 
-def measurement_key(checkpoint_fingerprint: str, text: Text, protocol: Protocol, dtype: torch.dtype) -> str:
-    """Names one measurement: the same key, the same number."""
-    facts = [checkpoint_fingerprint, text.sha256, asdict(protocol), str(dtype)]
+def measurement_key(
+    checkpoint_fingerprint: str, text: Text, protocol: Protocol, dtype: torch.dtype, bos: bool = False
+) -> str:
+    """Names one measurement: the same key, the same number. bos: the windows begin with a start token."""
+    facts: list[Any] = [checkpoint_fingerprint, text.sha256, asdict(protocol), str(dtype)]
+    if bos and protocol.kind == "windows":  # without it the key is that of earlier versions
+        facts.append("bos")
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 
@@ -191,10 +216,18 @@ def _changed(block: BlockVisit, walk: Walk, disturbance: Disturbance | None, kv:
 
 def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[_Batch]:
     ids = text.token_ids(tokenizer, protocol.tokens or None)
-    count = ids.numel() // protocol.window
+    bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
+    own = protocol.window - (bos is not None)  # tokens of the text in each window
+    if bos is not None and int(ids[0]) == bos:
+        ids = ids[1:]  # the first window's own
+    count = ids.numel() // own
     if count == 0:
         raise TextError(f"the text '{text.name}' has {ids.numel()} tokens, less than one window of {protocol.window}")
-    windows = ids[: count * protocol.window].view(count, protocol.window)
+    if protocol.tokens:
+        count = min(count, protocol.tokens // protocol.window)
+    windows = ids[: count * own].view(count, own)
+    if bos is not None:
+        windows = torch.cat([torch.full((count, 1), bos), windows], dim=1)
     together = max(1, 4096 // protocol.window)
     return [
         _Batch(chunk, chunk, range(k * together, k * together + len(chunk)))

@@ -7,12 +7,15 @@ and for perplexity, whose items are windows or rows.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from checkpoints.errors import NumericsError
 
 Transform = Literal["mean", "exp"]
 RESAMPLES = 2000
@@ -128,7 +131,14 @@ def mean(
 
 def combine(values: Sequence[float], weights: Sequence[float], transform: Transform) -> float:
     ratio = math.fsum(values) / math.fsum(weights)
-    return math.exp(ratio) if transform == "exp" else ratio
+    return exp_of(ratio) if transform == "exp" else ratio
+
+
+def exp_of(loss: float) -> float:
+    """Perplexity of a mean loss in nats. Raises NumericsError where it is no number or above the largest float."""
+    if not math.isfinite(loss) or loss > math.log(sys.float_info.max):
+        raise NumericsError(f"the mean loss is {loss:.4g} nats a token, of which there is no finite perplexity")
+    return math.exp(loss)
 
 
 def resampled(

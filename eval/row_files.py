@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import itertools
 import json
 import logging
@@ -13,11 +15,57 @@ from checkpoints.errors import TextError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _SHOWN_FAULTS = 5
+# Longest first: UTF-32's little-endian mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 Row = TypeVar("Row")
 
 
 class RowError(ValueError):
     """What is wrong with one row; whoever knows its place adds it."""
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text with line ends as \\n, without a byte order mark.
+
+    Raises TextError naming the encoding where it is not UTF-8, and for bytes that are no text.
+    """
+    data = path.read_bytes()
+    require_utf8(path, data)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def require_utf8(path: Path, data: bytes) -> None:
+    """Raise TextError where a file, of which these are the first bytes, is in another encoding or no text."""
+    name = next((name for mark, name in _MARKS if data.startswith(mark)), "")
+    if not name and b"\0" in data:
+        places = [place for place, byte in enumerate(data[:4096]) if not byte]
+        alternate = len(places) * 4 > min(len(data), 4096) and len({place % 2 for place in places}) == 1
+        if not alternate:
+            raise TextError(f"{path} is no text: byte {data.index(0)} is NUL; give a file of UTF-8 text")
+        name = "UTF-16"
+    if name:
+        raise TextError(f"{path} is in {name}, not UTF-8. {_convert(path, name)}")
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> TextError:
+    byte = error.object[error.start]
+    return TextError(
+        f"{path} is not UTF-8: it has byte 0x{byte:02x} at {error.start}; Latin-1 or Windows-1252, as it seems. "
+        + _convert(path, "WINDOWS-1252")
+    )
+
+
+def _convert(path: Path, encoding: str) -> str:
+    return f"Convert it with: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}"
 
 
 def read_rows(path: Path, parse: Callable[[int, Any], Row], form: str, limit: int = 0) -> list[Row]:
@@ -27,7 +75,7 @@ def read_rows(path: Path, parse: Callable[[int, Any], Row], form: str, limit: in
     many), and with the `form` that rows must have; likewise for a file without rows.
     """
     rows, faults = [], []
-    place = "line" if path.suffix == ".jsonl" else "row"
+    place = "line" if path.suffix.lower() == ".jsonl" else "row"
     for number, raw in enumerate(itertools.islice(_raw_rows(path), limit or None), 1):
         try:
             if isinstance(raw, RowError):
@@ -46,30 +94,34 @@ def read_rows(path: Path, parse: Callable[[int, Any], Row], form: str, limit: in
 
 def _raw_rows(path: Path) -> Iterator[Any]:
     """Each row as it is read; a line that is empty or no JSON is a RowError in the row's place."""
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".jsonl":
+        if suffix == ".jsonl":
             yield from _json_lines(path)
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        elif suffix == ".json":
+            rows = json.loads(read_utf8(path))
             if not isinstance(rows, list):
                 raise TextError(f"{path} must hold a list of rows")
             yield from rows
-        elif path.suffix == ".parquet":
+        elif suffix == ".parquet":
             from pyarrow import parquet
 
             for batch in parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
         else:
             raise TextError(f"{path} is no file of rows; its name must end in {', '.join(SUFFIXES)}")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
     except (ValueError, OSError) as error:  # undecodable bytes, JSON's and pyarrow's own are all ValueErrors
-        raise TextError(f"{path} cannot be read as {path.suffix}: {error}") from None
+        raise TextError(f"{path} cannot be read as {suffix}: {error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
     empty = 0  # lines since the last row; at the end of a file they do not count
     # newline: JSON allows other line separators, such as U+2028, inside a string.
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line in file:
+    with path.open("rb") as raw:
+        require_utf8(path, raw.peek(4096))
+        for line in io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n"):
             if not line.strip():
                 empty += 1
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from checkpoints.errors import TextError
-from eval.row_files import SUFFIXES, hub_rows
+from eval.row_files import SUFFIXES, hub_rows, read_utf8
 from eval.rows import FORMS_TEXT, file_texts, usable_texts
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Text:
     name: str
     documents: tuple[str, ...]
     exchanges: bool = False  # questions with answers: the tokenizer's end token closes each
+    chats: bool = False  # each document is JSON, a list of {role, content}; the tokenizer's chat template writes it
 
     @cached_property
     def sha256(self) -> str:
@@ -62,7 +65,10 @@ class Text:
         ids: list[int] = []
         end = getattr(tokenizer, "eos_token_id", None) if self.exchanges else None
         for document in self.documents:
-            ids += tokenizer(_enough(document, limit, len(ids)))["input_ids"]
+            if self.chats:
+                ids += _chat_ids(self.name, tokenizer, document)
+            else:
+                ids += tokenizer(_enough(document, limit, len(ids)))["input_ids"]
             if end is not None and ids and ids[-1] != end:  # some tokenizers add it themselves
                 ids.append(end)
             if limit is not None and len(ids) >= limit:
@@ -72,8 +78,33 @@ class Text:
         return torch.tensor(ids)
 
     def rows(self) -> list[str]:
-        """Lines that are not empty: WikiText-2's rows, or the lines of any other text."""
+        """Lines that are not empty: WikiText-2's rows, or the lines of any other text. Raises TextError for chats."""
+        if self.chats:
+            raise TextError(f"the text '{self.name}' holds conversations, which have no rows; use --protocol windows")
         return [line for document in self.documents for line in document.splitlines() if line.strip()]
+
+
+def _chat_ids(name: str, tokenizer: Any, document: str) -> list[int]:
+    """A conversation as the tokenizer's own chat template writes it; special tokens are the template's."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise TextError(
+            f"the text '{name}' holds conversations, and the tokenizer has no chat template to write them with; give "
+            f"rows with the fields {FORMS_TEXT}"
+        )
+    try:
+        written = str(tokenizer.apply_chat_template(json.loads(document), tokenize=False))
+    except (ValueError, TypeError, TemplateError) as error:
+        raise TextError(
+            f"the tokenizer's chat template does not take this conversation of '{name}': {error}\n  {document[:200]}"
+        ) from None
+    ids: list[int] = tokenizer(written, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer by its own habit puts its start token before a text."""
+    start = getattr(tokenizer, "bos_token_id", None)
+    return start is not None and list(tokenizer("a")["input_ids"])[:1] == [start]
 
 
 def _enough(document: str, limit: int | None, have: int) -> str:
@@ -116,18 +147,20 @@ def _part(text: Text, use: Use, origin: Path | str) -> Text:
         parts = ((whole[:cut],), (whole[cut:],))
     first = use == "calibrate"
     name = f"{text.name} ({'first four fifths' if first else 'last fifth'})"
-    return Text(name, parts[0 if first else 1], text.exchanges)
+    return Text(name, parts[0 if first else 1], text.exchanges, text.chats)
 
 
 def read_file(path: Path) -> Text:
     """A text file, JSON lines, JSON or parquet; rows as in eval/rows.py. Raises TextError naming each bad row."""
-    if path.suffix in SUFFIXES:
-        texts, exchanges = file_texts(path)
-        return Text(path.name, tuple(texts), exchanges)
+    if path.suffix.lower() in SUFFIXES:
+        texts, exchanges, chats = file_texts(path)
+        return Text(path.name, tuple(texts), exchanges, chats)
     try:
-        parts = path.read_text(encoding="utf-8").split(END_OF_TEXT)
-    except (ValueError, OSError) as error:  # undecodable bytes are a ValueError
+        parts = read_utf8(path).split(END_OF_TEXT)
+    except OSError as error:
         raise TextError(f"{path} cannot be read as text: {error}") from None
+    if not any(part.strip() for part in parts):
+        raise TextError(f"{path} holds no text: it is empty or has nothing but spaces")
     return Text(path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],))
 
 

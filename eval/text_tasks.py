@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from functools import cache
 
-from eval.perplexity import Passage, Protocol, measure_passages
+from eval.perplexity import Passage, Protocol, described, measure_passages
 from eval.results import Result, Score, mean
 from eval.settings import Settings
 from eval.subject import Subject
@@ -49,7 +49,9 @@ def _measured(name: str, subject: Subject, text: Text, protocols: list[Protocol]
     scores: list[Score] = []
     for protocol in protocols:
         passages = measure_passages(subject.checkpoint, text, protocol, subject.runtime, kv=settings.kv)
-        how = f"{protocol}; {text.name}; {subject.dtype}" + ("" if settings.kv.plain else f"; {settings.kv}")
+        how = f"{described(protocol, passages)}; {text.name}; {subject.dtype}" + (
+            "" if settings.kv.plain else f"; {settings.kv}"
+        )
         scores += _scores(passages, how, protocol.kind)
     if len(protocols) > 1:  # two numbers of one name would hide that they cannot be compared
         scores = [replace(s, metric=f"{s.metric}, {s.protocol.split(' ')[0]}") for s in scores]

@@ -17,8 +17,8 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.manifest import SEAL, write_bytes
 from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches, sample_windows
-from eval.text import Text, load_text
+from checkpoints.tokens import TokenBatches, require_known, require_positions, sample_windows
+from eval.text import Text, load_text, starts_with_bos
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import corpus_vocabulary, follows_vocabulary
 from stages.options import Lora, Options, Pad, Vocabulary
@@ -33,9 +33,11 @@ class Calibration:
     def __init__(self, recipe: Recipe, source: Checkpoint, store: Path, runtime: Runtime) -> None:
         self._recipe, self._source, self._store, self._runtime = recipe, source, store, runtime
         self._tokenizer = source.tokenizer()
+        self.bos = starts_with_bos(self._tokenizer)
         self._vocabulary = corpus_vocabulary(recipe, source.folder)
         self._texts: dict[str, Text] = {}
         self._ids: dict[tuple[str, bool], tuple[str, Tensor]] = {}
+        self._lengths: set[tuple[str, int]] = set()  # of windows, held against the model's positions already
         self._short: set[str] = set()  # training texts whose lack of windows was told already
         self.evaluation = _evaluation_text(recipe)
         for spec in {recipe.calibration_text, *(o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data)}:
@@ -53,6 +55,9 @@ class Calibration:
             return vocabulary.corpus
         if isinstance(options, Pad):
             return TokenBatches("none", torch.empty(0, 0, dtype=torch.int64))
+        if (stage, options.length) not in self._lengths:
+            self._lengths.add((stage, options.length))
+            require_positions(self._source, options.length, f"--{stage}-length", self._runtime)
         trimmed = vocabulary is not None and follows_vocabulary(self._recipe, stage)
         spec = (options.data if isinstance(options, Lora) else "") or self._recipe.calibration_text
         runtime = replace(self._runtime, turn=turn)
@@ -63,7 +68,10 @@ class Calibration:
         if (spec, trimmed) not in self._ids:
             text = self._text(spec)
             tokenizer = vocabulary.tokenizer if vocabulary and trimmed else self._tokenizer
-            self._ids[spec, trimmed] = (text.name, text.token_ids(tokenizer))
+            ids = text.token_ids(tokenizer)
+            rows = vocabulary.kept.numel() if vocabulary and trimmed else self._source.shape.vocabulary
+            require_known(ids, rows, f"for the text '{text.name}'")
+            self._ids[spec, trimmed] = (text.name, ids)
         name, ids = self._ids[spec, trimmed]
         samples = self._training_samples(name, ids, options) if isinstance(options, Lora) else options.samples
         try:

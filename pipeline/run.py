@@ -121,7 +121,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
     before = baseline = at.measured(source)
     reporter.say(
         f"{_name(recipe)}: {_bytes(source.shape.file_bytes)}, perplexity {before['perplexity']:.2f} "
-        f"({at.protocol}; {at.calibration.evaluation.name}; {before['dtype']})"
+        f"({before['protocol']}; {at.calibration.evaluation.name}; {before['dtype']})"
     )
     current, results = source, []
     for position, (step, key) in enumerate(zip(plans, keys, strict=True), 1):
@@ -260,7 +260,7 @@ def _measured(
     checkpoint: Checkpoint, calibration: Calibration, protocol: Protocol, runtime: Runtime, store: Any
 ) -> dict[str, Any]:
     """The perplexity, measured now or, with the same checkpoint and protocol, before."""
-    key = measurement_key(checkpoint.fingerprint, calibration.evaluation, protocol, runtime.dtype)
+    key = measurement_key(checkpoint.fingerprint, calibration.evaluation, protocol, runtime.dtype, calibration.bos)
     known = store.measurement(key, runtime.progress.note)
     if known is None:
         known = measure(checkpoint, calibration.evaluation, protocol, runtime).to_dict()

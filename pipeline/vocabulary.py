@@ -87,6 +87,8 @@ def corpus_text(recipe: Recipe, corpus: str) -> Text:
             "--text, or leave --text out to hold a part back"
         )
     text = load_text(corpus, "calibrate" if shared else "whole")
+    if text.chats:
+        raise TextError(f"the corpus '{corpus}' holds conversations, which --trim-vocabulary does not read; give text")
     if not any(document.strip() for document in text.documents):
         raise TextError(f"the corpus '{corpus}' is empty; --trim-vocabulary needs the text the model is meant for")
     return text

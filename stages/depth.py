@@ -7,6 +7,7 @@ first-order Taylor estimate, or by weight magnitude; block influence is ShortGPT
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -237,4 +238,7 @@ def _perplexity(head: Callable[[Tensor], Tensor], states: Sequence[Tensor], chun
     nll = 0.0
     for chunk, ids in zip(states, chunks, strict=True):
         nll += sum(float(_nll(head(row), t)) for row, t in zip(torch.split(chunk, 1), torch.split(ids, 1), strict=True))
-    return math.exp(nll / sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks))
+    loss = nll / sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
+    if not loss < math.log(sys.float_info.max):
+        raise NumericsError(f"depth: the loss of the calibration windows is {loss:.4g} nats a token, not finite")
+    return math.exp(loss)

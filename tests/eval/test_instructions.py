@@ -98,7 +98,7 @@ GOOD = '{"instruction": "a", "output": "b"}'
         ("x.json", "[]", ["no row"]),
         ("x.json", '{"a": 1}', ["must hold a list"]),
         ("x.json", "[", ["cannot be read as .json"]),
-        ("x.jsonl", b"\xff\xfe", ["cannot be read as .jsonl"]),
+        ("x.jsonl", b"\xff\xfe", ["x.jsonl is in UTF-16, not UTF-8", "iconv"]),
         ("x.parquet", "no parquet", ["cannot be read as .parquet"]),
         ("x.txt", "words", ["no file of rows", ".jsonl"]),
         ("x.jsonl", "{\n" * 8, ["line 1: not JSON", "line 5", "and 3 more"]),

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, TextError
+from checkpoints.errors import NumericsError, PlanError, TextError
 from checkpoints.runtime import Runtime
+from checkpoints.tokens import require_known
 from eval.perplexity import Protocol, measure, measurement_key
+from eval.results import exp_of
 from eval.text import Text, load_text
 
 pytestmark = pytest.mark.unit
@@ -144,3 +146,55 @@ def test_too_short_and_impossible_requests(folder: Path) -> None:
     for arguments in (("words", 8, 0), ("windows", 1, 0), ("windows", 64, 32)):
         with pytest.raises(PlanError):
             Protocol(*arguments)
+
+
+class Starting:
+    """A tokenizer of one token a character that begins every text with token 1."""
+
+    bos_token_id = 1
+
+    def __init__(self) -> None:
+        self.deprecation_warnings: dict[str, bool] = {}
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1, *(ord(letter) for letter in text)]}
+
+
+def test_each_window_begins_with_the_start_token_where_the_tokenizer_begins_texts_with_it() -> None:
+    from eval.perplexity import _windows
+
+    text = Text("t", ("abcdefg", "hij"))
+    (batch,) = _windows(text, Starting(), Protocol(window=4, tokens=8))  # type: ignore[arg-type]
+    assert batch.ids.tolist() == [[1, *map(ord, "abc")], [1, *map(ord, "def")]]
+    (batch,) = _windows(text, Starting(), Protocol(window=4, tokens=0))  # type: ignore[arg-type]
+    assert [row[1:] for row in batch.ids.tolist()][2] == [ord("g"), 1, ord("h")]  # the second document's own start
+
+
+def test_the_key_of_windows_without_a_start_token_is_as_before() -> None:
+    text, protocol = Text("t", ("abc",)), Protocol()
+    plain = measurement_key("f", text, protocol, torch.float32)
+    assert plain == measurement_key("f", text, protocol, torch.float32, False)
+    assert plain != measurement_key("f", text, protocol, torch.float32, True)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 800.0])
+def test_a_loss_without_a_finite_perplexity_is_an_error(loss: float) -> None:
+    with pytest.raises(NumericsError, match="nats a token"):
+        exp_of(loss)
+
+
+def test_a_window_whose_logits_are_not_finite_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eval import perplexity
+
+    def broken(checkpoint: object, batches: list[Any], *_: object) -> list[list[tuple[float, int]]]:
+        return [[(float("nan") if place == 2 else 1.0, 31) for place in batch.places] for batch in batches]
+
+    monkeypatch.setattr(perplexity, "negative_log_likelihoods", broken)
+    with pytest.raises(NumericsError, match=r"the loss of window 3 of 'embedded.*--dtype float32"):
+        measure(Checkpoint.open(folder), load_text("embedded", "evaluate"), Protocol("windows", 32, 128), Runtime())
+
+
+def test_tokens_that_the_embedding_lacks() -> None:
+    with pytest.raises(TextError, match=r"the tokenizer gives token 512, the embedding has 512 rows"):
+        require_known(torch.tensor([[3, 514, 512]]), 512, "here")
+    require_known(torch.tensor([[511, 0]]), 512, "here")

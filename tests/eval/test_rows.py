@@ -13,7 +13,7 @@ import pytest
 from checkpoints.errors import TextError
 from eval import text as texts
 from eval.row_files import RowError
-from eval.rows import row_text
+from eval.rows import chat_of, row_text
 from eval.text import load_text
 
 pytestmark = pytest.mark.unit
@@ -29,10 +29,20 @@ DATA = Path(os.environ.get("EDGEPRESS_DATA") or Path(__file__).parents[3] / "sha
         ({"text": ""}, ("", False)),
         ({"instruction": "Add.", "input": "1 2", "output": "3"}, ("Instruction: Add.\nInput: 1 2\nResponse: 3", True)),
         ({"instruction": "Add.", "input": "", "output": " 3\n"}, ("Instruction: Add.\nResponse: 3", True)),
-        ({"instruction": "Add.", "output": "3", "text": "theirs"}, ("Instruction: Add.\nResponse: 3", True)),
+        ({"instruction": "Add.", "output": "3", "text": "Do: Add. It is 3"}, ("Instruction: Add.\nResponse: 3", True)),
         ({"prompt": "### Response:", "answer": "3###eos_token###"}, ("### Response:\n3", True)),
         ({"prompt": "Say: ", "answer": "3"}, ("Say: 3", True)),
         ({"context": "Question: a?\nAnswer:", "answer": "b"}, ("Question: a?\nAnswer: b", True)),
+        (
+            {"context": "C.", "question": "a?", "answers": {"text": ["b", "c"], "answer_start": [0, 1]}, "id": "7"},
+            ("Context: C.\nQuestion: a?\nAnswer: b", True),
+        ),
+        (
+            {"context": "C.", "question": "a?", "answer": "b", "title": "t"},
+            ("Context: C.\nQuestion: a?\nAnswer: b", True),
+        ),
+        ({"instruction": "i", "context": "c", "response": "r"}, ("Instruction: i\nInput: c\nResponse: r", True)),
+        ({"instruction": "i", "input": None, "output": "r"}, ("Instruction: i\nResponse: r", True)),
         ({"question": "a?", "answer": "b"}, ("Question: a?\nAnswer: b", True)),
         ({"question": "a?", "answer": {"value": "b", "aliases": ["b", "c"]}}, ("Question: a?\nAnswer: b", True)),
     ],
@@ -49,14 +59,89 @@ def test_every_form_of_a_row(row: Any, expected: tuple[str, bool]) -> None:
         ({"prompt": "x"}, "it has prompt"),
         ({"question": "x", "answer": ""}, "'answer' is empty"),
         ({"question": " ", "answer": "x"}, "'question' is empty"),
-        ({"question": "x", "answer": {"aliases": []}}, "'answer' is not text"),
+        ({"question": "x", "answer": {"aliases": []}}, "'answer' is null"),
         ({"prompt": "x", "answer": "###eos_token###"}, "'answer' is empty"),
         ({"instruction": "x", "output": 3}, "'output' is not text"),
+        (None, "null"),
+        ({"text": None}, "'text' is null"),
+        ({"text": {"value": "x"}}, "'text' is not text but an object"),
+        ({"question": "x", "answer": None}, "'answer' is null"),
+        ({"question": "x", "answers": {"text": []}}, "'answer' is empty"),
+        ({"instruction": "x", "output": "y", "text": "theirs"}, "'text', 'instruction', 'output', which no form"),
+        ({"text": "x", "prompt": "y"}, "'text', 'prompt'"),
+        ({"instruction": "x", "input": "a", "context": "b", "output": "c"}, "'context'"),
     ],
 )
 def test_a_row_that_is_no_text(row: Any, says: str) -> None:
     with pytest.raises(RowError, match=says):
         row_text(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+            [{"role": "user", "content": "a"}],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        ),
+        ({"text": "x"}, None),
+    ],
+)
+def test_conversations(row: Any, turns: Any) -> None:
+    assert (json.loads(chat_of(row) or "null")) == turns
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": None}, "'messages' is null"),
+        ({"messages": []}, "'messages' is empty"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, r"'messages\[0\].role' is 'robot'"),
+        ({"messages": [{"role": "user", "content": None}]}, r"'messages\[0\].content' is null"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"a part that is not text \(image\)"),
+        ({"messages": [{"role": "user", "content": "a"}], "text": "b"}, "'messages' and 'text'"),
+    ],
+)
+def test_a_conversation_that_cannot_be_read(row: Any, says: str) -> None:
+    with pytest.raises(RowError, match=says):
+        chat_of(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("t.txt", "words é".encode("utf-16"), "UTF-16"),
+        ("t.txt", "words é".encode("utf-16-le"), "UTF-16"),
+        ("t.txt", "words é".encode("utf-32"), "UTF-32"),
+        ("t.txt", "words é".encode("latin-1"), "byte 0xe9 at 6; Latin-1"),
+        ("t.TXT", b"\x89PNG\x00\x1a\x0b\x0c", "NUL"),
+        ("t.txt", b" \n\t ", "holds no text"),
+        ("t.txt", b"", "holds no text"),
+        ("t.JSONL", '{"text": "é"}'.encode("latin-1"), "Latin-1"),
+        ("t.json", '[{"text": "é"}]'.encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_what_is_no_utf8_is_named(tmp_path: Path, name: str, data: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(TextError, match=says):
+        load_text(str(tmp_path / name), "whole")
+
+
+def test_marks_line_ends_and_capital_suffixes_change_no_text(tmp_path: Path) -> None:
+    words = "One line.\nAnother é.\n"
+    for name, data in {
+        "a.txt": words.encode(),
+        "b.TXT": words.encode("utf-8-sig"),
+        "c.raw": words.replace("\n", "\r\n").encode(),
+        "d.JSONL": json.dumps({"text": words}).encode("utf-8-sig"),
+        "e.JSON": json.dumps([words]).encode(),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert load_text(str(tmp_path / name), "whole").documents == (words,), name
 
 
 def test_all_faults_of_a_file_come_with_their_lines(tmp_path: Path) -> None:
