@@ -140,7 +140,7 @@ def test_bad_input(tiny_llama: Path, run_recipe: Run, corpus: Path, tmp_path: Pa
     for name, says in (
         ("missing.txt", "there is no text"),
         ("empty.txt", "is empty"),
-        ("binary.txt", "cannot be read"),
+        ("binary.txt", "is not UTF-8"),
     ):
         with pytest.raises(RecipeError, match=says):
             planned(vocabulary__corpus=str(tmp_path / name))
