@@ -181,9 +181,10 @@ def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     import io
 
     from checkpoints.manifest import write_bytes
+    from pipeline.tables import plain_cell
 
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: plain_cell(value) for key, value in row.items()} for row in rows)
     write_bytes(path, table.getvalue().encode())

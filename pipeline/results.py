@@ -28,6 +28,7 @@ from typing import Any
 
 from checkpoints.manifest import write_bytes
 from pipeline.sweep import SweepResult
+from pipeline.tables import plain_cell
 from pipeline.tree import Node, Tree
 
 COLUMNS = {
@@ -53,13 +54,14 @@ def rows(sweep: str, result: SweepResult) -> list[dict[str, Any]]:
 
 
 def write_results(out: Path, sweep: str, result: SweepResult) -> None:
-    """Both files, each whole or not at all. Parquet has the same columns and values as the CSV."""
+    """Both files, each whole or not at all. Parquet has the same columns and values as the CSV, but for the quote
+    before a text that a spreadsheet would take for a formula."""
     import io
 
     import pandas as pd
 
     table = pd.DataFrame(rows(sweep, result), columns=list(COLUMNS)).astype(COLUMNS)
-    write_bytes(out / "results.csv", table.to_csv(index=False).encode())
+    write_bytes(out / "results.csv", table.map(plain_cell).to_csv(index=False).encode())
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     write_bytes(out / "results.parquet", buffer.getvalue())

@@ -1,12 +1,34 @@
-"""Tables whose numbers are never cut: where the console is narrow, columns go below one another."""
+"""Tables whose numbers are never cut: where the console is narrow, columns go below one another. And cells of CSV
+files that no spreadsheet takes for a formula."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table
+
+# What a spreadsheet computes or strips (OWASP, "CSV Injection"), behind any number of quotes, so that one put before
+# it can be taken off again.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+
+
+def plain_cell(value: Any) -> Any:
+    """A cell of a CSV file: text that a spreadsheet would compute gets a quote before it; numbers stay as they are."""
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) and not _is_number(value) else value
+
+
+def read_cell(value: Any) -> Any:
+    """What `plain_cell` was given."""
+    quoted = isinstance(value, str) and value.startswith("'") and _FORMULA.match(value[1:])
+    return value[1:] if quoted else value
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) is not None
 
 
 def print_whole(console: Console, table: Table, labels: int = 1) -> None:

@@ -12,6 +12,7 @@ from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.manifest import MANIFEST, Manifest, seal_holds, sha256_file
 from pipeline.page.study import SOURCE, Configuration, StageRun, Study
 from pipeline.store import MARKER, require_own
+from pipeline.tables import read_cell
 
 _RUN, _SWEEP, _TABLES = "report.json", "sweep.json", ("results.parquet", "results.csv")
 _NEEDED = (
@@ -127,7 +128,11 @@ def _read_sweep(out: Path, path: Path) -> Study:
     import pandas as pd
 
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, keep_default_na=True)
+        table = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pd.read_csv(path, keep_default_na=True).map(read_cell)
+        )
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are of these kinds
         raise _damaged(path, error) from None
     if missing := [name for name in _NEEDED if name not in table.columns]:

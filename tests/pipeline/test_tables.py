@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from io import StringIO
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich import box
 from rich.console import Console
@@ -11,9 +14,11 @@ from rich.table import Table
 
 from eval.compare import Difference
 from eval.results import Result, Score, mean
+from pipeline import results
+from pipeline.cli_hardware import _write_csv
 from pipeline.eval_report import print_differences, print_measured
 from pipeline.evaluate import Measured
-from pipeline.tables import print_whole
+from pipeline.tables import plain_cell, print_whole, read_cell
 
 pytestmark = pytest.mark.unit
 
@@ -90,3 +95,28 @@ def test_differences_on_a_narrow_console_keep_every_digit() -> None:
     for number in ("0.006012", "0.005432", "-0.0005802", "-0.001654", "0.001299", "0.00012", "1200", "within noise"):
         assert text.count(number) == 2
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd", "-x", "@SUM(A1)", "\tx", "\r=1", "\uff1d1", "'=1", "''-x", "-1;=2"])
+def test_a_cell_that_a_spreadsheet_would_compute_is_text_and_reads_back(text: str) -> None:
+    assert plain_cell(text) == f"'{text}" and read_cell(plain_cell(text)) == text
+
+
+@pytest.mark.parametrize("value", ["", "a=b", "-1", "-1.5e-7", "+.5", "it's", "'quoted'", "1-2", -1, -0.5, None, True])
+def test_numbers_and_other_text_stay(value: object) -> None:
+    assert plain_cell(value) is value and read_cell(value) is value
+
+
+def test_check_s_table_holds_no_formula(tmp_path: Path) -> None:
+    _write_csv(tmp_path / "t.csv", [{"name": "=HYPERLINK(1)", "bytes": -4}, {"name": "-2", "bytes": 5}])
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["name", "bytes"], ["'=HYPERLINK(1)", "-4"], ["-2", "5"]]
+
+
+def test_a_sweep_s_table_holds_no_formula_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {name: {"string": "x", "bool": False}.get(kind, -1) for name, kind in results.COLUMNS.items()}
+    monkeypatch.setattr(results, "rows", lambda sweep, result: [row | {"sweep": "=1", "folder": "@a", "text": "-b"}])
+    results.write_results(tmp_path, "=1", None)  # type: ignore[arg-type]
+    written = pd.read_csv(tmp_path / "results.csv")
+    assert list(written.loc[0, ["sweep", "folder", "text", "value"]]) == ["'=1", "'@a", "'-b", -1.0]
+    assert written.map(read_cell).equals(pd.read_parquet(tmp_path / "results.parquet").astype(written.dtypes.to_dict()))
