@@ -215,7 +215,7 @@ def _print_plan(console: Console, wanted: Sweep, tree: Tree, expected: Forecast)
             str(asked),
             str(len(of_stage)),
             str(asked - len(of_stage)),
-            f"{sum(step.shape.file_bytes for step in of_stage) / 2**30:.1f}",
+            f"{sum(step.written_bytes for step in of_stage) / 2**30:.1f}",
             f"{max(step.peak_memory_bytes for step in of_stage) / 2**30:.1f}",
         )
     console.print(table)
@@ -223,7 +223,7 @@ def _print_plan(console: Console, wanted: Sweep, tree: Tree, expected: Forecast)
         console.print(f"  ! {note}", style="yellow", highlight=False, markup=False)
     console.print(
         f"Stage runs: {expected.asked} asked for, {expected.distinct} distinct, {expected.shared} shared.\n"
-        f"Disk: {expected.disk_bytes / 2**30:.1f} GiB at most; shards that do not change are shared.\n"
+        f"Disk: {expected.disk_bytes / 2**30:.1f} GiB at most; shards that stages share count once.\n"
         f"Peak memory: {expected.peak_memory_bytes / 2**30:.1f} GiB for one stage run at a time.\n"
         f"Time: about {duration(expected.seconds)} one after the other on {expected.machine}; rough, from shapes and "
         "the speed of a matrix product here.",

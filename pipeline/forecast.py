@@ -54,7 +54,7 @@ def forecast(tree: Tree) -> Forecast:
         tree.shared,
         len(tree.paths),
         sum(node_seconds(n, speeds[n.recipe.device, n.recipe.dtype]) for n in (*sources, *runs)),
-        sum(n.step.shape.file_bytes for n in runs if n.step),
+        sum(n.step.written_bytes for n in runs if n.step),
         max((n.step.peak_memory_bytes for n in runs if n.step), default=0),
         _machine(),
     )

@@ -9,13 +9,13 @@ from typing import Any
 
 from checkpoints.errors import EdgepressError, PlanError, RecipeError
 from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.shape import ModelShape
+from checkpoints.shape import ModelShape, safetensors_bytes
 from pipeline.homotopic import unrolled
 from pipeline.plan_texts import text_faults
 from pipeline.recipe import Draft, Recipe
 from pipeline.vocabulary import counted
 from stages.needs import HESSIANS, NOTHING, needs
-from stages.options import Eora, Lora, Options, Pad, Vocabulary
+from stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary
 from stages.recovery.shapes import training_bytes
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
@@ -36,6 +36,7 @@ class StagePlan:
     remarks: tuple[str, ...] = ()
     scratch_bytes: int = 0  # of disk while the stage runs, given back when it is finished
     turn: int = 0  # how often the stage came before in the same recipe
+    written_bytes: int = 0  # of its files, those that it does not share with the stage before by hard links
 
     def to_dict(self) -> dict[str, Any]:
         pattern = self.shape.pattern
@@ -51,6 +52,7 @@ class StagePlan:
             "bits": self.shape.grid.bits if self.shape.grid else None,
             "peak_memory_bytes": self.peak_memory_bytes,
             "scratch_bytes": self.scratch_bytes,
+            "written_bytes": self.written_bytes,
             "remarks": list(self.remarks),
         }
 
@@ -121,7 +123,10 @@ def plan(recipe: Recipe, shape: ModelShape, refused: Set[str] = frozenset()) -> 
             remarks = tuple(module.remarks(shape, options)) if hasattr(module, "remarks") else ()
             scratch = forecast_scratch(name, options, shape)
             turn = sum(earlier.stage == name for earlier in plans)
-            plans.append(StagePlan(name, options, after, forecast_memory(name, options, shape), remarks, scratch, turn))
+            memory = forecast_memory(name, options, shape)
+            # The model may lie in one file, or on another disk: of its shards the first stage may share none.
+            written = forecast_written(name, options, shape, after) if plans else after.file_bytes
+            plans.append(StagePlan(name, options, after, memory, remarks, scratch, turn, written))
             shape = after
         except EdgepressError as error:
             faults.append(str(error) if isinstance(error, PlanError) else f"{name}: {error}")
@@ -194,6 +199,28 @@ def forecast_scratch(stage: str, options: Any, before: ModelShape) -> int:
     if stage not in ("wanda", "gptq", "eora") or needs(options) == NOTHING:  # depth's need not last
         return 0
     return int(2 * options.samples * options.length * before.hidden_size * 2)
+
+
+def forecast_written(stage: str, options: Any, before: ModelShape, after: ModelShape) -> int:
+    """Bytes of a stage's safetensors files without those that are hard links to its source's.
+
+    Which blocks a ranking removes is not known yet: the protected first ones stay shards of their number.
+    """
+    count, blocks = len(after.blocks), list[int]()
+    if stage in ("vocabulary", "eora") or (isinstance(options, Lora) and options.recovery.quantised):
+        blocks = list(range(count))
+    elif isinstance(options, Depth) and options.layers:
+        blocks = [new for new, old in enumerate(options.sequence) if new == old]
+    elif isinstance(options, Depth):
+        blocks = list(range(min(options.protect_first, count)))
+    shards = before.shard_bytes()
+    shared = sum(shards[i] for i in blocks)
+    if not isinstance(options, Vocabulary) and not (isinstance(options, Gptq) and options.quant_embeddings):
+        shared += sum(safetensors_bytes(tensors) for tensors in (list(before.outer), before.edge_tensors()) if tensors)
+    if isinstance(options, Vocabulary):
+        beside = (before.adapter_tensors(), before.packed_adapter_tensors())
+        shared += sum(safetensors_bytes(tensors) for tensors in beside if tensors)
+    return after.file_bytes - shared
 
 
 def _dense(shape: ModelShape) -> ModelShape:

@@ -86,10 +86,10 @@ def print_plan(
         console.print(f"  ! {note}", style="yellow", highlight=False)
     for line in more:
         console.print(line, highlight=False)
-    total = sum(stage.shape.file_bytes for stage in stages)
+    total = sum(stage.written_bytes for stage in stages)
     scratch = max((stage.scratch_bytes for stage in stages), default=0)
     console.print(
-        f"Disk: {total / _MIB:.1f} MiB for all stages; shards that do not change are shared. "
+        f"Disk: {total / _MIB:.1f} MiB for all stages, with shards that they share counted once. "
         f"Up to {scratch / _MIB:.1f} MiB more while a stage runs.",
         highlight=False,
     )

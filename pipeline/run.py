@@ -275,7 +275,7 @@ def _require_room(out: Path, store: Any, plans: list[StagePlan], keys: list[str]
         for position, (step, key) in enumerate(zip(plans, keys, strict=True), 1)
         if not (store.stage_folder(position, step.options.label, key) / MANIFEST).is_file()
     ]
-    disk = sum(step.shape.file_bytes for step in todo) + max((step.scratch_bytes for step in todo), default=0)
+    disk = sum(step.written_bytes for step in todo) + max((step.scratch_bytes for step in todo), default=0)
     free = shutil.disk_usage(out).free
     faults = []
     if disk > free:

@@ -79,7 +79,7 @@ def prepare(sweep: Sweep, out: Path) -> Tree:
 def require_room(out: Path, tree: Tree) -> None:
     """Raise PlanError if disk or memory will not do, by the forecast of what is not in the store yet."""
     todo = [n for n in tree.stage_runs().values() if not (out / folder_name(n) / MANIFEST).is_file()]
-    disk, free = sum(n.step.shape.file_bytes for n in todo if n.step), shutil.disk_usage(out).free
+    disk, free = sum(n.step.written_bytes for n in todo if n.step), shutil.disk_usage(out).free
     faults = []
     if disk > free:
         faults.append(f"{len(todo)} stage runs will write {_gib(disk)} to {out}, where {_gib(free)} are free")

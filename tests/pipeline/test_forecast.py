@@ -26,7 +26,7 @@ def test_disk_memory_and_time_are_those_of_the_distinct_stage_runs() -> None:
     expected = forecast(tree)
     standard, early = (plan(c.recipe, SHAPE) for c in sweep.configurations[1:])
     steps = [*standard, *early[1:]]  # they share depth
-    assert expected.disk_bytes == sum(step.shape.file_bytes for step in steps)
+    assert expected.disk_bytes == sum(step.written_bytes for step in steps)
     assert expected.peak_memory_bytes == max(step.peak_memory_bytes for step in steps)
     assert (expected.asked, expected.distinct, expected.shared, expected.configurations) == (10, 9, 1, 3)
     alone = [node_seconds(node, 1e9) for node in tree.nodes.values()]

@@ -15,10 +15,12 @@ import torch
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError
 from checkpoints.image_tensors import TORCH_DTYPES
+from checkpoints.manifest import WORK
 from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches
 from checkpoints.vocabulary import count_ids, trim
 from checkpoints.writer import CheckpointWriter
+from pipeline.plan import forecast_written
 from stages.edge import quantise_outer
 from stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, Wanda
 
@@ -74,6 +76,13 @@ def carried_out(source: Checkpoint, options: Options, folder: Path) -> Checkpoin
     return target
 
 
+def new_bytes(found: Checkpoint, source: Checkpoint) -> int:
+    """Of files that are not the source's by another name."""
+    known = {path.stat().st_ino for path in source.folder.rglob("*.safetensors")}
+    files = [path.stat() for path in found.folder.rglob("*.safetensors") if WORK not in path.parts]
+    return sum(file.st_size for file in files if file.st_ino not in known)
+
+
 @pytest.fixture(scope="module")
 def after(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, seal: Callable[..., Checkpoint]
@@ -122,6 +131,10 @@ def test_files_are_what_was_planned(first: tuple[str, ...], after: Callable[...,
             if facts[key] != getattr(shape, key):
                 wrong.append(f"{name}: {key} {facts[key]}, planned {getattr(shape, key)}")
         tried.append(name)
+        written = new_bytes(found, source)
+        forecast = forecast_written(NAMES[type(options)], options, source.shape, shape)
+        if written > forecast or (written < forecast and name != "depth"):  # a ranking may spare more
+            wrong.append(f"{name}: {written} bytes written, planned {forecast}")
         if name == "vocabulary":
             for index in range(len(source.shape.blocks)):
                 for part in (Checkpoint.block, Checkpoint.adapter_part, Checkpoint.adapter_codes_part):
