@@ -30,6 +30,7 @@ from checkpoints.headers import (
 from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, require_finished, require_inside, sha256_file
 from checkpoints.nm import require_finite
 from checkpoints.packing import dense_weight
+from checkpoints.quiet import readable
 from checkpoints.reshape import with_pattern
 from checkpoints.shape import LinearShape, ModelShape
 from checkpoints.sparsity import Sparsity
@@ -211,10 +212,8 @@ class Checkpoint:
         """The configuration as transformers reads it, without the note that weights are quantised."""
         from transformers import AutoConfig
 
-        try:
+        with readable(f"transformers does not know the model in {self.folder}"):
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"transformers does not know the model in {self.folder}: {error}") from None
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config

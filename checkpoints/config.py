@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.defaults import setting
+from checkpoints.documents import CONFIG_BYTES, parse_json, read_small
 from checkpoints.errors import CheckpointError
 from checkpoints.forms import CODEBOOK_METHOD, CODEBOOKS, REAL_METHOD, Form, Grid, RealGrid
 from checkpoints.manifest import require_own_links
@@ -35,10 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model folder: it has no config.json"
             + (f" (it holds {', '.join(beside[:8])}{' …' if len(beside) > 8 else ''})" if beside else "")
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # neither JSON nor, perhaps, text at all
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    config = parse_json(read_small(path, CONFIG_BYTES), str(path))
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a configuration")
     require_supported(config, str(path))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.config import read_config, stated_form, tied
+from checkpoints.documents import parse_json, read_small
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.families import known_families, shape_from_config
 from checkpoints.forms import CODEBOOKS, DTYPE_BITS, TORCH_NAMES, Codebook, Form, RealGrid, TensorShape
@@ -18,6 +19,7 @@ from checkpoints.manifest import MANIFEST, Manifest, require_inside
 from checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape
 from checkpoints.sparsity import Sparsity, parse_sparsity
 
+INDEX_BYTES = 64 * 2**20
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER = "adapter/adapter_model.safetensors"
 ADAPTER_PACKED = "adapter/packed.safetensors"
@@ -53,7 +55,7 @@ def read_header(path: Path) -> dict[str, TensorShape]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(100_000_000, size):
                 raise ValueError("the header length makes no sense")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), "its header")
         tensors, spans = {}, []
         for name, entry in header.items():
             if name != "__metadata__":
@@ -67,7 +69,7 @@ def read_header(path: Path) -> dict[str, TensorShape]:
             if begin != at:
                 raise ValueError(f"its tensors overlap or leave a gap at byte {at}")
             at = end
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     if size != (expected := 8 + length + at):
         raise CheckpointError(f"{path} has {size} bytes where its header announces {expected}")
@@ -96,8 +98,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(read_header(single), single)
     if index.is_file():
         try:
-            names: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            names: dict[str, str] = dict(parse_json(read_small(index, INDEX_BYTES), str(index))["weight_map"])
+        except (ValueError, KeyError, TypeError, CheckpointError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from None
         require_inside(folder, names.values(), str(index))
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})

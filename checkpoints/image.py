@@ -44,6 +44,7 @@ from torch import Tensor
 from checkpoints import image_tensors as form
 from checkpoints.bits import Bytes
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.documents import parse_json
 from checkpoints.errors import CheckpointError, PlanError
 from checkpoints.manifest import replacing
 from checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, aligned, header_text, image_table
@@ -245,8 +246,8 @@ def open_image(path: Path) -> Image:
     if digest.digest() != preamble[_FIXED.size : _FIXED.size + 32]:
         raise CheckpointError(f"{path} is damaged: its sha256 is not the one it carries; copy it anew")
     try:
-        table = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        table = dict(parse_json(text, "the header"))
+    except (ValueError, TypeError, CheckpointError) as error:
         raise CheckpointError(f"{path} has a header that is not JSON: {error}") from None
     return Image(path, table, nbytes, aligned(PREAMBLE_BYTES + header_bytes, PAGE), scale, digest.hexdigest())
 

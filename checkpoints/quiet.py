@@ -9,6 +9,8 @@ import os
 import warnings
 from collections.abc import Iterator
 
+from checkpoints.errors import CheckpointError, EdgepressError
+
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
@@ -26,6 +28,24 @@ def quiet_import() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Around a library's reading of a file from outside: whatever it raises becomes a CheckpointError, `what: why`.
+
+    transformers' and tokenizers' readers raise AttributeError, KeyError, bare Exception and Rust's panics alike for
+    files that make no sense to them.
+    """
+    try:
+        yield
+    except (EdgepressError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except ImportError as error:
+        raise CheckpointError(f"{what}: it needs one more package: {error}") from None
+    except BaseException as error:  # a panic of Rust's is no Exception
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(f"{what}: {reason[0] if reason else type(error).__name__}") from None
 
 
 def quiet_libraries() -> None:

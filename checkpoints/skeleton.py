@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from checkpoints.allocator import give_back
 from checkpoints.errors import CheckpointError
 from checkpoints.headers import dense_tensors, require_same
+from checkpoints.quiet import readable
 from checkpoints.rounded_inputs import round_inputs, rounded_inputs
 
 if TYPE_CHECKING:
@@ -221,13 +222,10 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     config = checkpoint.hf_config()
     # Nobody reads them here, and with them a model expects more of its blocks than the hidden states.
     config.output_attentions = config.output_hidden_states = False
-    with torch.device("meta"):
-        try:
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, attn_implementation=attention_kernels(config), trust_remote_code=False
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{checkpoint.folder} is not a causal language model: {error}") from None
+    with torch.device("meta"), readable(f"{checkpoint.folder} is not a causal language model that transformers builds"):
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation=attention_kernels(config), trust_remote_code=False
+        )
     model.eval()
     _restore_buffers(model, model)
     built: PreTrainedModel = model

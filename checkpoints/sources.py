@@ -7,10 +7,11 @@ Files of other formats are converted once into a checkpoint folder of our own an
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from checkpoints.headers import shape_from_folder
 from checkpoints.image import is_image
 from checkpoints.manifest import Manifest, describe_files, sha256_file
 from checkpoints.nm import require_finite
+from checkpoints.quiet import readable
 from checkpoints.writer import CheckpointWriter
 
 PACKAGED = "smollm2-135m-instruct"
@@ -167,26 +169,93 @@ def _source_manifest(folder: Path, path: Path, digest: str) -> None:
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
-    """Through transformers' GGUF loader; weights are dequantised once, to bfloat16."""
+    """Through transformers' GGUF loader.
+
+    Quantised weights are dequantised once, to bfloat16; floating-point ones keep the precision they have. Raises
+    CheckpointError for a setting of the file that the loader does not carry into the configuration.
+    """
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    with readable(f"{path} cannot be read as a GGUF file"):
+        reader = GGUFReader(path)
+        stated = {key: field.contents() for key, field in reader.fields.items()}
+        kinds = {t.tensor_type.name for t in reader.tensors if len(t.shape) == 2}
+        names = {t.name for t in reader.tensors}
+        del reader  # it maps the file
+    matrices = _GGUF_FLOATS.get(max(kinds, key=_GGUF_ORDER.index)) if kinds and kinds <= set(_GGUF_ORDER) else None
+    dtype = torch.float32 if matrices else torch.bfloat16
+    with readable(f"transformers cannot read {path}"):
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except ImportError as error:
-        raise CheckpointError(f"reading {path.name} needs one more package: {error}") from None
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"transformers cannot read {path}: {error}") from None
     # The loader leaves a note that the weights are quantised, which they no longer are.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    _require_carried(path, stated, names, model.config)
+    tensors = {
+        name: tensor.detach().to(matrices if matrices and tensor.dim() == 2 else dtype)
+        for name, tensor in model.state_dict().items()
+    }
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+    stored = str(matrices or dtype).removeprefix("torch.")
+    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__], "dtype": stored}
     return config, tensors, tokenizer
+
+
+# Kinds of GGUF tensors that are no codes, the widest last, and what keeps them exactly.
+_GGUF_ORDER = ["BF16", "F16", "F32"]
+_GGUF_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# GGUF's keys behind the architecture's name -> where transformers' configuration has them.
+_GGUF_SETTINGS = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping", "context_length": "max_position_embeddings",
+    "logit_scale": "logit_scale", "residual_scale": "residual_multiplier", "embedding_scale": "embedding_multiplier",
+    "attention.scale": "attention_multiplier",
+}  # fmt: skip
+_ROPE_SETTINGS = {
+    "rope.freq_base": "rope_theta", "rope.scaling.type": "rope_type", "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+}  # fmt: skip
+
+
+def _require_carried(path: Path, stated: Mapping[str, Any], tensors: set[str], config: Any) -> None:
+    """Raise CheckpointError at what the file says of the computing and the configuration does not."""
+    family = str(stated.get("general.architecture"))
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    found = {key: getattr(config, name, None) for key, name in _GGUF_SETTINGS.items()}
+    found |= {key: rope.get(name) for key, name in _ROPE_SETTINGS.items()}
+    found["rope.scaling.type"] = {"default": "none"}.get(str(rope.get("rope_type")), rope.get("rope_type"))
+    if found["attention.key_length"] is None:
+        found["attention.key_length"] = config.hidden_size // config.num_attention_heads
+    lost = []
+    for key, value in found.items():
+        wanted = stated.get(f"{family}.{key}")
+        if wanted is None or (key == "rope.scaling.factor" and stated.get(f"{family}.rope.scaling.type") == "none"):
+            continue
+        several = set(wanted) if isinstance(wanted, list) else {wanted}
+        if len(several) > 1 or not _same(several.pop(), value):
+            lost.append(f"{family}.{key} = {wanted} (the configuration has {value})")
+    if int(stated.get(f"{family}.expert_count") or 0) > 1:
+        lost.append("a mixture of experts")
+    if "rope_freqs.weight" in tensors and rope.get("rope_type") != "llama3":
+        lost.append("rope_freqs.weight, factors of the rotary frequencies")
+    if lost:
+        raise CheckpointError(
+            f"{path}: transformers' reader leaves out {'; '.join(lost)}, so every number would be of another model. "
+            "Give the model's folder of safetensors files"
+        )
+
+
+def _same(stated: Any, found: Any) -> bool:
+    if isinstance(stated, (int, float)) and isinstance(found, (int, float)):
+        return math.isclose(stated, found, rel_tol=1e-5)
+    return bool(stated == found)
 
 
 def _read_llama2c(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:

@@ -16,8 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import CheckpointError, PlanError
+from checkpoints.errors import PlanError
 from checkpoints.manifest import require_name, require_own_links, write_bytes, write_json
+from checkpoints.quiet import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,11 +60,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     require_own_links(folder)
     _require_own_files(folder)
-    try:
+    with readable(f"{folder} holds no tokenizer that transformers can read"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} holds no tokenizer that transformers can read: {reason}") from None
     return tokenizer
 
 

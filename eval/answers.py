@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from checkpoints.errors import PlanError, TextError
+from checkpoints.errors import TextError
 from checkpoints.tokens import require_known
 from eval.answer_file import AnswerFile
+from eval.chat import in_template
 from eval.decoding import greedy
 from eval.settings import Settings
 from eval.subject import Subject
@@ -56,8 +57,8 @@ def answer_all(
     be the same to resume. Raises CheckpointError for a file of other answers, TextError for prompts that are empty or
     too long for the model.
     """
-    prompts = [_as_given(subject, question, settings.chat) for question in questions]
     _require_distinct(questions)
+    prompts = _as_given(subject, questions, settings.chat)
     how = {"new_tokens": settings.new_tokens, "chat": settings.chat, "dtype": subject.dtype}
     how |= settings.kv.key() | (key or {})
     path = Path(settings.answers) / subject.label / f"{task}.jsonl" if settings.answers else None
@@ -86,14 +87,12 @@ def answer_all(
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def _as_given(subject: Subject, question: Question, chat: bool) -> str:
-    """The prompt as the model gets it. Raises PlanError where a chat template is asked for and there is none."""
+def _as_given(subject: Subject, questions: Sequence[Question], chat: bool) -> list[str]:
+    """The prompts as the model gets them. Raises PlanError where a chat template is asked for and there is none."""
     if not chat:
-        return question.prompt
-    if not subject.tokenizer.chat_template:
-        raise PlanError(f"--chat: the tokenizer of {subject.checkpoint.folder} has no chat template; leave --chat out")
-    turn = [{"role": "user", "content": question.prompt}]
-    return str(subject.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return [question.prompt for question in questions]
+    turns = [[{"role": "user", "content": question.prompt}] for question in questions]
+    return in_template(subject.tokenizer, turns, subject.checkpoint.folder, "--chat", answer_next=True)
 
 
 def _require_distinct(questions: Sequence[Question]) -> None:

@@ -15,6 +15,7 @@ from checkpoints.errors import PlanError, TextError
 from checkpoints.kv_format import KVFormat
 from checkpoints.runtime import Runtime
 from checkpoints.tokens import require_known
+from eval.chat import in_template
 from eval.decoding import end_tokens
 from eval.subject import Subject
 
@@ -107,10 +108,8 @@ class GumbelNoise:
 def _prompt_ids(checkpoint: Checkpoint, tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     """The prompt's token ids (1, L)."""
     if chat:
-        if not tokenizer.chat_template:
-            raise PlanError(f"--chat: the tokenizer of {checkpoint.folder} has no chat template; leave --chat out")
         turn = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        prompt = in_template(tokenizer, [turn], checkpoint.folder, "--chat", answer_next=True)[0]
     ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if not ids.numel():
         raise TextError("the prompt is empty; give at least one word to continue")

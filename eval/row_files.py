@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from checkpoints.documents import parse_json
 from checkpoints.errors import TextError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -99,7 +100,7 @@ def _raw_rows(path: Path) -> Iterator[Any]:
         if suffix == ".jsonl":
             yield from _json_lines(path)
         elif suffix == ".json":
-            rows = json.loads(read_utf8(path))
+            rows = parse_json(read_utf8(path).encode(), f"{path} cannot be read as {suffix}: it", TextError)
             if not isinstance(rows, list):
                 raise TextError(f"{path} must hold a list of rows")
             yield from rows
@@ -131,6 +132,8 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 yield RowError(f"not JSON ({error.msg})")
+            except RecursionError:
+                yield RowError("not JSON (nested too deeply)")
 
 
 def hub_rows(

@@ -11,17 +11,17 @@ import importlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from checkpoints.errors import TextError
+from eval.chat import in_template
 from eval.row_files import SUFFIXES, hub_rows, read_utf8
 from eval.rows import FORMS_TEXT, file_texts, usable_texts
 
@@ -36,6 +36,7 @@ INSTRUCTIONS: dict[str, tuple[str, str | None, str, str | None, list[str]]] = {
 }
 NAMED = ("embedded", "wikitext2", "c4", *INSTRUCTIONS)
 END_OF_TEXT = "<|endoftext|>"  # separates stories in TinyStories' files
+_CHATS_AT_ONCE = 256
 _HELD_OUT = 5  # of a user's file, every last fifth is kept for measuring
 
 
@@ -64,9 +65,9 @@ class Text:
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         ids: list[int] = []
         end = getattr(tokenizer, "eos_token_id", None) if self.exchanges else None
-        for document in self.documents:
-            if self.chats:
-                ids += _chat_ids(self.name, tokenizer, document)
+        for document in self._in_templates(tokenizer) if self.chats else self.documents:
+            if self.chats:  # special tokens are the template's
+                ids += tokenizer(document, add_special_tokens=False)["input_ids"]
             else:
                 ids += tokenizer(_enough(document, limit, len(ids)))["input_ids"]
             if end is not None and ids and ids[-1] != end:  # some tokenizers add it themselves
@@ -77,28 +78,23 @@ class Text:
             raise TextError(f"the text '{self.name}' has {len(ids)} tokens; {limit} are asked for")
         return torch.tensor(ids)
 
+    def _in_templates(self, tokenizer: Any) -> Iterator[str]:
+        """Conversations as the tokenizer's own chat template writes them."""
+        if not getattr(tokenizer, "chat_template", None):
+            raise TextError(
+                f"the text '{self.name}' holds conversations, and the tokenizer has no chat template to write them "
+                f"with; give rows with the fields {FORMS_TEXT}"
+            )
+        where = Path(getattr(tokenizer, "name_or_path", "") or "the model")
+        for start in range(0, len(self.documents), _CHATS_AT_ONCE):
+            turns = [json.loads(document) for document in self.documents[start : start + _CHATS_AT_ONCE]]
+            yield from in_template(tokenizer, turns, where, f"the text '{self.name}'", answer_next=False)
+
     def rows(self) -> list[str]:
         """Lines that are not empty: WikiText-2's rows, or the lines of any other text. Raises TextError for chats."""
         if self.chats:
             raise TextError(f"the text '{self.name}' holds conversations, which have no rows; use --protocol windows")
         return [line for document in self.documents for line in document.splitlines() if line.strip()]
-
-
-def _chat_ids(name: str, tokenizer: Any, document: str) -> list[int]:
-    """A conversation as the tokenizer's own chat template writes it; special tokens are the template's."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise TextError(
-            f"the text '{name}' holds conversations, and the tokenizer has no chat template to write them with; give "
-            f"rows with the fields {FORMS_TEXT}"
-        )
-    try:
-        written = str(tokenizer.apply_chat_template(json.loads(document), tokenize=False))
-    except (ValueError, TypeError, TemplateError) as error:
-        raise TextError(
-            f"the tokenizer's chat template does not take this conversation of '{name}': {error}\n  {document[:200]}"
-        ) from None
-    ids: list[int] = tokenizer(written, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def starts_with_bos(tokenizer: Any) -> bool:

@@ -6,12 +6,12 @@ one's own. `hardware.soc_file` reads and checks the files.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoints.documents import RECIPE_BYTES, parse_toml, read_small
 from checkpoints.errors import PlanError
 
 SHIPPED = Path(__file__).parent / "socs"
@@ -206,10 +206,7 @@ def load_soc(name_or_path: str, settings: Iterable[str] = ()) -> Soc:
 
 def _read(path: Path) -> dict[str, Any]:
     """The file's tables, laid over those of the shipped file that it is `based_on`; layouts are never mixed."""
-    try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise PlanError(f"{path} cannot be read as TOML: {error}") from None
+    data = parse_toml(read_small(path, RECIPE_BYTES, PlanError), str(path), PlanError)
     base = data.pop("based_on", None)
     if base is None:
         return data

@@ -12,8 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
+from checkpoints.documents import RECIPE_BYTES, parse_yaml, read_small
 from checkpoints.errors import PlanError, RecipeError
 from pipeline.homotopic import in_rounds
 from pipeline.order import in_working_order
@@ -163,17 +162,18 @@ def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:
         shipped = resources.files("recipes")
         candidate = shipped / f"{Path(name).stem}.yaml"
         if Path(name).name in (Path(name).stem, f"{Path(name).stem}.yaml") and candidate.is_file():
-            text = candidate.read_text()
+            text = candidate.read_bytes()
         else:
             names = sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir() if p.name.endswith(".yaml"))
             faults.append(f"there is no recipe '{name}': no such file; shipped are {', '.join(names)}")
             return {}
     else:
-        text = path.read_text()
+        text = b""
     try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        faults.append(f"{name} is not YAML: {error}".replace("\n", " "))
+        text = text or read_small(path, RECIPE_BYTES, PlanError)
+        data = parse_yaml(text, name, PlanError) or {}
+    except PlanError as error:
+        faults.append(str(error))
         return {}
     if not isinstance(data, dict):
         faults.append(f"{name} must hold keys and values")

@@ -149,7 +149,6 @@ def _arguments(options: Options, steps: int, runtime: Runtime, folder: Path) -> 
         logging_nan_inf_filter=False,  # else the Trainer logs an average in place of a NaN, and nobody sees it
         save_strategy="steps",
         save_steps=options.save_steps,
-        save_total_limit=2,
         eval_strategy="steps" if options.held_out else "no",
         eval_steps=options.save_steps,
         per_device_eval_batch_size=options.micro_batch,
@@ -190,6 +189,7 @@ def _report(progress: Progress, work: Work) -> Any:
             folder = work.folder / f"checkpoint-{state.global_step}"
             work.append({"step": state.global_step, "saved": _hashes(folder)})
             (folder / _COMPLETE).touch()  # last: a step saved again must not meet the line of its first time
+            _remove_past(work, Path(state.best_model_checkpoint or folder).name)
 
     return Report()
 
@@ -264,6 +264,18 @@ def last_whole_step(work: Work) -> Path | None:
                 )
     whole = [path for path in steps if path.is_dir()]
     return whole[-1] if whole else None
+
+
+def _remove_past(work: Work, best: str) -> None:
+    """Remove all saved steps but the best and the last two.
+
+    Not the Trainer's own rotation: killed in it, a step with its mark would lack files, as one that was damaged.
+    """
+    steps = sorted(work.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for path in steps[:-2]:
+        if path.name != best:
+            (path / _COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(path)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

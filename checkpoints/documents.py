@@ -1,0 +1,89 @@
+"""JSON, YAML and TOML from outside, read within bounds of bytes and depth that are checked before parsing."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import CheckpointError, EdgepressError
+
+CONFIG_BYTES = 16 * 2**20  # of a configuration; an index of a thousand shards has less than one
+RECIPE_BYTES = 2**20  # of what a person writes
+MOST_DEPTH = 64
+_MOST_VALUES = 100_000
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"|\'[^\'\n]*\'', re.DOTALL)
+_BRACKET = re.compile(rb"[\[{]|[\]}]")
+
+
+def read_small(path: Path, most: int, error: type[EdgepressError] = CheckpointError) -> bytes:
+    """The bytes of a file of at most `most` bytes. Raises `error` for a device, a pipe, and what is larger."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise error(f"{path} is no file, but a folder, device, pipe or socket")
+        if found.st_size > most:
+            raise error(f"{path} has {found.st_size} bytes; a file of its kind has at most {most}")
+        return path.read_bytes()
+    except OSError as fault:
+        raise error(f"{path} cannot be read: {fault.strerror or fault}") from None
+
+
+def parse_json(data: bytes, what: str, error: type[EdgepressError] = CheckpointError) -> Any:
+    """The value that JSON text in UTF-8 stands for. Raises `error` for what is not JSON, or is nested too deeply."""
+    _require_shallow(data, what, error)
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_finite)
+    except (ValueError, RecursionError) as fault:  # neither JSON nor, perhaps, text at all
+        raise error(f"{what} is not JSON: {fault}") from None
+
+
+def parse_toml(data: bytes, what: str, error: type[EdgepressError] = CheckpointError) -> dict[str, Any]:
+    _require_shallow(data, what, error)
+    try:
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{what} cannot be read as TOML: {fault}") from None
+
+
+def parse_yaml(data: bytes, what: str, error: type[EdgepressError] = CheckpointError) -> Any:
+    """As for JSON; aliases count as what they stand for, since a few lines of them can stand for a billion values."""
+    import yaml
+
+    depth = 0
+    try:
+        text = data.decode("utf-8-sig")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEPTH:
+                raise error(f"{what} is nested more than {MOST_DEPTH} levels deep")
+        if _values(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
+            raise error(f"{what} stands for more than {_MOST_VALUES} values, its aliases written out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
+        raise error(f"{what} is not YAML: {' '.join(str(fault).split())}") from None
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for, aliases written out; without end where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # until it is known, for a node that holds itself
+        inner = node.value if isinstance(getattr(node, "value", None), list) else []
+        flat = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = min(1 + sum(_values(part, known) for part in flat), 2 * _MOST_VALUES)
+    return known[id(node)]
+
+
+def _require_shallow(data: bytes, what: str, error: type[EdgepressError]) -> None:
+    depth = 0
+    for bracket in _BRACKET.findall(_STRING.sub(b"", data)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MOST_DEPTH:
+            raise error(f"{what} is nested more than {MOST_DEPTH} levels deep")
+
+
+def _finite(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
