@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import pydoc_data.topics
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.families import known_families
 from checkpoints.runtime import Runtime
 from eval.perplexity import Protocol, measure
 from eval.text import load_text
@@ -185,3 +187,11 @@ def test_kernels_named_by_the_configuration_change_nothing(
     assert our_perplexity(folder, prose) == expected
     done = compress("generate", folder, "for each", "--tokens", 4)
     assert done.returncode == 0, done.stderr
+
+
+def test_readme_lists_them_all() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    _, _, after = readme.partition("Measured as plain transformers measures them")
+    shaped, _, rest = after.partition("\n\n")[0].partition("Without those two")
+    found = [set(re.findall(r"`([a-z0-9_]+)`", words)) - {"model_type"} for words in (shaped, rest)]
+    assert found == [set(known_families()), set(ALL_FAMILIES) - set(known_families())]
