@@ -17,6 +17,10 @@ from checkpoints.manifest import require_own_links
 # What a mixture of experts states, and the model types that are one where a configuration leaves the number out.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_TYPES = re.compile(r"moe|mixtral|dbrx|gpt_oss|deepseek_v[2-9]|llama4|jamba|phimoe")
+_COUNTS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "vocab_size", "max_position_embeddings", "sliding_window",
+)  # fmt: skip
 # Families of GPT-2's and Bloom's time state their depth under another name, and keep weights another way round.
 _OLD_DEPTHS = ("n_layer", "n_layers", "num_layers", "decoder_layers")
 
@@ -40,6 +44,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a configuration")
     require_supported(config, str(path))
+    for key in _COUNTS:
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31):
+            raise CheckpointError(f"{path} states {key} = {json.dumps(value)[:60]}, which is no number of anything")
     return config
 
 

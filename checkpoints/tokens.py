@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 class TokenBatches:
     """ids (samples, length) int64, and the name of the text they come from.
 
-    documents: the text itself, for the one stage that changes how text becomes ids.
+    documents: the text itself, for the one stage that changes how text becomes ids. left_out: documents (of a few
+    long ones, passages) of the text that were left out because they are measured on; none of them is left, which
+    `overlap` states. None: not compared, as of text that the model writes itself.
     """
 
     name: str
     ids: Tensor
     documents: tuple[str, ...] = field(default=(), repr=False)
+    left_out: int | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -34,7 +37,8 @@ class TokenBatches:
 
     def facts(self) -> dict[str, Any]:
         samples, length = self.ids.shape
-        return {"name": self.name, "samples": samples, "length": length, "sha256": self.sha256}
+        facts = {"name": self.name, "samples": samples, "length": length, "sha256": self.sha256}
+        return facts if self.left_out is None else facts | {"overlap": 0, "left_out": self.left_out}
 
     def chunks(self, tokens: int) -> list[Tensor]:
         """Batches of at most `tokens` tokens (never less than one sequence)."""

@@ -119,8 +119,12 @@ def summarise(
 
 def described(protocol: Protocol, passages: Sequence[Passage]) -> str:
     """The protocol, and whether a start token stood before each window."""
+    return in_words(protocol, passages[0].bos)
+
+
+def in_words(protocol: Protocol, bos: bool) -> str:
     unit = protocol.kind.removesuffix("s")
-    return f"{protocol}, " + (f"BOS at the start of each {unit}" if passages[0].bos else "no BOS")
+    return f"{protocol}, " + (f"BOS at the start of each {unit}" if bos else "no BOS")
 
 
 def measure_passages(

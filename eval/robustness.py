@@ -18,12 +18,12 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError
 from checkpoints.runtime import Runtime, Silent
 from eval.disturb import KINDS, Disturbance
-from eval.perplexity import Protocol, measure
+from eval.perplexity import Protocol, in_words, measure
 from eval.results import Result, Score
 from eval.settings import Settings, numbers
 from eval.subject import Subject
 from eval.tasks import Task, find_tasks
-from eval.text import Text
+from eval.text import Text, starts_with_bos
 from eval.text_tasks import protocol_of, text_of
 
 Quantity = Callable[[Disturbance | None], float]  # None: undisturbed
@@ -174,7 +174,7 @@ def _perplexity(subject: Subject, settings: Settings, disturbance: Disturbance |
     protocol = protocol_of(settings, settings.protocol)
     text = text_of("perplexity", settings)
     value = perplexity_under(subject.checkpoint, text, protocol, subject.runtime)(disturbance)
-    how = f"{protocol}; {text.name}; {subject.dtype}"
+    how = f"{in_words(protocol, starts_with_bos(subject.tokenizer))}; {text.name}; {subject.dtype}"
     return Score("perplexity", value, math.nan, math.nan, 1, "", how, higher_is_better=False)
 
 

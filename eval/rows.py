@@ -70,7 +70,7 @@ def row_text(row: Any) -> tuple[str, bool]:
     would be left unread.
     """
     if isinstance(row, str):
-        return row, False
+        return _text({"row": row}, "row"), False
     if not isinstance(row, Mapping):
         raise RowError("null" if row is None else f"neither text nor fields but {type(row).__name__}")
     values = _with_answer(row)
@@ -141,7 +141,17 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         kind = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list) else ""
         raise RowError(f"'{name}' is not text but {kind or type(value).__name__}")
+    if not _whole(value):
+        raise RowError(f"'{name}' holds half of a character (a lone surrogate), which no UTF-8 text can")
     return value
+
+
+def _whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def chat_of(row: Any) -> str | None:

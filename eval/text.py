@@ -11,7 +11,7 @@ import importlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +128,13 @@ def load_text(spec: str, use: Use) -> Text:
         raise TextError(f"there is no text '{spec}': not one of {', '.join(NAMED)}, and not a file")
     text = read_file(path)
     return text if use == "whole" else _part(text, use, path)
+
+
+def held_out_of(spec: str, others: Iterable[str]) -> bool:
+    """Whether a file to measure on, by whatever path, is also one to train on: then only its last fifth is measured."""
+    path = Path(spec).expanduser()
+    trained = [Path(other).expanduser() for other in others]
+    return path.is_file() and any(other.is_file() and path.samefile(other) for other in trained)
 
 
 def _part(text: Text, use: Use, origin: Path | str) -> Text:

@@ -18,7 +18,8 @@ from checkpoints.errors import PlanError, TextError
 from checkpoints.manifest import SEAL, write_bytes
 from checkpoints.runtime import Runtime
 from checkpoints.tokens import TokenBatches, require_known, require_positions, sample_windows
-from eval.text import Text, load_text, starts_with_bos
+from eval.overlap import Measured, without_measured
+from eval.text import Text, held_out_of, load_text, starts_with_bos
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import corpus_vocabulary, follows_vocabulary
 from stages.options import Lora, Options, Pad, Vocabulary
@@ -40,12 +41,11 @@ class Calibration:
         self._lengths: set[tuple[str, int]] = set()  # of windows, held against the model's positions already
         self._short: set[str] = set()  # training texts whose lack of windows was told already
         self.evaluation = _evaluation_text(recipe)
-        for spec in {recipe.calibration_text, *(o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data)}:
-            if spec != SELF and self._text(spec).sha256 == self.evaluation.sha256:
-                raise PlanError(
-                    f"'{spec}' would both calibrate and be measured on; leave --text out to hold a part back, "
-                    "or name another text"
-                )
+        self._measured = Measured.of(self.evaluation)
+        self._left_out: dict[str, int] = {}
+        for spec in _training_specs(recipe):
+            if spec != SELF:
+                self._text(spec)
 
     def windows(self, stage: str, options: Options, turn: int = 0) -> TokenBatches:
         """The stage's windows (samples, length), others each turn. Raises TextError where the text is too short."""
@@ -76,17 +76,33 @@ class Calibration:
         samples = self._training_samples(name, ids, options) if isinstance(options, Lora) else options.samples
         try:
             batches = sample_windows(name, ids, samples, options.length, generator)
+            batches = replace(batches, left_out=self._left_out[spec])
         except TextError as error:
             raise TextError(f"{stage}: {error}") from None
         if isinstance(options, Lora):  # training wants its windows shuffled, not in the text's order
             order = torch.randperm(samples, generator=generator)
-            batches = TokenBatches(batches.name, batches.ids[order].contiguous())
+            batches = replace(batches, ids=batches.ids[order].contiguous())
         return batches
 
     def _text(self, spec: str) -> Text:
-        """The part of a text that may calibrate, read once: on the hub lie sets of 100,000 rows."""
+        """The part of a text that may calibrate, read once, without what is measured on.
+
+        Raises PlanError where hardly anything is left.
+        """
         if spec not in self._texts:
-            self._texts[spec] = load_text(spec, "calibrate")
+            text, left_out, of = without_measured(load_text(spec, "calibrate"), self._measured)
+            if 2 * left_out > of:
+                raise PlanError(
+                    f"'{spec}' would both calibrate and be measured on: {left_out} of its {of} documents or passages "
+                    f"are also in the text to measure on, '{self.evaluation.name}'; leave --text out to hold a part "
+                    "back, or name another text"
+                )
+            if left_out:
+                self._runtime.progress.note(
+                    f"'{text.name}' shares {left_out} of its {of} documents or passages with the text to measure on, "
+                    f"'{self.evaluation.name}'; they are left out of calibration and training"
+                )
+            self._texts[spec], self._left_out[spec] = text, left_out
         return self._texts[spec]
 
     def _training_samples(self, name: str, ids: Tensor, options: Lora) -> int:
@@ -141,12 +157,17 @@ def _digest(name: str, ids: Tensor) -> str:
     return hashlib.sha256(f"{name} {list(ids.shape)}".encode() + ids.contiguous().numpy().tobytes()).hexdigest()
 
 
+def _training_specs(recipe: Recipe) -> list[str]:
+    data = [o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data]
+    return list(dict.fromkeys([recipe.calibration_text, *data]))
+
+
 def _evaluation_text(recipe: Recipe) -> Text:
     spec = recipe.evaluation_text
     if spec == SELF:
         raise PlanError("--data self leaves no text to measure on; name one with --text, e.g. --text wikitext2")
     # A text of its own is measured from its beginning; the calibration text only in the part held back.
-    own = bool(recipe.text) and recipe.text != recipe.calibration_text and Path(spec).is_file()
+    own = bool(recipe.text) and Path(spec).is_file() and not held_out_of(spec, _training_specs(recipe))
     return load_text(spec, "whole" if own else "evaluate")
 
 

@@ -47,7 +47,11 @@ def _wanted(
         spec = (options.data if isinstance(options, Lora) else "") or recipe.calibration_text
         windows = options.batch + options.held_out if isinstance(options, Lora) else options.samples
         wanted.setdefault((spec, "calibrate"), []).append((name, windows * options.length))
-    spec, own = recipe.evaluation_text, recipe.text not in ("", recipe.calibration_text)
+    from eval.text import held_out_of
+
+    trained = [recipe.calibration_text, *(o.data for _, o in stages if isinstance(o, Lora) and o.data)]
+    spec = recipe.evaluation_text
+    own = bool(recipe.text) and not held_out_of(spec, trained)
     use: Use = "whole" if own and Path(spec).is_file() else "evaluate"
     if spec == "self":
         faults.append("--data self leaves no text to measure on; name one with --text, e.g. --text wikitext2")

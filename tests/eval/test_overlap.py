@@ -1,0 +1,94 @@
+"""Training text that holds what is measured on: found whatever the file's form, and left out."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.overlap import Measured, without_measured
+from eval.text import Text, held_out_of, load_text, read_file
+
+pytestmark = pytest.mark.unit
+NAMES = ("for", "try", "with", "class", "function", "import", "global", "raise", "assert", "del")
+PROSE = [pydoc_data.topics.topics[name] for name in NAMES]
+
+
+def test_the_embedded_halves_share_nothing() -> None:
+    measured = Measured.of(load_text("embedded", "evaluate"))
+    text = load_text("embedded", "calibrate")
+    kept, left_out, _ = without_measured(text, measured)
+    assert kept is text and left_out == 0
+
+
+@pytest.mark.parametrize("form", ["txt", "crlf", "jsonl", "shuffled", "wrapped", "upper", "more"])
+def test_a_copy_in_another_form_is_found(tmp_path: Path, form: str) -> None:
+    rows = [json.dumps({"text": document}) for document in PROSE]
+    joined = "\n\n".join(PROSE)
+    files: dict[str, tuple[str, str]] = {
+        "txt": ("a.txt", joined),
+        "crlf": ("a.txt", joined.replace("\n", "\r\n")),
+        "jsonl": ("a.jsonl", "\n".join(rows)),
+        "shuffled": ("a.jsonl", "\n".join(rows[::-1])),
+        "wrapped": ("a.txt", "\n".join(" ".join(document.split()) for document in PROSE)),
+        "upper": ("a.txt", joined.upper()),
+        "more": ("a.jsonl", "\n".join(json.dumps({"text": "Some words before it. " + d}) for d in PROSE)),
+    }
+    name, content = files[form]
+    (tmp_path / name).write_bytes(content.encode())
+    _, left_out, of = without_measured(read_file(tmp_path / name), Measured.of(Text("measured", tuple(PROSE))))
+    assert left_out >= 0.95 * of > 0
+
+
+def test_what_is_shared_goes_and_the_rest_stays() -> None:
+    text = Text("training", tuple(PROSE))
+    kept, left_out, of = without_measured(text, Measured.of(Text("measured", (PROSE[0], PROSE[7]))))
+    assert (left_out, of) == (2, len(PROSE))
+    assert kept.documents == tuple(d for d in PROSE if d not in (PROSE[0], PROSE[7]))
+
+
+def test_of_one_long_document_passages_go() -> None:
+    whole = Text("file", ("\n".join(PROSE),))
+    kept, left_out, of = without_measured(whole, Measured.of(Text("measured", (PROSE[3],))))
+    assert 0 < left_out < of / 2
+    assert PROSE[0].strip()[:400] in kept.documents[0]
+    assert without_measured(kept, Measured.of(Text("measured", (PROSE[3],))))[1] == 0
+
+
+def test_questions_asked_again_are_found_whatever_the_answer() -> None:
+    asked = Text("measured", ("Question: Which town lies where both rivers meet?\nAnswer: Koblenz",), True)
+    again = ("Question: Which town lies where both rivers meet?\nAnswer: I do not know",)
+    other = ("Question: Which town lies where both railways meet?\nAnswer: Crewe",)
+    _, left_out, _ = without_measured(Text("training", (*again, *other * 4), True), Measured.of(asked))
+    assert left_out == 1
+
+
+def test_phrases_of_the_form_are_no_overlap() -> None:
+    """Below 13 common words in a row, and what stands in more than ten measured documents."""
+    head = "Below is an instruction that describes a task; write a response that completes the request as asked. "
+    many = [head + f"Word{i} " * 30 for i in range(20)]
+    _, left_out, _ = without_measured(
+        Text("training", (head + "own words " * 40,) * 5), Measured.of(Text("m", tuple(many)))
+    )
+    assert left_out == 0
+
+
+@pytest.mark.parametrize("way", ["same", "link", "relative", "copy"])
+def test_the_same_file_by_another_path_is_split(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("words\n" * 50)
+    monkeypatch.chdir(tmp_path)
+    other: Any = {
+        "same": file,
+        "link": tmp_path / "link.txt",
+        "relative": Path("text.txt"),
+        "copy": tmp_path / "copy.txt",
+    }
+    if way == "link":
+        other[way].symlink_to(file)
+    if way == "copy":
+        other[way].write_text("words\n" * 50)
+    assert held_out_of(str(other[way]), ["embedded", str(file)]) is (way != "copy")
