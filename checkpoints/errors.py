@@ -6,6 +6,7 @@ and exits with code 2; the Python API raises it.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 
@@ -37,3 +38,68 @@ class RecipeError(PlanError):
         count = len(self.faults)
         head = "1 error in the recipe" if count == 1 else f"{count} errors in the recipe"
         super().__init__("\n".join([f"{head}:", *(f"  - {fault}" for fault in self.faults)]))
+
+
+# What is to be done about an error of the operating system that has a plain remedy.
+_REMEDIES = {
+    errno.ENOSPC: "free some space there; the same command goes on from what is finished",
+    errno.EDQUOT: "your quota is used up; the same command goes on from what is finished",
+    errno.EROFS: "the disk is read-only; name another folder (-o, or EDGEPRESS_CACHE for converted models)",
+    errno.EACCES: "change its permissions, or name another folder (-o, or EDGEPRESS_CACHE for converted models)",
+    errno.EPERM: "change its permissions, or name another folder (-o, or EDGEPRESS_CACHE for converted models)",
+    errno.ENOENT: "it is not there, or was removed while it was in use",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "give a folder",
+    errno.EMFILE: "raise the limit (ulimit -n 4096)",
+    errno.ENFILE: "close other programs",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EIO: "the disk may be failing; copy the file from elsewhere",
+    errno.ENOMEM: "there is not enough memory; close other programs, or use a smaller model or batch",
+}
+# The libraries that read a user's files, by the package that their exceptions come from.
+_READERS = {
+    "safetensors": "a safetensors file",
+    "safetensors_rust": "a safetensors file",
+    "jinja2": "a chat template",
+    "yaml": "a YAML file",
+    "json": "a JSON file",
+    "tomllib": "a TOML file",
+    "pyarrow": "a parquet file",
+    "tokenizers": "a tokenizer",
+    "huggingface_hub": "a configuration, or what the hub gave",
+    "gguf": "a GGUF file",
+    "peft": "an adapter",
+    "PIL": "a picture",
+}
+
+
+def in_words(error: BaseException) -> str | None:
+    """The one message of an error that a user can mend; None for a bug.
+
+    The last net: where the file's name is known, a CheckpointError or its like is raised that says more.
+    """
+    if isinstance(error, EdgepressError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; close other programs, or use a smaller model, window or batch"
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply to be read; no model, recipe or data file needs that"
+    if isinstance(error, OSError):
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+        what = error.strerror or str(error) or type(error).__name__
+        remedy = _REMEDIES.get(error.errno or 0)
+        return (f"{where}: " if where else "") + what + (f"; {remedy}" if remedy else "")
+    if isinstance(error, UnicodeError):
+        return f"a file is not UTF-8 text: {error}"
+    package = type(error).__module__.partition(".")[0]
+    if package in _READERS:
+        return f"{_READERS[package]} cannot be used: {_first_line(error)}"
+    if type(error).__name__ == "OutOfMemoryError" and package == "torch":
+        return f"the device has not enough memory: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

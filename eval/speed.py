@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,10 @@ def measure_speed(
         timing = pool.submit(_timed, checkpoint.folder, engine, workload, device.type, dtype, threads)
         try:
             return timing.result()
+        except KeyboardInterrupt:  # else leaving the pool waits until it is timed
+            for child in active_children():
+                child.kill()
+            raise
         except BrokenProcessPool:
             raise CheckpointError(
                 f"{checkpoint.folder}: the process that timed it was killed, most likely for want of memory; its "
@@ -173,7 +177,8 @@ def measure_speed(
 
 
 def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def without_kernels(checkpoint: Checkpoint) -> str:

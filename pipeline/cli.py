@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import sys
+from pathlib import Path
+
+from pipeline import interrupts
+
+if Path(sys.argv[0]).name in ("compress", "cli.py"):  # the command, not a program that imports it
+    interrupts.listen_early()
+
+# a signal is to be heard before the imports below, which take a second
+import contextlib
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from checkpoints.errors import EdgepressError, PlanError, RecipeError
+from checkpoints.errors import PlanError, in_words
 from checkpoints.quiet import quiet_libraries
 from pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
 from pipeline.flags import Json, Out, RecipeFile, Skip, recipe_flags
@@ -21,7 +29,7 @@ from pipeline.help import PlainCommand, PlainGroup
 from pipeline.recipe import Recipe, draft
 from pipeline.sweep_recipe import is_sweep
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_BUG, EXIT_ERROR, EXIT_PIPE = 1, 2, 141
 
 app = typer.Typer(
     cls=PlainGroup,
@@ -71,12 +79,12 @@ def compress(
     examined(drafted, lambda recipe: open_source(recipe.model).shape)
     wanted, console = drafted.recipe, Console(stderr=as_json)
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
-        signal.signal(signal.SIGINT, reporter.interrupt)
         try:
-            result = run(wanted, out, reporter)
+            with interrupts.gently(reporter.interrupt):
+                result = run(wanted, out, reporter)
         except KeyboardInterrupt:
-            reporter.say("interrupted; the same command goes on from the last finished block or step")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            interrupts.caught(reporter.say)
+            raise
     if as_json:
         typer.echo(json.dumps(result.report, indent=2))
     else:
@@ -158,20 +166,58 @@ for panel, commands in _COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point of the `compress` command."""
+    """Entry point of the `compress` command: what goes wrong is one message and an exit code."""
+    ended: str | int | None = 0
+    with interrupts.listening():
+        try:
+            app(prog_name="compress", standalone_mode=True)
+        except SystemExit as stop:
+            ended = stop.code
+        except BaseException as error:
+            ended = _ended_by(error)
+        if interrupts.code():
+            # Also where a library has made another error of it.
+            interrupts.caught()
+            interrupts.end_children()
+            interrupts.caught(lambda line: print(line, file=sys.stderr))
+            ended = interrupts.code()
+            interrupts.leave()
     try:
-        app(prog_name="compress", standalone_mode=True)
-    except RecipeError as error:
-        _fail(str(error))
-    except EdgepressError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.stdout.flush()
+    except OSError:
+        _close_pipe()
+        ended = ended or EXIT_PIPE
+    sys.exit(ended)
 
 
-def _fail(message: str) -> None:
-    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(EXIT_ERROR)
+def _ended_by(error: BaseException) -> int:
+    """Say what the error was, and return the exit code."""
+    if interrupts.code() or isinstance(error, KeyboardInterrupt):
+        return interrupts.code() or 130
+    if isinstance(error, BrokenPipeError):
+        _close_pipe()
+        return EXIT_PIPE
+    if (message := in_words(error)) is not None:
+        plain = message.encode(errors="backslashreplace").decode()  # a name from outside may not be text
+        Console(stderr=True).print(f"error: {plain}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return EXIT_ERROR
+    import platform
+    import traceback
+
+    traceback.print_exception(error)
+    print(
+        f"\nthis is a bug in edgepress ({type(error).__name__}). Please report it with the lines above, the command "
+        f"({' '.join(sys.argv)}), Python {platform.python_version()} and the model's config.json. What a finished "
+        "stage wrote is sound; the same command goes on from there.",
+        file=sys.stderr,
+    )
+    return EXIT_BUG
+
+
+def _close_pipe() -> None:
+    """Nobody reads standard output any more; Python would complain once more when it flushes at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

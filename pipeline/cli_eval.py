@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from checkpoints.errors import PlanError
 from checkpoints.quiet import quiet_libraries
 from eval.settings import Settings
 from eval.tasks import TASKS, find_tasks
+from pipeline import interrupts
 from pipeline.eval_flags import settings_flags
 from pipeline.flags import Device, Json
 
@@ -157,14 +157,12 @@ def _reporter(quiet: bool) -> Iterator[Reporter]:
     from pipeline.progress import Reporter
 
     with Reporter(Console(stderr=True), quiet=quiet) as reporter:
-        before = signal.signal(signal.SIGINT, reporter.interrupt)
         try:
-            yield reporter
+            with interrupts.gently(reporter.interrupt):
+                yield reporter
         except KeyboardInterrupt:
-            reporter.say("interrupted; the same command goes on from the answers that are kept")
+            interrupts.caught(reporter.say, "the same command goes on from the answers that are kept")
             raise
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def generate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from checkpoints.errors import PlanError, RecipeError
 from checkpoints.quiet import quiet_libraries
+from pipeline import interrupts
 from pipeline.flags import Out, RecipeFile, Skip, recipe_flags
 from pipeline.recipe import build
 from pipeline.sweep_recipe import MAX_RUNS, Sweep, draft_sweep
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.sweep import SweepResult
     from pipeline.tree import Tree
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILED = 1
 _PANEL = "Sweep"
 
 Jobs = Annotated[int, typer.Option("--jobs", help="Stage runs at once, on each machine.", rich_help_panel=_PANEL)]
@@ -145,7 +145,6 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
             else:
                 sweeps.require_room(out, tree)
                 workers, room = Processes(jobs, view.step) if jobs > 1 else Here(view.step), None
-            signal.signal(signal.SIGINT, view.interrupt)
             _announce(wanted, tree, view.say)
             recipes = {c.name: c.recipe for c in wanted.configurations}
 
@@ -156,9 +155,13 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
 
             interrupted = False
             try:
-                sweeps.carry_out(tree, out, workers, view, finished, store_url, room)
+                with interrupts.gently(view.interrupt):
+                    sweeps.carry_out(tree, out, workers, view, finished, store_url, room)
             except KeyboardInterrupt:
+                interrupts.caught()
                 interrupted = True
+                if view.result is None:
+                    raise
             assert view.result is not None
             write_results(out, wanted.name, view.result)
             sweeps.write_state(out, wanted, view.result)
@@ -166,8 +169,8 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
                 tracker.close()
             view.say(view.result.counts())
     if interrupted:
-        typer.echo("interrupted; the same command goes on from the last finished block or step")
-        raise typer.Exit(EXIT_INTERRUPTED)
+        interrupts.caught(typer.echo)
+        raise KeyboardInterrupt
     _print_result(console, wanted, view.result, out)
     if view.result.failures:
         raise typer.Exit(EXIT_FAILED)

@@ -46,16 +46,9 @@ class Reporter:
         if self._log:
             self._log.close()
 
-    def interrupt(self, *_: object) -> None:
-        """SIGINT's handler: stop at the next step, at once when asked twice.
-
-        Raised wherever the program happens to be, a KeyboardInterrupt can fall into a destructor, where Python
-        prints and drops it.
-        """
-        if self._interrupted:
-            raise KeyboardInterrupt
+    def interrupt(self) -> None:
+        """Stop at the next step."""
         self._interrupted = True
-        self.say("  stopping after this step; Ctrl-C again stops at once")
 
     def start(self, task: str, steps: int) -> None:
         self._name, self._steps, self._done = task, steps, 0

@@ -84,10 +84,8 @@ class SweepView:
         if not self.quiet:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    def interrupt(self, *_: object) -> None:
-        """SIGINT's handler: stop at the next step, at once when asked twice."""
-        if self._interrupted:
-            raise KeyboardInterrupt
+    def interrupt(self) -> None:
+        """Stop at the next step."""
         self._interrupted = True
 
     def stop_if_asked(self) -> None:

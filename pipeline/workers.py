@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -20,6 +21,7 @@ from pipeline.tasks import Outcome, Task, perform
 
 Tell = Callable[[str, str], None]  # a node's key, and what it is doing now
 _TELL_EVERY = 0.3  # seconds
+_PATIENCE = 3.0  # seconds a child has to remove what it has half written
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ class Processes:
         return events
 
     def close(self) -> None:
-        for child in (*self._idle, *self._busy.values()):
+        children = (*self._idle, *self._busy.values())
+        for child in children:
+            child.ask_to_stop()
+        for child in children:
             child.stop()
         self._idle, self._busy = [], {}
 
@@ -145,9 +150,16 @@ class _Child:
         tell(self._task.key, message)
         return None
 
+    def ask_to_stop(self) -> None:
+        """It removes what it has half written; `stop` waits for that."""
+        self._process.terminate()
+
     def stop(self) -> None:
-        self._process.kill()
-        self._process.join()
+        self.ask_to_stop()
+        self._process.join(_PATIENCE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
         self.pipe.close()
 
 
@@ -159,7 +171,9 @@ def threads_each(count: int) -> int:
 
 def _serve(pipe: Connection, threads: int) -> None:
     """A child's life: take a task, carry it out, say how it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and decides
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the parent hears it too, and decides
+    signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     from checkpoints.quiet import quiet_libraries
@@ -182,6 +196,11 @@ def _serve(pipe: Connection, threads: int) -> None:
         except EOFError:
             return
         pipe.send(carried_out(task, tell))
+
+
+def _stop(*_: object) -> None:
+    sys.unraisablehook = lambda lost: None  # in a destructor Python would print and drop it; `_Child.stop` then kills
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _end_with_parent() -> None:
