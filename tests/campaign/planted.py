@@ -208,7 +208,7 @@ def template_planted(case: Case) -> None:
 
 @kind("hostile", 30)
 def path_leads_out(case: Case) -> None:
-    """Names and links in models, stores, sweeps and images that leave their folder: nothing is read or written there."""
+    """Names and links in models, stores, sweeps and images that leave their folder: nothing there is touched."""
     ways: list[Callable[[Case], None]] = [
         _weight_map, _linked_files, _store_link, _result_link, _manifest_parent, _report_paths, _sweep_paths,
         _adapter_path, _manifest_files,
