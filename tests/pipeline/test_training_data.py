@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc_data.topics
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,3 +101,26 @@ def test_a_plan_counts_the_teachers_disk_and_every_fault_of_a_quantised_model() 
         plan(build(None, {}), steps["gptq"].shape)
     for stage in ("depth", "wanda", "lora", "gptq"):
         assert f"{stage} needs dense weights" in str(caught.value)
+
+
+def test_text_that_is_measured_on_is_left_out_of_training(
+    compress: Callable[..., Any], tiny_llama: Path, quick: list[str], tmp_path: Path
+) -> None:
+    topics = pydoc_data.topics.topics
+    names = sorted(topics, key=lambda name: -len(topics[name]))[:12]
+    rows = [json.dumps({"text": topics[name]}) for name in names]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "measure.txt").write_text(topics[names[1]].replace("\n", "\r\n"))
+    (tmp_path / "copy.txt").write_text("\n\n".join(topics[name] for name in names).upper())
+    run = ["--model", tiny_llama, *quick, "--data", tmp_path / "train.jsonl", "--skip", "lora,gptq,eora"]
+    out = tmp_path / "out"
+    done = compress(*run, "--text", tmp_path / "measure.txt", "-o", out)
+    assert done.returncode == 0, done.stderr
+    manifests = [json.loads(path.read_text()) for path in sorted(out.glob("[12]-*/manifest.json"))]
+    assert [(m["calibration"]["overlap"], m["calibration"]["left_out"] >= 1) for m in manifests] == [(0, True)] * 2
+    assert "left out of calibration and training" in (out / "compress.log").read_text()
+
+    refused = compress(*run, "--text", tmp_path / "copy.txt", "-o", tmp_path / "other")
+    assert refused.returncode == 2
+    assert "would both calibrate and be measured on" in " ".join(refused.stderr.split())
+    assert not list((tmp_path / "other").glob("*/manifest.json"))
