@@ -551,7 +551,8 @@ def special_in_place(case: Case) -> None:
         case.compress(*argv)
         return
     suffix = {"recipe": ".yaml", "chip": ".toml", "gguf": ".gguf", "llama2c": ".bin", "questions": ".jsonl"}
-    path = case.given / f"x{suffix.get(place, '')}"
+    where = case.work if place == "answers" else case.given  # answers are written where they are read
+    path = where / f"x{suffix.get(place, '')}"
     case.tell(f"{place}: {mutate.special(path, case.draw)}")
     small = [case.world.model, "--task", "triviaqa-closed", "--new-tokens", "2"]
     commands: dict[str, list[object]] = {
