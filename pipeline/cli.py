@@ -83,7 +83,7 @@ def compress(
             with interrupts.gently(reporter.interrupt):
                 result = run(wanted, out, reporter)
         except KeyboardInterrupt:
-            interrupts.caught(reporter.say)
+            interrupts.caught(None if as_json else reporter.say)  # quiet, it would say it to the log alone
             raise
     if as_json:
         typer.echo(json.dumps(result.report, indent=2))

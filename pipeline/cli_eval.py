@@ -161,7 +161,8 @@ def _reporter(quiet: bool) -> Iterator[Reporter]:
             with interrupts.gently(reporter.interrupt):
                 yield reporter
         except KeyboardInterrupt:
-            interrupts.caught(reporter.say, "the same command goes on from the answers that are kept")
+            words = "the same command goes on from the answers that are kept"
+            interrupts.caught(None if quiet else reporter.say, words)
             raise
 
 

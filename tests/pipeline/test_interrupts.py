@@ -1,0 +1,173 @@
+"""Ctrl-C, SIGTERM and SIGHUP at any moment, a closed pipe, and what is made of errors: one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints.errors import CheckpointError, in_words
+from pipeline import cli
+
+pytestmark = pytest.mark.pipeline
+
+# The command in a process that signals itself at the n-th durable file, the n-th step, or when a module is imported.
+SELF = """
+import os, signal, sys
+number, at, sys.argv = int(sys.argv[1]), sys.argv[2], ["compress", *sys.argv[3:]]
+from pipeline import cli
+def shoot(*_):
+    os.kill(os.getpid(), number)
+if at.startswith("import:"):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == at.removeprefix("import:"):
+                sys.meta_path.remove(self)
+                shoot()
+    sys.meta_path.insert(0, Finder())
+else:
+    import checkpoints.manifest, checkpoints.writer, pipeline.progress
+    owner, name = {"file": (checkpoints.writer, "sync_folder"), "step": (pipeline.progress.Reporter, "step"),
+                   "lost": (pipeline.progress.Reporter, "start")}[at]
+    original = getattr(owner, name)
+    class Dropped:
+        def __del__(self):
+            shoot()
+    def wrapped(*a, **k):
+        if at == "lost":
+            Dropped()
+        else:
+            shoot()
+        return original(*a, **k)
+    setattr(owner, name, wrapped)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "at"),
+    [
+        (signal.SIGINT, "import:transformers"),
+        (signal.SIGTERM, "import:torch"),
+        (signal.SIGTERM, "file"),
+        (signal.SIGHUP, "step"),
+        (signal.SIGINT, "lost"),
+    ],
+)
+def test_a_signal_ends_in_one_line_and_its_code(
+    tiny_llama: Path, quick: list[str], tmp_path: Path, number: signal.Signals, at: str
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SELF, str(int(number)), at, "--model", str(tiny_llama), "-o", str(out), *quick]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode == 128 + number, said
+    assert said.count("interrupted") == 1 and "Traceback" not in said and "KeyboardInterrupt" not in said
+    assert not list(out.rglob("*.partial"))
+
+
+def test_with_json_the_line_is_on_standard_error(tiny_llama: Path, quick: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SELF, str(int(signal.SIGTERM)), "step", "--model", str(tiny_llama), "--json"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out"), *quick], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 143 and done.stdout == ""
+    assert done.stderr.count("interrupted") == 1 and "goes on" in done.stderr
+
+
+def test_a_swallowed_signal_is_raised_again() -> None:
+    code = (
+        "import os, signal, sys, time\nfrom pipeline import cli\n"
+        "def app(**_):\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "    except BaseException:\n        pass\n"
+        "    time.sleep(60)\n"
+        "cli.app = app\ncli.main()"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143 and time.monotonic() - began < 20, done.stderr
+    assert done.stderr.count("interrupted") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_sweeps_children_go_with_it(tiny_llama: Path, quick: list[str], tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", tmp_path / "s.yaml"
+    recipe.write_text("name: s\nsweep:\n  grid: {depth.remove: [1, 2], gptq.quant: [gptq4, gptq8]}\n")
+    command = [sys.executable, "-m", "pipeline.cli", "sweep", str(recipe), "--jobs", "2", "-o", str(out)]
+    command += ["--model", str(tiny_llama), *quick]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = out / "sweep.log"
+    while process.poll() is None and not (log.is_file() and "started" in log.read_text()):
+        time.sleep(0.05)
+    time.sleep(4)  # into the children's imports and first steps
+    if process.poll() is not None:
+        pytest.fail(str(process.communicate()[0]))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said.count("interrupted") == 1 and "Traceback" not in said
+    assert children
+    until = time.monotonic() + 10  # multiprocessing's resource tracker ends by itself, a moment later
+    while left := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m pipeline.cli socs --json | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b"), "/a/b: No space left on device; free some space"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/a/b"), "read-only; name another folder"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied; change its permissions"),
+        (RecursionError("maximum"), "nested too deeply"),
+        (MemoryError(), "not enough memory"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "not UTF-8"),
+        (CheckpointError("this folder"), "this folder"),
+    ],
+)
+def test_an_error_that_is_not_a_bug_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
+    monkeypatch.setattr(cli, "app", _raising(error))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and "Traceback" not in said
+
+
+def test_a_bug_shows_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "app", _raising(KeyError("weight")))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "Traceback" in said and "this is a bug" in said.splitlines()[-1]
+
+
+def test_a_readers_own_error_is_told() -> None:
+    from safetensors import SafetensorError
+
+    assert "safetensors file cannot be used" in str(in_words(SafetensorError("invalid header")))
+    assert in_words(ZeroDivisionError()) is None
+
+
+def _raising(error: Exception) -> Callable[..., Any]:
+    def app(**_: object) -> None:
+        raise error
+
+    return app
