@@ -216,6 +216,8 @@ def _multiplied(name: str, own: dict[str, Any], grid: _Grid) -> Iterator[_Draft]
     for point in itertools.product(*grid.values()):
         labels = {key: label for key, (label, _) in zip(grid, point, strict=True)}
         values = own | {key: value for key, (_, value) in zip(grid, point, strict=True)}
+        # A value with a fault is None, and must not reach the options; `model: null` is the packaged model.
+        values = {key: value for key, value in values.items() if value is not None or key == "model"}
         full = name
         for key, label in labels.items():
             full = full.replace(f"{{{key}}}", label)

@@ -130,6 +130,20 @@ def test_every_fault_comes_at_once(write: Write) -> None:
         assert word in text, word
 
 
+def test_a_value_of_the_wrong_kind_is_told_and_goes_no_further(write: Write) -> None:
+    file = write(
+        "stages: [lora]\nsweep:\n  configurations:\n"
+        "    - {name: a, stages: [lora], lora.method: ~}\n"
+        "    - {name: 'b {lora.method}', stages: [lora], grid: {lora.method: [lora, ~, 3]}}\n"
+        "    - {name: 'c {seed}', stages: [depth], grid: {seed: [1, ~]}}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_sweep(file, {})
+    text = str(caught.value)
+    for word in ("lora.method: None is not text", "lora.method: 3 is not text", "seed: None is not a whole number"):
+        assert word in text, word
+
+
 def test_a_grid_beyond_max_runs_is_counted_not_multiplied_out(write: Write) -> None:
     values = list(range(100))
     grid = ", ".join(f"{key}: {values}" for key in ("seed", "tokens", "window", "spill_mib", "lora.rank", "eora.rank"))
