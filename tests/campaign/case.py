@@ -204,6 +204,11 @@ def _difference(found: Any, expected: Any) -> str:
     if isinstance(found, dict) and isinstance(expected, dict):
         keys = [k for k in {**found, **expected} if found.get(k) != expected.get(k)]
         return f"{len(keys)} differ, e.g. {keys[:2]}"
+    if isinstance(found, list) and isinstance(expected, list):
+        place = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
+        if place is None:
+            return f"{len(found)} in place of {len(expected)}: {str((found + expected)[-3:])[:150]}"
+        found, expected = found[place : place + 3], expected[place : place + 3]
     return f"{str(found)[:150]} in place of {str(expected)[:150]}"
 
 

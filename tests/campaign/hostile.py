@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -52,8 +53,13 @@ def finished_run_damaged(case: Case) -> None:
         if done.code == 0:
             case.same("perplexity", number(done.out), case.world.perplexity(expected / stage.name))
     elif command == "eval all":
-        argv = ["eval", out, "--text", case.world.text, *EVAL, "--limit", "4", "-o", case.work / "scores.json"]
-        case.compress(*argv)
+        from tests.campaign.kills import _scores
+
+        argv = ["--text", case.world.text, *EVAL, "--limit", "4", "-o"]
+        done = case.compress("eval", out, *argv, case.work / "scores.json")
+        if done.code == 0:
+            whole = case.world.made(f"scores-{chain}.json", lambda p: case.world.run("eval", expected, *argv, p))
+            case.same("scores", _scores(case.work / "scores.json"), _scores(whole))
     elif command == "verify":
         done = case.compress("verify", stage)
         vouched = stage.name == name.parts[0] and name.name not in ("loss.png",) and name.parts[-1] not in _UNVOUCHED
@@ -69,9 +75,25 @@ def finished_run_damaged(case: Case) -> None:
         elif (case.work / "image.bin").exists():
             case.fault("left over", "an image of a damaged checkpoint")
     elif command == "report":
-        case.compress("report", out, "--samples", "0")
+        done = case.compress("report", out, "--samples", "0")
+        told = "! " in done.err or done.out.count("left out: ") > 1  # one is for --samples 0
+        if done.code == 0 and not told:
+            case.same("page", _numbers_of_page(out), _numbers_of_page(case.world.reported(chain)))
     else:
-        case.compress("check", stage, codes=(0, 2, 3))
+        done = case.compress("check", stage, "--json", codes=(0, 2, 3))
+        if done.code in (0, 3):
+            whole = case.world.made(
+                f"check-{stage.name}",
+                lambda p: p.write_text(case.world.run("check", expected / stage.name, "--json").out),
+            )
+            expected_words = whole.read_text().replace(str(expected), str(out))
+            case.same("verdict", json.loads(done.out), json.loads(expected_words))
+
+
+def _numbers_of_page(out: Path) -> list[str]:
+    """The numbers that a report shows, in order, without those of paths, times and figures."""
+    text = re.sub(r"data:[^\"']+|<svg.*?</svg>", "", (out / "report.html").read_text(), flags=re.DOTALL)
+    return re.findall(r"(?<![\w/.-])\d+\.\d+(?![\w/-])", re.sub(r"/\S+", "", text))
 
 
 @kind("hostile", 40)
@@ -211,7 +233,7 @@ def _use(case: Case, model: Path | str) -> Any:
     chain += ["--depth-length", "32", "--wanda-samples", "2", "--wanda-length", "32"]
     argv: dict[str, list[object]] = {
         "check": ["check", model],
-        "plan": ["plan", "--model", model],
+        "plan": ["plan", "--model", model, *chain],
         "generate": ["generate", model, "the statement", "--tokens", "4"],
         "pack": ["pack", model, "-o", case.work / "image.bin"],
         "rank": ["rank", model, "--data", case.world.text, "--samples", "2", "--length", "32", "--metric", "magnitude"],
@@ -376,10 +398,14 @@ def recipe_changed(case: Case) -> None:
         said.append(what)
     mutate.replace_file(path, text.encode(errors="surrogatepass"))
     case.tell(f"{source.name}: {'; '.join(said)}")
-    own = [] if source == case.world.sweep else ["--model", case.world.model, "--data", case.world.text]
+    own: list[object] = []
+    if source == case.world.recipe:
+        own = ["--model", case.world.model, "--data", case.world.text, "--window", "64", "--tokens", "256"]
+    elif source != case.world.sweep:
+        own = ["--model", "smollm2-135m", "--data", "embedded"]  # a shape, deep enough for what recipes remove
     done = case.compress("plan", "--recipe", path, *own)
     if done.code == 0 and source == case.world.recipe:
-        case.compress("--recipe", path, *own, "--window", "64", "--tokens", "256", "-o", case.work / "out")
+        case.compress("--recipe", path, *own, "-o", case.work / "out")
     if done.code == 0 and source == case.world.sweep and case.draw.random() < 0.5:
         case.compress("sweep", path, "-o", case.work / "out", codes=(0, 1, 2))
 
@@ -570,7 +596,7 @@ def special_in_place(case: Case) -> None:
 @kind("hostile", 10)
 def special_as_output(case: Case) -> None:
     """Outputs named as devices, folders, files of others or places that are not there; what lies there stays."""
-    targets = [
+    targets: list[str | Path] = [
         "/dev/null",
         "/dev/full",
         case.work / "folder",
@@ -604,7 +630,7 @@ def special_as_output(case: Case) -> None:
             case.work / "folder" if target == case.work else target,  # a folder gets a file beside it
         ],
         ["eval", world.model, "--text", world.text, *EVAL, "--limit", "2", "-o", target],
-        world.chain_argv("gates", target),
+        world.chain_argv("gates", Path(target)),
     ]
     command = case.draw.choice(commands)
     case.compress(*command, codes=(0, 2, 3))

@@ -167,7 +167,7 @@ def disk_full(case: Case) -> None:
     argv, out = case.world.chain_argv(chain, case.work / "out"), case.work / "out"
     expected = case.world.undisturbed(chain)
     for _ in range(2):
-        bound = int(2 ** case.draw.uniform(12, 17))  # the command's own words are in a file, too
+        bound = int(2 ** case.draw.uniform(14, 17))  # the command's own words are in a file, too
         done = case.compress(*argv, most_file_bytes=bound)
         case.tell(f"at most {bound} bytes a file")
         case.kills += 1

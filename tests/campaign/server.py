@@ -170,12 +170,12 @@ def run(
         orphans = _outlived(child)
         code = os.waitstatus_to_exitcode(status)
         told = [json.loads(line) for line in streams[2].read_text().splitlines()]
-        texts = [stream.read_text(errors="replace") for stream in streams[:2]]
+        out, err = (stream.read_text(errors="replace") for stream in streams[:2])
     events = next((line["events"] for line in told if "events" in line), 0)
     outside = tuple(dict.fromkeys(f"{line['what']} {line['path']}" for line in told if "path" in line))
     stopped = stopped or bool(stop and stop.event and any("stopped" in line for line in told))
     peak = usage.ru_maxrss * 1024
-    return Done(tuple(name), code, *texts, seconds, peak, events, outside, hung, orphans, stopped)
+    return Done(tuple(name), code, out, err, seconds, peak, events, outside, hung, orphans, stopped)
 
 
 def _kill_group(leader: int) -> None:
@@ -250,7 +250,7 @@ def _as_a_program() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules["__main__"] = types.ModuleType("__main__")
     forked = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment,misc]
+    multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]
 
 
 def _limit(bounds: Bounds) -> None:
