@@ -98,7 +98,8 @@ def train(
         kept = Path(state.best_model_checkpoint).name if options.held_out else saved.name
         _load_adapter(model, work.folder / kept)
     else:
-        trainer.train(resume_from_checkpoint=str(saved) if saved else None)
+        with _writing(work.folder):
+            trainer.train(resume_from_checkpoint=str(saved) if saved else None)
         state = trainer.state
     if state.global_step < steps:
         runtime.progress.note(f"lora stopped at step {state.global_step}: the held-out loss no longer falls")
@@ -264,6 +265,20 @@ def last_whole_step(work: Work) -> Path | None:
                 )
     whole = [path for path in steps if path.is_dir()]
     return whole[-1] if whole else None
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Around the Trainer: torch says that a file could not be written as a RuntimeError of its zip writer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise CheckpointError(
+            f"a training step could not be saved in {folder}: the disk is full, or a file may not grow so large; make "
+            "room and run the same command again, which goes on from the last saved step"
+        ) from None
 
 
 def _remove_past(work: Work, best: str) -> None:
