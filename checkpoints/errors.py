@@ -57,6 +57,13 @@ _REMEDIES = {
     errno.EIO: "the disk may be failing; copy the file from elsewhere",
     errno.ENOMEM: "there is not enough memory; close other programs, or use a smaller model or batch",
 }
+# torch raises RuntimeError for all its troubles; these words of it mean the machine.
+_TORCH = {
+    "inline_container": "a file could not be written whole: the disk is full, or a quota is used up",
+    "PytorchStreamWriter": "a file could not be written whole: the disk is full, or a quota is used up",
+    "DefaultCPUAllocator": "there is not enough memory; close other programs, or use a smaller model, window or batch",
+    "Cannot allocate memory": "there is not enough memory; close other programs, or use a smaller model or batch",
+}
 # The libraries that read a user's files, by the package that their exceptions come from.
 _READERS = {
     "safetensors": "a safetensors file",
@@ -92,7 +99,11 @@ def in_words(error: BaseException) -> str | None:
         return (f"{where}: " if where else "") + what + (f"; {remedy}" if remedy else "")
     if isinstance(error, UnicodeError):
         return f"a file is not UTF-8 text: {error}"
+    if isinstance(error, RuntimeError) and (known := next((w for k, w in _TORCH.items() if k in str(error)), None)):
+        return f"{known}; the same command goes on from what is finished"
     package = type(error).__module__.partition(".")[0]
+    if package.startswith("safetensors") and "I/O error" in str(error):
+        return f"a safetensors file could not be read or written: {_first_line(error)}"
     if package in _READERS:
         return f"{_READERS[package]} cannot be used: {_first_line(error)}"
     if type(error).__name__ == "OutOfMemoryError" and package == "torch":

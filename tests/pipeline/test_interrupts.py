@@ -166,6 +166,29 @@ def test_a_readers_own_error_is_told() -> None:
     assert in_words(ZeroDivisionError()) is None
 
 
+def test_what_torch_says_of_disk_and_memory_is_told(tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys, torch
+from checkpoints.errors import in_words
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def told(work):
+    try:
+        work()
+    except BaseException as error:
+        print(in_words(error))
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+told(lambda: torch.save(torch.zeros(10**5), sys.argv[1]))
+told(lambda: torch.empty(2**50))
+told(lambda: torch.zeros(2) @ torch.zeros(3))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.pt")], capture_output=True, text=True, check=True
+    )
+    disk, memory, bug = done.stdout.splitlines()
+    assert disk.startswith("a file could not be written whole") and memory.startswith("there is not enough memory")
+    assert bug == "None"
+
+
 def _raising(error: Exception) -> Callable[..., Any]:
     def app(**_: object) -> None:
         raise error
