@@ -8,13 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
+from checkpoints.errors import CheckpointError
+
 
 def adapter_scale(config: Mapping[str, Any]) -> float:
     """What adapter_config.json multiplies B A with: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
     if "lora_alpha" not in config:
         return 1.0
-    rank = float(config["r"])
-    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        rank, alpha = float(config["r"]), float(config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise CheckpointError(
+            f"adapter_config.json states r = {config.get('r')!r} and lora_alpha = {config['lora_alpha']!r}; a rank "
+            "above 0 and a number are wanted"
+        )
+    return scale
 
 
 def applied(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

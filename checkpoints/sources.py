@@ -180,6 +180,7 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with readable(f"{path} cannot be read as a GGUF file"):
+        _require_counts(path)
         reader = GGUFReader(path)
         stated = {key: field.contents() for key, field in reader.fields.items()}
         kinds = {t.tensor_type.name for t in reader.tensors if len(t.shape) == 2}
@@ -203,6 +204,61 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
     stored = str(matrices or dtype).removeprefix("torch.")
     config = model.config.to_diff_dict() | {"architectures": [type(model).__name__], "dtype": stored}
     return config, tensors, tokenizer
+
+
+# Bytes of GGUF's plain values by their number; 8 is a string, 9 an array.
+_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def _require_counts(path: Path) -> None:
+    """Raise ValueError where a GGUF header counts more than the file can hold: its reader would loop over all of it.
+
+    The layout: github.com/ggml-org/ggml, docs/gguf.md.
+    """
+    with path.open("rb") as file:
+        size = path.stat().st_size
+
+        def number(width: int) -> int:
+            data = file.read(width)
+            if len(data) < width:
+                raise ValueError("its header is cut off")
+            return int.from_bytes(data, "little")
+
+        def skip(length: int) -> None:
+            if length > size - file.tell():
+                raise ValueError(f"its header counts {length} bytes where {size - file.tell()} are left")
+            file.seek(length, os.SEEK_CUR)
+
+        def value(kind: int, depth: int) -> None:
+            if kind == 8:
+                skip(number(8))
+            elif kind == 9:
+                inner, count = number(4), number(8)
+                if depth > 2 or count > size:
+                    raise ValueError(f"its header counts {count} values of an array")
+                if inner in _GGUF_SIZES:
+                    skip(count * _GGUF_SIZES[inner])
+                else:
+                    for _ in range(count):
+                        value(inner, depth + 1)
+            elif kind in _GGUF_SIZES:
+                skip(_GGUF_SIZES[kind])
+            else:
+                raise ValueError(f"its header has values of kind {kind}")
+
+        if file.read(4) != b"GGUF" or number(4) not in (2, 3):
+            raise ValueError("it does not begin as GGUF files of version 2 or 3 do")
+        tensors, settings = number(8), number(8)
+        if max(tensors, settings) > size:
+            raise ValueError(f"its header counts {tensors} tensors and {settings} settings")
+        for _ in range(settings):
+            skip(number(8))
+            value(number(4), 0)
+        for _ in range(tensors):
+            skip(number(8))
+            if (sides := number(4)) > 8:
+                raise ValueError(f"its header has a tensor of {sides} sides")
+            skip(8 * sides + 12)
 
 
 # Kinds of GGUF tensors that are no codes, the widest last, and what keeps them exactly.

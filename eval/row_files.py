@@ -75,6 +75,8 @@ def read_rows(path: Path, parse: Callable[[int, Any], Row], form: str, limit: in
     Raises TextError with the line or row of everything that is malformed, empty or a RowError to `parse` (a few of
     many), and with the `form` that rows must have; likewise for a file without rows.
     """
+    if path.exists() and not path.is_file():
+        raise TextError(f"{path} is no file of rows, but a folder, device or pipe")
     rows, faults = [], []
     place = "line" if path.suffix.lower() == ".jsonl" else "row"
     for number, raw in enumerate(itertools.islice(_raw_rows(path), limit or None), 1):
