@@ -186,6 +186,10 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
         kinds = {t.tensor_type.name for t in reader.tensors if len(t.shape) == 2}
         names = {t.name for t in reader.tensors}
         del reader  # it maps the file
+    blocks = len({name.split(".")[1] for name in names if name.startswith("blk.")})
+    told = stated.get(f"{stated.get('general.architecture')}.block_count")
+    if told != blocks:  # transformers would make up the weights of those that are missing
+        raise CheckpointError(f"{path} states {told} blocks and holds {blocks}; the file is damaged")
     matrices = _GGUF_FLOATS.get(max(kinds, key=_GGUF_ORDER.index)) if kinds and kinds <= set(_GGUF_ORDER) else None
     dtype = torch.float32 if matrices else torch.bfloat16
     with readable(f"transformers cannot read {path}"):
