@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from checkpoints.errors import CheckpointError, EdgepressError
 
@@ -20,6 +24,7 @@ def quiet_import() -> Iterator[None]:
     unless told how many to use.
     """
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    _keep_hub_cache()
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -28,6 +33,22 @@ def quiet_import() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _keep_hub_cache() -> None:
+    """Name the hub's own default cache folder, where none is named.
+
+    tokenicer, imported with GPTQModel, else names /tmp/tokenicer_hf_home and makes it: a folder that anybody may have
+    made before, and that holds modules of code. A home that cannot be written to gives way to a folder of this process.
+    """
+    if "HF_HOME" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    there = next(folder for folder in (home, *home.absolute().parents) if folder.is_dir())
+    if not os.access(there, os.W_OK | os.X_OK):
+        home = Path(tempfile.mkdtemp(prefix="edgepress-hub-"))
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ["HF_HOME"] = str(home)
 
 
 @contextlib.contextmanager
@@ -56,5 +77,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    _keep_hub_cache()
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

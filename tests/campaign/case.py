@@ -48,6 +48,7 @@ class Case:
         self.canary = self.outside / "canary"
         self.cache = self.folder / "cache"
         self.environment = {"XDG_CACHE_HOME": str(self.cache), "HOME": str(self.cache)}
+        self.environment["HF_HOME"] = str(self.cache / "hub")
         (self.outside / "secret.txt").write_text(f"{SECRET}\n" * 400)
         (self.outside / "victim.txt").write_text("must stay as it is\n")
 
