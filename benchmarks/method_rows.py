@@ -99,5 +99,5 @@ def _budget(steps: int, length: int) -> dict[str, Any]:
 
 def _recipe(plain: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, tuple[str, ...]]:
     faults: list[str] = []
-    recipe = assemble(plain, stages, set(), "eora" in stages, faults, listed=True)
-    return recipe, tuple(faults)
+    drafted = assemble(plain, stages, set(), "eora" in stages, faults, listed=True)
+    return drafted.recipe, drafted.faults

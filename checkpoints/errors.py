@@ -57,10 +57,13 @@ _REMEDIES = {
     errno.EIO: "the disk may be failing; copy the file from elsewhere",
     errno.ENOMEM: "there is not enough memory; close other programs, or use a smaller model or batch",
 }
-# torch raises RuntimeError for all its troubles; these words of it mean the machine.
+_NOT_WRITTEN = "a file could not be written whole: the disk is full, or a quota is used up"
+# torch raises RuntimeError for all its troubles; these words of it mean the machine. Its zip writer has three ways to
+# say that a file could not grow: which one depends on where in the file it happened.
 _TORCH = {
-    "inline_container": "a file could not be written whole: the disk is full, or a quota is used up",
-    "PytorchStreamWriter": "a file could not be written whole: the disk is full, or a quota is used up",
+    "inline_container": _NOT_WRITTEN,
+    "PytorchStreamWriter": _NOT_WRITTEN,
+    "iostream error": _NOT_WRITTEN,
     "DefaultCPUAllocator": "there is not enough memory; close other programs, or use a smaller model, window or batch",
     "Cannot allocate memory": "there is not enough memory; close other programs, or use a smaller model or batch",
 }
@@ -109,6 +112,11 @@ def in_words(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError" and package == "torch":
         return f"the device has not enough memory: {_first_line(error)}"
     return None
+
+
+def not_written(error: RuntimeError) -> bool:
+    """Whether torch could not write a file because there was no room for it."""
+    return any(words in str(error) for words, what in _TORCH.items() if what is _NOT_WRITTEN)
 
 
 def _first_line(error: BaseException) -> str:

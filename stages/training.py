@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoints.errors import CheckpointError, NumericsError, TextError
+from checkpoints.errors import CheckpointError, NumericsError, TextError, not_written
 from checkpoints.manifest import sha256_file
 from checkpoints.quiet import quiet_import
 from checkpoints.runtime import Progress, Runtime
@@ -273,7 +273,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+        if not not_written(error):
             raise
         raise CheckpointError(
             f"a training step could not be saved in {folder}: the disk is full, or a file may not grow so large; make "
