@@ -13,8 +13,7 @@ from torch import Tensor
 from checkpoints.errors import TextError
 
 if TYPE_CHECKING:
-    from checkpoints.checkpoint import Checkpoint
-    from checkpoints.runtime import Runtime
+    from checkpoints.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,15 @@ def require_known(ids: Tensor, rows: int, where: str) -> None:
         )
 
 
-def require_positions(source: Checkpoint, length: int, option: str, runtime: Runtime) -> None:
-    """Raise TextError where windows are longer than the family's position table; note it where it has none."""
-    positions = source.shape.config.get("max_position_embeddings")
+def beyond_positions(shape: ModelShape, length: int, option: str) -> str:
+    """A note where windows are longer than the model was trained for, or nothing.
+
+    Raises TextError where the family's positions are a table, which has no row for them.
+    """
+    positions = shape.config.get("max_position_embeddings")
     if not isinstance(positions, int) or length <= positions:
-        return
-    found = f"{option} {length} is more than the {positions} positions of {source.name}"
-    if source.shape.family in _TABLES:
+        return ""
+    found = f"{option} {length} is more than the {positions} positions of the model"
+    if shape.family in _TABLES:
         raise TextError(f"{found}, which are a table; at most {positions} fit")
-    runtime.progress.note(f"{found}; what lies beyond them the model was not trained for")
+    return f"{found}; what lies beyond them the model was not trained for"

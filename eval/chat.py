@@ -24,20 +24,26 @@ _PER_TURN = 2**16  # characters that a template may add to each turn
 
 
 def in_template(
-    tokenizer: Any, conversations: Sequence[Conversation], folder: Path, asked: str, answer_next: bool
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    folder: Path,
+    asked: str,
+    answer_next: bool,
+    last_goes_on: bool = False,
 ) -> list[str]:
     """Each conversation as the model was tuned to read it.
 
     folder: whose tokenizer it is; asked: the option or row that wants it. answer_next: the beginning of an answer
-    follows. Raises PlanError where the tokenizer has no template, TextError where it does not end, writes without
-    end, or refuses a conversation.
+    follows; last_goes_on: the last turn is not ended. Raises PlanError where the tokenizer has no template, TextError
+    where it does not end, writes without end, or refuses a conversation.
     """
     if not tokenizer.chat_template:
         raise PlanError(f"{asked}: the tokenizer of {folder} has no chat template")
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        _render(tokenizer, conversations, answer_next, reading, writing)
+        how = {"add_generation_prompt": answer_next, "continue_final_message": last_goes_on}
+        _render(tokenizer, conversations, how, reading, writing)
     os.close(writing)
     try:
         said = _read(reading, time.monotonic() + _SECONDS)
@@ -57,7 +63,7 @@ def in_template(
 
 
 def _render(
-    tokenizer: Any, conversations: Sequence[Conversation], answer_next: bool, reading: int, writing: int
+    tokenizer: Any, conversations: Sequence[Conversation], how: dict[str, bool], reading: int, writing: int
 ) -> None:
     """The child's life: write JSON with the texts, or with what the template raised."""
     try:
@@ -71,9 +77,7 @@ def _render(
         texts = []
         try:
             for turns in conversations:
-                text = str(
-                    tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=answer_next)
-                )
+                text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, **how))
                 if len(text) > sum(len(turn["content"]) + _PER_TURN for turn in turns) + _PER_TURN:
                     raise ValueError(f"it makes {len(text)} characters of a conversation")
                 texts.append(text)

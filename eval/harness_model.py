@@ -10,10 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 
-from checkpoints.errors import NumericsError
+from checkpoints.errors import NumericsError, TextError
+from checkpoints.tokens import require_known
 from eval.answer_file import AnswerFile
+from eval.chat import in_template
 from eval.settings import Settings
 from eval.subject import Subject
 
@@ -32,6 +35,7 @@ class KeptModel(HFLM):  # type: ignore[misc]
             batch_size=1,
             max_length=subject.positions,
         )
+        self._subject = subject
         self._progress, self._task = subject.runtime.progress, task
         self._answers: dict[str, Any] = {}
         self.cut = 0  # prompts that did not fit the model's positions; lm-eval drops their beginning
@@ -64,6 +68,29 @@ class KeptModel(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)  # no bar of its own
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As lm-eval's own, but bounded. A task's description is left out where the template knows no system turn."""
+        folder, goes_on = self._subject.checkpoint.folder, not add_generation_prompt
+        without_system = [turn for turn in chat_history if turn["role"] != "system"]
+        try:
+            return in_template(self.tokenizer, [chat_history], folder, "--chat", add_generation_prompt, goes_on)[0]
+        except TextError:
+            if without_system == chat_history:
+                raise
+        return in_template(self.tokenizer, [without_system], folder, "--chat", add_generation_prompt, goes_on)[0]
+
+    def tok_encode(self, string: str, *arguments: Any, **settings: Any) -> list[int]:
+        return self._known(super().tok_encode(string, *arguments, **settings))
+
+    def tok_batch_encode(self, strings: list[str], *arguments: Any, **settings: Any) -> Any:
+        ids, mask = super().tok_batch_encode(strings, *arguments, **settings)
+        self._known(ids.flatten().tolist())
+        return ids, mask
+
+    def _known(self, ids: list[int]) -> list[int]:
+        require_known(torch.tensor(ids), self._subject.checkpoint.shape.vocabulary, self._subject.checkpoint.name)
+        return ids
 
     def _answered(self, kind: str, requests: list[Any], compute: Callable[..., list[Any]]) -> list[Any]:
         keys = [_key(kind, request.args) for request in requests]

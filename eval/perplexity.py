@@ -23,7 +23,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import NumericsError, PlanError, TextError
 from checkpoints.kv_format import PLAIN, KVFormat
 from checkpoints.runtime import Runtime
-from checkpoints.tokens import require_known, require_positions
+from checkpoints.tokens import beyond_positions, require_known
 from checkpoints.walk import BlockVisit, Walk
 from eval.disturb import Disturbance
 from eval.results import exp_of
@@ -137,8 +137,8 @@ def measure_passages(
 ) -> list[Passage]:
     """Each window or row by itself, in the text's order."""
     tokenizer = checkpoint.tokenizer()
-    if protocol.kind == "windows":
-        require_positions(checkpoint, protocol.window, "--window", runtime)
+    if protocol.kind == "windows" and (beyond := beyond_positions(checkpoint.shape, protocol.window, "--window")):
+        runtime.progress.note(f"{checkpoint.name}: {beyond}")
     bos = starts_with_bos(tokenizer)
     batches = _windows(text, tokenizer, protocol) if protocol.kind == "windows" else _rows(text, tokenizer, protocol)
     for batch in batches:

@@ -37,6 +37,7 @@ INSTRUCTIONS: dict[str, tuple[str, str | None, str, str | None, list[str]]] = {
 NAMED = ("embedded", "wikitext2", "c4", *INSTRUCTIONS)
 END_OF_TEXT = "<|endoftext|>"  # separates stories in TinyStories' files
 _CHATS_AT_ONCE = 256
+FIRST_PART = " (first four fifths)"  # ends the name of a text of which the rest is kept for measuring
 _HELD_OUT = 5  # of a user's file, every last fifth is kept for measuring
 
 
@@ -149,7 +150,7 @@ def _part(text: Text, use: Use, origin: Path | str) -> Text:
             raise TextError(f"{origin} has no line end in its last fifth to be split at; give --text as well as --data")
         parts = ((whole[:cut],), (whole[cut:],))
     first = use == "calibrate"
-    name = f"{text.name} ({'first four fifths' if first else 'last fifth'})"
+    name = text.name + (FIRST_PART if first else " (last fifth)")
     return Text(name, parts[0 if first else 1], text.exchanges, text.chats)
 
 

@@ -11,7 +11,7 @@ from eval.perplexity import Passage, Protocol, described, measure_passages
 from eval.results import Result, Score, mean
 from eval.settings import Settings
 from eval.subject import Subject
-from eval.text import NAMED, Text, load_text
+from eval.text import FIRST_PART, NAMED, Text, load_text
 
 
 def check(name: str, settings: Settings) -> None:
@@ -47,6 +47,10 @@ def protocol_of(settings: Settings, kind: str) -> Protocol:
 def _measured(name: str, subject: Subject, text: Text, protocols: list[Protocol], settings: Settings) -> Result:
     began = time.perf_counter()
     scores: list[Score] = []
+    for stage, seen in _trained_on(subject, text):
+        subject.runtime.progress.note(
+            f"{subject.label}: its {stage} stage saw '{seen}', which is measured on here; measure on another text"
+        )
     for protocol in protocols:
         passages = measure_passages(subject.checkpoint, text, protocol, subject.runtime, kv=settings.kv)
         how = f"{described(protocol, passages)}; {text.name}; {subject.dtype}" + (
@@ -56,6 +60,20 @@ def _measured(name: str, subject: Subject, text: Text, protocols: list[Protocol]
     if len(protocols) > 1:  # two numbers of one name would hide that they cannot be compared
         scores = [replace(s, metric=f"{s.metric}, {s.protocol.split(' ')[0]}") for s in scores]
     return Result(name, tuple(scores), time.perf_counter() - began, {"text_sha256": text.sha256})
+
+
+def _trained_on(subject: Subject, text: Text) -> list[tuple[str, str]]:
+    """Stages that calibrated or trained on the text, as far as its name tells, and the part that they saw.
+
+    A run's own measuring text shares nothing with them (`overlap` in their manifests); a text given to `eval` may.
+    """
+    found = []
+    for checkpoint in subject.checkpoint.ancestors():
+        manifest = checkpoint.manifest
+        seen = str((manifest.calibration or {}).get("name", "")) if manifest else ""
+        if manifest and text.name in (seen, seen.removesuffix(FIRST_PART)):
+            found.append((manifest.stage, seen))
+    return found[::-1]
 
 
 def _scores(passages: list[Passage], protocol: str, of: str) -> list[Score]:

@@ -17,12 +17,12 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.manifest import SEAL, write_bytes
 from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches, require_known, require_positions, sample_windows
+from checkpoints.tokens import TokenBatches, beyond_positions, require_known, sample_windows
 from eval.overlap import Measured, without_measured
 from eval.text import Text, held_out_of, load_text, starts_with_bos
 from pipeline.recipe import Recipe
 from pipeline.vocabulary import corpus_vocabulary, follows_vocabulary
-from stages.options import Lora, Options, Pad, Vocabulary
+from stages.options import Lora, Options, Pad, Vocabulary, flag_of
 from stages.training import require_a_batch
 
 SELF = "self"
@@ -57,7 +57,8 @@ class Calibration:
             return TokenBatches("none", torch.empty(0, 0, dtype=torch.int64))
         if (stage, options.length) not in self._lengths:
             self._lengths.add((stage, options.length))
-            require_positions(self._source, options.length, f"--{stage}-length", self._runtime)
+            if beyond := beyond_positions(self._source.shape, options.length, flag_of(options, "length")):
+                self._runtime.progress.note(beyond)
         trimmed = vocabulary is not None and follows_vocabulary(self._recipe, stage)
         spec = (options.data if isinstance(options, Lora) else "") or self._recipe.calibration_text
         runtime = replace(self._runtime, turn=turn)

@@ -7,15 +7,16 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.errors import EdgepressError, PlanError, RecipeError
+from checkpoints.errors import EdgepressError, PlanError, RecipeError, TextError
 from checkpoints.families import PRESETS, shape_from_config
 from checkpoints.shape import ModelShape, safetensors_bytes
+from checkpoints.tokens import beyond_positions
 from pipeline.homotopic import unrolled
 from pipeline.plan_texts import text_faults
 from pipeline.recipe import Draft, Recipe
 from pipeline.vocabulary import counted
 from stages.needs import HESSIANS, NOTHING, needs
-from stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary
+from stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, flag_of
 from stages.recovery.shapes import training_bytes
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
@@ -72,6 +73,11 @@ def examined(
         if (preset := (recipe.model or "").lower()) in PRESETS:  # no weights to run with, but a shape to plan with
             shape = shape_from_config(PRESETS[preset])
     try:
+        if shape is not None and recipe.protocol == "windows":
+            beyond_positions(shape, recipe.window, "--window")
+    except TextError as error:
+        faults.append(str(error))
+    try:
         plans = plan(recipe, shape, drafted.refused) if shape is not None else []
     except RecipeError as error:
         faults += error.faults
@@ -121,6 +127,8 @@ def plan(recipe: Recipe, shape: ModelShape, refused: Set[str] = frozenset()) -> 
                 options = counted(recipe, options)
             after = module.plan(shape, options)
             remarks = tuple(module.remarks(shape, options)) if hasattr(module, "remarks") else ()
+            if not isinstance(options, Vocabulary | Pad):
+                remarks += tuple(filter(None, [beyond_positions(shape, options.length, flag_of(options, "length"))]))
             scratch = forecast_scratch(name, options, shape)
             turn = sum(earlier.stage == name for earlier in plans)
             memory = forecast_memory(name, options, shape)

@@ -6,13 +6,23 @@ import time
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from checkpoints.errors import PlanError
+from checkpoints.manifest import is_special
 from checkpoints.memory import resident_bytes
 
 _PLAIN_EVERY = 15.0  # seconds between lines where no bar can be drawn
+
+
+def open_log(path: Path) -> TextIO:
+    """A log file to add to. Raises PlanError for a pipe, which would wait for a reader, or another special file."""
+    if is_special(path):
+        raise PlanError(f"{path} is a device, pipe or socket, where the run's log would be written; move it away")
+    return path.open("a")
 
 
 class Reporter:
@@ -20,7 +30,7 @@ class Reporter:
 
     def __init__(self, console: Console, log: Path | None = None, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
-        self._log = log.open("a") if log else None
+        self._log = open_log(log) if log else None
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._steps, self._done, self._spoken, self._began = "", 0, 0, 0.0, 0.0

@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.progress import open_log
+
 if TYPE_CHECKING:
     from pipeline.sweep import SweepResult
     from pipeline.tasks import Outcome
@@ -26,7 +28,7 @@ class SweepView:
     def __init__(self, console: Console, log: Path, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
         self.result: SweepResult | None = None
-        self._log = log.open("a")
+        self._log = open_log(log)
         self._running: dict[str, tuple[Node, float, str]] = {}  # since when, and what it does
         self._last: deque[str] = deque(maxlen=_LAST)
         self._failed: list[str] = []

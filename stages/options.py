@@ -24,6 +24,11 @@ def option(default: Any, flag: str, text: str, later: bool = False) -> Any:
     return field(default=default, metadata={"flag": flag, "help": text, "later": later})
 
 
+def flag_of(options: Any, name: str) -> str:
+    """The flag of a field of some stage's options."""
+    return str(next(f.metadata["flag"] for f in fields(options) if f.name == name))
+
+
 class _Faults:
     """What cannot be in one stage's options, raised together."""
 

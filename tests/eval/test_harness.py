@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import PlanError, TextError
 from checkpoints.runtime import Runtime, Silent
-from eval import harness_data
+from eval import chat, harness_data
+from eval.harness_model import KeptModel
 from eval.perplexity import Protocol, measure
 from eval.results import Result
 from eval.settings import Settings
@@ -29,6 +32,7 @@ from eval.text import Text
 pytestmark = pytest.mark.pipeline
 
 Tiny = Callable[..., Path]
+TURN, ANSWER = {"role": "user", "content": "Open?"}, {"role": "assistant", "content": "Yes"}
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "hellaswag": lambda i: {
         "activity_label": "Running",
@@ -211,3 +215,46 @@ def test_local_files_that_do_not_fit(tmp_path: Path) -> None:
         harness_data.check("piqa", Settings(sources=(f"piqa={rows}",), shots=2))
     with pytest.raises(TextError, match=r"SUBJECT_test.csv"):
         harness_data.check("mmlu", Settings(sources=(f"mmlu={tmp_path}",)))
+
+
+def with_template(folder: Path, to: Path, template: str) -> Path:
+    shutil.copytree(folder, to)
+    (to / "chat_template.jinja").write_text(template)
+    return to
+
+
+def test_a_chat_template_writes_the_prompts_and_may_know_no_system_turn(tiny_model: Tiny, tmp_path: Path) -> None:
+    """The prompts are lm-eval's own: those of its unbounded call to the same template."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+    )
+    folder = with_template(tiny_model(), tmp_path / "chat", template)
+    rows = write_rows(tmp_path / "rows.jsonl", "piqa")
+    run("piqa", folder, rows, chat=True, answers=str(tmp_path / "answers"))
+    kept = (tmp_path / "answers/tiny/piqa.jsonl").read_text().splitlines()[1:]
+    prompts = {json.loads(line)["prompt"] for line in kept}
+    assert prompts == {f"<user>Question: open jar {i}\nAnswer:<answer>" for i in range(8)}
+    model = KeptModel(subject_of(folder), Settings(), "piqa")
+    system = {"role": "system", "content": "Be brief."}
+    for turns, asks in (([TURN], True), ([system, TURN], True), ([TURN, ANSWER], False)):
+        assert model.apply_chat_template(turns, asks) == HFLM.apply_chat_template(model, turns, asks)
+
+
+def test_a_chat_template_without_end_is_an_error(tiny_model: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(chat, "_SECONDS", 0.5)
+    nines = "{% for x in range(99999) %}" * 3 + "{% endfor %}" * 3
+    folder = with_template(tiny_model(), tmp_path / "chat", nines)
+    with pytest.raises(TextError, match="did not come to an end"):
+        run("piqa", folder, write_rows(tmp_path / "rows.jsonl", "piqa"), chat=True)
+
+
+def test_a_token_that_the_embedding_lacks_is_an_error(tiny_model: Tiny) -> None:
+    model = KeptModel(subject_of(tiny_model()), Settings(), "piqa")
+    vocabulary = model._subject.checkpoint.shape.vocabulary
+    model.tokenizer.add_tokens([f"<more{i}>" for i in range(vocabulary)])
+    assert model.tok_encode("open")
+    with pytest.raises(TextError, match="the embedding has"):
+        model.tok_encode(f"open <more{vocabulary - 1}>")
+    with pytest.raises(TextError, match="the embedding has"):
+        model.tok_batch_encode(["open", f"<more{vocabulary - 1}>"])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from checkpoints.errors import PlanError
-from pipeline.recipe import draft
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import PlanError, RecipeError, TextError
+from checkpoints.tokens import beyond_positions
+from pipeline.plan import examined, plan
+from pipeline.recipe import Draft, draft
 from stages.options import Depth, Gptq, Lora
 
 pytestmark = pytest.mark.pipeline
@@ -121,3 +127,34 @@ def test_what_only_follows_from_a_refused_stage_is_not_said() -> None:
     found = draft(None, {"gptq.quant": "int5", "eora.rank": 4, "lora.rank": -1, "homotopic": 2})
     assert found.refused == {"gptq", "lora"} and found.recipe.homotopic == 0
     assert [fault.partition(":")[0] for fault in found.faults] == ["--lora-rank -1", "--quant int5"]
+
+
+def test_windows_beyond_the_positions_are_a_remark_or_an_error(tiny_llama: Path) -> None:
+    """A rotary model goes on beyond its positions; a table has no row there."""
+    recipe = draft(
+        None, {"model": str(tiny_llama), "data": "embedded", "depth.remove": 0, "wanda.length": 600, "window": 600}
+    ).recipe
+    shape = Checkpoint.open(tiny_llama).shape
+    wanda, lora, *_ = plan(recipe, shape)
+    assert (
+        "--wanda-length 600" not in " ".join(lora.remarks)
+        and "--wanda-length 600 is more than the 256 positions of the model" in wanda.remarks[0]
+    )
+    for length in (256, 600):
+        table = replace(shape, family="opt")
+        fails = length > 256
+        with pytest.raises(TextError, match="which are a table; at most 256") if fails else nullcontext():
+            beyond_positions(table, length, "--window")
+    with pytest.raises(RecipeError) as raised:
+        examined(Draft(recipe), lambda _: table, texts=False)
+    assert "--wanda-length 600" in str(raised.value) and "--window 600" in str(raised.value)
+
+
+def test_a_pipe_in_place_of_the_log_is_an_error(compress: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--model", tiny_llama, "--data", "embedded", "--skip", "depth,wanda,lora,gptq,eora", "-o", out]
+    assert compress(*flags).returncode == 0
+    (out / "compress.log").unlink()
+    os.mkfifo(out / "compress.log")
+    done = compress(*flags)
+    assert done.returncode == 2 and "compress.log is a device, pipe or socket" in done.stderr

@@ -124,3 +124,21 @@ def test_text_that_is_measured_on_is_left_out_of_training(
     assert refused.returncode == 2
     assert "would both calibrate and be measured on" in " ".join(refused.stderr.split())
     assert not list((tmp_path / "other").glob("*/manifest.json"))
+
+
+def test_eval_says_that_a_checkpoint_saw_the_text_before(
+    tiny_llama: Path, run_recipe: Run, compress: Run, tmp_path: Path
+) -> None:
+    """A run measures on the rest of its text; `eval --text` of the same file would measure on what was trained on."""
+    seen, other = tmp_path / "seen.txt", tmp_path / "other.txt"
+    words = [str(pydoc_data.topics.topics[name]) for name in sorted(pydoc_data.topics.topics)]
+    seen.write_text("\n".join(words[:30]))
+    other.write_text("\n".join(words[30:60]))
+    out = tmp_path / "out"
+    run_recipe(out, tiny_llama, data=str(seen), skip="depth,gptq,eora")
+    for text, stages in ((seen, ["wanda", "lora"]), (other, [])):
+        done = compress("eval", out / "result", tiny_llama, "--text", text, "--window", 64, "--tokens", 512)
+        assert done.returncode == 0, done.stderr
+        told = [line for line in (done.stderr + done.stdout).splitlines() if "measure on another text" in line]
+        assert [line.split("its ")[1].split(" stage")[0] for line in told] == stages
+        assert all("saw 'seen.txt (first four fifths)'" in line for line in told)
