@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from checkpoints.runtime import Runtime
-from checkpoints.sources import open_source
-from eval.answers import Question, answer_all
-from eval.settings import Settings
-from eval.subject import Subject
-from eval.trivia import load_items
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sources import open_source
+from edgepress.eval.answers import Question, answer_all
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
+from edgepress.eval.trivia import load_items
 
 
 @torch.no_grad()

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.quiet import quiet_import
-from checkpoints.runtime import Runtime, choose_dtype
-from checkpoints.sources import open_source
-from checkpoints.tokens import TokenBatches, sample_windows
-from checkpoints.writer import CheckpointWriter
-from eval.perplexity import Protocol, measure
-from eval.text import Text, load_text
-from stages import depth, gptq
-from stages.options import Depth, Gptq
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Runtime, choose_dtype
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.tokens import TokenBatches, sample_windows
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.text import Text, load_text
+from edgepress.stages import depth, gptq
+from edgepress.stages.options import Depth, Gptq
 
 OURS: dict[str, dict[str, Any]] = {
     "default": {},

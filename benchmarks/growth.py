@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import write_random
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages import depth, wanda
-from stages.options import Depth, Wanda
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import depth, wanda
+from edgepress.stages.options import Depth, Wanda
 
 
 def main() -> None:

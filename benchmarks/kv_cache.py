@@ -12,11 +12,11 @@ import time
 
 import torch
 
-from checkpoints.kv_format import KVFormat
-from checkpoints.runtime import Runtime
-from checkpoints.sources import open_source
-from eval.perplexity import Protocol, measure
-from eval.text import load_text
+from edgepress.checkpoints.kv_format import KVFormat
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sources import open_source
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.text import load_text
 
 WINDOW = 512
 GOALS = {KVFormat(8): 0.5, KVFormat(4): 3.0}  # per cent

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.errors import PlanError
-from pipeline.homotopic import DISTILL
-from pipeline.recipe import Recipe, assemble
-from stages.options import QUANTS
-from stages.recovery import ADAPTERS, SETTINGS, parse
+from edgepress.checkpoints.errors import PlanError
+from edgepress.pipeline.homotopic import DISTILL
+from edgepress.pipeline.recipe import Recipe, assemble
+from edgepress.stages.options import QUANTS
+from edgepress.stages.recovery import ADAPTERS, SETTINGS, parse
 
 BASES = ("dense", "2:4")
 

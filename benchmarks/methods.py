@@ -22,10 +22,10 @@ from rich.console import Console
 
 from benchmarks.method_figure import draw
 from benchmarks.method_rows import BASES, Row, rows
-from checkpoints.errors import EdgepressError, RecipeError
-from checkpoints.quiet import quiet_libraries
-from checkpoints.shape import ModelShape
-from pipeline.sweep_recipe import Configuration, Sweep
+from edgepress.checkpoints.errors import EdgepressError, RecipeError
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.pipeline.sweep_recipe import Configuration, Sweep
 
 LINES, FIGURE = "methods.jsonl", "methods.png"
 
@@ -63,10 +63,10 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, out: Path) -> None:
     """Every row that is asked for, through the store; a line in the file as soon as one is there."""
-    from pipeline import sweep as sweeps
-    from pipeline.store import Store
-    from pipeline.sweep_view import SweepView
-    from pipeline.workers import Processes
+    from edgepress.pipeline import sweep as sweeps
+    from edgepress.pipeline.store import Store
+    from edgepress.pipeline.sweep_view import SweepView
+    from edgepress.pipeline.workers import Processes
 
     wanted = rows(given)
     with Store(out).opened():
@@ -93,8 +93,8 @@ def measure(given: argparse.Namespace, out: Path) -> None:
 
 def _planned(wanted: Iterable[Row], model: str, file: Path) -> Iterable[tuple[str, Row]]:
     """The rows that plan lets through, by name. The reason why another cannot be goes into the file."""
-    from checkpoints.sources import open_source
-    from pipeline.plan import plan
+    from edgepress.checkpoints.sources import open_source
+    from edgepress.pipeline.plan import plan
 
     shape = open_source(model).shape
     for row in wanted:
@@ -137,7 +137,7 @@ def bits_per_weight(shape: ModelShape) -> float:
 
     Codes or values, the index of the mask, scales, zero points, adapters; not the embedding, head, norms and header.
     """
-    from checkpoints.packed_sizes import packed_sizes
+    from edgepress.checkpoints.packed_sizes import packed_sizes
 
     sizes = packed_sizes(shape)
     around = sizes.embedding + sizes.head + sizes.norms + sizes.biases + sizes.header

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import write_random
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.memory import peak_bytes
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from pipeline.plan import forecast_memory
-from stages import depth, wanda
-from stages.options import Depth, Wanda
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.memory import peak_bytes
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.pipeline.plan import forecast_memory
+from edgepress.stages import depth, wanda
+from edgepress.stages.options import Depth, Wanda
 
 GIB = 2**30
 

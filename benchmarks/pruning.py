@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.memory import peak_bytes, reset_peak
-from checkpoints.runtime import Runtime, choose_dtype
-from checkpoints.sources import open_source
-from checkpoints.tokens import TokenBatches, sample_windows
-from checkpoints.verify import prove_pattern
-from checkpoints.writer import CheckpointWriter
-from eval.perplexity import Protocol, measure
-from eval.text import Text, load_text
-from stages import wanda
-from stages.options import Wanda
-from stages.pruning import METHODS
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.memory import peak_bytes, reset_peak
+from edgepress.checkpoints.runtime import Runtime, choose_dtype
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.tokens import TokenBatches, sample_windows
+from edgepress.checkpoints.verify import prove_pattern
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.text import Text, load_text
+from edgepress.stages import wanda
+from edgepress.stages.options import Wanda
+from edgepress.stages.pruning import METHODS
 
 
 def pruned(source: Checkpoint, windows: TokenBatches, text: Text, options: Wanda, runtime: Runtime) -> str:

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Runtime
-from checkpoints.skeleton import Skeleton
-from checkpoints.sources import open_source
-from checkpoints.tokens import TokenBatches, sample_windows
-from eval.text import load_text
-from stages.depth import perplexity
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.skeleton import Skeleton
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.tokens import TokenBatches, sample_windows
+from edgepress.eval.text import load_text
+from edgepress.stages.depth import perplexity
 
 PROTECT_FIRST, PROTECT_LAST = 4, 2
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from checkpoints.quiet import quiet_libraries
-from pipeline.progress import Reporter
-from pipeline.recipe import build
-from pipeline.run import run
-from pipeline.store import Store
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.pipeline.progress import Reporter
+from edgepress.pipeline.recipe import build
+from edgepress.pipeline.run import run
+from edgepress.pipeline.store import Store
 
 # Merging is free, so every linear layer is adapted; one rank for all.
 BUDGET: dict[str, Any] = {

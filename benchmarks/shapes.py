@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.sources import open_source
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.writer import CheckpointWriter
 
 
 def write_random(folder: Path, preset: str, blocks: int | None = None) -> Path:

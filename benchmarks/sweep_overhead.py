@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.shapes import write_random
-from checkpoints.quiet import quiet_libraries
-from pipeline.cli_sweep import duration
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.pipeline.cli_sweep import duration
 
 RECIPE = """
 name: overhead
@@ -49,12 +49,12 @@ def main() -> None:
 
 
 def measure(folder: Path, model: Path) -> None:
-    from pipeline.results import write_results
-    from pipeline.store import Store
-    from pipeline.sweep import carry_out, prepare, require_room, write_state
-    from pipeline.sweep_recipe import load_sweep
-    from pipeline.sweep_view import SweepView
-    from pipeline.workers import Here
+    from edgepress.pipeline.results import write_results
+    from edgepress.pipeline.store import Store
+    from edgepress.pipeline.sweep import carry_out, prepare, require_room, write_state
+    from edgepress.pipeline.sweep_recipe import load_sweep
+    from edgepress.pipeline.sweep_view import SweepView
+    from edgepress.pipeline.workers import Here
 
     out = folder / "out"
     sweep = load_sweep(str(folder / "overhead.yaml"), {"model": str(model)})

@@ -30,7 +30,9 @@ def reduced(
     table: str, samples: int, length: int, tokens: int, steps: int, trivia: str, instructions: str
 ) -> dict[str, Any]:
     """A shipped recipe with small budgets and texts that are on every disk."""
-    recipe: dict[str, Any] = yaml.safe_load((resources.files("recipes") / f"{TABLES[table]}.yaml").read_text())
+    recipe: dict[str, Any] = yaml.safe_load(
+        (resources.files("edgepress.recipes") / f"{TABLES[table]}.yaml").read_text()
+    )
     texts = {"wikitext2": "embedded", "c4": "embedded", "triviaqa.jsonl": trivia}
 
     def on_disk(text: str) -> str:
@@ -109,7 +111,7 @@ def main() -> None:
             recipe["sweep"]["configurations"] = [c for c in configurations if c["name"] != "baseline"]
         file = given.out / f"{TABLES[table]}-reduced.yaml"
         file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        command = [sys.executable, "-m", "pipeline.cli"]
+        command = [sys.executable, "-m", "edgepress"]
         model = ["--model", given.model] if given.model else []
         if given.plan:
             command += ["plan", "--recipe", str(file), *model]

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.runtime import Runtime, choose_dtype
-from checkpoints.sources import open_source
-from checkpoints.tokens import sample_windows
-from checkpoints.writer import CheckpointWriter
-from eval.text import load_text
-from stages import wanda
-from stages.options import Wanda
-from stages.pruning.wanda import prune_n_of_m
+from edgepress.checkpoints.runtime import Runtime, choose_dtype
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.tokens import sample_windows
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.eval.text import load_text
+from edgepress.stages import wanda
+from edgepress.stages.options import Wanda
+from edgepress.stages.pruning.wanda import prune_n_of_m
 
 
 def loop_over_groups(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:

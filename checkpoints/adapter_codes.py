@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.headers import ADAPTER, ADAPTER_PACKED
+from edgepress.checkpoints.headers import ADAPTER, ADAPTER_PACKED
 
 
 def eight_bit(matrix: Tensor, within: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.errors import CheckpointError
+from edgepress.checkpoints.errors import CheckpointError
 
 
 def adapter_scale(config: Mapping[str, Any]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.packed_sizes import MaskIndex
+from edgepress.checkpoints.packed_sizes import MaskIndex
 
 Bytes = NDArray[np.uint8]
 Mask = NDArray[np.bool_]

@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoints.adapters import adapter_scale, applied
-from checkpoints.config import read_config
-from checkpoints.errors import CheckpointError
-from checkpoints.headers import (
+from edgepress.checkpoints.adapters import adapter_scale, applied
+from edgepress.checkpoints.config import read_config
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.headers import (
     ADAPTER,
     ADAPTER_PACKED,
     EDGE,
@@ -27,14 +27,22 @@ from checkpoints.headers import (
     stored_tensors,
     weight_files,
 )
-from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, require_finished, require_inside, sha256_file
-from checkpoints.nm import require_finite
-from checkpoints.packing import dense_weight
-from checkpoints.quiet import readable
-from checkpoints.reshape import with_pattern
-from checkpoints.shape import LinearShape, ModelShape
-from checkpoints.sparsity import Sparsity
-from checkpoints.vocabulary import load_tokenizer
+from edgepress.checkpoints.manifest import (
+    MANIFEST,
+    WORK,
+    Manifest,
+    check_files,
+    require_finished,
+    require_inside,
+    sha256_file,
+)
+from edgepress.checkpoints.nm import require_finite
+from edgepress.checkpoints.packing import dense_weight
+from edgepress.checkpoints.quiet import readable
+from edgepress.checkpoints.reshape import with_pattern
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.checkpoints.sparsity import Sparsity
+from edgepress.checkpoints.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -224,7 +232,7 @@ class Checkpoint:
 
     def model(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory with its effective dense weights; for training and generating."""
-        from checkpoints.skeleton import Skeleton
+        from edgepress.checkpoints.skeleton import Skeleton
 
         return Skeleton(self).filled(torch.device(device), dtype or self.stored_dtype)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.errors import CheckpointError
-from checkpoints.forms import Codebook
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.forms import Codebook
 
 _SMALLEST = 1e-38  # absmax of a block of zeros: its reciprocal still is a number
 STATE = "weight.quant_state."

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.defaults import setting
-from checkpoints.documents import CONFIG_BYTES, parse_json, read_small
-from checkpoints.errors import CheckpointError
-from checkpoints.forms import CODEBOOK_METHOD, CODEBOOKS, REAL_METHOD, Form, Grid, RealGrid
-from checkpoints.manifest import require_own_links
+from edgepress.checkpoints.defaults import setting
+from edgepress.checkpoints.documents import CONFIG_BYTES, parse_json, read_small
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.forms import CODEBOOK_METHOD, CODEBOOKS, REAL_METHOD, Form, Grid, RealGrid
+from edgepress.checkpoints.manifest import require_own_links
 
 # What a mixture of experts states, and the model types that are one where a configuration leaves the number out.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import CheckpointError, EdgepressError
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError
 
 CONFIG_BYTES = 16 * 2**20  # of a configuration; an index of a thousand shards has less than one
 RECIPE_BYTES = 2**20  # of what a person writes

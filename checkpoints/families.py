@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.defaults import head_dim, kv_heads, setting
-from checkpoints.errors import PlanError
-from checkpoints.forms import TensorShape
-from checkpoints.shape import BlockShape, LinearShape, ModelShape
+from edgepress.checkpoints.defaults import head_dim, kv_heads, setting
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import TensorShape
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
 
 # Sizes that a config.json must state to be believed, and those that its family's class may fill in.
 _STATED = ("hidden_size", "num_hidden_layers", "num_attention_heads")

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints.config import read_config, stated_form, tied
-from checkpoints.documents import parse_json, read_small
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.families import known_families, shape_from_config
-from checkpoints.forms import CODEBOOKS, DTYPE_BITS, TORCH_NAMES, Codebook, Form, RealGrid, TensorShape
-from checkpoints.manifest import MANIFEST, Manifest, require_inside
-from checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape
-from checkpoints.sparsity import Sparsity, parse_sparsity
+from edgepress.checkpoints.config import read_config, stated_form, tied
+from edgepress.checkpoints.documents import parse_json, read_small
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.families import known_families, shape_from_config
+from edgepress.checkpoints.forms import CODEBOOKS, DTYPE_BITS, TORCH_NAMES, Codebook, Form, RealGrid, TensorShape
+from edgepress.checkpoints.manifest import MANIFEST, Manifest, require_inside
+from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape
+from edgepress.checkpoints.sparsity import Sparsity, parse_sparsity
 
 INDEX_BYTES = 64 * 2**20
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -41,16 +41,16 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
-from checkpoints import image_tensors as form
-from checkpoints.bits import Bytes
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.documents import parse_json
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import replacing
-from checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, aligned, header_text, image_table
-from checkpoints.peft_config import beyond_plain
-from checkpoints.runtime import Progress, Silent
-from checkpoints.writer import ADAPTER_CONFIG, TOKENIZER_FILES
+from edgepress.checkpoints import image_tensors as form
+from edgepress.checkpoints.bits import Bytes
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.documents import parse_json
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.manifest import replacing
+from edgepress.checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, aligned, header_text, image_table
+from edgepress.checkpoints.peft_config import beyond_plain
+from edgepress.checkpoints.runtime import Progress, Silent
+from edgepress.checkpoints.writer import ADAPTER_CONFIG, TOKENIZER_FILES
 
 MAGIC, VERSION = b"EDGEPACK", 1
 _FIXED = struct.Struct("<8sIIQd")  # and the digest

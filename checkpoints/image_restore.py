@@ -11,15 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.image import Image, open_image, read_block, read_documents, read_outer
-from checkpoints.manifest import PARTIAL, Manifest, describe_files, fingerprint, write_bytes
-from checkpoints.peft_config import ia3_config, peft_config
-from checkpoints.runtime import Progress, Silent
-from checkpoints.sparsity import Sparsity, parse_sparsity
-from checkpoints.verify import prove_pattern
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.image import Image, open_image, read_block, read_documents, read_outer
+from edgepress.checkpoints.manifest import PARTIAL, Manifest, describe_files, fingerprint, write_bytes
+from edgepress.checkpoints.peft_config import ia3_config, peft_config
+from edgepress.checkpoints.runtime import Progress, Silent
+from edgepress.checkpoints.sparsity import Sparsity, parse_sparsity
+from edgepress.checkpoints.verify import prove_pattern
+from edgepress.checkpoints.writer import CheckpointWriter
 
 STAGE, STAGE_VERSION = "unpack", 1
 

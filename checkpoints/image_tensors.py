@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from checkpoints import codebooks
-from checkpoints.adapter_codes import unpacked
-from checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
-from checkpoints.errors import CheckpointError
-from checkpoints.forms import CODEBOOKS, DTYPE_BYTES, Codebook, Grid, RealGrid
-from checkpoints.packed_sizes import MaskIndex
-from checkpoints.packing import dequantise_rows, pack_linear, pack_real, unpack_linear, unpack_real
-from checkpoints.sparsity import parse_sparsity
+from edgepress.checkpoints import codebooks
+from edgepress.checkpoints.adapter_codes import unpacked
+from edgepress.checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.forms import CODEBOOKS, DTYPE_BYTES, Codebook, Grid, RealGrid
+from edgepress.checkpoints.packed_sizes import MaskIndex
+from edgepress.checkpoints.packing import dequantise_rows, pack_linear, pack_real, unpack_linear, unpack_real
+from edgepress.checkpoints.sparsity import parse_sparsity
 
 TORCH_DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,

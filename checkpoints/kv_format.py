@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError
 
 GROUP = 32  # tokens of a key's group, and channels of a value's group at most
 FULL_BITS = 16  # of a value that is not quantised, and of each scale and zero point

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from checkpoints.errors import CheckpointError
+from edgepress.checkpoints.errors import CheckpointError
 
 _HEADER = struct.Struct("<7i")
 _VERSIONED_MAGIC = 0x616B3432  # "ak42": the first word of export versions 1 and 2

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from checkpoints.errors import CheckpointError
+from edgepress.checkpoints.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"

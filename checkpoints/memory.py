@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from checkpoints.allocator import give_back
+from edgepress.checkpoints.allocator import give_back
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.sparsity import Sparsity
+from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.sparsity import Sparsity
 
 
 def group_zeros(weight: Tensor, m: int) -> Tensor:

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from checkpoints.forms import DTYPE_BYTES, TensorShape, bytes_of
-from checkpoints.shape import BlockShape, LinearShape, ModelShape
-from checkpoints.sparsity import Pattern
+from edgepress.checkpoints.forms import DTYPE_BYTES, TensorShape, bytes_of
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
+from edgepress.checkpoints.sparsity import Pattern
 
 PREAMBLE_BYTES = 64
 PAGE = 4096  # the data begins at a multiple of this: it can be mapped, and flashed sector by sector

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from checkpoints import codebooks
-from checkpoints.errors import PlanError
-from checkpoints.forms import Codebook, RealGrid
-from checkpoints.reshape import WORD
-from checkpoints.shape import LinearShape
+from edgepress.checkpoints import codebooks
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Codebook, RealGrid
+from edgepress.checkpoints.reshape import WORD
+from edgepress.checkpoints.shape import LinearShape
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from checkpoints.quiet import quiet_import
+from edgepress.checkpoints.quiet import quiet_import
 
 
 def peft_config(rank: int, alpha: float, linears: Iterable[str], dora: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError, EdgepressError
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.forms import Codebook, Form, Grid, RealGrid
-from checkpoints.shape import LinearShape, ModelShape, largest_group
-from checkpoints.sparsity import Sparsity
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Codebook, Form, Grid, RealGrid
+from edgepress.checkpoints.shape import LinearShape, ModelShape, largest_group
+from edgepress.checkpoints.sparsity import Sparsity
 
 WORD = 32
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from checkpoints.shape import BlockShape
+    from edgepress.checkpoints.shape import BlockShape
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError
 
 
 class Progress(Protocol):

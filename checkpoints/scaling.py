@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.errors import CheckpointError
+from edgepress.checkpoints.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.checkpoint import Checkpoint
 
 FOLDER = "scaling"
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from checkpoints.defaults import head_dim, kv_heads, setting
-from checkpoints.errors import PlanError
-from checkpoints.forms import DTYPE_BYTES, Form, TensorShape
-from checkpoints.sparsity import Sparsity
+from edgepress.checkpoints.defaults import head_dim, kv_heads, setting
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import DTYPE_BYTES, Form, TensorShape
+from edgepress.checkpoints.sparsity import Sparsity
 
 OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for
 DENSE_DTYPE = "dense_dtype"  # under it: the precision that quantised layers had, where the files do not tell
@@ -215,7 +215,7 @@ class ModelShape:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the image that `compress pack` writes, exactly."""
-        from checkpoints.packed_sizes import packed_sizes  # which is built on this module
+        from edgepress.checkpoints.packed_sizes import packed_sizes  # which is built on this module
 
         return packed_sizes(self).total
 

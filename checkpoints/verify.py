@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from checkpoints.adapter_codes import differing
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.headers import ADAPTER_PACKED
-from checkpoints.manifest import check_files
-from checkpoints.nm import MaskProof
-from checkpoints.sparsity import Sparsity, parse_sparsity
+from edgepress.checkpoints.adapter_codes import differing
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.headers import ADAPTER_PACKED
+from edgepress.checkpoints.manifest import check_files
+from edgepress.checkpoints.nm import MaskProof
+from edgepress.checkpoints.sparsity import Sparsity, parse_sparsity
 
 
 def prove_pattern(checkpoint: Checkpoint, pattern: Sparsity, masks_from: Checkpoint | None = None) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import PlanError
-from checkpoints.manifest import require_name, require_own_links, write_bytes, write_json
-from checkpoints.quiet import readable
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.manifest import require_name, require_own_links, write_bytes, write_json
+from edgepress.checkpoints.quiet import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

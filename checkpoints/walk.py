@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.manifest import SEAL, WORK, require_inside, seal_holds, sealed, sha256_file, write_bytes
-from checkpoints.runtime import Runtime
-from checkpoints.shape import ModelShape
-from checkpoints.skeleton import Skeleton
-from checkpoints.states import Scratch, States
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, NumericsError
+from edgepress.checkpoints.manifest import SEAL, WORK, require_inside, seal_holds, sealed, sha256_file, write_bytes
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.skeleton import Skeleton
+from edgepress.checkpoints.states import Scratch, States
 
 Observer = Callable[[tuple[str, ...], Tensor], None]
 

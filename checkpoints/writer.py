@@ -13,10 +13,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
-from checkpoints.manifest import (
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
+from edgepress.checkpoints.manifest import (
     MANIFEST,
     PARTIAL,
     WORK,
@@ -28,8 +28,8 @@ from checkpoints.manifest import (
     write_bytes,
     write_json,
 )  # fmt: skip
-from checkpoints.scaling import scaling_name
-from checkpoints.walk import Work
+from edgepress.checkpoints.scaling import scaling_name
+from edgepress.checkpoints.walk import Work
 
 OUTER = "outer.safetensors"
 ADAPTER_CONFIG = "adapter/adapter_config.json"

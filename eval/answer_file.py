@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
-from checkpoints.errors import CheckpointError, TextError
-from checkpoints.manifest import SEAL, seal_holds, sealed
+from edgepress.checkpoints.errors import CheckpointError, TextError
+from edgepress.checkpoints.manifest import SEAL, seal_holds, sealed
 
 FORMAT = 2
 _UNSEALED = 1  # the format before, whose lines carry no hash

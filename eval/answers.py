@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from checkpoints.errors import TextError
-from checkpoints.tokens import require_known
-from eval.answer_file import AnswerFile
-from eval.chat import in_template
-from eval.decoding import greedy
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.checkpoints.errors import TextError
+from edgepress.checkpoints.tokens import require_known
+from edgepress.eval.answer_file import AnswerFile
+from edgepress.eval.chat import in_template
+from edgepress.eval.decoding import greedy
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 Grade = Callable[["Question", str], dict[str, Any]]
 

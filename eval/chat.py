@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.errors import PlanError, TextError
 
 Conversation = Sequence[dict[str, str]]  # turns with a role and content
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.errors import PlanError
-from eval.results import Result, Score, resampled
+from edgepress.checkpoints.errors import PlanError
+from edgepress.eval.results import Result, Score, resampled
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.kv_format import PLAIN, KVFormat
-from eval.subject import Subject
+from edgepress.checkpoints.kv_format import PLAIN, KVFormat
+from edgepress.eval.subject import Subject
 
 # Times at which the rows of a batch may enter. Each costs one more reading of the weights, about a step of decoding.
 ENTRIES = 8
@@ -88,7 +88,7 @@ def prefill(model: Any, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
 
 def _compressed(subject: Subject, ids: Tensor, mask: Tensor, kv: KVFormat) -> tuple[Any, Tensor]:
     """As `prefill`, with all rows in one piece: a compressed cache takes its prompts at once."""
-    from eval.kv_cache import on_model
+    from edgepress.eval.kv_cache import on_model
 
     with on_model(subject.model, subject.checkpoint.shape, kv, (mask == 0).sum(-1)) as cache:
         return cache, _last_logits(subject.model, ids, mask, cache)

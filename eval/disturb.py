@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.shape import BlockShape, LinearShape, ModelShape
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
 
 KINDS = ("gate-noise", "attention-mask")
 _GATES = ("gate_proj", "w1", "wi_0", "linear_gate", "gate")

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, TextError
-from checkpoints.kv_format import KVFormat
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import require_known
-from eval.chat import in_template
-from eval.decoding import end_tokens
-from eval.subject import Subject
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.kv_format import KVFormat
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import require_known
+from edgepress.eval.chat import in_template
+from edgepress.eval.decoding import end_tokens
+from edgepress.eval.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def continue_prompt(checkpoint: Checkpoint, prompt: str, decoding: Decoding, dev
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    from eval.kv_cache import on_model
+    from edgepress.eval.kv_cache import on_model
 
     subject = Subject(checkpoint, Runtime(device, checkpoint.stored_dtype))
     tokenizer: Any = subject.tokenizer

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import PlanError, TextError
-from eval.answers import Answer, Question, answer_all
-from eval.instructions import HUB, Instruction, InstructionSet, load_instructions
-from eval.metrics import (
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.eval.answers import Answer, Question, answer_all
+from edgepress.eval.instructions import HUB, Instruction, InstructionSet, load_instructions
+from edgepress.eval.metrics import (
     NotMeasuredError,
     bleu,
     bleu_protocol,
@@ -32,9 +32,9 @@ from eval.metrics import (
     rouge_protocol,
     sbert_cosines,
 )
-from eval.results import RESAMPLES, Result, Score, mean, not_measured
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.eval.results import RESAMPLES, Result, Score, mean, not_measured
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 SAMPLES = 200  # rows of each set
 METRICS = ("rouge_l", "f1", "sbert", "bleu", "seconds", "output size")

@@ -14,19 +14,19 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import PlanError, TextError
-from checkpoints.quiet import quiet_import
-from eval.harness_data import jsonl_splits, mmlu_subjects
-from eval.results import Result, Score, mean, proportion
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.eval.harness_data import jsonl_splits, mmlu_subjects
+from edgepress.eval.results import Result, Score, mean, proportion
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 with quiet_import():
     import lm_eval
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    from eval.harness_model import KeptModel
+    from edgepress.eval.harness_model import KeptModel
 
 # It would ask git for the commit it runs from, which prints an error outside of a repository.
 evaluator.get_git_commit_hash = lambda: None

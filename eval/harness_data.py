@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import PlanError, TextError
-from eval.row_files import RowError, read_rows
-from eval.settings import Settings
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.eval.row_files import RowError, read_rows
+from edgepress.eval.settings import Settings
 
 _LETTERS = "ABCD"
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from checkpoints.errors import NumericsError, TextError
-from checkpoints.tokens import require_known
-from eval.answer_file import AnswerFile
-from eval.chat import in_template
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.checkpoints.errors import NumericsError, TextError
+from edgepress.checkpoints.tokens import require_known
+from edgepress.eval.answer_file import AnswerFile
+from edgepress.eval.chat import in_template
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 _CHUNK = 64  # requests between two writes to the file
 _LOGIT_TOKENS = 2048  # lm-eval keeps a batch's logits twice: 2 x 400 MB for 49,152 words in float32

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import TextError
-from eval.row_files import RowError, hub_rows, read_rows
+from edgepress.checkpoints.errors import TextError
+from edgepress.eval.row_files import RowError, hub_rows, read_rows
 
 # Name on the hub, and its splits in order; empty for the only one.
 HUB = {

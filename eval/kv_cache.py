@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from checkpoints.errors import CheckpointError
-from checkpoints.kv_format import KVFormat
-from checkpoints.shape import ModelShape
-from eval.disturb import find_attention
-from eval.kv_layer import CompressedLayer
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.kv_format import KVFormat
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.eval.disturb import find_attention
+from edgepress.eval.kv_layer import CompressedLayer
 
 
 class KVCache(Cache):

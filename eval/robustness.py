@@ -14,17 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.runtime import Runtime, Silent
-from eval.disturb import KINDS, Disturbance
-from eval.perplexity import Protocol, in_words, measure
-from eval.results import Result, Score
-from eval.settings import Settings, numbers
-from eval.subject import Subject
-from eval.tasks import Task, find_tasks
-from eval.text import Text, starts_with_bos
-from eval.text_tasks import protocol_of, text_of
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.runtime import Runtime, Silent
+from edgepress.eval.disturb import KINDS, Disturbance
+from edgepress.eval.perplexity import Protocol, in_words, measure
+from edgepress.eval.results import Result, Score
+from edgepress.eval.settings import Settings, numbers
+from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Task, find_tasks
+from edgepress.eval.text import Text, starts_with_bos
+from edgepress.eval.text_tasks import protocol_of, text_of
 
 Quantity = Callable[[Disturbance | None], float]  # None: undisturbed
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from checkpoints.documents import parse_json
-from checkpoints.errors import TextError
+from edgepress.checkpoints.documents import parse_json
+from edgepress.checkpoints.errors import TextError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _SHOWN_FAULTS = 5

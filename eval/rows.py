@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import TextError
-from eval.row_files import RowError, read_rows
+from edgepress.checkpoints.errors import TextError
+from edgepress.eval.row_files import RowError, read_rows
 
 # What data sets write where the tokenizer's own end token belongs.
 _END_MARKS = ("###eos_token###", "<|endoftext|>", "</s>")

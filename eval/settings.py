@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.kv_format import KVFormat
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.kv_format import KVFormat
 
 
 def option(default: Any, flag: str, text: str) -> Any:

@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.headers import ADAPTER
-from checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes
-from checkpoints.quiet import quiet_import, quiet_libraries
-from checkpoints.skeleton import attention_kernels
-from eval.results import Result, Score, not_measured
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.headers import ADAPTER
+from edgepress.checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes
+from edgepress.checkpoints.quiet import quiet_import, quiet_libraries
+from edgepress.checkpoints.skeleton import attention_kernels
+from edgepress.eval.results import Result, Score, not_measured
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 ENGINES = ("effective", "kernels")
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError
 
 if TYPE_CHECKING:
-    from eval.results import Result
-    from eval.settings import Settings
-    from eval.subject import Subject
+    from edgepress.eval.results import Result
+    from edgepress.eval.settings import Settings
+    from edgepress.eval.subject import Subject
 
     Run = Callable[[str, Subject, Settings], Result]
 
@@ -54,45 +54,55 @@ def _found(place: str) -> Any:
 
 
 KV_CACHE_TASKS = ("perplexity", "wikitext2", "triviaqa-closed", "triviaqa-open", "generation")
-_HARNESS = "eval.harness:run", "eval.harness_data:check"
+_HARNESS = "edgepress.eval.harness:run", "edgepress.eval.harness_data:check"
 TASKS = {
     task.name: task
     for task in (
         Task(
             "perplexity",
             "of --text by --protocol, with bits per byte",
-            "eval.text_tasks:any_text",
-            "eval.text_tasks:check",
+            "edgepress.eval.text_tasks:any_text",
+            "edgepress.eval.text_tasks:check",
         ),
         Task(
             "wikitext2",
             "perplexity of WikiText-2's test part, by windows and by rows",
-            "eval.text_tasks:wikitext2",
-            "eval.text_tasks:check",
+            "edgepress.eval.text_tasks:wikitext2",
+            "edgepress.eval.text_tasks:check",
         ),
         Task(
             "triviaqa-closed",
             "questions alone; exact, substring and 80 % of words",
-            "eval.trivia:closed",
-            "eval.trivia:check",
+            "edgepress.eval.trivia:closed",
+            "edgepress.eval.trivia:check",
             answers=True,
         ),
         Task(
             "triviaqa-open",
             "questions with their shortest context",
-            "eval.trivia:opened",
-            "eval.trivia:check",
+            "edgepress.eval.trivia:opened",
+            "edgepress.eval.trivia:check",
             answers=True,
         ),
         Task(
             "generation",
             "ROUGE-L, F1, SBERT and BLEU of answers to instructions; seconds and sizes",
-            "eval.generation:run",
-            "eval.generation:check",
+            "edgepress.eval.generation:run",
+            "edgepress.eval.generation:check",
             answers=True,
         ),
-        Task("speed", "decode and prefill tokens/s, time to first token, memory", "eval.speed:run", "eval.speed:check"),
-        Task("robustness", "a score under noise and masks", "eval.robustness:run", "eval.robustness:check"),
+        Task(
+            "speed",
+            "decode and prefill tokens/s, time to first token, memory",
+            "edgepress.eval.speed:run",
+            "edgepress.eval.speed:check",
+        ),
+        Task(
+            "robustness",
+            "a score under noise and masks",
+            "edgepress.eval.robustness:run",
+            "edgepress.eval.robustness:check",
+        ),
         Task("mmlu", "57 subjects, multiple choice, 5-shot (lm-eval)", *_HARNESS),
         Task("hellaswag", "endings of a scene (lm-eval)", *_HARNESS),
         Task("arc_easy", "grade-school science (lm-eval)", *_HARNESS),

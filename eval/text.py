@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from checkpoints.errors import TextError
-from eval.chat import in_template
-from eval.row_files import SUFFIXES, hub_rows, read_utf8
-from eval.rows import FORMS_TEXT, file_texts, usable_texts
+from edgepress.checkpoints.errors import TextError
+from edgepress.eval.chat import in_template
+from edgepress.eval.row_files import SUFFIXES, hub_rows, read_utf8
+from edgepress.eval.rows import FORMS_TEXT, file_texts, usable_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,11 +7,11 @@ import time
 from dataclasses import replace
 from functools import cache
 
-from eval.perplexity import Passage, Protocol, described, measure_passages
-from eval.results import Result, Score, mean
-from eval.settings import Settings
-from eval.subject import Subject
-from eval.text import FIRST_PART, NAMED, Text, load_text
+from edgepress.eval.perplexity import Passage, Protocol, described, measure_passages
+from edgepress.eval.results import Result, Score, mean
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
+from edgepress.eval.text import FIRST_PART, NAMED, Text, load_text
 
 
 def check(name: str, settings: Settings) -> None:

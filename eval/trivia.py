@@ -15,13 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import TextError
-from eval.answers import Answer, Question, answer_all
-from eval.matching import TIERS, VERSION, inside_a_word, match, normalise
-from eval.results import Result, Score, proportion
-from eval.row_files import SUFFIXES, RowError, hub_rows, read_rows
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.checkpoints.errors import TextError
+from edgepress.eval.answers import Answer, Question, answer_all
+from edgepress.eval.matching import TIERS, VERSION, inside_a_word, match, normalise
+from edgepress.eval.results import Result, Score, proportion
+from edgepress.eval.row_files import SUFFIXES, RowError, hub_rows, read_rows
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 OPEN = "triviaqa-open"
 SAMPLES = 1200  # of the validation split, as in the thesis

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from checkpoints.shape import ModelShape
-from hardware.attention import has_rope, own_window, window_of
-from hardware.footprint import shared_blocks
-from hardware.liveness import AddressPlan, address_plan, alive_bytes, lifetimes
-from hardware.operators import Operator, forward
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.attention import has_rope, own_window, window_of
+from edgepress.hardware.footprint import shared_blocks
+from edgepress.hardware.liveness import AddressPlan, address_plan, alive_bytes, lifetimes
+from edgepress.hardware.operators import Operator, forward
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from checkpoints import defaults
-from checkpoints.defaults import setting, slides
-from checkpoints.kv_format import KVFormat
-from checkpoints.shape import ModelShape
+from edgepress.checkpoints import defaults
+from edgepress.checkpoints.defaults import setting, slides
+from edgepress.checkpoints.kv_format import KVFormat
+from edgepress.checkpoints.shape import ModelShape
 
 _KV_CACHE = "edgepress_kv_cache"  # beside the family's own settings, since it changes what a block sees as they do
 

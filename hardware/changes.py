@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoints.forms import Grid
-from checkpoints.reshape import packable, with_blocks, with_pattern, with_vocabulary
-from checkpoints.shape import BlockShape, LinearShape, ModelShape, largest_group
-from checkpoints.sparsity import Pattern
-from hardware.needs import Request
-from hardware.soc import Soc
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.reshape import packable, with_blocks, with_pattern, with_vocabulary
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape, largest_group
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.hardware.needs import Request
+from edgepress.hardware.soc import Soc
 
 State = tuple[ModelShape, Request]
 

@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from checkpoints.errors import PlanError
-from checkpoints.kv_format import FULL_BITS, KVFormat
-from checkpoints.packed_sizes import packed_sizes
-from checkpoints.shape import ModelShape
-from hardware.attention import CacheRule, cache_rule, with_cache
-from hardware.clock import timed
-from hardware.footprint import shared_blocks, tensor_table, weight_bytes
-from hardware.levers import find_levers
-from hardware.needs import Needs, Request, needs, operator_name
-from hardware.notes import notes
-from hardware.placement import RESIDENT, Placement, place
-from hardware.soc import Memory, Soc
-from hardware.units import size_text, times_text
-from hardware.verdict import Footprint, MemoryUse, Verdict
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.kv_format import FULL_BITS, KVFormat
+from edgepress.checkpoints.packed_sizes import packed_sizes
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.attention import CacheRule, cache_rule, with_cache
+from edgepress.hardware.clock import timed
+from edgepress.hardware.footprint import shared_blocks, tensor_table, weight_bytes
+from edgepress.hardware.levers import find_levers
+from edgepress.hardware.needs import Needs, Request, needs, operator_name
+from edgepress.hardware.notes import notes
+from edgepress.hardware.placement import RESIDENT, Placement, place
+from edgepress.hardware.soc import Memory, Soc
+from edgepress.hardware.units import size_text, times_text
+from edgepress.hardware.verdict import Footprint, MemoryUse, Verdict
 
 
 def check(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from checkpoints.errors import PlanError
-from checkpoints.shape import ModelShape
-from hardware.needs import Request
-from hardware.passes import Timing
-from hardware.placement import HOMELESS, Placement
-from hardware.rates import missing_constants
-from hardware.soc import Soc
-from hardware.timing import time_model
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.needs import Request
+from edgepress.hardware.passes import Timing
+from edgepress.hardware.placement import HOMELESS, Placement
+from edgepress.hardware.rates import missing_constants
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.timing import time_model
 
 
 def timed(shape: ModelShape, soc: Soc, request: Request, placement: Placement) -> Timing | str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from checkpoints.errors import PlanError
-from checkpoints.manifest import replacing
-from hardware.activations import Pass
-from hardware.units import size_text, times_text
-from hardware.verdict import MemoryUse, Verdict
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.manifest import replacing
+from edgepress.hardware.activations import Pass
+from edgepress.hardware.units import size_text, times_text
+from edgepress.hardware.verdict import MemoryUse, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

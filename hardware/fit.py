@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.forms import Grid
-from checkpoints.reshape import with_blocks, with_grid, with_pattern, with_vocabulary
-from checkpoints.shape import ModelShape
-from checkpoints.sparsity import Pattern, parse_sparsity
-from hardware.check import check
-from hardware.soc import Soc
-from hardware.verdict import Verdict
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.reshape import with_blocks, with_grid, with_pattern, with_vocabulary
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sparsity import Pattern, parse_sparsity
+from edgepress.hardware.check import check
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
-from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
-from checkpoints.kv_format import KVFormat
-from checkpoints.packed_sizes import block_records, groups_in_order, outer_records, packed_bits, value_bits
-from checkpoints.packed_sizes import is_head as is_head  # what follows the order of computing asks for it here
-from checkpoints.shape import BlockShape, LinearShape, ModelShape
-from hardware.attention import cache_rule, own_window, window_of
-from hardware.soc import Layout
+from edgepress.checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
+from edgepress.checkpoints.kv_format import KVFormat
+from edgepress.checkpoints.packed_sizes import block_records, groups_in_order, outer_records, packed_bits, value_bits
+from edgepress.checkpoints.packed_sizes import (
+    is_head as is_head,  # what follows the order of computing asks for it here
+)
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
+from edgepress.hardware.attention import cache_rule, own_window, window_of
+from edgepress.hardware.soc import Layout
 
 SCALE_BITS = 16  # scales, and the row minimum of a packed embedding, are float16 in the checkpoints
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from checkpoints.shape import ModelShape
-from hardware.changes import Lever, State, levers, recipe_options
-from hardware.needs import Needs, Request, needs
-from hardware.soc import Soc
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.changes import Lever, State, levers, recipe_options
+from edgepress.hardware.needs import Needs, Request, needs
+from edgepress.hardware.soc import Soc
 
 # Where more than two levers must be pulled, all are pulled and then eased in this order, so that what is named first
 # is left as far as it can be: what costs most quality, by the tables of the papers behind the stages.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hardware.operators import Operator
+from edgepress.hardware.operators import Operator
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
-from checkpoints.packed_sizes import value_bits
-from checkpoints.shape import LinearShape, ModelShape
-from hardware.footprint import SCALE_BITS
+from edgepress.checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
+from edgepress.checkpoints.packed_sizes import value_bits
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.hardware.footprint import SCALE_BITS
 
 
 @dataclass(frozen=True)

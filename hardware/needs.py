@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from checkpoints.errors import PlanError
-from checkpoints.shape import ModelShape
-from hardware.activations import Pass, Peak, activation_pass
-from hardware.footprint import WeightBytes, kv_cache_bytes, weight_bytes
-from hardware.operators import Operator
-from hardware.soc import Soc
-from hardware.tiling import Tiling, tile
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.activations import Pass, Peak, activation_pass
+from edgepress.hardware.footprint import WeightBytes, kv_cache_bytes, weight_bytes
+from edgepress.hardware.operators import Operator
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.tiling import Tiling, tile
 
 
 @dataclass(frozen=True)

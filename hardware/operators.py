@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from checkpoints.defaults import rotary_width, setting
-from checkpoints.errors import PlanError
-from checkpoints.forms import TensorShape, bytes_of
-from checkpoints.kv_format import KVFormat
-from checkpoints.packed_sizes import is_head
-from checkpoints.shape import BlockShape, LinearShape, ModelShape
-from hardware.attention import has_rope, softcaps, window_of
-from hardware.footprint import kv_block_bytes, kv_form, kv_written_bytes
-from hardware.matrices import Weights, adapter_weights, last_part, linear_weights, norm_weights, outer_weights
-from hardware.orders import (
+from edgepress.checkpoints.defaults import rotary_width, setting
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import TensorShape, bytes_of
+from edgepress.checkpoints.kv_format import KVFormat
+from edgepress.checkpoints.packed_sizes import is_head
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
+from edgepress.hardware.attention import has_rope, softcaps, window_of
+from edgepress.hardware.footprint import kv_block_bytes, kv_form, kv_written_bytes
+from edgepress.hardware.matrices import Weights, adapter_weights, last_part, linear_weights, norm_weights, outer_weights
+from edgepress.hardware.orders import (
     Order,
     branches_are_scaled,
     by_role,

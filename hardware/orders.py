@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from checkpoints.defaults import setting
-from checkpoints.errors import PlanError
-from checkpoints.forms import TensorShape
-from checkpoints.shape import BlockShape, LinearShape, ModelShape
+from edgepress.checkpoints.defaults import setting
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import TensorShape
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
 
 # What a linear layer does, by the last part of its name.
 ROLES = {

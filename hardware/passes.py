@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hardware.rates import CORNERS, Range
+from edgepress.hardware.rates import CORNERS, Range
 
 
 @dataclass(frozen=True)

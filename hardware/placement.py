@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from checkpoints.shape import ModelShape
-from hardware.footprint import TensorBytes, chip_parts, kv_block_bytes, kv_written_bytes
-from hardware.soc import Memory, Soc
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.footprint import TensorBytes, chip_parts, kv_block_bytes, kv_written_bytes
+from edgepress.hardware.soc import Memory, Soc
 
 RESIDENT, STREAMED, HOMELESS = "resident", "streamed", "nowhere"
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from checkpoints.errors import PlanError
-from hardware.soc import Soc
+from edgepress.checkpoints.errors import PlanError
+from edgepress.hardware.soc import Soc
 
 LOW, DEFAULT, HIGH = "low", "default", "high"
 CORNERS = (LOW, DEFAULT, HIGH)

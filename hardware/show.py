@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from hardware.levers import Levers
-from hardware.needs import operator_name
-from hardware.placement import STREAMED
-from hardware.rates import Range
-from hardware.soc import Soc
-from hardware.units import count_text, quantity_text, size_text, times_text
-from hardware.verdict import Verdict
+from edgepress.hardware.levers import Levers
+from edgepress.hardware.needs import operator_name
+from edgepress.hardware.placement import STREAMED
+from edgepress.hardware.rates import Range
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.units import count_text, quantity_text, size_text, times_text
+from edgepress.hardware.verdict import Verdict
 
 COLUMNS = 80
 

@@ -1,7 +1,7 @@
 """Chips as data: memories, engines, layout and constants of a System-on-Chip, every number with unit and source.
 
 `load_soc` takes a shipped name (the files in `socs/`, whose format `socs/SCHEMA.md` documents) or the path of
-one's own. `hardware.soc_file` reads and checks the files.
+one's own. `edgepress.hardware.soc_file` reads and checks the files.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints.documents import RECIPE_BYTES, parse_toml, read_small
-from checkpoints.errors import PlanError
+from edgepress.checkpoints.documents import RECIPE_BYTES, parse_toml, read_small
+from edgepress.checkpoints.errors import PlanError
 
 SHIPPED = Path(__file__).parent / "socs"
 ROLES = ("weights", "tiles", "working", "staging", "off_chip")
@@ -20,7 +20,7 @@ KINDS = ("stated", "derived", "assumed")
 CAPACITY_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 ENGINE_KINDS = ("accelerator", "cores")
 
-# What a LLaMA-like model computes: the kinds of `hardware.operators`, by which an engine lists what it runs.
+# What a LLaMA-like model computes: the kinds of `edgepress.hardware.operators`, by which an engine lists what it runs.
 OPERATORS = (
     "embedding",  # the row of a token
     "linear",  # a product with weights
@@ -192,7 +192,7 @@ def load_soc(name_or_path: str, settings: Iterable[str] = ()) -> Soc:
     settings: `name=value` each; `siracusa:sram_role=weights,hyperram=16MiB` says the same in one text. Raises
     PlanError for an unknown name, an unreadable file, and for a file or settings with faults, listing them all.
     """
-    from hardware.soc_file import parse_soc
+    from edgepress.hardware.soc_file import parse_soc
 
     base, _, inline = name_or_path.partition(":")
     wanted = [*filter(None, inline.split(",")), *settings]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hardware.soc import (
+from edgepress.hardware.soc import (
     CAPACITY_UNITS,
     CONSTANT_UNITS,
     ENGINE_KINDS,
@@ -26,7 +26,7 @@ from hardware.soc import (
     Setting,
     Soc,
 )
-from hardware.soc_values import NOTHING, check_keys, constant, flag, table, text
+from edgepress.hardware.soc_values import NOTHING, check_keys, constant, flag, table, text
 
 _PEAKS = {"accelerator": "linear_macs", "cores": "cluster_macs"}
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hardware.soc import CAPACITY_UNITS, COUNTED_UNITS, KINDS, Constant
+from edgepress.hardware.soc import CAPACITY_UNITS, COUNTED_UNITS, KINDS, Constant
 
 NOTHING = Constant(0, "B", "assumed", "")
 

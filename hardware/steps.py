@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from checkpoints.forms import bytes_of
-from hardware.operators import ACCELERATOR, Operator
-from hardware.rates import DEFAULT, LOW, Rates
-from hardware.soc import Memory, Soc
-from hardware.tiling import Tiling, engine_of, stored_bytes, tile
+from edgepress.checkpoints.forms import bytes_of
+from edgepress.hardware.operators import ACCELERATOR, Operator
+from edgepress.hardware.rates import DEFAULT, LOW, Rates
+from edgepress.hardware.soc import Memory, Soc
+from edgepress.hardware.tiling import Tiling, engine_of, stored_bytes, tile
 
 KV_CACHE, ACTIVATIONS = "KV cache", "activations"  # as a placement names them
 LINK, DMA, OFF_CHIP = "weight link", "DMA", "off-chip"

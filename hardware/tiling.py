@@ -12,11 +12,11 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from checkpoints.forms import bytes_of
-from checkpoints.kv_format import FULL_BITS, GROUP, value_group
-from hardware.operators import ACCELERATOR, CORES, ELEMENT_STEPS, Operator
-from hardware.soc import Soc
-from hardware.verdict import size_text
+from edgepress.checkpoints.forms import bytes_of
+from edgepress.checkpoints.kv_format import FULL_BITS, GROUP, value_group
+from edgepress.hardware.operators import ACCELERATOR, CORES, ELEMENT_STEPS, Operator
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.verdict import size_text
 
 CORE_STEP = 16  # output columns of the cores' matrix product: Deeploy TilingExtension, GEMM policy
 QUANTISER_BITS = 64  # an int32 scale and an int32 bias for each output channel: pulp-nnx neureka/README.md

@@ -12,13 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.shape import ModelShape
-from hardware.operators import Operator, forward, weights_read
-from hardware.passes import OperatorTime, PassTime, Point, Timing, add_up
-from hardware.rates import CORNERS, DEFAULT, FITS, Range, Rates, rates
-from hardware.soc import Memory, Soc
-from hardware.steps import ACTIVATIONS, KV_CACHE, OFF_CHIP, Places, Share, Work, bytes_on, kv_cache_of, work_of
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.operators import Operator, forward, weights_read
+from edgepress.hardware.passes import OperatorTime, PassTime, Point, Timing, add_up
+from edgepress.hardware.rates import CORNERS, DEFAULT, FITS, Range, Rates, rates
+from edgepress.hardware.soc import Memory, Soc
+from edgepress.hardware.steps import (
+    ACTIVATIONS,
+    KV_CACHE,
+    OFF_CHIP,
+    Places,
+    Share,
+    Work,
+    bytes_on,
+    kv_cache_of,
+    work_of,
+)
 
 # Where each tensor lies: a memory's name, or several with the bytes (any common unit) in each.
 Placement = Mapping[str, str | Mapping[str, float]]

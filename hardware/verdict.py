@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hardware.units import size_text, times_text
+from edgepress.hardware.units import size_text, times_text
 
 if TYPE_CHECKING:  # tiling takes size_text from here, and these are built on it
-    from hardware.attention import CacheRule
-    from hardware.footprint import TensorBytes, WeightBytes
-    from hardware.levers import Levers
-    from hardware.needs import Needs, Request
-    from hardware.passes import OperatorTime, Timing
-    from hardware.placement import Placed, Placement
-    from hardware.tiling import Tiling
+    from edgepress.hardware.attention import CacheRule
+    from edgepress.hardware.footprint import TensorBytes, WeightBytes
+    from edgepress.hardware.levers import Levers
+    from edgepress.hardware.needs import Needs, Request
+    from edgepress.hardware.passes import OperatorTime, Timing
+    from edgepress.hardware.placement import Placed, Placement
+    from edgepress.hardware.tiling import Tiling
 
 __all__ = ["Footprint", "MemoryUse", "Verdict", "size_text", "times_text"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from checkpoints.errors import PlanError
-from pipeline.recipe import Recipe
-from pipeline.sweep_recipe import Configuration, Sweep
-from stages.options import Lora
+from edgepress.checkpoints.errors import PlanError
+from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.sweep_recipe import Configuration, Sweep
+from edgepress.stages.options import Lora
 
 
 def ablation(recipe: Recipe) -> Sweep:

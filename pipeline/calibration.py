@@ -13,17 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, TextError
-from checkpoints.manifest import SEAL, write_bytes
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches, beyond_positions, require_known, sample_windows
-from eval.overlap import Measured, without_measured
-from eval.text import Text, held_out_of, load_text, starts_with_bos
-from pipeline.recipe import Recipe
-from pipeline.vocabulary import corpus_vocabulary, follows_vocabulary
-from stages.options import Lora, Options, Pad, Vocabulary, flag_of
-from stages.training import require_a_batch
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.manifest import SEAL, write_bytes
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches, beyond_positions, require_known, sample_windows
+from edgepress.eval.overlap import Measured, without_measured
+from edgepress.eval.text import Text, held_out_of, load_text, starts_with_bos
+from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.vocabulary import corpus_vocabulary, follows_vocabulary
+from edgepress.stages.options import Lora, Options, Pad, Vocabulary, flag_of
+from edgepress.stages.training import require_a_batch
 
 SELF = "self"
 

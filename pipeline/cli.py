@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline import interrupts
+from edgepress.pipeline import interrupts
 
 if Path(sys.argv[0]).name in ("compress", "cli.py"):  # the command, not a program that imports it
     interrupts.listen_early()
@@ -21,13 +21,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from checkpoints.errors import PlanError, in_words
-from checkpoints.quiet import quiet_libraries
-from pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
-from pipeline.flags import Json, Out, RecipeFile, Skip, recipe_flags
-from pipeline.help import PlainCommand, PlainGroup
-from pipeline.recipe import Recipe, draft
-from pipeline.sweep_recipe import is_sweep
+from edgepress.checkpoints.errors import PlanError, in_words
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
+from edgepress.pipeline.flags import Json, Out, RecipeFile, Skip, recipe_flags
+from edgepress.pipeline.help import PlainCommand, PlainGroup
+from edgepress.pipeline.recipe import Recipe, draft
+from edgepress.pipeline.sweep_recipe import is_sweep
 
 EXIT_BUG, EXIT_ERROR, EXIT_PIPE = 1, 2, 141
 
@@ -66,13 +66,13 @@ def compress(
         return
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
-    from checkpoints.sources import open_source
-    from pipeline.plan import examined
-    from pipeline.progress import Reporter
-    from pipeline.report import print_summary
-    from pipeline.run import run
-    from pipeline.store import Store
-    from pipeline.vocabulary import corpus_fault
+    from edgepress.checkpoints.sources import open_source
+    from edgepress.pipeline.plan import examined
+    from edgepress.pipeline.progress import Reporter
+    from edgepress.pipeline.report import print_summary
+    from edgepress.pipeline.run import run
+    from edgepress.pipeline.store import Store
+    from edgepress.pipeline.vocabulary import corpus_fault
 
     if fault := corpus_fault(drafted.recipe):
         drafted = replace(drafted, faults=(*drafted.faults, fault))
@@ -106,12 +106,12 @@ def _plan(flags: dict[str, Any], recipe: str, skip: str, as_json: bool) -> None:
         return
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
-    from hardware.soc import load_soc
-    from pipeline.plan import examined
-    from pipeline.recovery import forecast_recovery
-    from pipeline.report import print_plan
-    from pipeline.shapes import model_shape
-    from pipeline.verdicts import judge, to_dict
+    from edgepress.hardware.soc import load_soc
+    from edgepress.pipeline.plan import examined
+    from edgepress.pipeline.recovery import forecast_recovery
+    from edgepress.pipeline.report import print_plan
+    from edgepress.pipeline.shapes import model_shape
+    from edgepress.pipeline.verdicts import judge, to_dict
 
     wanted, (shape, stages) = drafted.recipe, examined(drafted, lambda recipe: model_shape(recipe.model))
     final = stages[-1].shape if stages else shape

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from checkpoints.errors import PlanError
-from checkpoints.quiet import quiet_libraries
-from eval.settings import Settings
-from eval.tasks import TASKS, find_tasks
-from pipeline import interrupts
-from pipeline.eval_flags import settings_flags
-from pipeline.flags import Device, Json
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.eval.settings import Settings
+from edgepress.eval.tasks import TASKS, find_tasks
+from edgepress.pipeline import interrupts
+from edgepress.pipeline.eval_flags import settings_flags
+from edgepress.pipeline.flags import Device, Json
 
 if TYPE_CHECKING:
-    from pipeline.progress import Reporter
+    from edgepress.pipeline.progress import Reporter
 
 _TASKS = f"What to measure, comma-separated: {', '.join(TASKS)}, or any task of lm-eval; default: perplexity."
 _CHECKPOINTS = "Checkpoints of any stage, any models --model takes, or an output folder; default: the packaged model."
@@ -51,10 +51,18 @@ def evaluate(
     """
     tasks = find_tasks(task.split(",") if task else ["perplexity"])
     quiet_libraries()
-    from checkpoints.manifest import is_special, require_output
-    from pipeline.eval_report import draw, print_measured
-    from pipeline.evaluate import check_request, is_store, keeping_answers, measure_all, open_all, report, write_report
-    from pipeline.report import machine
+    from edgepress.checkpoints.manifest import is_special, require_output
+    from edgepress.pipeline.eval_report import draw, print_measured
+    from edgepress.pipeline.evaluate import (
+        check_request,
+        is_store,
+        keeping_answers,
+        measure_all,
+        open_all,
+        report,
+        write_report,
+    )
+    from edgepress.pipeline.report import machine
 
     special = bool(out) and is_special(Path(out))  # a device or pipe has no folder to keep answers and figures in
     home = Path(checkpoints[0]) if not out and checkpoints and is_store(checkpoints[0]) else Path()
@@ -87,9 +95,9 @@ def evaluate(
 
 def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, as_json: bool) -> None:
     """One checkpoint, no task named: its perplexity on one line."""
-    from checkpoints.runtime import Runtime, choose_device, choose_dtype
-    from eval.perplexity import measure
-    from eval.text_tasks import protocol_of, text_of
+    from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
+    from edgepress.eval.perplexity import measure
+    from edgepress.eval.text_tasks import protocol_of, text_of
 
     how, data = protocol_of(settings, settings.protocol), text_of("perplexity", settings)
     where = choose_device(device)
@@ -124,9 +132,9 @@ def compare(
         raise PlanError("compare two reports, or two checkpoints, not one of each")
     tasks = find_tasks(task.split(",") if task else ["perplexity"]) if task or not reports[0] else []
     quiet_libraries()
-    from eval.compare import compare as pair
-    from pipeline.eval_report import print_differences, verdict
-    from pipeline.evaluate import check_request, keeping_answers, measure_all, open_all, read_report
+    from edgepress.eval.compare import compare as pair
+    from edgepress.pipeline.eval_report import print_differences, verdict
+    from edgepress.pipeline.evaluate import check_request, keeping_answers, measure_all, open_all, read_report
 
     if reports[0]:
         one, two = read_report(a), read_report(b)
@@ -154,7 +162,7 @@ def compare(
 @contextmanager
 def _reporter(quiet: bool) -> Iterator[Reporter]:
     """Progress on standard error; Ctrl-C stops at the next step, and what was answered stays on disk."""
-    from pipeline.progress import Reporter
+    from edgepress.pipeline.progress import Reporter
 
     with Reporter(Console(stderr=True), quiet=quiet) as reporter:
         try:
@@ -184,12 +192,12 @@ def generate(
 ) -> None:
     """Continue a prompt, with several checkpoints side by side."""
     quiet_libraries()
-    from checkpoints.kv_format import KVFormat
-    from checkpoints.memory import release
-    from checkpoints.runtime import choose_device
-    from eval.generate import Decoding, continue_prompt
-    from pipeline.evaluate import open_all
-    from pipeline.side_by_side import as_dict, print_plain, print_table
+    from edgepress.checkpoints.kv_format import KVFormat
+    from edgepress.checkpoints.memory import release
+    from edgepress.checkpoints.runtime import choose_device
+    from edgepress.eval.generate import Decoding, continue_prompt
+    from edgepress.pipeline.evaluate import open_all
+    from edgepress.pipeline.side_by_side import as_dict, print_plain, print_table
 
     kv = KVFormat(kv_bits, kv_window, kv_sinks)
     decoding, where = Decoding(tokens, temperature, seed, chat, kv), choose_device(device)

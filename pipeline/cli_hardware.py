@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from checkpoints.errors import PlanError
-from checkpoints.quiet import quiet_libraries
-from checkpoints.shape import ModelShape
-from pipeline.flags import Json
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.pipeline.flags import Json
 
 if TYPE_CHECKING:
-    from hardware.soc import Soc
+    from edgepress.hardware.soc import Soc
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -56,9 +56,9 @@ def check(
 
     Where it does not, it says what would have to give. Exit code 0: it fits; 3: it does not.
     """
-    from hardware.check import check as judge
-    from hardware.soc import load_soc
-    from pipeline.shapes import PACKAGED_PRESET, measured_bytes, model_shape, require_consistent
+    from edgepress.hardware.check import check as judge
+    from edgepress.hardware.soc import load_soc
+    from edgepress.pipeline.shapes import PACKAGED_PRESET, measured_bytes, model_shape, require_consistent
 
     faults = [
         f"{path.parent}: there is no such folder to write to"
@@ -91,7 +91,7 @@ def check(
     if operators:
         _write_csv(operators, verdict.operator_rows())
     if png:
-        from hardware.draw import draw_verdict
+        from edgepress.hardware.draw import draw_verdict
 
         draw_verdict(verdict, png)
     if as_json:
@@ -99,7 +99,7 @@ def check(
     else:
         from rich.console import Console
 
-        from hardware.show import print_verdict
+        from edgepress.hardware.show import print_verdict
 
         print_verdict(Console(), verdict)
     raise typer.Exit(0 if verdict.fits else EXIT_DOES_NOT_FIT)
@@ -127,10 +127,10 @@ def fit(
     quiet_libraries()
     from rich.console import Console
 
-    from hardware.soc import load_soc
-    from pipeline.fit import command_of, print_fit, to_dict
-    from pipeline.fit import fit as find
-    from pipeline.shapes import PACKAGED_PRESET, model_shape
+    from edgepress.hardware.soc import load_soc
+    from edgepress.pipeline.fit import command_of, print_fit, to_dict
+    from edgepress.pipeline.fit import fit as find
+    from edgepress.pipeline.shapes import PACKAGED_PRESET, model_shape
 
     shape, chip, protect = model_shape(model or None), load_soc(soc), (protect_first, protect_last)
     found, notes = find(
@@ -154,15 +154,15 @@ def socs() -> None:
     """List the shipped chips with their memories and settings."""
     from rich.console import Console
 
-    from hardware.show import print_soc
-    from hardware.soc import load_soc, shipped_socs
+    from edgepress.hardware.show import print_soc
+    from edgepress.hardware.soc import load_soc, shipped_socs
 
     for name in shipped_socs():
         print_soc(Console(), name, load_soc(name))
 
 
 def _as_if(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> ModelShape:
-    from hardware.changes import quantised, stage_group
+    from edgepress.hardware.changes import quantised, stage_group
 
     faults = []
     if bits not in (0, 3, 4, 8):
@@ -180,8 +180,8 @@ def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     import csv
     import io
 
-    from checkpoints.manifest import write_bytes
-    from pipeline.tables import plain_cell
+    from edgepress.checkpoints.manifest import write_bytes
+    from edgepress.pipeline.tables import plain_cell
 
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(rows[0]))

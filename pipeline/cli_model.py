@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from checkpoints.quiet import quiet_libraries
-from pipeline.flags import Device, Dtype, Json
-from pipeline.recipe import build
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.pipeline.flags import Device, Dtype, Json
+from edgepress.pipeline.recipe import build
 
 
 def rank(
@@ -33,9 +33,9 @@ def rank(
     The lowest would be removed first.
     """
     quiet_libraries()
-    from checkpoints.manifest import is_special, require_output
-    from pipeline.progress import Reporter
-    from pipeline.rank import print_ranking, rank_blocks, write_ranking
+    from edgepress.checkpoints.manifest import is_special, require_output
+    from edgepress.pipeline.progress import Reporter
+    from edgepress.pipeline.rank import print_ranking, rank_blocks, write_ranking
 
     flags = {"model": model or None, "data": data or None, "seed": seed, "device": device, "dtype": dtype}
     options = {"metric": metric, "protect_first": protect_first, "protect_last": protect_last}
@@ -59,8 +59,8 @@ def verify(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.
     Every file's hash, the N:M pattern and the manifest's numbers are computed anew.
     """
     quiet_libraries()
-    from checkpoints.checkpoint import Checkpoint
-    from checkpoints.verify import verify as prove
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.verify import verify as prove
 
     for line in prove(Checkpoint.open(checkpoint)):
         typer.echo(line)
@@ -77,11 +77,11 @@ def pack(
     It holds the kept weights at their bit width and the index of the zeros.
     """
     quiet_libraries()
-    from checkpoints.checkpoint import Checkpoint
-    from checkpoints.image import pack_checkpoint
-    from checkpoints.packed_sizes import packed_sizes
-    from pipeline.progress import Reporter
-    from pipeline.report import print_packed
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.image import pack_checkpoint
+    from edgepress.checkpoints.packed_sizes import packed_sizes
+    from edgepress.pipeline.progress import Reporter
+    from edgepress.pipeline.report import print_packed
 
     source = Checkpoint.open(checkpoint, hashes=True)
     with Reporter(Console(stderr=True), quiet=as_json) as reporter:
@@ -100,8 +100,8 @@ def unpack(
 ) -> None:
     """Restore a packed file's checkpoint folder, bit for bit."""
     quiet_libraries()
-    from checkpoints.image_restore import unpack_checkpoint
-    from pipeline.progress import Reporter
+    from edgepress.checkpoints.image_restore import unpack_checkpoint
+    from edgepress.pipeline.progress import Reporter
 
     with Reporter(Console(stderr=True)) as reporter:
         restored = unpack_checkpoint(image, out, reporter)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from checkpoints.errors import EdgepressError, PlanError
-from checkpoints.quiet import quiet_libraries
-from pipeline.flags import Json
+from edgepress.checkpoints.errors import EdgepressError, PlanError
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.pipeline.flags import Json
 
 if TYPE_CHECKING:
-    from pipeline.page.content import Chip
-    from pipeline.page.study import StageRun, Study
+    from edgepress.pipeline.page.content import Chip
+    from edgepress.pipeline.page.study import StageRun, Study
 
 
 def report(
@@ -36,10 +36,10 @@ def report(
     if samples < 0 or tokens < 1:
         raise PlanError("--samples must be 0 or more, and --tokens at least 1")
     quiet_libraries()
-    from pipeline.page.read import read_study
-    from pipeline.page.render import write_report
-    from pipeline.page.samples import PROMPTS, chosen, generate_samples
-    from pipeline.report import machine
+    from edgepress.pipeline.page.read import read_study
+    from edgepress.pipeline.page.render import write_report
+    from edgepress.pipeline.page.samples import PROMPTS, chosen, generate_samples
+    from edgepress.pipeline.report import machine
 
     console = Console(stderr=True)
 
@@ -68,9 +68,9 @@ def report(
 
 def chip_of(study: Study, soc: str) -> Chip:
     """The chip and its verdict: the run's own, or made now from the files of a sweep's smallest result."""
-    from hardware.soc import load_soc
-    from pipeline.page.content import Chip
-    from pipeline.page.facts import weight_room
+    from edgepress.hardware.soc import load_soc
+    from edgepress.pipeline.page.content import Chip
+    from edgepress.pipeline.page.facts import weight_room
 
     result = study.smallest.result
     subject = f"{study.model}, {result.name}"
@@ -88,9 +88,9 @@ def chip_of(study: Study, soc: str) -> Chip:
 
 
 def _judged(result: StageRun, soc: str, name: str) -> dict[str, object]:
-    from hardware.soc import load_soc
-    from pipeline.shapes import model_shape
-    from pipeline.verdicts import judge, to_dict
+    from edgepress.hardware.soc import load_soc
+    from edgepress.pipeline.shapes import model_shape
+    from edgepress.pipeline.verdicts import judge, to_dict
 
     if result.folder is None:
         raise PlanError(f"the checkpoint {result.name} is not on this disk.")

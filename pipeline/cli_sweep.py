@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from checkpoints.errors import PlanError, RecipeError
-from checkpoints.quiet import quiet_libraries
-from pipeline import interrupts
-from pipeline.flags import Out, RecipeFile, Skip, recipe_flags
-from pipeline.recipe import build
-from pipeline.sweep_recipe import MAX_RUNS, Sweep, draft_sweep
+from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.pipeline import interrupts
+from edgepress.pipeline.flags import Out, RecipeFile, Skip, recipe_flags
+from edgepress.pipeline.recipe import build
+from edgepress.pipeline.sweep_recipe import MAX_RUNS, Sweep, draft_sweep
 
 if TYPE_CHECKING:
-    from pipeline.forecast import Forecast
-    from pipeline.sweep import SweepResult
-    from pipeline.tree import Tree
+    from edgepress.pipeline.forecast import Forecast
+    from edgepress.pipeline.sweep import SweepResult
+    from edgepress.pipeline.tree import Tree
 
 EXIT_FAILED = 1
 _PANEL = "Sweep"
@@ -79,7 +79,7 @@ def ablate(
 
     Runs all stages, each left out, each alone, and none.
     """
-    from pipeline.ablation import ablation
+    from edgepress.pipeline.ablation import ablation
 
     run_command(ablation(build(recipe or None, flags, skip)), out, jobs, ray, store, track)
 
@@ -91,9 +91,9 @@ def plan_sweep(file: str, flags: dict[str, Any], skip: str, as_json: bool) -> No
         faults.append("--skip belongs to a recipe of one run; a sweep's configurations say which stages they have")
     wanted = _wanted((drafted, faults))
     quiet_libraries()
-    from pipeline.forecast import forecast
-    from pipeline.shapes import model_shape
-    from pipeline.tree import grow, spec_fingerprints
+    from edgepress.pipeline.forecast import forecast
+    from edgepress.pipeline.shapes import model_shape
+    from edgepress.pipeline.tree import grow, spec_fingerprints
 
     tree = grow(wanted.configurations, lambda recipe: model_shape(recipe.model), spec_fingerprints, texts=True)
     expected = forecast(tree)
@@ -108,8 +108,8 @@ def _wanted(drafted: tuple[Sweep, list[str]]) -> Sweep:
     wanted, faults = drafted
     if faults and wanted.configurations:
         quiet_libraries()
-        from pipeline.shapes import model_shape
-        from pipeline.tree import grow, spec_fingerprints
+        from edgepress.pipeline.shapes import model_shape
+        from edgepress.pipeline.tree import grow, spec_fingerprints
 
         try:
             grow(wanted.configurations, lambda recipe: model_shape(recipe.model), spec_fingerprints, texts=True)
@@ -126,12 +126,12 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
     if store_url and not ray:
         raise PlanError("--store goes with --ray; without it -o names the store")
     quiet_libraries()
-    from pipeline import sweep as sweeps
-    from pipeline.results import write_results
-    from pipeline.store import Store
-    from pipeline.sweep_view import SweepView
-    from pipeline.tracking import open_tracker
-    from pipeline.workers import Here, Processes, Workers
+    from edgepress.pipeline import sweep as sweeps
+    from edgepress.pipeline.results import write_results
+    from edgepress.pipeline.store import Store
+    from edgepress.pipeline.sweep_view import SweepView
+    from edgepress.pipeline.tracking import open_tracker
+    from edgepress.pipeline.workers import Here, Processes, Workers
 
     tracker = open_tracker(track, wanted.name) if track else None
     console = Console()
@@ -179,9 +179,9 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
 def _ray_workers(
     address: str, jobs: int, store_url: str, tell: Callable[[str, str], None], tree: Tree, out: Path
 ) -> Any:
-    from pipeline.ray_workers import RayWorkers
-    from pipeline.remote import Mirror
-    from pipeline.sweep import all_tasks, require_room
+    from edgepress.pipeline.ray_workers import RayWorkers
+    from edgepress.pipeline.remote import Mirror
+    from edgepress.pipeline.sweep import all_tasks, require_room
 
     if store_url:
         Mirror(store_url, out).check()

@@ -1,4 +1,4 @@
-"""One flag of `compress eval` and `compress compare` for every field of eval.settings.Settings."""
+"""One flag of `compress eval` and `compress compare` for every field of edgepress.eval.settings.Settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from eval.settings import Settings
+from edgepress.eval.settings import Settings
 
 _PANEL = "Tasks"
 

@@ -10,11 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.manifest import replacing
-from eval.compare import Difference
-from eval.results import Result, Score
-from pipeline.evaluate import Measured
-from pipeline.tables import print_whole
+from edgepress.checkpoints.manifest import replacing
+from edgepress.eval.compare import Difference
+from edgepress.eval.results import Result, Score
+from edgepress.pipeline.evaluate import Measured
+from edgepress.pipeline.tables import print_whole
 
 _MIB = 2**20
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, EdgepressError, PlanError
-from checkpoints.manifest import check_files, is_special, seal_holds, sealed, write_json
-from checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
-from checkpoints.sources import open_source
-from eval.results import Result
-from eval.settings import Settings
-from eval.subject import Subject
-from eval.tasks import TASKS, Task
-from pipeline.store import MARKER, Store, require_own
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError
+from edgepress.checkpoints.manifest import check_files, is_special, seal_holds, sealed, write_json
+from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
+from edgepress.checkpoints.sources import open_source
+from edgepress.eval.results import Result
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import TASKS, Task
+from edgepress.pipeline.store import MARKER, Store, require_own
 
 
 @dataclass(frozen=True)

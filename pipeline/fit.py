@@ -14,17 +14,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.errors import CheckpointError, EdgepressError, PlanError, TextError
-from checkpoints.families import PRESETS
-from checkpoints.forms import Grid
-from checkpoints.headers import shape_from_folder
-from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.shape import ModelShape
-from hardware import quality
-from hardware.fit import Candidate, Found, Loss, Quantisation, Settings, is_dense, search
-from hardware.soc import Soc
-from hardware.verdict import size_text, times_text
-from pipeline.tables import print_whole
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError, TextError
+from edgepress.checkpoints.families import PRESETS
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.headers import shape_from_folder
+from edgepress.checkpoints.manifest import MANIFEST, Manifest
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware import quality
+from edgepress.hardware.fit import Candidate, Found, Loss, Quantisation, Settings, is_dense, search
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.verdict import size_text, times_text
+from edgepress.pipeline.tables import print_whole
 
 SMALLEST_VOCABULARY = 512  # 256 bytes, special tokens, and a few hundred pieces
 _SAMPLE_CHARACTERS = 2**18  # of the corpus, to see how much longer it gets
@@ -59,9 +59,9 @@ def _corpus_lengths(folder: Path, corpus: str) -> tuple[int, Callable[[int], flo
     """
     from tokenizers import Tokenizer
 
-    from checkpoints.config import read_config
-    from checkpoints.vocabulary import count_ids, load_tokenizer, trim
-    from eval.text import NAMED, load_text
+    from edgepress.checkpoints.config import read_config
+    from edgepress.checkpoints.vocabulary import count_ids, load_tokenizer, trim
+    from edgepress.eval.text import NAMED, load_text
 
     whole = load_text(corpus, "whole") if corpus not in NAMED else load_text(corpus, "calibrate")
     if not any(document.strip() for document in whole.documents):
@@ -178,7 +178,7 @@ def _bits(quant: str) -> int:
 
 
 def _resolved_group(shape: ModelShape, options: Mapping[str, Any]) -> int:
-    from checkpoints.reshape import with_grid
+    from edgepress.checkpoints.reshape import with_grid
 
     wanted = -1 if str(options["quant"]).endswith("-channel") else int(options["group"])
     grid = with_grid(shape, _bits(options["quant"]), wanted, False, 0).grid
@@ -194,7 +194,7 @@ def fit(
     context: int, kv_bits: int, activation_bits: int,
 ) -> tuple[Found, list[str]]:  # fmt: skip
     """Search, and what should be said of it. Raises PlanError, TextError or CheckpointError for bad input."""
-    from pipeline.shapes import tokenizer_folder
+    from edgepress.pipeline.shapes import tokenizer_folder
 
     if min(protect) < 0 or best < 1:
         raise PlanError("protected blocks cannot be negative, and at least one setting must be asked for")

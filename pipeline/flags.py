@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.markup import escape
 
-from pipeline.recipe import Recipe
-from stages.options import STAGES
+from edgepress.pipeline.recipe import Recipe
+from edgepress.stages.options import STAGES
 
 _COMMON: dict[str, tuple[str, type, str]] = {
     "model": ("--model", str, "Folder, hub id, .gguf, llama2.c .bin; default: the packaged SmolLM2-135M-Instruct."),

@@ -10,11 +10,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.shape import ModelShape
-from pipeline.recipe import Recipe
-from pipeline.tree import Node, Tree
-from stages.needs import HESSIANS, NOTHING, needs
-from stages.recovery.shapes import adapters
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.tree import Node, Tree
+from edgepress.stages.needs import HESSIANS, NOTHING, needs
+from edgepress.stages.recovery.shapes import adapters
 
 # Seconds measured over seconds that the arithmetic alone would take, in the README's demo (SmolLM2-135M, bfloat16, two
 # cores that multiply 4e11 times a second); and what every stage run costs besides.
@@ -140,7 +140,7 @@ def measured_speed(device: str, dtype: str) -> float:
     """Multiply-adds per second of one large matrix product here, in the precision the recipe would run in."""
     import torch
 
-    from checkpoints.runtime import choose_device, choose_dtype
+    from edgepress.checkpoints.runtime import choose_device, choose_dtype
 
     where = choose_device(device)
     precision = choose_dtype(dtype, where, "BF16")

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from checkpoints.sparsity import Part, Unstructured, parse_amount
-from stages.options import Depth, Lora, Options, Wanda
+from edgepress.checkpoints.sparsity import Part, Unstructured, parse_amount
+from edgepress.stages.options import Depth, Lora, Options, Wanda
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
+    from edgepress.pipeline.recipe import Recipe
 
 DISTILL = 0.5  # share of the loss that is the teacher's where the recipe gives none
 _PARTS = ("depth", "wanda", "lora")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.options import Lora, Options
+from edgepress.stages.options import Lora, Options
 
 Stages = list[tuple[str, Options]]
 

@@ -7,17 +7,17 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.errors import EdgepressError, PlanError, RecipeError, TextError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.shape import ModelShape, safetensors_bytes
-from checkpoints.tokens import beyond_positions
-from pipeline.homotopic import unrolled
-from pipeline.plan_texts import text_faults
-from pipeline.recipe import Draft, Recipe
-from pipeline.vocabulary import counted
-from stages.needs import HESSIANS, NOTHING, needs
-from stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, flag_of
-from stages.recovery.shapes import training_bytes
+from edgepress.checkpoints.errors import EdgepressError, PlanError, RecipeError, TextError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.shape import ModelShape, safetensors_bytes
+from edgepress.checkpoints.tokens import beyond_positions
+from edgepress.pipeline.homotopic import unrolled
+from edgepress.pipeline.plan_texts import text_faults
+from edgepress.pipeline.recipe import Draft, Recipe
+from edgepress.pipeline.vocabulary import counted
+from edgepress.stages.needs import HESSIANS, NOTHING, needs
+from edgepress.stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, flag_of
+from edgepress.stages.recovery.shapes import training_bytes
 
 # Resident size of Python with torch, transformers and a model's code, and what peft, GPTQModel and the Trainer add,
 # measured on Linux with torch 2.14 and transformers 5.23 (benchmarks/peak_memory.py).
@@ -25,7 +25,7 @@ _BASE_BYTES = 850 * 2**20
 _TRAINER_BYTES = 220 * 2**20
 _SPILL_BYTES = 64 * 2**20  # Runtime.spill_bytes
 _CHUNK_TOKENS = 4096  # Runtime.chunk_tokens
-_REFINE_TOKENS = 1024  # stages.refine.REFINE_TOKENS
+_REFINE_TOKENS = 1024  # edgepress.stages.refine.REFINE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def examined(
 
 def condition_faults(recipe: Recipe) -> list[str]:
     """What cannot be in how a recipe is measured and where it runs."""
-    from checkpoints.runtime import choose_device, choose_dtype
-    from eval.perplexity import Protocol
-    from hardware.soc import load_soc
+    from edgepress.checkpoints.runtime import choose_device, choose_dtype
+    from edgepress.eval.perplexity import Protocol
+    from edgepress.hardware.soc import load_soc
 
     checks: tuple[Callable[[], object], ...] = (
         lambda: Protocol(recipe.protocol, recipe.window, recipe.tokens),
@@ -121,7 +121,7 @@ def plan(recipe: Recipe, shape: ModelShape, refused: Set[str] = frozenset()) -> 
     for name, options in unrolled(recipe):
         if unquantised and _works_on_codes(options):
             continue  # it would complain of dense weights, which is not the recipe's fault
-        module = importlib.import_module(f"stages.{name}")
+        module = importlib.import_module(f"edgepress.stages.{name}")
         try:
             if isinstance(options, Vocabulary):
                 options = counted(recipe, options)
@@ -151,7 +151,7 @@ def _works_on_codes(options: Options) -> bool:
 
 def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
     """Forecast of the process's peak resident size in bytes while the stage runs."""
-    from stages.distill import teacher_kind
+    from edgepress.stages.distill import teacher_kind
 
     if isinstance(options, Vocabulary):  # the whole outer part as it was and what is kept of it
         return int(_BASE_BYTES + 2 * sum(t.nbytes for t in before.outer))
@@ -200,7 +200,7 @@ def forecast_memory(stage: str, options: Any, before: ModelShape) -> int:
 
 def forecast_scratch(stage: str, options: Any, before: ModelShape) -> int:
     """Bytes that the stage's unfinished folder takes for hidden states, before and after a block, in 16 bit."""
-    from stages.distill import teacher_disk_bytes, teacher_kind
+    from edgepress.stages.distill import teacher_disk_bytes, teacher_kind
 
     if stage == "lora":
         return teacher_disk_bytes(before, options) if teacher_kind(before, options) == "streamed" else 0

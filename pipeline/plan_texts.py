@@ -7,12 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import EdgepressError, TextError
-from pipeline.recipe import Recipe
-from stages.options import Lora, Options, Pad, Vocabulary
+from edgepress.checkpoints.errors import EdgepressError, TextError
+from edgepress.pipeline.recipe import Recipe
+from edgepress.stages.options import Lora, Options, Pad, Vocabulary
 
 if TYPE_CHECKING:
-    from eval.text import Text, Use
+    from edgepress.eval.text import Text, Use
 
 _LARGEST_READ = 64 * 2**20  # bytes of a file that a plan reads; of a larger one it only sees that it is there
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -47,7 +47,7 @@ def _wanted(
         spec = (options.data if isinstance(options, Lora) else "") or recipe.calibration_text
         windows = options.batch + options.held_out if isinstance(options, Lora) else options.samples
         wanted.setdefault((spec, "calibrate"), []).append((name, windows * options.length))
-    from eval.text import held_out_of
+    from edgepress.eval.text import held_out_of
 
     trained = [recipe.calibration_text, *(o.data for _, o in stages if isinstance(o, Lora) and o.data)]
     spec = recipe.evaluation_text
@@ -64,7 +64,7 @@ def _wanted(
 
 def _loaded(spec: str, use: Use) -> Text | None:
     """The part of a text, None where it takes long to get."""
-    from eval.text import NAMED, load_text
+    from edgepress.eval.text import NAMED, load_text
 
     if spec == "embedded":
         return _read(spec, use, 0, 0)
@@ -80,7 +80,7 @@ def _loaded(spec: str, use: Use) -> Text | None:
 @lru_cache(maxsize=16)
 def _read(spec: str, use: Use, size: int, changed: int) -> Text:
     """A file's text, once for all configurations of a sweep. size, changed: or it is another file's."""
-    from eval.text import load_text
+    from edgepress.eval.text import load_text
 
     return load_text(spec, use)
 
@@ -94,7 +94,7 @@ def _tokenizer(model: str | None) -> Any:
 
 @lru_cache(maxsize=4)
 def _opened(folder: Path, changed: int) -> Any:
-    from checkpoints.vocabulary import load_tokenizer
+    from edgepress.checkpoints.vocabulary import load_tokenizer
 
     try:
         return load_tokenizer(folder)

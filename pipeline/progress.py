@@ -11,9 +11,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from checkpoints.errors import PlanError
-from checkpoints.manifest import is_special
-from checkpoints.memory import resident_bytes
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.manifest import is_special
+from edgepress.checkpoints.memory import resident_bytes
 
 _PLAIN_EVERY = 15.0  # seconds between lines where no bar can be drawn
 
@@ -26,7 +26,7 @@ def open_log(path: Path) -> TextIO:
 
 
 class Reporter:
-    """checkpoints.runtime.Progress, on a console and in a log file."""
+    """edgepress.checkpoints.runtime.Progress, on a console and in a log file."""
 
     def __init__(self, console: Console, log: Path | None = None, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet

@@ -10,16 +10,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.errors import PlanError
-from checkpoints.manifest import is_special, replacing, sealed, write_json
-from checkpoints.runtime import Runtime, choose_device, choose_dtype
-from checkpoints.sources import open_source
-from pipeline.calibration import Calibration
-from pipeline.plan import plan
-from pipeline.progress import Reporter
-from pipeline.recipe import Recipe
-from stages.depth import choose
-from stages.options import Depth
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.manifest import is_special, replacing, sealed, write_json
+from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
+from edgepress.checkpoints.sources import open_source
+from edgepress.pipeline.calibration import Calibration
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.progress import Reporter
+from edgepress.pipeline.recipe import Recipe
+from edgepress.stages.depth import choose
+from edgepress.stages.options import Depth
 
 _MEANING = {
     "perplexity": "perplexity of the model without the block",

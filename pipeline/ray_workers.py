@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from checkpoints.errors import PlanError
-from pipeline.tasks import Task
-from pipeline.workers import Event, Tell, carried_out
+from edgepress.checkpoints.errors import PlanError
+from edgepress.pipeline.tasks import Task
+from edgepress.pipeline.workers import Event, Tell, carried_out
 
 _ANSWER_SECONDS = 10.0  # for a port to open
 _CONNECT_SECONDS = 30.0  # for a cluster behind it to let us in
@@ -79,7 +79,7 @@ class RayWorkers:
 
 def _on_worker(task: Task, home: str) -> Event:
     """home: the folder that files are named from, where this machine has it too."""
-    from checkpoints.quiet import quiet_libraries
+    from edgepress.checkpoints.quiet import quiet_libraries
 
     quiet_libraries()
     if Path(home).is_dir():

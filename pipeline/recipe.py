@@ -12,11 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from checkpoints.documents import RECIPE_BYTES, parse_yaml, read_small
-from checkpoints.errors import PlanError, RecipeError
-from pipeline.homotopic import in_rounds
-from pipeline.order import in_working_order
-from stages.options import STAGES, Eora, Options
+from edgepress.checkpoints.documents import RECIPE_BYTES, parse_yaml, read_small
+from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.pipeline.homotopic import in_rounds
+from edgepress.pipeline.order import in_working_order
+from edgepress.stages.options import STAGES, Eora, Options
 
 PLAIN_KEYS: dict[str, type] = {
     "model": str,
@@ -159,7 +159,7 @@ def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:
     """A recipe file, or a shipped recipe by its name."""
     path = Path(name)
     if not path.is_file():
-        shipped = resources.files("recipes")
+        shipped = resources.files("edgepress.recipes")
         candidate = shipped / f"{Path(name).stem}.yaml"
         if Path(name).name in (Path(name).stem, f"{Path(name).stem}.yaml") and candidate.is_file():
             text = candidate.read_bytes()

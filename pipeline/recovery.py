@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.shape import ModelShape
-from pipeline.forecast import measured_speed, stage_seconds
-from pipeline.plan import StagePlan
-from pipeline.recipe import Recipe
-from stages.options import Lora
-from stages.recovery.shapes import adapters
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.pipeline.forecast import measured_speed, stage_seconds
+from edgepress.pipeline.plan import StagePlan
+from edgepress.pipeline.recipe import Recipe
+from edgepress.stages.options import Lora
+from edgepress.stages.recovery.shapes import adapters
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import CheckpointError, EdgepressError, PlanError
-from checkpoints.manifest import (
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError
+from edgepress.checkpoints.manifest import (
     MANIFEST,
     PARTIAL,
     WORK,

@@ -11,14 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.packed_sizes import PackedSizes
-from checkpoints.shape import ModelShape
-from hardware.verdict import Verdict
-from pipeline.plan import StagePlan
-from pipeline.tables import print_whole
+from edgepress.checkpoints.packed_sizes import PackedSizes
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.verdict import Verdict
+from edgepress.pipeline.plan import StagePlan
+from edgepress.pipeline.tables import print_whole
 
 if TYPE_CHECKING:
-    from pipeline.run import RunResult
+    from edgepress.pipeline.run import RunResult
 
 _MIB = 2**20
 

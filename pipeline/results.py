@@ -26,10 +26,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import write_bytes
-from pipeline.sweep import SweepResult
-from pipeline.tables import plain_cell
-from pipeline.tree import Node, Tree
+from edgepress.checkpoints.manifest import write_bytes
+from edgepress.pipeline.sweep import SweepResult
+from edgepress.pipeline.tables import plain_cell
+from edgepress.pipeline.tree import Node, Tree
 
 COLUMNS = {
     "sweep": "string", "configurations": "string", "result_of": "string", "model": "string", "seed": "int64",

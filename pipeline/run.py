@@ -10,25 +10,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, sealed, write_json
-from checkpoints.memory import available_bytes, peak_bytes, reset_peak
-from checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
-from checkpoints.shape import ModelShape
-from checkpoints.sources import open_source
-from checkpoints.verify import prove_pattern
-from checkpoints.writer import CheckpointWriter
-from eval.perplexity import Protocol, measure, measurement_key
-from hardware.soc import load_soc
-from pipeline.calibration import Calibration
-from pipeline.plan import StagePlan, plan
-from pipeline.progress import Reporter
-from pipeline.recipe import Recipe
-from pipeline.report import machine
-from pipeline.store import REPORT, Store
-from pipeline.verdicts import judge, say_measured, say_planned, to_dict
-from stages.options import Options, decisive
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, sealed, write_json
+from edgepress.checkpoints.memory import available_bytes, peak_bytes, reset_peak
+from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.verify import prove_pattern
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.eval.perplexity import Protocol, measure, measurement_key
+from edgepress.hardware.soc import load_soc
+from edgepress.pipeline.calibration import Calibration
+from edgepress.pipeline.plan import StagePlan, plan
+from edgepress.pipeline.progress import Reporter
+from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.report import machine
+from edgepress.pipeline.store import REPORT, Store
+from edgepress.pipeline.verdicts import judge, say_measured, say_planned, to_dict
+from edgepress.stages.options import Options, decisive
 
 _PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")
 _SHOULD_IMPROVE = ("lora", "eora")
@@ -173,7 +173,7 @@ def _compute(
     runtime: Runtime, store: Any, before: dict[str, Any],
 ) -> Checkpoint:  # fmt: skip
     """Run one stage, prove and measure what lies on the disk, and only then write the manifest."""
-    module = importlib.import_module(f"stages.{step.stage}")
+    module = importlib.import_module(f"edgepress.stages.{step.stage}")
     target = CheckpointWriter(folder, parent.shape.block_prefix)
     work = target.work  # from the start, so that a kill at any moment leaves a folder that is known to be unfinished
     work.remove_rest()
@@ -248,7 +248,7 @@ def _fingerprints(
     keys, parent = [], source.fingerprint
     for step in plans:
         windows = calibration.windows(step.stage, step.options, step.turn)
-        version_number = importlib.import_module(f"stages.{step.stage}").VERSION
+        version_number = importlib.import_module(f"edgepress.stages.{step.stage}").VERSION
         parent = fingerprint(
             parent, step.stage, version_number, decisive(step.options), windows.sha256, recipe.seed, str(runtime.dtype)
         )
@@ -314,7 +314,7 @@ def _settings(options: Options) -> str:
 
 
 def _name(recipe: Recipe) -> str:
-    from checkpoints.sources import PACKAGED
+    from edgepress.checkpoints.sources import PACKAGED
 
     return recipe.model or PACKAGED
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints.config import read_config, stated_form
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.headers import INDEX, shape_from_folder
-from checkpoints.manifest import MANIFEST, Manifest, check_files, require_finished
-from checkpoints.reshape import with_form
-from checkpoints.shape import ModelShape
+from edgepress.checkpoints.config import read_config, stated_form
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.headers import INDEX, shape_from_folder
+from edgepress.checkpoints.manifest import MANIFEST, Manifest, check_files, require_finished
+from edgepress.checkpoints.reshape import with_form
+from edgepress.checkpoints.shape import ModelShape
 
 PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
 
@@ -33,7 +33,7 @@ def model_shape(model: str | None) -> ModelShape:
     if model.lower() in PRESETS:
         return shape_from_config(PRESETS[model.lower()])
     if path.is_file() or "/" in model or model.lower() == "smollm2-135m-instruct":
-        from checkpoints.sources import open_source  # reads the file or asks the hub, and needs torch
+        from edgepress.checkpoints.sources import open_source  # reads the file or asks the hub, and needs torch
 
         return open_source(model).shape
     raise CheckpointError(
@@ -63,7 +63,7 @@ def tokenizer_folder(model: str | None) -> Path:
             f"'{model}' is a preset: it has no tokenizer to count a corpus's tokens with. Give the model's folder, "
             "or --vocabulary-size N alone to plan with N tokens"
         )
-    from checkpoints.sources import open_source  # converts what is not a folder yet, and needs torch
+    from edgepress.checkpoints.sources import open_source  # converts what is not a folder yet, and needs torch
 
     return open_source(model).folder
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Words
 
-from checkpoints.checkpoint import Checkpoint
-from eval.generate import Continuation, Decoding, same_words
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.eval.generate import Continuation, Decoding, same_words
 
 Named = tuple[str, Checkpoint]
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import (
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.manifest import (
     MANIFEST,
     SEAL,
     WORK,

@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.manifest import MANIFEST, sealed, sha256_file, write_json
-from checkpoints.memory import available_bytes
-from checkpoints.shape import ModelShape
-from pipeline.plan import StagePlan
-from pipeline.recipe import Recipe
-from pipeline.report import machine
-from pipeline.store import Store
-from pipeline.sweep_recipe import Sweep
-from pipeline.sweep_view import SweepView
-from pipeline.tasks import Outcome, Task, conditions, with_stages
-from pipeline.tree import Node, Tree, conditions_of, grow
-from pipeline.workers import Workers
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.manifest import MANIFEST, sealed, sha256_file, write_json
+from edgepress.checkpoints.memory import available_bytes
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.pipeline.plan import StagePlan
+from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.report import machine
+from edgepress.pipeline.store import Store
+from edgepress.pipeline.sweep_recipe import Sweep
+from edgepress.pipeline.sweep_view import SweepView
+from edgepress.pipeline.tasks import Outcome, Task, conditions, with_stages
+from edgepress.pipeline.tree import Node, Tree, conditions_of, grow
+from edgepress.pipeline.workers import Workers
 
 _TRIES = 3  # of a task whose process dies
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from checkpoints.errors import RecipeError
-from pipeline.recipe import Recipe, assemble, from_mapping, load_yaml, stage_values
-from stages.options import STAGES
+from edgepress.checkpoints.errors import RecipeError
+from edgepress.pipeline.recipe import Recipe, assemble, from_mapping, load_yaml, stage_values
+from edgepress.stages.options import STAGES
 
 MAX_RUNS = 256
 

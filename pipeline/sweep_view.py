@@ -14,12 +14,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.progress import open_log
+from edgepress.pipeline.progress import open_log
 
 if TYPE_CHECKING:
-    from pipeline.sweep import SweepResult
-    from pipeline.tasks import Outcome
-    from pipeline.tree import Node
+    from edgepress.pipeline.sweep import SweepResult
+    from edgepress.pipeline.tasks import Outcome
+    from edgepress.pipeline.tree import Node
 
 _LAST = 6  # finished stage runs that stay in sight
 

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.plan import StagePlan
-from pipeline.recipe import Recipe
-from pipeline.tree import conditions_of
+from edgepress.pipeline.plan import StagePlan
+from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.tree import conditions_of
 
 if TYPE_CHECKING:
-    from checkpoints.checkpoint import Checkpoint
-    from pipeline.run import Conditions
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.pipeline.run import Conditions
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def conditions(recipe: Recipe, out: Path, checked: Recipe | None = None) -> Cond
 
     checked: a recipe with the stages whose training texts are held against the text to measure on.
     """
-    from pipeline.run import Conditions
+    from edgepress.pipeline.run import Conditions
 
     key = (conditions_of(recipe), out)
     if key not in _prepared:
@@ -89,10 +89,10 @@ def conditions(recipe: Recipe, out: Path, checked: Recipe | None = None) -> Cond
 
 def perform(task: Task, tell: Callable[[str], None]) -> Outcome:
     """Compute one stage run or find it in the store, and measure it. Raises what the stage raises."""
-    from checkpoints.checkpoint import Checkpoint
-    from checkpoints.errors import CheckpointError
-    from pipeline.remote import Mirror
-    from pipeline.run import run_stage
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.errors import CheckpointError
+    from edgepress.pipeline.remote import Mirror
+    from edgepress.pipeline.run import run_stage
 
     _relay.tell = tell
     began = time.monotonic()

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoints.errors import PlanError
-from pipeline.recipe import Recipe
-from pipeline.results import metrics
-from pipeline.tasks import Outcome
+from edgepress.checkpoints.errors import PlanError
+from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.results import metrics
+from edgepress.pipeline.tasks import Outcome
 
 _HINT = "--track {kind} needs one more package: pip install 'edgepress[tracking]'"
 _STAGE_NUMBERS = (

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from checkpoints.errors import EdgepressError, PlanError, RecipeError
-from checkpoints.shape import ModelShape
-from pipeline.plan import StagePlan, examined
-from pipeline.recipe import PLAIN_KEYS, Draft, Recipe
-from pipeline.sweep_recipe import Configuration
+from edgepress.checkpoints.errors import EdgepressError, PlanError, RecipeError
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.pipeline.plan import StagePlan, examined
+from edgepress.pipeline.recipe import PLAIN_KEYS, Draft, Recipe
+from edgepress.pipeline.sweep_recipe import Configuration
 
 
 @dataclass

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.shape import ModelShape
-from hardware.check import check
-from hardware.soc import Soc
-from hardware.units import size_text
-from hardware.verdict import Verdict
-from pipeline.progress import Reporter
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.check import check
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.units import size_text
+from edgepress.hardware.verdict import Verdict
+from edgepress.pipeline.progress import Reporter
 
 CONTEXT = 256  # as `compress check`
 

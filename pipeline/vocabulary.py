@@ -8,16 +8,16 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import PlanError, TextError
-from checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, trim
-from stages.options import Lora, Vocabulary
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, trim
+from edgepress.stages.options import Lora, Vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from checkpoints.tokens import TokenBatches
-    from eval.text import Text
-    from pipeline.recipe import Recipe
+    from edgepress.checkpoints.tokens import TokenBatches
+    from edgepress.eval.text import Text
+    from edgepress.pipeline.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def counted(recipe: Recipe, options: Vocabulary) -> Vocabulary:
     _require_order(recipe)
     if not options.corpus:
         return options
-    from pipeline.shapes import tokenizer_folder
+    from edgepress.pipeline.shapes import tokenizer_folder
 
     vocabulary = corpus_vocabulary(recipe, tokenizer_folder(recipe.model))
     assert vocabulary is not None
@@ -78,7 +78,7 @@ def corpus_fault(recipe: Recipe) -> str:
 
 def corpus_text(recipe: Recipe, corpus: str) -> Text:
     """The corpus, without the part of it that the recipe keeps to measure on. Raises TextError or PlanError."""
-    from eval.text import NAMED, load_text
+    from edgepress.eval.text import NAMED, load_text
 
     shared = corpus in NAMED or corpus == recipe.evaluation_text
     if shared and recipe.text == corpus != recipe.calibration_text and corpus not in NAMED:
@@ -103,9 +103,9 @@ def follows_vocabulary(recipe: Recipe, stage: str) -> bool:
 # Planning and running ask for the same one, and a large corpus takes its time.
 @lru_cache(maxsize=2)
 def _cut(folder: Path, name: str, documents: tuple[str, ...], limit: int) -> CorpusVocabulary:
-    from checkpoints.config import read_config
-    from checkpoints.tokens import TokenBatches
-    from eval.text import Text
+    from edgepress.checkpoints.config import read_config
+    from edgepress.checkpoints.tokens import TokenBatches
+    from edgepress.eval.text import Text
 
     tokenizer = load_tokenizer(folder)
     ids = Text(name, documents).token_ids(tokenizer)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from checkpoints.errors import EdgepressError
-from pipeline.tasks import Outcome, Task, perform
+from edgepress.checkpoints.errors import EdgepressError
+from edgepress.pipeline.tasks import Outcome, Task, perform
 
 Tell = Callable[[str, str], None]  # a node's key, and what it is doing now
 _TELL_EVERY = 0.3  # seconds
@@ -176,7 +176,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    from checkpoints.quiet import quiet_libraries
+    from edgepress.checkpoints.quiet import quiet_libraries
 
     quiet_libraries()
     import torch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import write_bytes, write_json
+from edgepress.checkpoints.manifest import write_bytes, write_json
 
 _LABEL = 8  # columns of the numbers on the left, the axis included
 _TRAINING, _HELD_OUT = "·", "o"

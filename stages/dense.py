@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from checkpoints.errors import PlanError
-from checkpoints.shape import ModelShape
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.shape import ModelShape
 
 
 def require_dense(shape: ModelShape, stage: str, beside: str = "") -> None:

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.reshape import cut_config, with_blocks
-from checkpoints.runtime import Runtime
-from checkpoints.shape import ModelShape
-from checkpoints.skeleton import Skeleton
-from checkpoints.states import Scratch, States
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages.dense import require_dense
-from stages.options import Depth as Options
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.reshape import cut_config, with_blocks
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.skeleton import Skeleton
+from edgepress.checkpoints.states import Scratch, States
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.dense import require_dense
+from edgepress.stages.options import Depth as Options
 
 VERSION = 1
 

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Runtime
-from checkpoints.shape import ModelShape
-from checkpoints.states import States
-from checkpoints.walk import Walk, Work
-from stages.options import Lora
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.states import States
+from edgepress.checkpoints.walk import Walk, Work
+from edgepress.stages.options import Lora
 
 # Beyond this much disk, `auto` holds the teacher instead. A fixed number: what is free on a machine must not decide
 # which bytes come out.

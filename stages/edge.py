@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from checkpoints.packing import dequantise_rows
+from edgepress.checkpoints.packing import dequantise_rows
 
 
 def quantise_outer(outer: Mapping[str, Tensor], bits: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

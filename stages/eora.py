@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.adapter_codes import eight_bit, unpacked
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.image_tensors import TORCH_DTYPES
-from checkpoints.peft_config import peft_config
-from checkpoints.runtime import Runtime
-from checkpoints.scaling import rescaled, scaled_folders
-from checkpoints.shape import LinearShape, ModelShape
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Walk
-from checkpoints.writer import CheckpointWriter
-from stages.hessian import hessians
-from stages.options import Eora as Options
-from stages.reference import reference_weights
+from edgepress.checkpoints.adapter_codes import eight_bit, unpacked
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.image_tensors import TORCH_DTYPES
+from edgepress.checkpoints.peft_config import peft_config
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.scaling import rescaled, scaled_folders
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.hessian import hessians
+from edgepress.stages.options import Eora as Options
+from edgepress.stages.reference import reference_weights
 
 VERSION = 1
 

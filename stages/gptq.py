@@ -15,24 +15,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.forms import Codebook, Form, Grid, RealGrid, TensorShape
-from checkpoints.headers import usual_dtype
-from checkpoints.packed_sizes import is_head
-from checkpoints.reshape import packable, with_form
-from checkpoints.rounded_inputs import rounded_inputs
-from checkpoints.runtime import Runtime
-from checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, ModelShape
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import BlockVisit, Walk
-from checkpoints.writer import CheckpointWriter
-from stages import edge
-from stages.dense import require_dense
-from stages.options import Gptq as Options
-from stages.quantisers import METHODS, NOTHING, activation_bits, form, method
-from stages.quantisers.gptq import Solution
-from stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Codebook, Form, Grid, RealGrid, TensorShape
+from edgepress.checkpoints.headers import usual_dtype
+from edgepress.checkpoints.packed_sizes import is_head
+from edgepress.checkpoints.reshape import packable, with_form
+from edgepress.checkpoints.rounded_inputs import rounded_inputs
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, ModelShape
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import BlockVisit, Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import edge
+from edgepress.stages.dense import require_dense
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers import METHODS, NOTHING, activation_bits, form, method
+from edgepress.stages.quantisers.gptq import Solution
+from edgepress.stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
 
 VERSION = 1
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checkpoints.errors import NumericsError
-from checkpoints.walk import BlockVisit
+from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.walk import BlockVisit
 
 
 def hessians(block: BlockVisit) -> dict[tuple[str, ...], Tensor]:

@@ -13,22 +13,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.image_tensors import TORCH_DTYPES
-from checkpoints.peft_config import described
-from checkpoints.quiet import quiet_import
-from checkpoints.runtime import Runtime
-from checkpoints.scaling import rescaled, scaled_folders
-from checkpoints.shape import ModelShape
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages.dense import require_dense, require_quantised
-from stages.distill import teacher
-from stages.options import Lora as Options
-from stages.recovery.shapes import adapters, target_names, with_adapters
-from stages.reference import reference_weights
-from stages.training import own_random_state, require_a_batch, train
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.image_tensors import TORCH_DTYPES
+from edgepress.checkpoints.peft_config import described
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.scaling import rescaled, scaled_folders
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.dense import require_dense, require_quantised
+from edgepress.stages.distill import teacher
+from edgepress.stages.options import Lora as Options
+from edgepress.stages.recovery.shapes import adapters, target_names, with_adapters
+from edgepress.stages.reference import reference_weights
+from edgepress.stages.training import own_random_state, require_a_batch, train
 
 VERSION = 1
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stages import pruning, quantisers
-from stages.options import Eora, Gptq, Options, Wanda
-from stages.pruning import HESSIANS, NORMS, NOTHING
+from edgepress.stages import pruning, quantisers
+from edgepress.stages.options import Eora, Gptq, Options, Wanda
+from edgepress.stages.pruning import HESSIANS, NORMS, NOTHING
 
 __all__ = ["HESSIANS", "NORMS", "NOTHING", "needs"]
 

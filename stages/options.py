@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from checkpoints.errors import PlanError
-from checkpoints.sparsity import parse_amount
-from stages import quantisers
-from stages.pruning import METHODS
-from stages.recovery import METHODS as RECOVERY
-from stages.recovery import Recovery, parse
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.sparsity import parse_amount
+from edgepress.stages import quantisers
+from edgepress.stages.pruning import METHODS
+from edgepress.stages.recovery import METHODS as RECOVERY
+from edgepress.stages.recovery import Recovery, parse
 
 
 def option(default: Any, flag: str, text: str, later: bool = False) -> Any:

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.reshape import with_wider_ffn
-from checkpoints.runtime import Runtime
-from checkpoints.shape import BlockShape, ModelShape
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages.options import Pad as Options
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.reshape import with_wider_ffn
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import BlockShape, ModelShape
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.options import Pad as Options
 
 VERSION = 1
 

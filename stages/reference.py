@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.manifest import check_files
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.manifest import check_files
 
 
 def reference_weights(source: Checkpoint, against: str) -> tuple[Checkpoint, list[int]]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.forms import Grid
-from checkpoints.runtime import Runtime, Silent
-from checkpoints.walk import BlockVisit, Walk
-from stages.quantisers.codes import SMALLEST_SCALE
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.runtime import Runtime, Silent
+from edgepress.checkpoints.walk import BlockVisit, Walk
+from edgepress.stages.quantisers.codes import SMALLEST_SCALE
 
 # Chosen on SmolLM2-135M, 4 bits, group 64 (benchmarks/README.md).
 ROUNDING_REACH = 0.25  # how far Adam can move a position at most: its rate summed over all steps

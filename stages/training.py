@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoints.errors import CheckpointError, NumericsError, TextError, not_written
-from checkpoints.manifest import sha256_file
-from checkpoints.quiet import quiet_import
-from checkpoints.runtime import Progress, Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Work
-from stages.curve import Curve
-from stages.distill import Teacher, token_divergence
-from stages.options import Lora as Options
+from edgepress.checkpoints.errors import CheckpointError, NumericsError, TextError, not_written
+from edgepress.checkpoints.manifest import sha256_file
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Progress, Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Work
+from edgepress.stages.curve import Curve
+from edgepress.stages.distill import Teacher, token_divergence
+from edgepress.stages.options import Lora as Options
 
 _COMPLETE = "complete"  # marks a saved step as whole: a kill can leave half of one
 _BEGAN = "training_from"  # the journal's entry with the stage's seconds when training began

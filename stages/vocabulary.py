@@ -12,17 +12,17 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.headers import EDGE
-from checkpoints.manifest import write_json
-from checkpoints.reshape import vocabulary_tensors, with_vocabulary
-from checkpoints.runtime import Runtime
-from checkpoints.shape import ModelShape
-from checkpoints.tokens import TokenBatches
-from checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, renumber_config, trim
-from checkpoints.writer import CheckpointWriter
-from stages.options import Vocabulary as Options
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.headers import EDGE
+from edgepress.checkpoints.manifest import write_json
+from edgepress.checkpoints.reshape import vocabulary_tensors, with_vocabulary
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, renumber_config, trim
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.options import Vocabulary as Options
 
 VERSION = 1
 GENERATION = "generation_config.json"

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.nm import group_zeros
-from checkpoints.reshape import with_pattern
-from checkpoints.runtime import Runtime
-from checkpoints.shape import LinearShape, ModelShape
-from checkpoints.sparsity import Capped, Part, Pattern, Sparsity, Within, parse_amount
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import BlockVisit, Walk
-from checkpoints.writer import CheckpointWriter
-from stages.dense import require_dense
-from stages.options import Wanda as Options
-from stages.pruning import NOTHING, method
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.reshape import with_pattern
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.checkpoints.sparsity import Capped, Part, Pattern, Sparsity, Within, parse_amount
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import BlockVisit, Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.dense import require_dense
+from edgepress.stages.options import Wanda as Options
+from edgepress.stages.pruning import NOTHING, method
 
 VERSION = 2
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.adapter_codes import eight_bit, unpacked
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.codebooks import encode
-from checkpoints.forms import CODEBOOKS
-from checkpoints.manifest import Manifest, describe_files
-from checkpoints.packing import dequantise_rows, pack_linear
-from checkpoints.peft_config import peft_config
-from checkpoints.sparsity import parse_sparsity
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.adapter_codes import eight_bit, unpacked
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.codebooks import encode
+from edgepress.checkpoints.forms import CODEBOOKS
+from edgepress.checkpoints.manifest import Manifest, describe_files
+from edgepress.checkpoints.packing import dequantise_rows, pack_linear
+from edgepress.checkpoints.peft_config import peft_config
+from edgepress.checkpoints.sparsity import parse_sparsity
+from edgepress.checkpoints.writer import CheckpointWriter
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

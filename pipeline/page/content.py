@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.page import facts, figures, stage_figures
-from pipeline.page.draw import Picture
-from pipeline.page.pareto_figure import pareto_figure
-from pipeline.page.study import StageRun, Study
+from edgepress.pipeline.page import facts, figures, stage_figures
+from edgepress.pipeline.page.draw import Picture
+from edgepress.pipeline.page.pareto_figure import pareto_figure
+from edgepress.pipeline.page.study import StageRun, Study
 
 _MIB = 2**20
 _MOST = 4  # heat maps and rankings on one page

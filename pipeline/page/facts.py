@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.page.study import StageRun, Study
+from edgepress.pipeline.page.study import StageRun, Study
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hardware.verdict import size_text, times_text
-from pipeline.page.draw import (
+from edgepress.hardware.verdict import size_text, times_text
+from edgepress.pipeline.page.draw import (
     BLUE,
     FAINT,
     GREEN,
@@ -27,7 +27,7 @@ from pipeline.page.draw import (
     plain_ticks,
     short,
 )
-from pipeline.page.facts import Effect, Memory, Step
+from edgepress.pipeline.page.facts import Effect, Memory, Step
 
 _MIB = 2**20
 _PARTS = {

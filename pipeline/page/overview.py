@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hardware.verdict import size_text, times_text
-from pipeline.page import facts
-from pipeline.page.content import Chip
-from pipeline.page.draw import number
-from pipeline.page.study import Study
+from edgepress.hardware.verdict import size_text, times_text
+from edgepress.pipeline.page import facts
+from edgepress.pipeline.page.content import Chip
+from edgepress.pipeline.page.draw import number
+from edgepress.pipeline.page.study import Study
 
 _MIB = 2**20
 

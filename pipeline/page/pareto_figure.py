@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hardware.verdict import size_text
-from pipeline.page.draw import BLUE, FAINT, GREEN, INK, MUTED, Picture, number, picture, plain_ticks, short
-from pipeline.page.study import Choice, Study
+from edgepress.hardware.verdict import size_text
+from edgepress.pipeline.page.draw import BLUE, FAINT, GREEN, INK, MUTED, Picture, number, picture, plain_ticks, short
+from edgepress.pipeline.page.study import Choice, Study
 
 _MIB = 2**20
 _FAR = 4  # times the room: from here on the capacity gets a panel of its own, and the points keep theirs

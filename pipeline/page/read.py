@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import MANIFEST, Manifest, seal_holds, sha256_file
-from pipeline.page.study import SOURCE, Configuration, StageRun, Study
-from pipeline.store import MARKER, require_own
-from pipeline.tables import read_cell
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.manifest import MANIFEST, Manifest, seal_holds, sha256_file
+from edgepress.pipeline.page.study import SOURCE, Configuration, StageRun, Study
+from edgepress.pipeline.store import MARKER, require_own
+from edgepress.pipeline.tables import read_cell
 
 _RUN, _SWEEP, _TABLES = "report.json", "sweep.json", ("results.parquet", "results.csv")
 _NEEDED = (
@@ -253,7 +253,7 @@ def _on_disk(out: Path, path: str) -> Path | None:
 
 def _parameters(folder: Path | None) -> tuple[int | None, int | None]:
     """Of the uncompressed model, which report.json does not count: in total and not zero, where its files are here."""
-    from pipeline.shapes import model_shape
+    from edgepress.pipeline.shapes import model_shape
 
     if folder is None:
         return None, None

@@ -12,11 +12,11 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from checkpoints.manifest import write_bytes
-from pipeline.page import content, overview, reproduce
-from pipeline.page.content import Chip
-from pipeline.page.samples import Samples
-from pipeline.page.study import Study
+from edgepress.checkpoints.manifest import write_bytes
+from edgepress.pipeline.page import content, overview, reproduce
+from edgepress.pipeline.page.content import Chip
+from edgepress.pipeline.page.samples import Samples
+from edgepress.pipeline.page.study import Study
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -83,4 +83,4 @@ def render(
 
 
 def _text(name: str) -> str:
-    return (resources.files("pipeline.page") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("edgepress.pipeline.page") / "templates" / name).read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from checkpoints.manifest import write_bytes
-from pipeline.page.study import Configuration, Study
+from edgepress.checkpoints.manifest import write_bytes
+from edgepress.pipeline.page.study import Configuration, Study
 
 FOLDER = "recipes"
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import SEAL, seal_holds, sealed, write_json
-from pipeline.page.read import clean
-from pipeline.page.study import StageRun, Study
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.manifest import SEAL, seal_holds, sealed, write_json
+from edgepress.pipeline.page.read import clean
+from edgepress.pipeline.page.study import StageRun, Study
 
 PROMPTS = ("The three most important things about a good bridge are", "A small computer in a sensor can")
 FILE = "samples.json"
@@ -79,10 +79,10 @@ def generate_samples(
 
 def _generated(run: StageRun, prompts: dict[str, str], tokens: int, device: str) -> dict[str, str]:
     """Prompt -> key in, key -> continuation out."""
-    from checkpoints.checkpoint import Checkpoint
-    from checkpoints.memory import release
-    from checkpoints.runtime import choose_device
-    from eval.generate import Decoding, continue_prompt
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.memory import release
+    from edgepress.checkpoints.runtime import choose_device
+    from edgepress.eval.generate import Decoding, continue_prompt
 
     assert run.folder is not None
     checkpoint, where = Checkpoint.open(run.folder), choose_device(device)

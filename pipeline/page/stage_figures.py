@@ -9,8 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.page.draw import BLUE, FAINT, RED, SERIES, Picture, picture, plain_ticks, short
-from pipeline.page.facts import Importance, LayerErrors, Losses
+from edgepress.pipeline.page.draw import BLUE, FAINT, RED, SERIES, Picture, picture, plain_ticks, short
+from edgepress.pipeline.page.facts import Importance, LayerErrors, Losses
 
 _MEANING = {
     "perplexity": "perplexity without the block",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import Manifest
+from edgepress.checkpoints.manifest import Manifest
 
 SOURCE = "source"
 

@@ -9,16 +9,16 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from checkpoints.sparsity import Amount, Pattern, Sparsity
+from edgepress.checkpoints.sparsity import Amount, Pattern, Sparsity
 
 if TYPE_CHECKING:
-    from checkpoints.walk import BlockVisit
+    from edgepress.checkpoints.walk import BlockVisit
 
 METHODS = {
-    "wanda": "stages.pruning.wanda",
-    "magnitude": "stages.pruning.magnitude",
-    "sparsegpt": "stages.pruning.sparsegpt",
-    "gate-l1": "stages.pruning.gate_l1",
+    "wanda": "edgepress.stages.pruning.wanda",
+    "magnitude": "edgepress.stages.pruning.magnitude",
+    "sparsegpt": "edgepress.stages.pruning.sparsegpt",
+    "gate-l1": "edgepress.stages.pruning.gate_l1",
 }
 
 # What a method needs to see besides the weights.

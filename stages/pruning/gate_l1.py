@@ -7,8 +7,8 @@ row may lose all its weights. N:M takes N of every M weights of a row, as everyw
 
 from __future__ import annotations
 
-from checkpoints.sparsity import Amount, Sparsity, Within
-from stages.pruning.magnitude import NEEDS, prune
+from edgepress.checkpoints.sparsity import Amount, Sparsity, Within
+from edgepress.stages.pruning.magnitude import NEEDS, prune
 
 __all__ = ["NEEDS", "prune", "sparsity"]
 

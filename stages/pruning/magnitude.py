@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.sparsity import Amount, Pattern, Sparsity
-from checkpoints.walk import BlockVisit
-from stages.pruning import NOTHING
-from stages.pruning.select import kept, lost_share, set_zeros
+from edgepress.checkpoints.sparsity import Amount, Pattern, Sparsity
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.pruning import NOTHING
+from edgepress.stages.pruning.select import kept, lost_share, set_zeros
 
 NEEDS = NOTHING
 

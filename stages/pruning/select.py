@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checkpoints.errors import PlanError
-from checkpoints.sparsity import Capped, Pattern
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.sparsity import Capped, Pattern
 
 _FEW = 32  # groups up to this size are selected by comparing lanes, wider ones by sorting
 

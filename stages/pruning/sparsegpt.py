@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.errors import NumericsError
-from checkpoints.sparsity import Amount, Capped, Pattern, Sparsity
-from checkpoints.walk import BlockVisit
-from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
-from stages.pruning import HESSIANS
-from stages.pruning.select import kept
+from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.sparsity import Amount, Capped, Pattern, Sparsity
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.hessian import hessians, inverse_factor, live_diagonal, output_error
+from edgepress.stages.pruning import HESSIANS
+from edgepress.stages.pruning.select import kept
 
 NEEDS = HESSIANS
 COLUMNS = 128  # solved before their errors reach the rest; of a wider group, those whose zeros are chosen at once

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.sparsity import Amount, Pattern, Sparsity
-from checkpoints.walk import BlockVisit
-from stages.pruning import NORMS
-from stages.pruning.select import keep_best, kept, lost_share, set_zeros
+from edgepress.checkpoints.sparsity import Amount, Pattern, Sparsity
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.pruning import NORMS
+from edgepress.stages.pruning.select import keep_best, kept, lost_share, set_zeros
 
 NEEDS = NORMS
 

@@ -9,32 +9,32 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from checkpoints.forms import Form
-from stages.pruning import HESSIANS, NOTHING
+from edgepress.checkpoints.forms import Form
+from edgepress.stages.pruning import HESSIANS, NOTHING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from checkpoints.walk import BlockVisit
-    from stages.options import Gptq
+    from edgepress.checkpoints.walk import BlockVisit
+    from edgepress.stages.options import Gptq
 
 __all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "activation_bits", "form", "method"]
 
 # The file of each name, and what its `form` is told besides the options.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gptq4": ("stages.quantisers.gptq", {"bits": 4}),
-    "gptq3": ("stages.quantisers.gptq", {"bits": 3}),
-    "gptq8": ("stages.quantisers.gptq", {"bits": 8}),
-    "gptq4-channel": ("stages.quantisers.gptq", {"bits": 4, "group": -1}),
-    "gptq8-channel": ("stages.quantisers.gptq", {"bits": 8, "group": -1}),
-    "int8": ("stages.quantisers.absmax", {"bits": 8}),
-    "int4": ("stages.quantisers.absmax", {"bits": 4}),
-    "hqq4": ("stages.quantisers.hqq", {"bits": 4}),
-    "hqq2": ("stages.quantisers.hqq", {"bits": 2, "group": 64}),
-    "awq4": ("stages.quantisers.awq", {"bits": 4}),
-    "w4a8": ("stages.quantisers.w4a8", {}),
-    "nf4": ("stages.quantisers.nf4", {"codebook": "nf4"}),
-    "nf4-thesis": ("stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
+    "gptq4": ("edgepress.stages.quantisers.gptq", {"bits": 4}),
+    "gptq3": ("edgepress.stages.quantisers.gptq", {"bits": 3}),
+    "gptq8": ("edgepress.stages.quantisers.gptq", {"bits": 8}),
+    "gptq4-channel": ("edgepress.stages.quantisers.gptq", {"bits": 4, "group": -1}),
+    "gptq8-channel": ("edgepress.stages.quantisers.gptq", {"bits": 8, "group": -1}),
+    "int8": ("edgepress.stages.quantisers.absmax", {"bits": 8}),
+    "int4": ("edgepress.stages.quantisers.absmax", {"bits": 4}),
+    "hqq4": ("edgepress.stages.quantisers.hqq", {"bits": 4}),
+    "hqq2": ("edgepress.stages.quantisers.hqq", {"bits": 2, "group": 64}),
+    "awq4": ("edgepress.stages.quantisers.awq", {"bits": 4}),
+    "w4a8": ("edgepress.stages.quantisers.w4a8", {}),
+    "nf4": ("edgepress.stages.quantisers.nf4", {"codebook": "nf4"}),
+    "nf4-thesis": ("edgepress.stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
 }
 ACTIVATION_BITS = {"w4a8": 8}  # of methods that are about the inputs as well as the weights
 
@@ -60,7 +60,7 @@ class Method(Protocol):
     """What every file of this folder holds."""
 
     NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
-    TUNES: bool  # whether --quant-effort high can go on from its solutions, which then are stages.quantisers.gptq's
+    TUNES: bool  # whether --quant-effort high can go on from its solutions, which then are gptq's
 
     def form(self, options: Gptq, masked: bool, **parameters: Any) -> Form:
         """How a layer will be stored, its group the largest wanted: the stage takes the largest that fits the model.

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from checkpoints.forms import Grid
-from checkpoints.walk import BlockVisit
-from stages.options import Gptq as Options
-from stages.quantisers import NOTHING
-from stages.quantisers.codes import Coded, float16_scales, nearest
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers import NOTHING
+from edgepress.stages.quantisers.codes import Coded, float16_scales, nearest
 
 NEEDS = NOTHING
 TUNES = False

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.forms import Grid
-from checkpoints.walk import BlockVisit
-from stages.hessian import output_error
-from stages.options import Gptq as Options
-from stages.quantisers import HESSIANS
-from stages.quantisers.codes import Coded, fit_grid, nearest
-from stages.quantisers.folding import Folding
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.hessian import output_error
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers import HESSIANS
+from edgepress.stages.quantisers.codes import Coded, fit_grid, nearest
+from edgepress.stages.quantisers.folding import Folding
 
 NEEDS = HESSIANS
 TUNES = False

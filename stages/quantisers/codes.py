@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.forms import Grid
-from checkpoints.packing import pack_linear
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.packing import pack_linear
 
 SMALLEST_SCALE = 6.2e-5  # float16 keeps its full precision from here up; smaller scales would be rounded away
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from checkpoints.walk import BlockVisit
-from stages.refine import norms_of
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.refine import norms_of
 
 # Layer -> those whose last rows may make its inputs, rows scaled for columns scaled.
 _BEFORE = {"o_proj": ("v_proj", "qkv_proj"), "down_proj": ("up_proj", "gate_up_proj")}

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.errors import NumericsError
-from checkpoints.forms import Grid
-from checkpoints.walk import BlockVisit
-from stages.hessian import hessians, inverse_factor, live_diagonal, output_error
-from stages.options import Gptq as Options
-from stages.quantisers import HESSIANS
-from stages.quantisers.codes import Coded, fit_grid
+from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.hessian import hessians, inverse_factor, live_diagonal, output_error
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers import HESSIANS
+from edgepress.stages.quantisers.codes import Coded, fit_grid
 
 NEEDS = HESSIANS
 TUNES = True

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.errors import PlanError
-from checkpoints.forms import Grid, RealGrid
-from checkpoints.packing import dequantise_real, pack_real
-from checkpoints.walk import BlockVisit
-from stages.options import Gptq as Options
-from stages.quantisers import NOTHING
-from stages.quantisers.codes import Coded, fit_grid, float16_scales, nearest
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Grid, RealGrid
+from edgepress.checkpoints.packing import dequantise_real, pack_real
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers import NOTHING
+from edgepress.stages.quantisers.codes import Coded, fit_grid, float16_scales, nearest
 
 NEEDS = NOTHING
 TUNES = False

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints import codebooks
-from checkpoints.errors import PlanError
-from checkpoints.forms import CODEBOOKS, Codebook
-from checkpoints.walk import BlockVisit
-from stages.options import Gptq as Options
-from stages.quantisers import NOTHING
+from edgepress.checkpoints import codebooks
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import CODEBOOKS, Codebook
+from edgepress.checkpoints.walk import BlockVisit
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers import NOTHING
 
 NEEDS = NOTHING
 TUNES = False

@@ -8,9 +8,9 @@ themselves, block by block, twice; `awq4 --activation-bits 8` has scales folded 
 
 from __future__ import annotations
 
-from checkpoints.forms import Grid
-from stages.options import Gptq as Options
-from stages.quantisers.gptq import NEEDS, TUNES, quantise
+from edgepress.checkpoints.forms import Grid
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers.gptq import NEEDS, TUNES, quantise
 
 __all__ = ["NEEDS", "TUNES", "form", "quantise"]
 

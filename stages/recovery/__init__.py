@@ -12,23 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from checkpoints.errors import PlanError
-from checkpoints.shape import LinearShape
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.shape import LinearShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.options import Lora
+    from edgepress.stages.options import Lora
 
 ADAPTERS = {
-    "lora": "stages.recovery.lora",
-    "dora": "stages.recovery.dora",
-    "ia3": "stages.recovery.ia3",
+    "lora": "edgepress.stages.recovery.lora",
+    "dora": "edgepress.stages.recovery.dora",
+    "ia3": "edgepress.stages.recovery.ia3",
 }
 SETTINGS = {
-    "qlora": "stages.recovery.qlora",
-    "rslora": "stages.recovery.rslora",
-    "loftq": "stages.recovery.loftq",
+    "qlora": "edgepress.stages.recovery.qlora",
+    "rslora": "edgepress.stages.recovery.rslora",
+    "loftq": "edgepress.stages.recovery.loftq",
 }
 METHODS = (*ADAPTERS, *SETTINGS)
 

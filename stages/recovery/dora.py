@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.shape import LinearShape
-from stages.recovery import lora
+from edgepress.checkpoints.shape import LinearShape
+from edgepress.stages.recovery import lora
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.options import Lora
+    from edgepress.stages.options import Lora
 
 TAKES = lora.TAKES
 RANKED = True
@@ -42,7 +42,7 @@ def start(layer: Any, mask: Tensor | None) -> None:
     peft's forward pass is replaced with and without a mask: it multiplies A and B with a whole identity matrix, and
     divides by zero where all of a row is zero, as `--pad-ffn` leaves them.
     """
-    from stages.recovery.effective import compute_with
+    from edgepress.stages.recovery.effective import compute_with
 
     if mask is not None:
         layer.nm_mask = mask
@@ -66,7 +66,7 @@ def direction(layer: Any) -> Tensor:
 
 def weight_change(layer: Any) -> Tensor:
     """W' - W (out, in) float32."""
-    from checkpoints.adapters import dora_factor
+    from edgepress.checkpoints.adapters import dora_factor
 
     V = direction(layer)
     # Both factors of the quotient are differentiable; the norm is not to be.

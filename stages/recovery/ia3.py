@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.quiet import quiet_import
-from checkpoints.shape import LinearShape
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.shape import LinearShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.options import Lora
+    from edgepress.stages.options import Lora
 
 TAKES = frozenset({"qlora"})
 RANKED = False

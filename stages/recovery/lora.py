@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.quiet import quiet_import
-from checkpoints.shape import LinearShape
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.shape import LinearShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.options import Lora
+    from edgepress.stages.options import Lora
 
 TAKES = frozenset({"qlora", "rslora", "loftq"})
 RANKED = True
@@ -45,7 +45,7 @@ def kept_bytes(masked: bool) -> int:
 def start(layer: Any, mask: Tensor | None) -> None:
     """Without a mask peft's own forward pass is the right one."""
     if mask is not None:
-        from stages.recovery.effective import compute_with
+        from edgepress.stages.recovery.effective import compute_with
 
         layer.nm_mask = mask
         compute_with(layer, masked_delta)

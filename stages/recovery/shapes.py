@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from checkpoints.errors import PlanError
-from checkpoints.shape import LinearShape, ModelShape
-from stages.options import Lora
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.stages.options import Lora
 
 
 def target_names(shape: ModelShape, options: Lora) -> list[str]:

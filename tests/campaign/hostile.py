@@ -181,7 +181,7 @@ def _crafted_image(path: Path, draw: random.Random) -> str:
     """Another header, its hash made anew: what somebody who means it would send."""
     import hashlib
 
-    from checkpoints.packed_sizes import PAGE, PREAMBLE_BYTES, aligned
+    from edgepress.checkpoints.packed_sizes import PAGE, PREAMBLE_BYTES, aligned
 
     fixed = struct.Struct("<8sIIQd")
     data = bytearray(path.read_bytes())
@@ -387,7 +387,7 @@ def llama2c_crafted(case: Case) -> None:
 @kind("hostile", 30)
 def recipe_changed(case: Case) -> None:
     """A shipped recipe or sweep with a line gone, odd, nested, aliased or tagged; then plan, or the run itself."""
-    import recipes
+    from edgepress import recipes
 
     shipped = sorted(Path(recipes.__path__[0]).glob("*.yaml"))
     source = case.draw.choice([*shipped, case.world.sweep, case.world.recipe])

@@ -320,7 +320,7 @@ def _result_link(case: Case) -> None:
 
 def _resealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a JSON file of ours and give it the hash that somebody who means it would give."""
-    from checkpoints.manifest import SEAL, sealed, write_json
+    from edgepress.checkpoints.manifest import SEAL, sealed, write_json
 
     data = json.loads(path.read_text())
     data.pop(SEAL, None)
@@ -364,8 +364,8 @@ def _manifest_files(case: Case) -> None:
     near = case.work / "near"
 
     def body() -> None:
-        from checkpoints.errors import EdgepressError
-        from pipeline.remote import Mirror
+        from edgepress.checkpoints.errors import EdgepressError
+        from edgepress.pipeline.remote import Mirror
 
         try:
             Mirror(far.as_uri(), near).fetch(stage.name, key)

@@ -89,22 +89,23 @@ def prepare() -> None:
     """Import what commands import, once. Call it before the first `run`, and before torch is imported."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
     sys.dont_write_bytecode = True
-    from checkpoints.quiet import quiet_libraries
+    from edgepress.checkpoints.quiet import quiet_libraries
 
     quiet_libraries()
     import torch
 
     torch.set_num_threads(1)
-    packages = [importlib.import_module(name) for name in ("checkpoints", "stages", "eval", "hardware", "pipeline")]
-    for package in packages:
-        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    import edgepress
+
+    for module in pkgutil.walk_packages(edgepress.__path__, "edgepress."):
+        if not module.name.endswith("__main__"):  # it runs the command
             with contextlib.suppress(ImportError):  # Ray and trackers are extras
                 importlib.import_module(module.name)
 
 
 def preload(names: Sequence[str]) -> None:
     """Import modules that a first command loaded; those that cannot be imported by name are left to the commands."""
-    from checkpoints.quiet import quiet_import
+    from edgepress.checkpoints.quiet import quiet_import
 
     with quiet_import():
         for name in names:
@@ -121,7 +122,7 @@ def compress(argv: Sequence[object], folder: Path, bounds: Bounds, stop: Stop | 
 
     def body() -> None:
         sys.argv = list(words)
-        from pipeline.cli import main
+        from edgepress.pipeline.cli import main
 
         main()
 
@@ -313,7 +314,7 @@ def loaded_by(argv: Sequence[object], folder: Path) -> list[str]:
     there, found = set(sys.modules), folder / "modules.json"
 
     def body() -> None:
-        from pipeline.cli import main
+        from edgepress.pipeline.cli import main
 
         sys.argv = ["compress", *map(str, argv)]
         with contextlib.suppress(SystemExit):

@@ -134,7 +134,7 @@ class World:
 
     @cached_property
     def soc(self) -> Path:
-        from hardware import socs
+        from edgepress.hardware import socs
 
         return self.made("chip.toml", lambda p: shutil.copy(Path(socs.__path__[0]) / "gap9.toml", p))
 

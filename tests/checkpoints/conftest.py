@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.headers import shape_from_folder
-from checkpoints.manifest import Manifest, describe_files
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.headers import shape_from_folder
+from edgepress.checkpoints.manifest import Manifest, describe_files
 
 TinyModel = Callable[..., Path]
 

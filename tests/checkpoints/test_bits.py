@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints import bits as coder
-from checkpoints.bits import choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
-from checkpoints.packed_sizes import MaskIndex, mask_indexes
-from checkpoints.sparsity import Pattern
+from edgepress.checkpoints import bits as coder
+from edgepress.checkpoints.bits import choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
+from edgepress.checkpoints.packed_sizes import MaskIndex, mask_indexes
+from edgepress.checkpoints.sparsity import Pattern
 
 pytestmark = pytest.mark.unit
 

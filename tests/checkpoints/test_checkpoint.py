@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint, foreign_fingerprint
-from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.forms import Grid
-from checkpoints.image import pack_checkpoint
-from checkpoints.manifest import WORK
-from checkpoints.packing import pack_linear
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.checkpoint import Checkpoint, foreign_fingerprint
+from edgepress.checkpoints.errors import CheckpointError, NumericsError
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.manifest import WORK
+from edgepress.checkpoints.packing import pack_linear
+from edgepress.checkpoints.writer import CheckpointWriter
 
 pytestmark = pytest.mark.unit
 

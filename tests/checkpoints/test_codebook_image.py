@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints import headers
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.codebooks import decode, state_of
-from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.forms import CODEBOOKS, Codebook
-from checkpoints.headers import shape_from_folder
-from checkpoints.image import pack_checkpoint
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.image_tensors import decode_linear, encode_linear
-from checkpoints.manifest import sealed
-from checkpoints.packed_sizes import block_records, packed_sizes, place
-from checkpoints.shape import BlockShape, LinearShape
-from checkpoints.sparsity import parse_sparsity
-from checkpoints.verify import verify
+from edgepress.checkpoints import headers
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.codebooks import decode, state_of
+from edgepress.checkpoints.errors import CheckpointError, NumericsError
+from edgepress.checkpoints.forms import CODEBOOKS, Codebook
+from edgepress.checkpoints.headers import shape_from_folder
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.image_tensors import decode_linear, encode_linear
+from edgepress.checkpoints.manifest import sealed
+from edgepress.checkpoints.packed_sizes import block_records, packed_sizes, place
+from edgepress.checkpoints.shape import BlockShape, LinearShape
+from edgepress.checkpoints.sparsity import parse_sparsity
+from edgepress.checkpoints.verify import verify
 from tests.random_checkpoint import DTYPES, Wanted
 
 pytestmark = pytest.mark.unit

@@ -14,9 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checkpoints.codebooks import codes_of, decode, dynamic_map, encode, levels, nearest, require_known, state_of
-from checkpoints.errors import CheckpointError
-from checkpoints.forms import CODEBOOKS, Codebook
+from edgepress.checkpoints.codebooks import (
+    codes_of,
+    decode,
+    dynamic_map,
+    encode,
+    levels,
+    nearest,
+    require_known,
+    state_of,
+)
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.forms import CODEBOOKS, Codebook
 
 pytestmark = pytest.mark.unit
 

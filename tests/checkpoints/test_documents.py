@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from checkpoints.documents import MOST_DEPTH, parse_json, parse_toml, parse_yaml, read_small
-from checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.documents import MOST_DEPTH, parse_json, parse_toml, parse_yaml, read_small
+from edgepress.checkpoints.errors import CheckpointError, PlanError
 
 pytestmark = pytest.mark.unit
 DEEP = MOST_DEPTH + 1

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints.codebooks import encode
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import CODEBOOKS, Grid, TensorShape
-from checkpoints.reshape import with_codebook, with_form
-from checkpoints.shape import LinearShape, ModelShape, safetensors_bytes
+from edgepress.checkpoints.codebooks import encode
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import CODEBOOKS, Grid, TensorShape
+from edgepress.checkpoints.reshape import with_codebook, with_form
+from edgepress.checkpoints.shape import LinearShape, ModelShape, safetensors_bytes
 
 pytestmark = pytest.mark.unit
 

@@ -10,9 +10,9 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.sources import open_source
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.sources import open_source
 from tests.campaign.world import write_gguf
 from tests.models import save_tiny
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.families import shape_from_config
-from checkpoints.headers import INDEX, block_prefix, read_config, read_header, shape_from_folder, weight_files
-from checkpoints.shape import ModelShape
-from checkpoints.sparsity import Pattern
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.families import shape_from_config
+from edgepress.checkpoints.headers import INDEX, block_prefix, read_config, read_header, shape_from_folder, weight_files
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sparsity import Pattern
 from tests.models import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.unit

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.bits import pack_bits
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.forms import Grid
-from checkpoints.image import open_image, pack_checkpoint, read_block
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.image_tensors import decode_linear, encode_linear
-from checkpoints.nm import group_zeros
-from checkpoints.packed_sizes import block_records, packed_bits, packed_sizes, place
-from checkpoints.shape import BlockShape, LinearShape
-from checkpoints.sources import open_source
-from checkpoints.sparsity import parse_sparsity
-from checkpoints.verify import verify
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.bits import pack_bits
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.image import open_image, pack_checkpoint, read_block
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.image_tensors import decode_linear, encode_linear
+from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.packed_sizes import block_records, packed_bits, packed_sizes, place
+from edgepress.checkpoints.shape import BlockShape, LinearShape
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.sparsity import parse_sparsity
+from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import CheckpointWriter
 from tests.random_checkpoint import DTYPES, Wanted
 
 pytestmark = pytest.mark.unit

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.headers import INDEX, shape_from_folder
-from checkpoints.manifest import Manifest, describe_files, require_name, sealed, write_bytes, write_json
-from checkpoints.vocabulary import load_tokenizer
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.headers import INDEX, shape_from_folder
+from edgepress.checkpoints.manifest import Manifest, describe_files, require_name, sealed, write_bytes, write_json
+from edgepress.checkpoints.vocabulary import load_tokenizer
+from edgepress.checkpoints.writer import CheckpointWriter
 
 pytestmark = pytest.mark.unit
 
@@ -232,7 +232,7 @@ def test_nothing_is_left_of_a_write_that_was_stopped(
     def stop(_: int) -> None:
         raise error
 
-    monkeypatch.setattr("checkpoints.manifest.os.fsync", stop)
+    monkeypatch.setattr("edgepress.checkpoints.manifest.os.fsync", stop)
     with pytest.raises(BaseException) as raised:  # noqa: PT011
         write_bytes(tmp_path / "x.json", b"new")
     if isinstance(raised.value, OSError):

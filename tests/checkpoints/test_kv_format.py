@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoints.errors import PlanError
-from checkpoints.kv_format import GROUP, KVFormat, value_group
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.kv_format import GROUP, KVFormat, value_group
 
 pytestmark = pytest.mark.unit
 

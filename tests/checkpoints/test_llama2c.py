@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from checkpoints.errors import CheckpointError
-from checkpoints.llama2c import find_tokenizer, read_model, read_tokenizer
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.llama2c import find_tokenizer, read_model, read_tokenizer
 from tests.run_c import ORDER, encode, forward, read_pieces, sizes
 
 DATA = Path(os.environ.get("EDGEPRESS_DATA") or Path(__file__).parents[2].parent / "shared" / "data")

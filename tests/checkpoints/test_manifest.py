@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 
-from checkpoints import manifest
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.manifest import MANIFEST, WORK, Manifest, check_files, describe_files, fingerprint, write_bytes
+from edgepress.checkpoints import manifest
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.manifest import (
+    MANIFEST,
+    WORK,
+    Manifest,
+    check_files,
+    describe_files,
+    fingerprint,
+    write_bytes,
+)
 
 pytestmark = pytest.mark.unit
 

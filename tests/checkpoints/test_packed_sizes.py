@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import Grid
-from checkpoints.packed_sizes import mask_index, mask_indexes, packed_bits, packed_sizes
-from checkpoints.shape import LinearShape, ModelShape
-from checkpoints.sparsity import Pattern, Sparsity, Unstructured
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.packed_sizes import mask_index, mask_indexes, packed_bits, packed_sizes
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.checkpoints.sparsity import Pattern, Sparsity, Unstructured
 
 pytestmark = pytest.mark.unit
 
@@ -134,5 +134,5 @@ def test_deeper_models_share_their_layout() -> None:
 
 def test_sizes_need_no_torch() -> None:
     """The plan of a preset must not wait for torch."""
-    code = "import checkpoints.packed_sizes, sys; assert 'torch' not in sys.modules"
+    code = "import edgepress.checkpoints.packed_sizes, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from checkpoints.errors import PlanError
-from checkpoints.packing import dequantise, pack, pack_linear, unpack, unpack_linear
-from checkpoints.quiet import quiet_import
-from checkpoints.reshape import packable
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.packing import dequantise, pack, pack_linear, unpack, unpack_linear
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.reshape import packable
 
 pytestmark = pytest.mark.unit
 

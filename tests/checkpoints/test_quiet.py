@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.quiet import quiet_import
+from edgepress.checkpoints.quiet import quiet_import
 
 pytestmark = pytest.mark.unit
 
@@ -18,7 +18,9 @@ NAMES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
 
 def test_no_folder_that_all_users_share_is_taken_for_the_hubs_cache(tmp_path: Path) -> None:
     """tokenicer comes with GPTQModel and would make one in /tmp, for modules of code among others."""
-    code = "import os\nfrom checkpoints.quiet import quiet_import\nwith quiet_import():\n    import tokenicer\n"
+    code = (
+        "import os\nfrom edgepress.checkpoints.quiet import quiet_import\nwith quiet_import():\n    import tokenicer\n"
+    )
     environment = {name: value for name, value in os.environ.items() if name not in NAMES} | {"HOME": str(tmp_path)}
     command = [sys.executable, "-c", code + "print(os.environ['HF_HOME'])"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.bits import unpack_bits
-from checkpoints.errors import CheckpointError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import Grid, RealGrid
-from checkpoints.image_tensors import decode_linear, encode_linear
-from checkpoints.packed_sizes import block_records, packed_sizes, place
-from checkpoints.packing import dense_weight, pack_real, unpack_real
-from checkpoints.reshape import with_form
-from checkpoints.shape import BlockShape, LinearShape, safetensors_bytes
-from checkpoints.sparsity import Pattern
-from hardware.check import check
-from hardware.footprint import PACKED, tensor_table, weight_bytes
-from hardware.matrices import linear_weights
-from hardware.operators import forward
-from hardware.soc import load_soc
-from hardware.tiling import CORES, engine_of
+from edgepress.checkpoints.bits import unpack_bits
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import Grid, RealGrid
+from edgepress.checkpoints.image_tensors import decode_linear, encode_linear
+from edgepress.checkpoints.packed_sizes import block_records, packed_sizes, place
+from edgepress.checkpoints.packing import dense_weight, pack_real, unpack_real
+from edgepress.checkpoints.reshape import with_form
+from edgepress.checkpoints.shape import BlockShape, LinearShape, safetensors_bytes
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.hardware.check import check
+from edgepress.hardware.footprint import PACKED, tensor_table, weight_bytes
+from edgepress.hardware.matrices import linear_weights
+from edgepress.hardware.operators import forward
+from edgepress.hardware.soc import load_soc
+from edgepress.hardware.tiling import CORES, engine_of
 
 pytestmark = pytest.mark.unit
 

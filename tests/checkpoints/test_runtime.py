@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints.errors import PlanError, RecipeError
-from checkpoints.quiet import quiet_import
-from checkpoints.runtime import Runtime, Silent, choose_device, choose_dtype
+from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Runtime, Silent, choose_device, choose_dtype
 
 pytestmark = pytest.mark.unit
 

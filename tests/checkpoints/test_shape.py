@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
-from checkpoints.packing import pack_linear
-from checkpoints.shape import LinearShape, ModelShape, largest_group, safetensors_bytes
-from checkpoints.sparsity import Pattern, Unstructured, Within, parse_amount, parse_sparsity
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
+from edgepress.checkpoints.packing import pack_linear
+from edgepress.checkpoints.shape import LinearShape, ModelShape, largest_group, safetensors_bytes
+from edgepress.checkpoints.sparsity import Pattern, Unstructured, Within, parse_amount, parse_sparsity
 
 pytestmark = pytest.mark.unit
 

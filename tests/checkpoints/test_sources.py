@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import sources
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.sources import cache_folder, open_source, packaged_file
-from checkpoints.verify import verify
+from edgepress.checkpoints import sources
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, NumericsError
+from edgepress.checkpoints.sources import cache_folder, open_source, packaged_file
+from edgepress.checkpoints.verify import verify
 from tests.models import build_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit

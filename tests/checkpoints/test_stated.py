@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.config import require_supported, stated_form
-from checkpoints.errors import CheckpointError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import Grid
-from checkpoints.headers import INDEX, shape_from_folder
-from checkpoints.reshape import with_grid
-from checkpoints.runtime import Runtime
-from checkpoints.sources import open_source
-from checkpoints.walk import Walk
-from checkpoints.writer import CheckpointWriter
-from pipeline.shapes import model_shape
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.config import require_supported, stated_form
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.headers import INDEX, shape_from_folder
+from edgepress.checkpoints.reshape import with_grid
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.pipeline.shapes import model_shape
 from tests.models import save_tiny, tiny_config
 from tests.random_checkpoint import Wanted
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Runtime
-from checkpoints.skeleton import Skeleton
-from checkpoints.states import Scratch, States
-from checkpoints.walk import Walk
-from stages import depth
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.skeleton import Skeleton
+from edgepress.checkpoints.states import Scratch, States
+from edgepress.checkpoints.walk import Walk
+from edgepress.stages import depth
 
 pytestmark = pytest.mark.unit
 

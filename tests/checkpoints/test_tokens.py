@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints.errors import TextError
-from checkpoints.tokens import TokenBatches, sample_windows
+from edgepress.checkpoints.errors import TextError
+from edgepress.checkpoints.tokens import TokenBatches, sample_windows
 
 pytestmark = pytest.mark.unit
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.sparsity import Pattern
-from checkpoints.verify import prove_pattern, verify
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, NumericsError
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.verify import prove_pattern, verify
+from edgepress.checkpoints.writer import CheckpointWriter
 
 pytestmark = pytest.mark.unit
 

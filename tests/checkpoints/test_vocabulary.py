@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, renumber_config, trim
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, renumber_config, trim
 
 pytestmark = pytest.mark.unit
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, NumericsError
-from checkpoints.runtime import Runtime
-from checkpoints.skeleton import Skeleton
-from checkpoints.walk import BlockVisit, Walk
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, NumericsError
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.skeleton import Skeleton
+from edgepress.checkpoints.walk import BlockVisit, Walk
 from tests.models import FAMILIES, WINDOW, build_model
 
 pytestmark = pytest.mark.unit

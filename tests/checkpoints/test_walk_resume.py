@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.manifest import sealed
-from checkpoints.runtime import Runtime
-from checkpoints.walk import Walk, Work
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.manifest import sealed
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.walk import Walk, Work
 
 pytestmark = pytest.mark.unit
 

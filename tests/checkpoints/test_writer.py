@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import writer as writer_module
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.headers import INDEX
-from checkpoints.writer import OUTER, CheckpointWriter, shard_name
+from edgepress.checkpoints import writer as writer_module
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.headers import INDEX
+from edgepress.checkpoints.writer import OUTER, CheckpointWriter, shard_name
 from tests.models import FAMILIES
 
 pytestmark = pytest.mark.unit

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import CheckpointError, TextError
-from eval.answer_file import AnswerFile
+from edgepress.checkpoints.errors import CheckpointError, TextError
+from edgepress.eval.answer_file import AnswerFile
 
 pytestmark = pytest.mark.unit
 
@@ -111,7 +111,7 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from eval.answer_file import AnswerFile
+from edgepress.eval.answer_file import AnswerFile
 with AnswerFile(Path(sys.argv[1]), "trivia", "c" * 64, "tiny", {"new_tokens": 4}) as file:
     file.add([{"id": "9", "answer": "of the first"}])
     print("held", flush=True)

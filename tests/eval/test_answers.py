@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError, TextError
-from checkpoints.runtime import Runtime, Silent
-from eval.answers import Question, answer_all
-from eval.decoding import greedy, padded_left
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError, TextError
+from edgepress.checkpoints.runtime import Runtime, Silent
+from edgepress.eval.answers import Question, answer_all
+from edgepress.eval.decoding import greedy, padded_left
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 pytestmark = pytest.mark.unit
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import PlanError, TextError
-from eval import chat
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.eval import chat
 from tests.models import tiny_tokenizer
 
 pytestmark = pytest.mark.unit

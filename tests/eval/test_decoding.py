@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Runtime
-from eval.decoding import ENTRIES, end_tokens, greedy, padded_left, prefill
-from eval.subject import Subject
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.eval.decoding import ENTRIES, end_tokens, greedy, padded_left, prefill
+from edgepress.eval.subject import Subject
 
 pytestmark = pytest.mark.unit
 

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.runtime import Runtime
-from checkpoints.shape import BlockShape, LinearShape
-from eval.disturb import Disturbance, find_attention, find_gate
-from eval.perplexity import Protocol, measure
-from eval.robustness import Plan, measure_robustness, perplexity_under
-from eval.text import Text, load_text
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import BlockShape, LinearShape
+from edgepress.eval.disturb import Disturbance, find_attention, find_gate
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.robustness import Plan, measure_robustness, perplexity_under
+from edgepress.eval.text import Text, load_text
 from tests.models import FAMILIES
 
 pytestmark = pytest.mark.unit

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, TextError
-from eval.generate import Continuation, Decoding, GumbelNoise, continue_prompt, same_words
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.eval.generate import Continuation, Decoding, GumbelNoise, continue_prompt, same_words
 
 pytestmark = pytest.mark.unit
 

@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, TextError
-from checkpoints.runtime import Runtime, Silent
-from eval import metrics
-from eval.answers import Answer, Question
-from eval.disturb import Disturbance
-from eval.generation import output_kib
-from eval.metrics import bleu, bleu_terms, f1, rouge_l
-from eval.perplexity import Protocol, measure
-from eval.results import Result
-from eval.settings import Settings
-from eval.speed import Workload, measure_speed, time_once
-from eval.subject import Subject
-from eval.tasks import find_tasks
-from eval.text import load_text
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.runtime import Runtime, Silent
+from edgepress.eval import metrics
+from edgepress.eval.answers import Answer, Question
+from edgepress.eval.disturb import Disturbance
+from edgepress.eval.generation import output_kib
+from edgepress.eval.metrics import bleu, bleu_terms, f1, rouge_l
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.results import Result
+from edgepress.eval.settings import Settings
+from edgepress.eval.speed import Workload, measure_speed, time_once
+from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import find_tasks
+from edgepress.eval.text import load_text
 
 pytestmark = pytest.mark.unit
 

@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, TextError
-from checkpoints.runtime import Runtime, Silent
-from eval import chat, harness_data
-from eval.harness_model import KeptModel
-from eval.perplexity import Protocol, measure
-from eval.results import Result
-from eval.settings import Settings
-from eval.subject import Subject
-from eval.tasks import find_tasks
-from eval.text import Text
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.runtime import Runtime, Silent
+from edgepress.eval import chat, harness_data
+from edgepress.eval.harness_model import KeptModel
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.results import Result
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import find_tasks
+from edgepress.eval.text import Text
 
 pytestmark = pytest.mark.pipeline
 

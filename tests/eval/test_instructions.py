@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import TextError
-from eval import instructions
-from eval.instructions import HUB, Instruction, load_instructions, parse_row
+from edgepress.checkpoints.errors import TextError
+from edgepress.eval import instructions
+from edgepress.eval.instructions import HUB, Instruction, load_instructions, parse_row
 
 pytestmark = pytest.mark.unit
 

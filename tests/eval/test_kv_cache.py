@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.kv_format import GROUP, KVFormat
-from checkpoints.runtime import Runtime
-from eval.decoding import greedy, padded_left
-from eval.generate import Decoding, continue_prompt
-from eval.kv_cache import KVCache, on_model
-from eval.kv_codes import decode_keys, decode_values, encode_keys, encode_values
-from eval.kv_layer import CompressedLayer
-from eval.perplexity import Protocol, measure, measure_passages
-from eval.settings import Settings
-from eval.subject import Subject
-from eval.text import Text
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.kv_format import GROUP, KVFormat
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.eval.decoding import greedy, padded_left
+from edgepress.eval.generate import Decoding, continue_prompt
+from edgepress.eval.kv_cache import KVCache, on_model
+from edgepress.eval.kv_codes import decode_keys, decode_values, encode_keys, encode_values
+from edgepress.eval.kv_layer import CompressedLayer
+from edgepress.eval.perplexity import Protocol, measure, measure_passages
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
+from edgepress.eval.text import Text
 from tests.models import FAMILIES
 
 pytestmark = pytest.mark.unit

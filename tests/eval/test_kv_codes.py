@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints.errors import NumericsError
-from checkpoints.kv_format import GROUP, KVFormat
-from eval.kv_codes import decode_keys, decode_values, encode_keys, encode_values
+from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.kv_format import GROUP, KVFormat
+from edgepress.eval.kv_codes import decode_keys, decode_values, encode_keys, encode_values
 
 pytestmark = pytest.mark.unit
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from eval.matching import inside_a_word, match, normalise
+from edgepress.eval.matching import inside_a_word, match, normalise
 
 pytestmark = pytest.mark.unit
 
@@ -106,4 +106,6 @@ def test_hits_inside_a_longer_word_are_told_apart(answer: str, expected: list[st
 
 
 def test_matching_needs_no_torch() -> None:
-    subprocess.run([sys.executable, "-c", "import sys, eval.matching; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import sys, edgepress.eval.matching; assert 'torch' not in sys.modules"], check=True
+    )

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints.errors import PlanError
-from eval import metrics
-from eval.generation import bleu_interval
-from eval.metrics import NotMeasuredError, bleu, bleu_terms, cosine, f1, rouge_l, sbert_cosines
+from edgepress.checkpoints.errors import PlanError
+from edgepress.eval import metrics
+from edgepress.eval.generation import bleu_interval
+from edgepress.eval.metrics import NotMeasuredError, bleu, bleu_terms, cosine, f1, rouge_l, sbert_cosines
 
 pytestmark = pytest.mark.unit
 

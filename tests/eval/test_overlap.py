@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from eval.overlap import Measured, without_measured
-from eval.text import Text, held_out_of, load_text, read_file
+from edgepress.eval.overlap import Measured, without_measured
+from edgepress.eval.text import Text, held_out_of, load_text, read_file
 
 pytestmark = pytest.mark.unit
 NAMES = ("for", "try", "with", "class", "function", "import", "global", "raise", "assert", "del")

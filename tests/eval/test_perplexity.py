@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError, TextError
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import require_known
-from eval.perplexity import Protocol, measure, measurement_key
-from eval.results import exp_of
-from eval.text import Text, load_text
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError, TextError
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import require_known
+from edgepress.eval.perplexity import Protocol, measure, measurement_key
+from edgepress.eval.results import exp_of
+from edgepress.eval.text import Text, load_text
 
 pytestmark = pytest.mark.unit
 
@@ -161,7 +161,7 @@ class Starting:
 
 
 def test_each_window_begins_with_the_start_token_where_the_tokenizer_begins_texts_with_it() -> None:
-    from eval.perplexity import _windows
+    from edgepress.eval.perplexity import _windows
 
     text = Text("t", ("abcdefg", "hij"))
     (batch,) = _windows(text, Starting(), Protocol(window=4, tokens=8))  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ def test_a_loss_without_a_finite_perplexity_is_an_error(loss: float) -> None:
 
 
 def test_a_window_whose_logits_are_not_finite_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from eval import perplexity
+    from edgepress.eval import perplexity
 
     def broken(checkpoint: object, batches: list[Any], *_: object) -> list[list[tuple[float, int]]]:
         return [[(float("nan") if place == 2 else 1.0, 31) for place in batch.places] for batch in batches]

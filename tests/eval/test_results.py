@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from checkpoints.errors import PlanError
-from eval.compare import compare, mcnemar
-from eval.results import Result, Score, bootstrap, mean, proportion
+from edgepress.checkpoints.errors import PlanError
+from edgepress.eval.compare import compare, mcnemar
+from edgepress.eval.results import Result, Score, bootstrap, mean, proportion
 
 pytestmark = pytest.mark.unit
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import TextError
-from eval import text as texts
-from eval.row_files import RowError
-from eval.rows import chat_of, row_text
-from eval.text import load_text
+from edgepress.checkpoints.errors import TextError
+from edgepress.eval import text as texts
+from edgepress.eval.row_files import RowError
+from edgepress.eval.rows import chat_of, row_text
+from edgepress.eval.text import load_text
 
 pytestmark = pytest.mark.unit
 

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.runtime import Runtime
-from eval.perplexity import Protocol, measure
-from eval.results import Result
-from eval.settings import Settings
-from eval.subject import Subject
-from eval.tasks import TASKS, find_tasks
-from eval.text import Text, load_text
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.results import Result
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import TASKS, find_tasks
+from edgepress.eval.text import Text, load_text
 
 pytestmark = pytest.mark.unit
 
 
 def test_names_and_mistakes_need_no_torch() -> None:
     code = (
-        "import sys\nfrom eval.tasks import find_tasks\n"
+        "import sys\nfrom edgepress.eval.tasks import find_tasks\n"
         "try: find_tasks(['helaswag'])\nexcept Exception as e: assert 'hellaswag' in str(e), e\n"
         "else: raise SystemExit('found')\nassert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
     )
@@ -107,7 +107,7 @@ def test_wikitext2_gives_both_protocols_and_each_equals_the_plain_measure(
 
 
 def test_passages_are_in_the_text_s_order_and_named_by_their_tokens(tiny_model: Callable[..., Path]) -> None:
-    from eval.perplexity import measure_passages
+    from edgepress.eval.perplexity import measure_passages
 
     rows = ["a much longer row than the other rows", "short row", "short row", "a row of middling length"]
     checkpoint = Checkpoint.open(tiny_model())

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, TextError
-from checkpoints.runtime import Runtime
-from eval import trivia
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.eval import trivia
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 pytestmark = pytest.mark.unit
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.shape import ModelShape
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.shape import ModelShape
 
 Make = Callable[..., ModelShape]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.reshape import with_grid
-from hardware.changes import levers
-from hardware.needs import Request
-from hardware.operators import CORES, forward, weights_read
-from hardware.soc import load_soc
-from stages.options import Lora
-from stages.recovery.shapes import with_adapters
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.reshape import with_grid
+from edgepress.hardware.changes import levers
+from edgepress.hardware.needs import Request
+from edgepress.hardware.operators import CORES, forward, weights_read
+from edgepress.hardware.soc import load_soc
+from edgepress.stages.options import Lora
+from edgepress.stages.recovery.shapes import with_adapters
 
 pytestmark = pytest.mark.unit
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import PlanError
-from checkpoints.forms import Grid
-from checkpoints.kv_format import KVFormat
-from checkpoints.shape import ModelShape
-from checkpoints.sparsity import Pattern
-from hardware.check import check
-from hardware.footprint import weight_bytes
-from hardware.soc import Constant, Soc, load_soc
-from hardware.units import quantity_text, size_text, times_text
-from hardware.verdict import MemoryUse, Verdict
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.kv_format import KVFormat
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.hardware.check import check
+from edgepress.hardware.footprint import weight_bytes
+from edgepress.hardware.soc import Constant, Soc, load_soc
+from edgepress.hardware.units import quantity_text, size_text, times_text
+from edgepress.hardware.verdict import MemoryUse, Verdict
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]
@@ -317,8 +317,8 @@ def test_quantity_text() -> None:
 def test_check_answers_in_2_seconds_without_heavy_imports(arguments: list[str]) -> None:
     heavy = ("torch", "transformers", "numpy", "matplotlib", "pandas", "safetensors")
     code = (
-        "import resource, sys\nsys.argv = ['compress', 'check', *sys.argv[1:]]\nimport pipeline.cli\n"
-        "try:\n    pipeline.cli.main()\nexcept SystemExit: pass\n"
+        "import resource, sys\nsys.argv = ['compress', 'check', *sys.argv[1:]]\nimport edgepress.pipeline.cli\n"
+        "try:\n    edgepress.pipeline.cli.main()\nexcept SystemExit: pass\n"
         f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)"
     )

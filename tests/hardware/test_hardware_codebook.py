@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from checkpoints.forms import CODEBOOKS, Codebook, Grid
-from checkpoints.packed_sizes import packed_sizes
-from checkpoints.shape import ModelShape
-from checkpoints.sparsity import Pattern
-from hardware.changes import quantised
-from hardware.check import check
-from hardware.footprint import PACKED, tensor_table, weight_bytes
-from hardware.matrices import linear_weights
-from hardware.operators import forward
-from hardware.soc import Soc, load_soc
-from hardware.tiling import ACCELERATOR, CORES, engine_of
+from edgepress.checkpoints.forms import CODEBOOKS, Codebook, Grid
+from edgepress.checkpoints.packed_sizes import packed_sizes
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.hardware.changes import quantised
+from edgepress.hardware.check import check
+from edgepress.hardware.footprint import PACKED, tensor_table, weight_bytes
+from edgepress.hardware.matrices import linear_weights
+from edgepress.hardware.operators import forward
+from edgepress.hardware.soc import Soc, load_soc
+from edgepress.hardware.tiling import ACCELERATOR, CORES, engine_of
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

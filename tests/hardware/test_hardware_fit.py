@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.shape import ModelShape
-from hardware import quality
-from hardware.check import check
-from hardware.fit import QUANTISATIONS, Quantisation, Settings, reshaped, search
-from hardware.soc import Soc, load_soc
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware import quality
+from edgepress.hardware.check import check
+from edgepress.hardware.fit import QUANTISATIONS, Quantisation, Settings, reshaped, search
+from edgepress.hardware.soc import Soc, load_soc
 
 pytestmark = pytest.mark.unit
 
@@ -156,5 +156,5 @@ def test_shapes_that_cannot_be() -> None:
 
 
 def test_the_search_needs_no_torch(tmp_path: Path) -> None:
-    code = "import sys, hardware.fit, pipeline.fit; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, edgepress.pipeline.fit; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from checkpoints.forms import Grid
-from checkpoints.kv_format import GROUP, KVFormat, value_group
-from checkpoints.shape import ModelShape
-from hardware.attention import CacheRule, with_cache
-from hardware.changes import quantised
-from hardware.check import check
-from hardware.operators import Operator, forward
-from hardware.soc import load_soc
-from hardware.tiling import tile
-from hardware.verdict import Verdict
-from pipeline.cli_hardware import _as_if
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.kv_format import GROUP, KVFormat, value_group
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.attention import CacheRule, with_cache
+from edgepress.hardware.changes import quantised
+from edgepress.hardware.check import check
+from edgepress.hardware.operators import Operator, forward
+from edgepress.hardware.soc import load_soc
+from edgepress.hardware.tiling import tile
+from edgepress.hardware.verdict import Verdict
+from edgepress.pipeline.cli_hardware import _as_if
 from tests.models import FAMILIES, WINDOW, tiny_config
 
 pytestmark = pytest.mark.unit

@@ -7,18 +7,18 @@ from itertools import pairwise
 
 import pytest
 
-from checkpoints.forms import Grid
-from checkpoints.reshape import with_vocabulary
-from checkpoints.shape import ModelShape
-from checkpoints.sparsity import Pattern
-from hardware.changes import levers, quantised
-from hardware.check import check
-from hardware.levers import Levers, find_levers
-from hardware.needs import Request, needs
-from hardware.soc import load_soc
-from stages import gptq
-from stages.options import Gptq
-from stages.quantisers import form
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.reshape import with_vocabulary
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.hardware.changes import levers, quantised
+from edgepress.hardware.check import check
+from edgepress.hardware.levers import Levers, find_levers
+from edgepress.hardware.needs import Request, needs
+from edgepress.hardware.soc import load_soc
+from edgepress.stages import gptq
+from edgepress.stages.options import Gptq
+from edgepress.stages.quantisers import form
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

@@ -7,9 +7,9 @@ from itertools import combinations
 
 import pytest
 
-from checkpoints.families import PRESETS, shape_from_config
-from hardware.liveness import AddressPlan, Lifetime, address_plan, alive_bytes, assign_addresses, lifetimes
-from hardware.operators import Operator, forward
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.hardware.liveness import AddressPlan, Lifetime, address_plan, alive_bytes, assign_addresses, lifetimes
+from edgepress.hardware.operators import Operator, forward
 from tests.models import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.unit

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, known_families, shape_from_config
-from checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
-from checkpoints.shape import LinearShape, ModelShape
-from hardware.attention import window_of
-from hardware.operators import ACCELERATOR, CORES, forward, weights_read
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, known_families, shape_from_config
+from edgepress.checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.hardware.attention import window_of
+from edgepress.hardware.operators import ACCELERATOR, CORES, forward, weights_read
 from tests.models import ALL_FAMILIES, FAMILIES, SWITCHES, build_model, tiny_config
 
 pytestmark = pytest.mark.unit
@@ -291,6 +291,6 @@ def test_an_unknown_order_is_no_guess(make: Make) -> None:
 
 
 def test_importing_takes_neither_torch_nor_numpy() -> None:
-    code = "import sys, hardware.timing; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    code = "import sys, edgepress.hardware.timing; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from checkpoints.forms import Grid
-from checkpoints.shape import ModelShape
-from hardware.activations import activation_pass, one_of_each_kind
-from hardware.attention import has_rope, window_of
-from hardware.check import check
-from hardware.footprint import tensor_table
-from hardware.liveness import address_plan, alive_bytes
-from hardware.operators import forward
-from hardware.placement import HOMELESS, RESIDENT, STREAMED, place
-from hardware.soc import Constant, Soc, load_soc
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.activations import activation_pass, one_of_each_kind
+from edgepress.hardware.attention import has_rope, window_of
+from edgepress.hardware.check import check
+from edgepress.hardware.footprint import tensor_table
+from edgepress.hardware.liveness import address_plan, alive_bytes
+from edgepress.hardware.operators import forward
+from edgepress.hardware.placement import HOMELESS, RESIDENT, STREAMED, place
+from edgepress.hardware.soc import Constant, Soc, load_soc
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

@@ -10,14 +10,14 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from checkpoints.forms import Grid
-from checkpoints.shape import ModelShape
-from checkpoints.sparsity import Pattern
-from hardware.check import check
-from hardware.draw import draw_verdict
-from hardware.show import print_soc, print_verdict
-from hardware.soc import load_soc, shipped_socs
-from hardware.verdict import Verdict
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.hardware.check import check
+from edgepress.hardware.draw import draw_verdict
+from edgepress.hardware.show import print_soc, print_verdict
+from edgepress.hardware.soc import load_soc, shipped_socs
+from edgepress.hardware.verdict import Verdict
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

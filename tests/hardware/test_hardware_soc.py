@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.errors import PlanError
-from hardware.soc import (
+from edgepress.checkpoints.errors import PlanError
+from edgepress.hardware.soc import (
     CONSTANT_UNITS,
     ENGINE_KINDS,
     KINDS,

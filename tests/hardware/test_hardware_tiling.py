@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from checkpoints.forms import Grid
-from checkpoints.shape import ModelShape
-from hardware.operators import Operator, forward
-from hardware.soc import Soc, load_soc
-from hardware.tiling import Tiling, engine_of, space_of, stored_bytes, tile, tilings
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.operators import Operator, forward
+from edgepress.hardware.soc import Soc, load_soc
+from edgepress.hardware.tiling import Tiling, engine_of, space_of, stored_bytes, tile, tilings
 from tests.models import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.unit

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import pytest
 
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS
-from checkpoints.forms import Grid
-from checkpoints.shape import ModelShape
-from hardware.operators import forward, weights_read
-from hardware.passes import PassTime
-from hardware.rates import CORNERS, Range, missing_constants, rates
-from hardware.soc import Soc, load_soc
-from hardware.steps import work_of
-from hardware.timing import chunks, resolve, time_model
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.operators import forward, weights_read
+from edgepress.hardware.passes import PassTime
+from edgepress.hardware.rates import CORNERS, Range, missing_constants, rates
+from edgepress.hardware.soc import Soc, load_soc
+from edgepress.hardware.steps import work_of
+from edgepress.hardware.timing import chunks, resolve, time_model
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

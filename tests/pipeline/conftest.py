@@ -47,7 +47,7 @@ def save_tiny(folder: Path, blocks: int = 6, **more: object) -> Path:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of 512 entries, trained on the prose that Python carries."""
-    from eval.text import load_text
+    from edgepress.eval.text import load_text
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,7 +74,7 @@ class Done:
 @pytest.fixture
 def compress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
     """Run the command as a person would, in this process: importing torch for every call would take minutes in all."""
-    from pipeline.cli import main
+    from edgepress.pipeline.cli import main
 
     def call(*arguments: object, cwd: Path | None = None) -> Done:
         monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
@@ -106,10 +106,10 @@ def run_recipe() -> Callable[..., Any]:
     """Run a recipe in this process: run_recipe(out, model, depth__remove=1, …) -> RunResult."""
     from rich.console import Console
 
-    from pipeline.progress import Reporter
-    from pipeline.recipe import build
-    from pipeline.run import run
-    from pipeline.store import Store
+    from edgepress.pipeline.progress import Reporter
+    from edgepress.pipeline.recipe import build
+    from edgepress.pipeline.run import run
+    from edgepress.pipeline.store import Store
 
     values = _quick_values()
 
@@ -125,7 +125,7 @@ def _quick_values() -> dict[str, Any]:
     """QUICK as recipe keys."""
     from dataclasses import fields
 
-    from stages.options import STAGES
+    from edgepress.stages.options import STAGES
 
     keys = {f.metadata["flag"]: f"{stage}.{f.name}" for stage, o in STAGES.items() for f in fields(o)}
     pairs = zip(QUICK[::2], QUICK[1::2], strict=True)
@@ -135,7 +135,7 @@ def _quick_values() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def weight_hashes() -> Callable[[Path], dict[str, str]]:
     """Sha256 of every safetensors file of every stage folder, by path within the store."""
-    from checkpoints.manifest import sha256_file
+    from edgepress.checkpoints.manifest import sha256_file
 
     def call(out: Path) -> dict[str, str]:
         return {str(p.relative_to(out)): sha256_file(p) for p in sorted(out.glob("[1-5]-*/**/*.safetensors"))}

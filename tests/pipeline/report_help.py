@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from checkpoints.manifest import Manifest
-from pipeline.page.content import Chip
-from pipeline.page.facts import weight_room
-from pipeline.page.study import Study
-from pipeline.recipe import Recipe
+from edgepress.checkpoints.manifest import Manifest
+from edgepress.pipeline.page.content import Chip
+from edgepress.pipeline.page.facts import weight_room
+from edgepress.pipeline.page.study import Study
+from edgepress.pipeline.recipe import Recipe
 
 MIB = 2**20
 MEASURED = {"protocol": "windows of 64, first 1024 tokens", "text": "embedded", "dtype": "bfloat16"}

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, RecipeError, TextError
-from checkpoints.tokens import beyond_positions
-from pipeline.plan import examined, plan
-from pipeline.recipe import Draft, draft
-from stages.options import Depth, Gptq, Lora
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, RecipeError, TextError
+from edgepress.checkpoints.tokens import beyond_positions
+from edgepress.pipeline.plan import examined, plan
+from edgepress.pipeline.recipe import Draft, draft
+from edgepress.stages.options import Depth, Gptq, Lora
 
 pytestmark = pytest.mark.pipeline
 Command = Callable[..., Any]

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, NumericsError, PlanError, RecipeError, TextError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.verify import prove_pattern, verify
-from pipeline.plan import plan
-from pipeline.recipe import build
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, NumericsError, PlanError, RecipeError, TextError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.verify import prove_pattern, verify
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
 
 pytestmark = pytest.mark.pipeline
 
@@ -199,7 +199,7 @@ def test_a_foreign_checkpoint_in_a_stage_s_place_is_named(
 def test_a_stage_that_fills_the_mask_stops_the_run(
     tiny_llama: Path, run_recipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.quantisers import gptq
+    from edgepress.stages.quantisers import gptq
 
     solve = gptq.solve
     monkeypatch.setattr(gptq, "solve", lambda w, h, mask, *rest: solve(w, h, None, *rest))
@@ -244,13 +244,13 @@ def test_text_that_would_calibrate_and_be_measured(tiny_llama: Path, run_recipe:
 def test_forecast_beyond_memory_or_disk_is_refused(
     tiny_llama: Path, run_recipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.run
+    import edgepress.pipeline.run
 
-    monkeypatch.setattr(pipeline.run, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(edgepress.pipeline.run, "available_bytes", lambda: 1000)
     with pytest.raises(PlanError, match="memory by the forecast"):
         run_recipe(tmp_path / "out", tiny_llama)
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline.run.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(edgepress.pipeline.run.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(PlanError, match="are free"):
         run_recipe(tmp_path / "out", tiny_llama)
     assert not stage_folders(tmp_path / "out")

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import RecipeError
-from pipeline.recipe import build
+from edgepress.checkpoints.errors import RecipeError
+from edgepress.pipeline.recipe import build
 
 pytestmark = pytest.mark.pipeline
 
@@ -24,10 +24,10 @@ Command = Callable[..., Any]
 
 def test_help_answers_without_importing_torch() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "edgepress", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--wanda" in done.stdout
-    code = "import sys, pipeline.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = "import sys, edgepress.pipeline.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Processor time of both, since the machine is shared; a torch import alone takes several seconds.
@@ -79,10 +79,10 @@ def test_all_faults_of_a_recipe_come_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [p.stem for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml")])
 def test_every_shipped_recipe_plans(name: str) -> None:
-    from checkpoints.families import PRESETS, shape_from_config
-    from pipeline.plan import plan
-    from pipeline.sweep_recipe import is_sweep, load_sweep
-    from pipeline.tree import grow, spec_fingerprints
+    from edgepress.checkpoints.families import PRESETS, shape_from_config
+    from edgepress.pipeline.plan import plan
+    from edgepress.pipeline.sweep_recipe import is_sweep, load_sweep
+    from edgepress.pipeline.tree import grow, spec_fingerprints
 
     shape = shape_from_config(PRESETS["llama-3.1-8b"])
     if is_sweep(name):
@@ -137,7 +137,16 @@ def test_eval_json_has_the_documented_keys_and_agrees_with_the_report(compress: 
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_llama: Path, quick: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "--model", str(tiny_llama), "-o", str(tmp_path / "out"), *quick]
+    command = [
+        sys.executable,
+        "-m",
+        "edgepress.pipeline.cli",
+        "--model",
+        str(tiny_llama),
+        "-o",
+        str(tmp_path / "out"),
+        *quick,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "compress.log"
     while not (log.is_file() and "1/5 depth" in log.read_text()):

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.manifest import MANIFEST, WORK, Manifest
-from checkpoints.walk import Work
-from checkpoints.writer import CheckpointWriter
-from stages import pad, vocabulary
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.manifest import MANIFEST, WORK, Manifest
+from edgepress.checkpoints.walk import Work
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import pad, vocabulary
 
 pytestmark = pytest.mark.pipeline
 
@@ -149,7 +149,7 @@ def test_pad_and_vocabulary_resume(
     run_recipe(tmp_path / "undisturbed", model, skip=skip, **more)
     module = {"pad": pad, "vocabulary": vocabulary}[stage]
     count = [0]
-    from checkpoints import writer
+    from edgepress.checkpoints import writer
 
     original = writer.sync_folder
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import PlanError
-from eval.settings import Settings
-from eval.tasks import find_tasks
-from pipeline.evaluate import check_request
+from edgepress.checkpoints.errors import PlanError
+from edgepress.eval.settings import Settings
+from edgepress.eval.tasks import find_tasks
+from edgepress.pipeline.evaluate import check_request
 
 pytestmark = pytest.mark.pipeline
 

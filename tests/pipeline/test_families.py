@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.families import known_families
-from checkpoints.runtime import Runtime
-from eval.perplexity import Protocol, measure
-from eval.text import load_text
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.families import known_families
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.text import load_text
 from tests.models import ALL_FAMILIES, save_tiny
 
 pytestmark = pytest.mark.pipeline

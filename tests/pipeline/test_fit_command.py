@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError, TextError
-from checkpoints.families import PRESETS, shape_from_config
-from hardware.check import check
-from hardware.fit import QUANTISATIONS, Settings, reshaped
-from hardware.soc import load_soc
-from pipeline.fit import Vocabularies, command_of, fit, read_sweep
-from pipeline.plan import plan
-from pipeline.recipe import build
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError, TextError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.hardware.check import check
+from edgepress.hardware.fit import QUANTISATIONS, Settings, reshaped
+from edgepress.hardware.soc import load_soc
+from edgepress.pipeline.fit import Vocabularies, command_of, fit, read_sweep
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
 
 pytestmark = pytest.mark.pipeline
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from checkpoints.families import PRESETS, shape_from_config
-from pipeline.forecast import forecast, node_seconds, stage_operations
-from pipeline.plan import plan
-from pipeline.sweep_recipe import load_sweep
-from pipeline.tree import grow, spec_fingerprints
-from stages.options import STAGES
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.pipeline.forecast import forecast, node_seconds, stage_operations
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.sweep_recipe import load_sweep
+from edgepress.pipeline.tree import grow, spec_fingerprints
+from edgepress.stages.options import STAGES
 
 pytestmark = pytest.mark.unit
 

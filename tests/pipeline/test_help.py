@@ -7,9 +7,9 @@ from dataclasses import fields
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.recipe import Recipe
-from stages.options import STAGES
+from edgepress.pipeline.cli import app
+from edgepress.pipeline.recipe import Recipe
+from edgepress.stages.options import STAGES
 
 pytestmark = pytest.mark.unit
 

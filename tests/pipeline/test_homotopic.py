@@ -12,15 +12,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints.errors import RecipeError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.sparsity import parse_amount
-from pipeline.homotopic import DISTILL, amount_after, share, unrolled
-from pipeline.plan import plan
-from pipeline.recipe import build
-from pipeline.sweep_recipe import load_sweep
-from pipeline.tree import grow, spec_fingerprints
-from stages.options import Depth, Lora, Wanda
+from edgepress.checkpoints.errors import RecipeError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.sparsity import parse_amount
+from edgepress.pipeline.homotopic import DISTILL, amount_after, share, unrolled
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
+from edgepress.pipeline.sweep_recipe import load_sweep
+from edgepress.pipeline.tree import grow, spec_fingerprints
+from edgepress.stages.options import Depth, Lora, Wanda
 
 pytestmark = pytest.mark.unit
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.manifest import Manifest
-from checkpoints.nm import group_zeros
-from checkpoints.verify import verify
-from pipeline.plan import plan
-from pipeline.recipe import build
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.manifest import Manifest
+from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.verify import verify
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
 
 pytestmark = pytest.mark.pipeline
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import CheckpointError, in_words
-from pipeline import cli
+from edgepress.checkpoints.errors import CheckpointError, in_words
+from edgepress.pipeline import cli
 
 pytestmark = pytest.mark.pipeline
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.pipeline
 SELF = """
 import os, signal, sys
 number, at, sys.argv = int(sys.argv[1]), sys.argv[2], ["compress", *sys.argv[3:]]
-from pipeline import cli
+from edgepress.pipeline import cli
 def shoot(*_):
     os.kill(os.getpid(), number)
 if at.startswith("import:"):
@@ -34,9 +34,10 @@ if at.startswith("import:"):
                 shoot()
     sys.meta_path.insert(0, Finder())
 else:
-    import checkpoints.manifest, checkpoints.writer, pipeline.progress
-    owner, name = {"file": (checkpoints.writer, "sync_folder"), "step": (pipeline.progress.Reporter, "step"),
-                   "lost": (pipeline.progress.Reporter, "start")}[at]
+    from edgepress.checkpoints import writer
+    from edgepress.pipeline import progress
+    owner, name = {"file": (writer, "sync_folder"), "step": (progress.Reporter, "step"),
+                   "lost": (progress.Reporter, "start")}[at]
     original = getattr(owner, name)
     class Dropped:
         def __del__(self):
@@ -101,7 +102,7 @@ def test_a_swallowed_signal_is_raised_again() -> None:
 def test_a_sweeps_children_go_with_it(tiny_llama: Path, quick: list[str], tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", tmp_path / "s.yaml"
     recipe.write_text("name: s\nsweep:\n  grid: {depth.remove: [1, 2], gptq.quant: [gptq4, gptq8]}\n")
-    command = [sys.executable, "-m", "pipeline.cli", "sweep", str(recipe), "--jobs", "2", "-o", str(out)]
+    command = [sys.executable, "-m", "edgepress", "sweep", str(recipe), "--jobs", "2", "-o", str(out)]
     command += ["--model", str(tiny_llama), *quick]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = out / "sweep.log"
@@ -124,7 +125,7 @@ def test_a_sweeps_children_go_with_it(tiny_llama: Path, quick: list[str], tmp_pa
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m pipeline.cli socs --json | true; echo ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m edgepress socs --json | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
@@ -169,7 +170,7 @@ def test_a_readers_own_error_is_told() -> None:
 def test_what_torch_says_of_disk_and_memory_is_told(tmp_path: Path) -> None:
     code = """
 import os, resource, signal, sys, torch
-from checkpoints.errors import in_words
+from edgepress.checkpoints.errors import in_words
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def told(work):
     try:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.quiet import quiet_import
-from checkpoints.verify import verify
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.verify import verify
 
 pytestmark = pytest.mark.pipeline
 

@@ -21,15 +21,15 @@ def tick(*_):
     count += 1
     if count == moment:
         os.kill(os.getpid(), signal.SIGKILL)
-import checkpoints.manifest, checkpoints.writer, pipeline.progress
-for owner, name in ((pipeline.progress.Reporter, "step"), (checkpoints.writer, "sync_folder"),
-                    (checkpoints.manifest, "sync_folder")):
+import edgepress.checkpoints.manifest, edgepress.checkpoints.writer, edgepress.pipeline.progress
+for owner, name in ((edgepress.pipeline.progress.Reporter, "step"), (edgepress.checkpoints.writer, "sync_folder"),
+                    (edgepress.checkpoints.manifest, "sync_folder")):
     original = getattr(owner, name)
     def wrapped(*a, _original=original, **k):
         tick()
         return _original(*a, **k)
     setattr(owner, name, wrapped)
-from pipeline import cli
+from edgepress.pipeline import cli
 sys.argv = ["compress", *sys.argv[2:]]
 cli.main()
 """

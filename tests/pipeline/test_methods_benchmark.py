@@ -13,13 +13,13 @@ import pytest
 
 from benchmarks import methods
 from benchmarks.method_rows import ROUNDS, rows
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from eval.text import load_text
-from pipeline.plan import plan
-from stages.options import QUANTS
-from stages.recovery import METHODS as RECOVERY
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.eval.text import load_text
+from edgepress.pipeline.plan import plan
+from edgepress.stages.options import QUANTS
+from edgepress.stages.recovery import METHODS as RECOVERY
 
 pytestmark = pytest.mark.unit
 
@@ -95,7 +95,7 @@ def test_the_table_takes_the_newest_line_of_a_row_and_reasons(tmp_path: Path) ->
 def test_a_tiny_run_writes_a_line_for_each_row_and_goes_on(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from pipeline import workers
+    from edgepress.pipeline import workers
 
     documents = load_text("embedded", "whole").documents
     for name, part in (("a.txt", documents[:20]), ("b.txt", documents[20:40])):

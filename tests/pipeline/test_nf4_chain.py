@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import CODEBOOKS
-from checkpoints.verify import prove_pattern
-from stages import gptq, wanda
-from stages.options import Gptq, Wanda
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import CODEBOOKS
+from edgepress.checkpoints.verify import prove_pattern
+from edgepress.stages import gptq, wanda
+from edgepress.stages.options import Gptq, Wanda
 
 pytestmark = pytest.mark.pipeline
 FLAGS = ("--skip", "depth,lora", "--wanda", "1:8")

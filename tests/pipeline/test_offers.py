@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import Grid
-from checkpoints.shape import ModelShape
-from hardware.check import check
-from hardware.levers import find_levers
-from hardware.needs import Request, needs
-from hardware.soc import load_soc
-from pipeline.fit import command_of, fit
-from pipeline.plan import plan
-from pipeline.recipe import build
-from stages.options import STAGES
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.check import check
+from edgepress.hardware.levers import find_levers
+from edgepress.hardware.needs import Request, needs
+from edgepress.hardware.soc import load_soc
+from edgepress.pipeline.fit import command_of, fit
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
+from edgepress.stages.options import STAGES
 from tests.models import tiny_config
 
 pytestmark = pytest.mark.pipeline

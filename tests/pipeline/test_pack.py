@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.image import pack_checkpoint
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.manifest import Manifest
-from checkpoints.verify import verify
-from pipeline.cli import app
-from pipeline.plan import plan
-from pipeline.recipe import build
-from pipeline.report import print_plan, print_summary
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.manifest import Manifest
+from edgepress.checkpoints.verify import verify
+from edgepress.pipeline.cli import app
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
+from edgepress.pipeline.report import print_plan, print_summary
 
 pytestmark = pytest.mark.pipeline
 
@@ -85,7 +85,7 @@ def test_transformers_and_peft_load_the_restored_folders_as_the_originals(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from checkpoints.quiet import quiet_import
+    from edgepress.checkpoints.quiet import quiet_import
 
     ids = torch.arange(2, 34).view(1, -1)
     for folder, (_, back) in list(restored.items())[1:]:
@@ -149,9 +149,9 @@ def test_both_tables_show_the_packed_size_within_80_columns(
 
     from rich.console import Console
 
-    from checkpoints.families import PRESETS, shape_from_config
-    from hardware.check import check
-    from hardware.soc import load_soc
+    from edgepress.checkpoints.families import PRESETS, shape_from_config
+    from edgepress.hardware.check import check
+    from edgepress.hardware.soc import load_soc
 
     out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
     result = run_recipe(out, tiny_llama)

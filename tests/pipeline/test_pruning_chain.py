@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import RecipeError
-from checkpoints.image import pack_checkpoint
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.manifest import Manifest
-from checkpoints.verify import prove_pattern, verify
-from pipeline.cli import app
-from pipeline.plan import plan
-from pipeline.recipe import build
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import RecipeError
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.manifest import Manifest
+from edgepress.checkpoints.verify import prove_pattern, verify
+from edgepress.pipeline.cli import app
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
 
 pytestmark = pytest.mark.pipeline
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from checkpoints.forms import RealGrid
-from checkpoints.image import pack_checkpoint
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.verify import verify
-from eval.speed import without_kernels
-from hardware.check import check
-from hardware.soc import load_soc
-from stages.options import Gptq
-from stages.quantisers import METHODS, form
+from edgepress.checkpoints.forms import RealGrid
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.verify import verify
+from edgepress.eval.speed import without_kernels
+from edgepress.hardware.check import check
+from edgepress.hardware.soc import load_soc
+from edgepress.stages.options import Gptq
+from edgepress.stages.quantisers import METHODS, form
 
 pytestmark = pytest.mark.pipeline
 

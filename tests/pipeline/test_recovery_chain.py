@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import RecipeError
-from checkpoints.image import pack_checkpoint
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.manifest import fingerprint
-from checkpoints.verify import prove_pattern, verify
-from pipeline.ablation import ablation
-from pipeline.cli import app
-from pipeline.plan import plan
-from pipeline.recipe import build
-from pipeline.sweep_recipe import load_sweep
-from stages.options import Lora, decisive
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import RecipeError
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.manifest import fingerprint
+from edgepress.checkpoints.verify import prove_pattern, verify
+from edgepress.pipeline.ablation import ablation
+from edgepress.pipeline.cli import app
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
+from edgepress.pipeline.sweep_recipe import load_sweep
+from edgepress.stages.options import Lora, decisive
 
 pytestmark = pytest.mark.pipeline
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import CheckpointError
-from checkpoints.manifest import MANIFEST, sealed, write_json
-from pipeline.remote import Mirror
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.manifest import MANIFEST, sealed, write_json
+from edgepress.pipeline.remote import Mirror
 
 pytestmark = pytest.mark.unit
 
@@ -22,8 +22,8 @@ NAME, KEY = "1-depth-1-ffffffff", "f" * 64
 @pytest.fixture
 def far(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
     """A store with one finished folder, as another machine left it."""
-    from checkpoints.headers import shape_from_folder
-    from checkpoints.manifest import Manifest, describe_files
+    from edgepress.checkpoints.headers import shape_from_folder
+    from edgepress.checkpoints.manifest import Manifest, describe_files
 
     folder = Path(shutil.copytree(tiny_model(), tmp_path / "far" / NAME))
     shape = shape_from_folder(folder)

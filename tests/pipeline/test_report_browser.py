@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from edgepress.pipeline.cli import app
 from tests.pipeline import report_help as made
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -150,7 +150,7 @@ def test_samples_stand_side_by_side_and_are_kept(
     def refused(*_: object) -> None:
         raise AssertionError("generated again")
 
-    monkeypatch.setattr("eval.generate.continue_prompt", refused)
+    monkeypatch.setattr("edgepress.eval.generate.continue_prompt", refused)
     again: Callable[..., Any] = CliRunner().invoke
     told = again(app, ["report", str(pages["run"].parent), "--samples", "2", "--tokens", "5", "--prompts", "A file"])
     assert told.exit_code == 0, told.output

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.page import facts, overview
-from pipeline.page.read import read_study
-from pipeline.page.study import pareto
+from edgepress.pipeline.page import facts, overview
+from edgepress.pipeline.page.read import read_study
+from edgepress.pipeline.page.study import pareto
 from tests.pipeline import report_help as made
 
 pytestmark = pytest.mark.unit

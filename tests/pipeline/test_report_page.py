@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.page import figures, pareto_figure, reproduce, stage_figures
-from pipeline.page.content import sections
-from pipeline.page.draw import Picture
-from pipeline.page.read import clean, read_study
-from pipeline.page.render import write_report
-from pipeline.page.samples import Sample, Samples, chosen
-from pipeline.recipe import build
+from edgepress.pipeline.cli import app
+from edgepress.pipeline.page import figures, pareto_figure, reproduce, stage_figures
+from edgepress.pipeline.page.content import sections
+from edgepress.pipeline.page.draw import Picture
+from edgepress.pipeline.page.read import clean, read_study
+from edgepress.pipeline.page.render import write_report
+from edgepress.pipeline.page.samples import Sample, Samples, chosen
+from edgepress.pipeline.recipe import build
 from tests.pipeline import report_help as made
 
 pytestmark = pytest.mark.unit
@@ -204,7 +204,7 @@ def test_samples_come_from_the_uncompressed_model_and_the_last_stages(tmp_path: 
 
 
 def test_the_text_colours_have_enough_contrast() -> None:
-    css = (resources.files("pipeline.page") / "templates" / "report.css").read_text()
+    css = (resources.files("edgepress.pipeline.page") / "templates" / "report.css").read_text()
     colours = dict(re.findall(r"--(ink|muted|accent|good|bad): (#[0-9a-f]{6})", css))
     assert len(colours) == 5
 

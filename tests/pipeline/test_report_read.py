@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.errors import CheckpointError, EdgepressError, PlanError
-from checkpoints.manifest import sealed, sha256_file, write_json
-from pipeline.page.read import clean, read_study
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError
+from edgepress.checkpoints.manifest import sealed, sha256_file, write_json
+from edgepress.pipeline.page.read import clean, read_study
 from tests.pipeline import report_help as made
 
 pytestmark = pytest.mark.unit

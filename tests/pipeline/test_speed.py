@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.runtime import Runtime, Silent
-from eval import speed
-from eval.settings import Settings
-from eval.subject import Subject
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.runtime import Runtime, Silent
+from edgepress.eval import speed
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
 
 pytestmark = pytest.mark.pipeline
 

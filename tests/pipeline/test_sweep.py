@@ -17,17 +17,17 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from checkpoints.errors import PlanError
-from checkpoints.manifest import MANIFEST
-from pipeline.cli_sweep import run_command
-from pipeline.ray_workers import RayWorkers
-from pipeline.results import COLUMNS, write_results
-from pipeline.store import Store
-from pipeline.sweep import SweepResult, carry_out, folder_name, prepare, require_room, write_state
-from pipeline.sweep_recipe import Sweep, load_sweep
-from pipeline.sweep_view import SweepView
-from pipeline.tracking import open_tracker
-from pipeline.workers import Here
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.manifest import MANIFEST
+from edgepress.pipeline.cli_sweep import run_command
+from edgepress.pipeline.ray_workers import RayWorkers
+from edgepress.pipeline.results import COLUMNS, write_results
+from edgepress.pipeline.store import Store
+from edgepress.pipeline.sweep import SweepResult, carry_out, folder_name, prepare, require_room, write_state
+from edgepress.pipeline.sweep_recipe import Sweep, load_sweep
+from edgepress.pipeline.sweep_view import SweepView
+from edgepress.pipeline.tracking import open_tracker
+from edgepress.pipeline.workers import Here
 
 pytestmark = pytest.mark.pipeline
 
@@ -56,16 +56,16 @@ ASKED, DISTINCT = 8, 5
 # Runs the command in a process that kills itself at the n-th thing its view is told.
 KILLER = """
 import os, signal, sys
-import pipeline.sweep_view
-moment, count, step = int(sys.argv[1]), 0, pipeline.sweep_view.SweepView.step
+import edgepress.pipeline.sweep_view
+moment, count, step = int(sys.argv[1]), 0, edgepress.pipeline.sweep_view.SweepView.step
 def counted(self, *arguments):
     global count
     count += 1
     if count == moment:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, *arguments)
-pipeline.sweep_view.SweepView.step = counted
-from pipeline import cli
+edgepress.pipeline.sweep_view.SweepView.step = counted
+from edgepress.pipeline import cli
 sys.argv = ["compress", *sys.argv[2:]]
 cli.main()
 """
@@ -120,8 +120,8 @@ def test_shared_beginnings_are_computed_once(swept: tuple[Path, SweepResult]) ->
 def test_a_configuration_alone_gives_the_same_fingerprints_and_numbers(
     swept: tuple[Path, SweepResult], recipe: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    from pipeline.progress import Reporter
-    from pipeline.run import run
+    from edgepress.pipeline.progress import Reporter
+    from edgepress.pipeline.run import run
 
     out, result = swept
     sweep = load_sweep(str(recipe), {"model": str(tiny_llama)}, only=["width 2:4"])
@@ -175,7 +175,7 @@ def test_killed_in_the_middle_nothing_is_lost_nor_computed_twice(
 
 def test_a_worker_killed_in_the_middle_is_replaced(recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "pipeline.cli", "sweep", str(recipe), "--model", str(tiny_llama)]
+    command = [sys.executable, "-m", "edgepress", "sweep", str(recipe), "--model", str(tiny_llama)]
     with subprocess.Popen(
         [*command, "-o", str(out), "--jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -225,12 +225,12 @@ def test_one_failure_leaves_the_others_alone(recipe: Path, tiny_llama: Path, tmp
 def test_a_failed_stage_takes_those_below_it_along(
     recipe: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import stages.depth
+    import edgepress.stages.depth
 
     def broken(*arguments: Any) -> None:
         raise RuntimeError("the disk caught fire")
 
-    monkeypatch.setattr(stages.depth, "run", broken)
+    monkeypatch.setattr(edgepress.stages.depth, "run", broken)
     result = run_here(load_sweep(str(recipe), {"model": str(tiny_llama)}), tmp_path)
     assert set(result.failed_configurations()) == {"depth", "width 1:8", "width 2:4", "early"}
     assert set(result.failed_configurations().values()) == {"depth-1: RuntimeError: the disk caught fire"}
@@ -241,12 +241,12 @@ def test_a_failed_stage_takes_those_below_it_along(
 def test_a_disk_too_small_by_the_forecast_is_refused_before_anything_starts(
     swept: tuple[Path, SweepResult], recipe: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.sweep
+    import edgepress.pipeline.sweep
 
     out, result = swept
     tree = result.tree
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr(pipeline.sweep.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(edgepress.pipeline.sweep.shutil, "disk_usage", lambda path: usage)
     require_room(out, tree)  # everything is there already
     with pytest.raises(PlanError, match=r"5 stage runs will write .* where .* are free"):
         require_room(tmp_path, tree)

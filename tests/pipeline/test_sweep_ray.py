@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.manifest import MANIFEST, Manifest
-from pipeline.remote import Mirror
-from pipeline.sweep import all_tasks, prepare
-from pipeline.sweep_recipe import load_sweep
-from pipeline.tasks import perform
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.manifest import MANIFEST, Manifest
+from edgepress.pipeline.remote import Mirror
+from edgepress.pipeline.sweep import all_tasks, prepare
+from edgepress.pipeline.sweep_recipe import load_sweep
+from edgepress.pipeline.tasks import perform
 
 pytestmark = pytest.mark.pipeline
 
@@ -53,7 +53,17 @@ def test_a_killed_ray_worker_costs_nothing_but_its_unfinished_step(
     recipe: Path, tiny_llama: Path, tmp_path: Path, weight_hashes: Callable[[Path], dict[str, str]]
 ) -> None:
     out, store = tmp_path / "out", tmp_path / "store"
-    command = [sys.executable, "-m", "pipeline.cli", "sweep", str(recipe), "--model", str(tiny_llama), "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "edgepress.pipeline.cli",
+        "sweep",
+        str(recipe),
+        "--model",
+        str(tiny_llama),
+        "-o",
+        str(out),
+    ]
     command += ["--ray", "local", "--jobs", "2", "--store", store.as_uri()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         before, victim, shards = kill_a_worker(out, process)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import PlanError, RecipeError
-from checkpoints.families import PRESETS, shape_from_config
-from pipeline.ablation import ablation
-from pipeline.recipe import Recipe, build
-from pipeline.sweep_recipe import is_sweep, load_sweep
-from pipeline.tree import Tree, grow, spec_fingerprints
+from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.pipeline.ablation import ablation
+from edgepress.pipeline.recipe import Recipe, build
+from edgepress.pipeline.sweep_recipe import is_sweep, load_sweep
+from edgepress.pipeline.tree import Tree, grow, spec_fingerprints
 
 pytestmark = pytest.mark.unit
 

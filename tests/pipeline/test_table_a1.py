@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoints.families import PRESETS, shape_from_config
-from pipeline.plan import plan
-from pipeline.recipe import build
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
 
 pytestmark = pytest.mark.unit
 

@@ -12,13 +12,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.compare import Difference
-from eval.results import Result, Score, mean
-from pipeline import results
-from pipeline.cli_hardware import _write_csv
-from pipeline.eval_report import print_differences, print_measured
-from pipeline.evaluate import Measured
-from pipeline.tables import plain_cell, print_whole, read_cell
+from edgepress.eval.compare import Difference
+from edgepress.eval.results import Result, Score, mean
+from edgepress.pipeline import results
+from edgepress.pipeline.cli_hardware import _write_csv
+from edgepress.pipeline.eval_report import print_differences, print_measured
+from edgepress.pipeline.evaluate import Measured
+from edgepress.pipeline.tables import plain_cell, print_whole, read_cell
 
 pytestmark = pytest.mark.unit
 

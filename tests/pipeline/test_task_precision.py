@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Silent
-from eval.results import Result
-from eval.settings import Settings
-from eval.subject import Subject
-from eval.tasks import Task, find_tasks
-from pipeline.evaluate import measure_all
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Silent
+from edgepress.eval.results import Result
+from edgepress.eval.settings import Settings
+from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Task, find_tasks
+from edgepress.pipeline.evaluate import measure_all
 
 pytestmark = pytest.mark.unit
 

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from benchmarks.thesis_tables import TABLES, reduced
-from checkpoints.families import PRESETS, shape_from_config
-from pipeline.sweep_recipe import load_sweep
-from pipeline.tree import Tree, grow, spec_fingerprints
-from stages.options import Lora
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.pipeline.sweep_recipe import load_sweep
+from edgepress.pipeline.tree import Tree, grow, spec_fingerprints
+from edgepress.stages.options import Lora
 
 pytestmark = pytest.mark.unit
 
@@ -53,7 +53,7 @@ def test_the_approximations_and_their_combinations(number: str) -> None:
 
 
 def test_trainable_parameters_are_the_table_s() -> None:
-    from stages.recovery.shapes import trainable_parameters
+    from edgepress.stages.recovery.shapes import trainable_parameters
 
     found = tree("peft-table-4-3")
     table = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import PlanError
-from pipeline.recipe import build
-from pipeline.tasks import Outcome
-from pipeline.tracking import open_tracker, parameters
+from edgepress.checkpoints.errors import PlanError
+from edgepress.pipeline.recipe import build
+from edgepress.pipeline.tasks import Outcome
+from edgepress.pipeline.tracking import open_tracker, parameters
 
 pytestmark = pytest.mark.unit
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import RecipeError, TextError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.runtime import Runtime, Silent
-from checkpoints.verify import verify
-from pipeline.calibration import Calibration
-from pipeline.plan import plan
-from pipeline.recipe import build
-from stages.options import Lora
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import RecipeError, TextError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.runtime import Runtime, Silent
+from edgepress.checkpoints.verify import verify
+from edgepress.pipeline.calibration import Calibration
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
+from edgepress.stages.options import Lora
 
 pytestmark = pytest.mark.pipeline
 

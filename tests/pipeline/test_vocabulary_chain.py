@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, RecipeError, TextError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.verify import verify
-from pipeline.plan import plan
-from pipeline.recipe import build
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, RecipeError, TextError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.verify import verify
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
 
 pytestmark = pytest.mark.pipeline
 
@@ -168,7 +168,7 @@ def test_bad_input(tiny_llama: Path, run_recipe: Run, corpus: Path, tmp_path: Pa
 
 
 def test_a_corpus_shared_with_the_measured_text_gives_its_calibration_part(corpus: Path, tmp_path: Path) -> None:
-    from pipeline.vocabulary import corpus_text
+    from edgepress.pipeline.vocabulary import corpus_text
 
     path = tmp_path / "stories.txt"
     path.write_text("<|endoftext|>".join(f"story number {n}" for n in range(10)))

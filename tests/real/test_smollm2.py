@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from eval.text import load_text
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.eval.text import load_text
 
 pytestmark = [
     pytest.mark.real,
@@ -55,8 +55,8 @@ def readme_commands() -> list[str]:
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "pipeline.cli", *shlex.split(command)[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "edgepress", *shlex.split(command)[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -181,7 +181,7 @@ def test_the_readme_has_commands_to_run() -> None:
 
 def test_the_readme_s_python_runs(workplace: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False, env=environment
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from eval.speed import Workload, measure_speed
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.eval.speed import Workload, measure_speed
 
 pytestmark = pytest.mark.real
 
@@ -20,7 +20,15 @@ BUDGET = ("--quant-samples", "2", "--quant-length", "64", "--eora", "4", "--eora
 
 
 def test_kernels_multiply_the_codes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "--model", str(tiny_model()), "-o", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "edgepress.pipeline.cli",
+        "--model",
+        str(tiny_model()),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run([*command, *FLAGS, *BUDGET], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for stage in ("1-gptq*", "2-eora*"):

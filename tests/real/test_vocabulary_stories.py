@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Runtime
-from checkpoints.sources import open_source
-from checkpoints.writer import CheckpointWriter
-from eval.perplexity import Protocol, measure
-from eval.text import load_text
-from hardware.check import check
-from hardware.soc import load_soc
-from pipeline.plan import plan
-from pipeline.recipe import build
-from pipeline.vocabulary import corpus_vocabulary
-from stages import vocabulary
-from stages.options import Vocabulary
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sources import open_source
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.eval.perplexity import Protocol, measure
+from edgepress.eval.text import load_text
+from edgepress.hardware.check import check
+from edgepress.hardware.soc import load_soc
+from edgepress.pipeline.plan import plan
+from edgepress.pipeline.recipe import build
+from edgepress.pipeline.vocabulary import corpus_vocabulary
+from edgepress.stages import vocabulary
+from edgepress.stages.options import Vocabulary
 
 pytestmark = pytest.mark.real
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.manifest import Manifest, describe_files
-from checkpoints.nm import group_zeros
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.manifest import Manifest, describe_files
+from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
 
 VOCABULARY = 512
 COMMON: dict[str, Any] = {
@@ -153,7 +153,7 @@ def writer(tmp_path: Path) -> CheckpointWriter:
 @pytest.fixture(scope="session")
 def finished(masked: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """An undisturbed run of LoRA: its folder and its facts."""
-    from stages import lora
+    from edgepress.stages import lora
     from tests.stages.lora_help import options, text
 
     target = CheckpointWriter(tmp_path_factory.mktemp("finished"))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Silent
-from checkpoints.tokens import TokenBatches
-from stages.options import Lora
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Silent
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.stages.options import Lora
 
 
 class Watcher(Silent):

@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.forms import Grid
-from checkpoints.image import pack_checkpoint
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.rounded_inputs import round_tokens, rounded_inputs
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Walk
-from checkpoints.writer import CheckpointWriter
-from stages import eora, gptq
-from stages.hessian import hessians
-from stages.options import Eora, Gptq, decisive
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.rounded_inputs import round_tokens, rounded_inputs
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import eora, gptq
+from edgepress.stages.hessian import hessians
+from edgepress.stages.options import Eora, Gptq, decisive
 
 pytestmark = pytest.mark.unit
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.forms import Grid
-from checkpoints.runtime import Runtime
-from checkpoints.scaling import factors, rescaled, scaled_folders
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Walk
-from checkpoints.writer import CheckpointWriter
-from stages import eora, gptq
-from stages.options import Eora, Gptq
-from stages.quantisers import awq
-from stages.quantisers.codes import fit_grid, nearest
-from stages.quantisers.folding import Folding
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.scaling import factors, rescaled, scaled_folders
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import eora, gptq
+from edgepress.stages.options import Eora, Gptq
+from edgepress.stages.quantisers import awq
+from edgepress.stages.quantisers.codes import fit_grid, nearest
+from edgepress.stages.quantisers.folding import Folding
 
 pytestmark = pytest.mark.unit
 
@@ -117,7 +117,7 @@ def test_a_norms_factor_is_what_its_file_leaves(
     build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stored in 16 bits, the vector is rounded; the columns make up for exactly that."""
-    monkeypatch.setattr("checkpoints.walk.BlockVisit.stored_dtype", torch.bfloat16)
+    monkeypatch.setattr("edgepress.checkpoints.walk.BlockVisit.stored_dtype", torch.bfloat16)
     for block in Walk(build("llama", blocks=3), tokens(2).chunks(48), RUNTIME):
         was = block.forward(block.inputs[0], {})
         wanted = torch.linspace(0.3, 3, 64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.curve import Curve
+from edgepress.stages.curve import Curve
 
 pytestmark = pytest.mark.unit
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.forms import Grid
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages import gptq
-from stages.options import Gptq
-from stages.quantisers import hqq
-from stages.quantisers.codes import fit_grid, nearest
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import gptq
+from edgepress.stages.options import Gptq
+from edgepress.stages.quantisers import hqq
+from edgepress.stages.quantisers.codes import fit_grid, nearest
 
 pytestmark = pytest.mark.unit
 

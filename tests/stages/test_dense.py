@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.shape import ModelShape
-from stages import eora, gptq
-from stages.options import STAGES, Eora, Gptq
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.stages import eora, gptq
+from edgepress.stages.options import STAGES, Eora, Gptq
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +34,7 @@ def with_adapter(shape: ModelShape) -> ModelShape:
 @pytest.mark.parametrize("shape", [QUANTISED, COMPENSATED], ids=["quantised", "compensated"])
 def test_quantised_weights_are_refused(stage: str, shape: ModelShape) -> None:
     with pytest.raises(PlanError) as caught:
-        importlib.import_module(f"stages.{stage}").plan(shape, STAGES[stage]())
+        importlib.import_module(f"edgepress.stages.{stage}").plan(shape, STAGES[stage]())
     assert str(caught.value) == (
         f"{stage} needs dense weights; this checkpoint is already quantised (4 bits). "
         + (f"Put {stage} before gptq, or give" if stage != "gptq" else "Give")
@@ -46,7 +46,7 @@ def test_quantised_weights_are_refused(stage: str, shape: ModelShape) -> None:
 @pytest.mark.parametrize("stage", NEEDS_DENSE)
 def test_an_adapter_beside_dense_weights_is_refused(stage: str) -> None:
     with pytest.raises(PlanError) as caught:
-        importlib.import_module(f"stages.{stage}").plan(with_adapter(DENSE), STAGES[stage]())
+        importlib.import_module(f"edgepress.stages.{stage}").plan(with_adapter(DENSE), STAGES[stage]())
     assert str(caught.value) == (
         f"{stage} needs dense weights; this checkpoint carries an adapter of rank 8 in adapter/. "
         "Merge the adapter, or give the checkpoint without it"

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.adapter_codes import differing, eight_bit, unpacked
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError
-from checkpoints.quiet import quiet_import
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.verify import verify
-from checkpoints.writer import CheckpointWriter
-from hardware.footprint import weight_bytes
-from hardware.operators import weights_read
-from stages import eora, gptq
-from stages.options import Eora, Gptq
+from edgepress.checkpoints.adapter_codes import differing, eight_bit, unpacked
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.hardware.footprint import weight_bytes
+from edgepress.hardware.operators import weights_read
+from edgepress.stages import eora, gptq
+from edgepress.stages.options import Eora, Gptq
 from tests.stages.lora_help import Watcher
 
 pytestmark = pytest.mark.unit

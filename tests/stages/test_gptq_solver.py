@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checkpoints.errors import NumericsError
-from checkpoints.forms import Grid
-from checkpoints.packing import dequantise, pack_linear
-from stages.hessian import inverse_factor
-from stages.options import Gptq
-from stages.pruning.wanda import prune_n_of_m
-from stages.quantisers import gptq
-from stages.quantisers.codes import fit_grid
+from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.packing import dequantise, pack_linear
+from edgepress.stages.hessian import inverse_factor
+from edgepress.stages.options import Gptq
+from edgepress.stages.pruning.wanda import prune_n_of_m
+from edgepress.stages.quantisers import gptq
+from edgepress.stages.quantisers.codes import fit_grid
 
 pytestmark = pytest.mark.unit
 

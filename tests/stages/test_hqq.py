@@ -12,21 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import Grid, RealGrid
-from checkpoints.image import pack_checkpoint
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.reshape import with_pattern
-from checkpoints.runtime import Runtime
-from checkpoints.sparsity import Pattern
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages import eora, gptq, lora
-from stages.options import Eora, Gptq, Lora
-from stages.quantisers import hqq
-from stages.quantisers.codes import fit_grid, nearest
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import Grid, RealGrid
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.reshape import with_pattern
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import eora, gptq, lora
+from edgepress.stages.options import Eora, Gptq, Lora
+from edgepress.stages.quantisers import hqq
+from edgepress.stages.quantisers.codes import fit_grid, nearest
 from tests.stages.lora_help import options as lora_options
 from tests.stages.lora_help import text
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.runtime import Runtime
-from checkpoints.writer import CheckpointWriter
-from pipeline.plan import forecast_memory
-from stages import distill, lora
-from stages.options import Lora
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.pipeline.plan import forecast_memory
+from edgepress.stages import distill, lora
+from edgepress.stages.options import Lora
 from tests.stages.lora_help import Watcher, options, text, weights
 
 pytestmark = pytest.mark.unit

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, NumericsError, TextError
-from checkpoints.manifest import describe_files
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Work
-from checkpoints.writer import CheckpointWriter
-from stages import lora, training
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, NumericsError, TextError
+from edgepress.checkpoints.manifest import describe_files
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Work
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import lora, training
 from tests.stages.lora_help import Watcher, mean_loss, options, text, weights
 
 pytestmark = pytest.mark.unit

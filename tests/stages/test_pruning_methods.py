@@ -15,20 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.runtime import Runtime
-from checkpoints.shape import ModelShape
-from checkpoints.sparsity import Pattern, Unstructured, Within
-from checkpoints.tokens import TokenBatches
-from checkpoints.verify import prove_pattern
-from checkpoints.walk import Walk
-from checkpoints.writer import CheckpointWriter
-from pipeline.plan import forecast_memory
-from stages import gptq, options, pruning, wanda
-from stages.options import Gptq, Wanda
-from stages.pruning import METHODS
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sparsity import Pattern, Unstructured, Within
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.verify import prove_pattern
+from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.pipeline.plan import forecast_memory
+from edgepress.stages import gptq, options, pruning, wanda
+from edgepress.stages.options import Gptq, Wanda
+from edgepress.stages.pruning import METHODS
 
 pytestmark = pytest.mark.unit
 
@@ -159,7 +159,7 @@ def test_sparsegpt_sees_the_inputs_that_the_pruned_prefix_gives(
     build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches], run: Run
 ) -> None:
     """Block by block by hand: Hessians of a whole model in memory whose earlier blocks are pruned already."""
-    from stages.pruning.sparsegpt import solve
+    from edgepress.stages.pruning.sparsegpt import solve
 
     source, pruned = build("llama", blocks=3), run(pattern="2:4", method="sparsegpt")
     model = source.model().float()
@@ -184,7 +184,7 @@ def test_methods_that_need_no_statistics_run_no_block(run: Run, monkeypatch: pyt
     def never(*_: Any) -> None:
         raise AssertionError("a block was run")
 
-    monkeypatch.setattr("checkpoints.skeleton.Skeleton.run", never)
+    monkeypatch.setattr("edgepress.checkpoints.skeleton.Skeleton.run", never)
     run(pattern="2:4", method="magnitude")
     with pytest.raises(AssertionError, match="a block was run"):
         run(pattern="2:4", method="wanda")
@@ -240,7 +240,7 @@ def test_the_page_on_adding_a_method_can_be_followed(run: Run, monkeypatch: pyte
     """Its file and its line, put where it says, give a method that prunes, and is planned and proven."""
     page = (Path(wanda.__file__).parent / "README.md").read_text()
     file = re.search(r"`stages/pruning/(\w+)\.py`:\n\n```python\n(.*?)```", page, re.DOTALL)
-    line = re.search(r'\n    ("\S+": "stages\.pruning\.(\w+)",)\n', page)
+    line = re.search(r'\n    ("\S+": "edgepress\.stages\.pruning\.(\w+)",)\n', page)
     assert file and line and file[1] == line[2]
     (tmp_path / f"{file[1]}.py").write_text(file[2])
     monkeypatch.setattr(pruning, "__path__", [*pruning.__path__, str(tmp_path)])

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.nm import group_zeros
-from checkpoints.runtime import Runtime
-from checkpoints.sparsity import Capped, Part, Pattern, Within, parse_sparsity
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages import wanda
-from stages.options import Wanda
-from stages.pruning import METHODS, NOTHING
-from stages.pruning.select import kept
-from stages.pruning.sparsegpt import blocks
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sparsity import Capped, Part, Pattern, Within, parse_sparsity
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import wanda
+from edgepress.stages.options import Wanda
+from edgepress.stages.pruning import METHODS, NOTHING
+from edgepress.stages.pruning.select import kept
+from edgepress.stages.pruning.sparsegpt import blocks
 
 pytestmark = pytest.mark.unit
 

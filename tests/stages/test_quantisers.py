@@ -13,25 +13,25 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import DTYPE_BYTES, Grid
-from checkpoints.headers import read_header
-from checkpoints.image import pack_checkpoint
-from checkpoints.image_restore import unpack_checkpoint
-from checkpoints.reshape import with_pattern
-from checkpoints.runtime import Runtime, Silent
-from checkpoints.shape import ModelShape
-from checkpoints.sparsity import Pattern
-from checkpoints.tokens import TokenBatches
-from checkpoints.verify import prove_pattern
-from checkpoints.writer import CheckpointWriter
-from pipeline.forecast import stage_operations
-from pipeline.plan import forecast_memory, forecast_scratch
-from stages import gptq, quantisers
-from stages.options import Gptq
-from stages.quantisers import METHODS, NOTHING
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import DTYPE_BYTES, Grid
+from edgepress.checkpoints.headers import read_header
+from edgepress.checkpoints.image import pack_checkpoint
+from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.reshape import with_pattern
+from edgepress.checkpoints.runtime import Runtime, Silent
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.verify import prove_pattern
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.pipeline.forecast import stage_operations
+from edgepress.pipeline.plan import forecast_memory, forecast_scratch
+from edgepress.stages import gptq, quantisers
+from edgepress.stages.options import Gptq
+from edgepress.stages.quantisers import METHODS, NOTHING
 
 pytestmark = pytest.mark.unit
 
@@ -127,7 +127,7 @@ def test_only_methods_that_say_so_run_without_calibration(
     def never(*_: Any) -> None:
         raise AssertionError("a block was run")
 
-    monkeypatch.setattr("checkpoints.skeleton.Skeleton.run", never)
+    monkeypatch.setattr("edgepress.checkpoints.skeleton.Skeleton.run", never)
     if method in DATA_FREE:
         gptq.run(masked, writer, tokens(5), Gptq(quant=method, group=32), RUNTIME)
     else:
@@ -194,13 +194,13 @@ def test_the_page_on_adding_a_method_can_be_followed(
 ) -> None:
     """Its file and its line, put where it says, give a method that quantises, is planned and keeps the mask."""
     file = re.search(r"`stages/quantisers/(\w+)\.py`:\n\n```python\n(.*?)```", page(), re.DOTALL)
-    line = re.search(r'\n    ("\S+": \("stages\.quantisers\.(\w+)", .*\),)\n', page())
+    line = re.search(r'\n    ("\S+": \("edgepress\.stages\.quantisers\.(\w+)", .*\),)\n', page())
     assert file and line and file[1] == line[2]
     (tmp_path / f"{file[1]}.py").write_text(file[2])
     monkeypatch.setattr(quantisers, "__path__", [*quantisers.__path__, str(tmp_path)])
     ((name, where),) = eval("{" + line[1] + "}").items()
     monkeypatch.setitem(METHODS, name, where)
-    monkeypatch.setattr("stages.options.QUANTS", (*METHODS, "none"))
+    monkeypatch.setattr("edgepress.stages.options.QUANTS", (*METHODS, "none"))
     importlib.invalidate_caches()
     try:
         options = Gptq(quant=name, group=32)

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.families import shape_from_config
-from checkpoints.quiet import quiet_import
-from checkpoints.shape import ModelShape
-from pipeline.forecast import stage_operations
-from pipeline.plan import forecast_memory
-from stages import lora
-from stages.options import Lora
-from stages.recovery import METHODS, parse
-from stages.recovery.shapes import target_names, trainable_parameters, with_adapters
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import shape_from_config
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.pipeline.forecast import stage_operations
+from edgepress.pipeline.plan import forecast_memory
+from edgepress.stages import lora
+from edgepress.stages.options import Lora
+from edgepress.stages.recovery import METHODS, parse
+from edgepress.stages.recovery.shapes import target_names, trainable_parameters, with_adapters
 
 pytestmark = pytest.mark.unit
 
@@ -78,9 +78,9 @@ def test_what_lies_beside_the_weights_is_counted_in_file_and_image() -> None:
 
 def test_counting_needs_no_torch() -> None:
     code = (
-        "from checkpoints.families import PRESETS, shape_from_config\n"
-        "from stages.options import Lora\n"
-        "from stages.recovery.shapes import trainable_parameters\n"
+        "from edgepress.checkpoints.families import PRESETS, shape_from_config\n"
+        "from edgepress.stages.options import Lora\n"
+        "from edgepress.stages.recovery.shapes import trainable_parameters\n"
         "shape = shape_from_config(PRESETS['smollm2-135m'])\n"
         "print([trainable_parameters(shape, Lora(method=m)) > 0 for m in ('dora', 'ia3', 'rslora+loftq')])\n"
         "import sys; assert 'torch' not in sys.modules\n"

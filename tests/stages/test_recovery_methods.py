@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.adapters import adapter_scale, applied
-from checkpoints.quiet import quiet_import
-from stages.options import Lora
-from stages.recovery import loftq
-from stages.recovery import lora as low_rank
+from edgepress.checkpoints.adapters import adapter_scale, applied
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.stages.options import Lora
+from edgepress.stages.recovery import loftq
+from edgepress.stages.recovery import lora as low_rank
 
 pytestmark = pytest.mark.unit
 

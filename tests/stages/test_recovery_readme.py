@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.runtime import Runtime
-from checkpoints.writer import CheckpointWriter
-from stages import lora, recovery
-from stages.options import Lora
-from stages.recovery.shapes import trainable_parameters
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import lora, recovery
+from edgepress.stages.options import Lora
+from edgepress.stages.recovery.shapes import trainable_parameters
 from tests.stages.lora_help import options, text
 
 pytestmark = pytest.mark.unit

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.nm import holds
-from checkpoints.quiet import quiet_import
-from checkpoints.runtime import Runtime
-from checkpoints.sparsity import Pattern
-from checkpoints.writer import CheckpointWriter
-from stages import eora, gptq, lora
-from stages.options import Eora, Gptq, Lora
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.nm import holds
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import eora, gptq, lora
+from edgepress.stages.options import Eora, Gptq, Lora
 from tests.stages.lora_help import Watcher, mean_loss, options, text, weights
 
 pytestmark = pytest.mark.unit

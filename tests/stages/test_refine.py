@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from checkpoints.forms import Grid
-from checkpoints.packing import dequantise, pack_linear
-from stages import gptq, refine
-from stages.options import Gptq
-from stages.quantisers.gptq import Solution, solve
-from stages.refine import TunedLinear, TunedNorm
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.packing import dequantise, pack_linear
+from edgepress.stages import gptq, refine
+from edgepress.stages.options import Gptq
+from edgepress.stages.quantisers.gptq import Solution, solve
+from edgepress.stages.refine import TunedLinear, TunedNorm
 
 pytestmark = pytest.mark.unit
 

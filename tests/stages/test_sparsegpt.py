@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checkpoints.errors import NumericsError
-from checkpoints.nm import group_zeros
-from checkpoints.sparsity import Pattern, Unstructured
-from stages.hessian import output_error
-from stages.pruning import sparsegpt
-from stages.pruning.select import keep_best
-from stages.pruning.sparsegpt import COLUMNS, blocks, solve
-from stages.pruning.wanda import prune_n_of_m
+from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.sparsity import Pattern, Unstructured
+from edgepress.stages.hessian import output_error
+from edgepress.stages.pruning import sparsegpt
+from edgepress.stages.pruning.select import keep_best
+from edgepress.stages.pruning.sparsegpt import COLUMNS, blocks, solve
+from edgepress.stages.pruning.wanda import prune_n_of_m
 
 pytestmark = pytest.mark.unit
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages import depth
-from stages.options import Depth
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import depth
+from edgepress.stages.options import Depth
 
 pytestmark = pytest.mark.unit
 
@@ -322,8 +322,8 @@ def test_removing_more_than_is_free_is_refused_with_the_numbers() -> None:
 
 
 def test_a_quantised_checkpoint_is_refused() -> None:
-    from stages import gptq
-    from stages.options import Gptq
+    from edgepress.stages import gptq
+    from edgepress.stages.options import Gptq
 
     quantised = gptq.plan(shape_from_config(PRESETS["smollm2-135m"]), Gptq())
     with pytest.raises(PlanError, match="already quantised"):

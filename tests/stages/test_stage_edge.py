@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages import edge
+from edgepress.stages import edge
 
 pytestmark = pytest.mark.unit
 

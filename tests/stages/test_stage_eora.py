@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.quiet import quiet_import
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from stages import depth, eora, gptq
-from stages.options import Depth, Eora, Gptq
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import depth, eora, gptq
+from edgepress.stages.options import Depth, Eora, Gptq
 
 pytestmark = pytest.mark.unit
 

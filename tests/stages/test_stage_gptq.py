@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import NumericsError, PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.forms import Grid
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Walk
-from checkpoints.writer import CheckpointWriter
-from stages import gptq
-from stages.hessian import hessians
-from stages.options import Gptq
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import gptq
+from edgepress.stages.hessian import hessians
+from edgepress.stages.options import Gptq
 
 pytestmark = pytest.mark.unit
 
@@ -113,7 +113,7 @@ def test_a_singular_hessian_names_the_layer(
             found["mlp.down_proj",].neg_()
         return found
 
-    monkeypatch.setattr("stages.quantisers.gptq.hessians", spoilt)
+    monkeypatch.setattr("edgepress.stages.quantisers.gptq.hessians", spoilt)
     with pytest.raises(NumericsError, match=r"1\.mlp\.down_proj.*stays singular.*damping tried"):
         gptq.run(build("llama", blocks=3), writer, tokens(), Gptq(group=32), RUNTIME)
 

@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.nm import holds
-from checkpoints.quiet import quiet_import
-from checkpoints.runtime import Runtime
-from checkpoints.sparsity import Pattern
-from checkpoints.writer import CheckpointWriter
-from stages import gptq, lora
-from stages.options import Gptq, Lora
-from stages.recovery import lora as low_rank
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.nm import holds
+from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import gptq, lora
+from edgepress.stages.options import Gptq, Lora
+from edgepress.stages.recovery import lora as low_rank
 from tests.stages.lora_help import mean_loss, options, text
 
 pytestmark = pytest.mark.unit

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from checkpoints.errors import PlanError
-from stages.options import STAGES, Depth, Eora, Gptq, Lora, Wanda
-from stages.quantisers import form
+from edgepress.checkpoints.errors import PlanError
+from edgepress.stages.options import STAGES, Depth, Eora, Gptq, Lora, Wanda
+from edgepress.stages.quantisers import form
 
 pytestmark = pytest.mark.unit
 
@@ -161,5 +161,5 @@ def test_every_field_has_a_flag_of_its_own_and_a_line_of_help() -> None:
 
 
 def test_options_need_no_torch() -> None:
-    code = "import sys, stages.options; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, edgepress.stages.options; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,17 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError, RecipeError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.reshape import with_pattern
-from checkpoints.runtime import Runtime
-from checkpoints.sparsity import Pattern
-from checkpoints.tokens import TokenBatches
-from checkpoints.writer import CheckpointWriter
-from pipeline.recipe import build
-from stages import gptq, pad
-from stages.options import Gptq, Pad
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.reshape import with_pattern
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.pipeline.recipe import build
+from edgepress.stages import gptq, pad
+from edgepress.stages.options import Gptq, Pad
 
 pytestmark = pytest.mark.unit
 

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.image_tensors import TORCH_DTYPES
-from checkpoints.manifest import WORK
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.vocabulary import count_ids, trim
-from checkpoints.writer import CheckpointWriter
-from pipeline.plan import forecast_written
-from stages.edge import quantise_outer
-from stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, Wanda
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.image_tensors import TORCH_DTYPES
+from edgepress.checkpoints.manifest import WORK
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.vocabulary import count_ids, trim
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.pipeline.plan import forecast_written
+from edgepress.stages.edge import quantise_outer
+from edgepress.stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, Wanda
 
 pytestmark = pytest.mark.pipeline
 
@@ -59,7 +59,7 @@ def planned(source: Checkpoint, options: Options) -> Any:
         rows, used = source.shape.vocabulary, count_ids(corpus(source).ids.tolist())
         options = replace(options, size=len(trim(source.folder, source.tokenizer(), used, rows, 0).kept))
     try:
-        return options, importlib.import_module(f"stages.{NAMES[type(options)]}").plan(source.shape, options)
+        return options, importlib.import_module(f"edgepress.stages.{NAMES[type(options)]}").plan(source.shape, options)
     except PlanError:
         return None
 
@@ -71,7 +71,7 @@ def carried_out(source: Checkpoint, options: Options, folder: Path) -> Checkpoin
     else:
         generator = torch.Generator().manual_seed(1)
         windows = TokenBatches("random", torch.randint(3, source.shape.vocabulary, (2, 16), generator=generator))
-    module = importlib.import_module(f"stages.{NAMES[type(options)]}")
+    module = importlib.import_module(f"edgepress.stages.{NAMES[type(options)]}")
     module.run(source, target, windows, options, Runtime(dtype=TORCH_DTYPES["F32"]))
     return target
 

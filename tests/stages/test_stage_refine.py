@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.headers import read_header
-from checkpoints.manifest import Manifest
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.verify import verify
-from checkpoints.walk import Walk
-from checkpoints.writer import CheckpointWriter
-from pipeline import plan as plan_module
-from pipeline.plan import forecast_memory
-from stages import gptq, refine
-from stages.options import Gptq
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.headers import read_header
+from edgepress.checkpoints.manifest import Manifest
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.pipeline import plan as plan_module
+from edgepress.pipeline.plan import forecast_memory
+from edgepress.stages import gptq, refine
+from edgepress.stages.options import Gptq
 from tests.stages.lora_help import Watcher
 
 pytestmark = pytest.mark.unit

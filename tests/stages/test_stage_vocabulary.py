@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import CheckpointError, PlanError
-from checkpoints.runtime import Runtime
-from checkpoints.tokens import TokenBatches
-from checkpoints.vocabulary import count_ids, trim
-from checkpoints.writer import CheckpointWriter
-from stages import edge, vocabulary
-from stages.options import Vocabulary
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.vocabulary import count_ids, trim
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import edge, vocabulary
+from edgepress.stages.options import Vocabulary
 
 pytestmark = pytest.mark.unit
 

@@ -11,19 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints.checkpoint import Checkpoint
-from checkpoints.errors import PlanError
-from checkpoints.families import PRESETS, shape_from_config
-from checkpoints.nm import holds
-from checkpoints.runtime import Runtime
-from checkpoints.sparsity import Pattern
-from checkpoints.tokens import TokenBatches
-from checkpoints.walk import Walk
-from checkpoints.writer import CheckpointWriter
-from stages import gptq, wanda
-from stages.options import Gptq, Wanda
-from stages.pruning.select import lost_share
-from stages.pruning.wanda import input_norms, prune_n_of_m
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.nm import holds
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages import gptq, wanda
+from edgepress.stages.options import Gptq, Wanda
+from edgepress.stages.pruning.select import lost_share
+from edgepress.stages.pruning.wanda import input_norms, prune_n_of_m
 
 pytestmark = pytest.mark.unit
 
