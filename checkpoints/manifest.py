@@ -25,11 +25,13 @@ from edgepress.checkpoints.errors import CheckpointError
 FORMAT = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a file being written, which a kill may leave behind
+MARKER = ".edgepress"  # lies in every output folder of ours
 WORK = ".work"  # a stage's durable progress, gone once the manifest is there
 SEAL = "sha256"  # the key under which a JSON object carries the hash of the rest of it
 
 _FOLDERS = ("adapter", "edge", "scaling", "additional_chat_templates")  # of a checkpoint, beside the files at its top
 _READ = {".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".factors", ".spm"}
+_STAGE_FOLDER = re.compile(r"\d+-.+-[0-9a-f]{8}")
 _MOST_BYTES = 2**26  # of a manifest; one of 10,000 files takes 2 MiB
 
 
@@ -215,9 +217,20 @@ def require_no_links_out(folder: Path) -> None:
 
 
 def require_finished(folder: Path) -> None:
-    """Raise CheckpointError for a folder in which a stage is still at work, or was when it was stopped."""
-    if (folder / WORK).is_dir() and not (folder / MANIFEST).is_file():
+    """Raise CheckpointError for a folder in which a stage is still at work, or was when it was stopped.
+
+    In a store such a folder has no manifest, whatever else it has: without one it would pass for a model from outside.
+    """
+    if (folder / MANIFEST).is_file():
+        return
+    if (folder / WORK).is_dir():
         raise CheckpointError(f"{folder} is a checkpoint still being written; run its command again to finish it")
+    real = folder.resolve()
+    if _STAGE_FOLDER.fullmatch(real.name) and (real.parent / MARKER).is_file():
+        raise CheckpointError(
+            f"{real} is a stage's folder without {MANIFEST}: it was never finished, or the file was removed. Move the "
+            "folder away and run its command again to compute it"
+        )
 
 
 def _require_no_way_out(path: Path, folder: Path) -> None:

@@ -12,14 +12,14 @@ import torch
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError
-from edgepress.checkpoints.manifest import check_files, is_special, seal_holds, sealed, write_json
+from edgepress.checkpoints.manifest import MARKER, check_files, is_special, seal_holds, sealed, write_json
 from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
 from edgepress.checkpoints.sources import open_source
 from edgepress.eval.results import Result
 from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
 from edgepress.eval.tasks import TASKS, Task
-from edgepress.pipeline.store import MARKER, Store, require_own
+from edgepress.pipeline.store import Store, require_own
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.manifest import (
     MANIFEST,
+    MARKER,
     SEAL,
     WORK,
     remove_partial,
@@ -29,7 +30,7 @@ from edgepress.checkpoints.manifest import (
     write_json,
 )  # fmt: skip
 
-MARKER, LOCKS, RESULT = ".edgepress", ".locks", "result"
+LOCKS, RESULT = ".locks", "result"
 REPORT, EARLIER_REPORT = "report.json", "report-earlier.json"
 
 

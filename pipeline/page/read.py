@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.errors import CheckpointError, PlanError
-from edgepress.checkpoints.manifest import MANIFEST, Manifest, seal_holds, sha256_file
+from edgepress.checkpoints.manifest import MANIFEST, MARKER, Manifest, seal_holds, sha256_file
 from edgepress.pipeline.page.study import SOURCE, Configuration, StageRun, Study
-from edgepress.pipeline.store import MARKER, require_own
+from edgepress.pipeline.store import require_own
 from edgepress.pipeline.tables import read_cell
 
 _RUN, _SWEEP, _TABLES = "report.json", "sweep.json", ("results.parquet", "results.csv")

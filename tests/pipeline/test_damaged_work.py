@@ -175,6 +175,24 @@ def test_pad_and_vocabulary_resume(
     assert weight_hashes(out) == weight_hashes(tmp_path / "undisturbed")
 
 
+def test_a_stage_s_folder_without_its_manifest_is_no_model(
+    chain: Path, compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its weights alone would pass for an uncompressed model from outside, and be measured as one."""
+    out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
+    last = (out / "result").resolve()
+    (last / "manifest.json").unlink()
+    named = {"eval": (out, out / "result", last), "check": (last,), "verify": (last,), "pack": (last,), "plan": (last,)}
+    for command, places in named.items():
+        for place in places:
+            more = ["-o", tmp_path / "x.bin"] if command == "pack" else []
+            model = ["--model", place] if command == "plan" else [place]
+            done = compress(command, *model, *more)
+            assert done.returncode == 2 and "is a stage's folder without manifest.json" in done.stderr, (command, place)
+    moved = last.rename(tmp_path / "elsewhere")  # outside of a store it is a model like any other
+    assert compress("check", moved).returncode in (0, 3)
+
+
 # --- `result` ---------------------------------------------------------------------------------------------------------
 
 
