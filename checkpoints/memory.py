@@ -1,4 +1,4 @@
-"""Resident size of this process: now, and its peak since a point in time."""
+"""The memory this process takes, now and at its peak, what is free, and numbers of bytes in words."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import contextlib
 import gc
 from pathlib import Path
 
-import psutil
-
 from edgepress.checkpoints.allocator import give_back
 
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
+def size_text(size: float, unit: str = "", decimals: int | None = None) -> str:
+    """Bytes in words: 68.4 MiB, 256 KiB, -1.5 KiB, 12 B.
+
+    unit: KiB, MiB, GiB or TiB; default: the one that fits. decimals: default: three digits in all.
+    """
+    if not unit and abs(size) < 1024:
+        return f"{size} B"
+    most = 999.5 if decimals is None else 1024  # 1,023 KiB would need a fourth digit
+    unit = unit or next((name for name, factor in _UNITS.items() if abs(size) < most * factor), "TiB")
+    return f"{size / _UNITS[unit]:{'.3g' if decimals is None else f'.{decimals}f'}} {unit}"
+
+
 def resident_bytes() -> int:
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 
@@ -54,4 +67,6 @@ def peak_bytes() -> int:
 
 def available_bytes() -> int:
     """Memory that a new process could take without swapping."""
+    import psutil
+
     return int(psutil.virtual_memory().available)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.memory import size_text
 
 Conversation = Sequence[dict[str, str]]  # turns with a role and content
 
@@ -53,8 +54,8 @@ def in_template(
         os.waitpid(child, 0)
     if said is None:
         raise TextError(
-            f"the chat template of {folder} did not come to an end: {_SECONDS:.0f} seconds, {_MEMORY // 2**20} MiB and "
-            f"{_BYTES // 2**20} MiB of text are its bounds"
+            f"the chat template of {folder} did not come to an end: {_SECONDS:.0f} seconds, "
+            f"{size_text(_MEMORY, 'MiB', 0)} and {size_text(_BYTES)} of text are its bounds"
         )
     found: dict[str, Any] = json.loads(said)
     if "error" in found:

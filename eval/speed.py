@@ -28,7 +28,7 @@ from torch import Tensor
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.headers import ADAPTER
-from edgepress.checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes
+from edgepress.checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes, size_text
 from edgepress.checkpoints.quiet import quiet_import, quiet_libraries
 from edgepress.checkpoints.skeleton import attention_kernels
 from edgepress.eval.results import Result, Score, not_measured
@@ -172,7 +172,7 @@ def measure_speed(
         except BrokenProcessPool:
             raise CheckpointError(
                 f"{checkpoint.folder}: the process that timed it was killed, most likely for want of memory; its "
-                f"weights alone take {checkpoint.shape.parameters_total * dtype.itemsize / 2**20:.0f} MiB"
+                f"weights alone take {size_text(checkpoint.shape.parameters_total * dtype.itemsize, 'MiB', 0)}"
             ) from None
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.kv_format import FULL_BITS, KVFormat
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.attention import CacheRule, cache_rule, with_cache
@@ -22,7 +23,7 @@ from edgepress.hardware.needs import Needs, Request, needs, operator_name
 from edgepress.hardware.notes import notes
 from edgepress.hardware.placement import RESIDENT, Placement, place
 from edgepress.hardware.soc import Memory, Soc
-from edgepress.hardware.units import size_text, times_text
+from edgepress.hardware.units import times_text
 from edgepress.hardware.verdict import Footprint, MemoryUse, Verdict
 
 

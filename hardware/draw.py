@@ -10,8 +10,9 @@ from matplotlib.patches import Patch, Rectangle
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import replacing
+from edgepress.checkpoints.memory import size_text
 from edgepress.hardware.activations import Pass
-from edgepress.hardware.units import size_text, times_text
+from edgepress.hardware.units import times_text
 from edgepress.hardware.verdict import MemoryUse, Verdict
 
 if TYPE_CHECKING:

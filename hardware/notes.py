@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from edgepress.checkpoints.forms import Codebook, Grid, RealGrid
 from edgepress.checkpoints.kv_format import FULL_BITS, GROUP
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.attention import cache_rule, own_window
 from edgepress.hardware.footprint import PACKED, PLAIN, weight_bytes
 from edgepress.hardware.needs import Needs
 from edgepress.hardware.soc import Engine, Soc
-from edgepress.hardware.units import size_text
 
 
 def notes(shape: ModelShape, soc: Soc, found: Needs) -> Iterator[str]:

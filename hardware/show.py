@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from edgepress.checkpoints.memory import size_text
 from edgepress.hardware.levers import Levers
 from edgepress.hardware.needs import operator_name
 from edgepress.hardware.placement import STREAMED
 from edgepress.hardware.rates import Range
 from edgepress.hardware.soc import Soc
-from edgepress.hardware.units import count_text, quantity_text, size_text, times_text
+from edgepress.hardware.units import count_text, quantity_text, times_text
 from edgepress.hardware.verdict import Verdict
 
 COLUMNS = 80

@@ -14,9 +14,9 @@ from typing import Any
 
 from edgepress.checkpoints.forms import bytes_of
 from edgepress.checkpoints.kv_format import FULL_BITS, GROUP, value_group
+from edgepress.checkpoints.memory import size_text
 from edgepress.hardware.operators import ACCELERATOR, CORES, ELEMENT_STEPS, Operator
 from edgepress.hardware.soc import Soc
-from edgepress.hardware.verdict import size_text
 
 CORE_STEP = 16  # output columns of the cores' matrix product: Deeploy TilingExtension, GEMM policy
 QUANTISER_BITS = 64  # an int32 scale and an int32 bias for each output channel: pulp-nnx neureka/README.md

@@ -1,17 +1,6 @@
-"""Sizes and ratios in words."""
+"""Ratios, counts and quantities in words."""
 
 from __future__ import annotations
-
-
-def size_text(size: int) -> str:
-    """Bytes for people, three digits: 68.4 MiB, 256 KiB, -1.5 KiB, 12 B."""
-    if abs(size) < 1024:
-        return f"{size} B"
-    value, units = size / 1024, ["KiB", "MiB", "GiB", "TiB"]
-    while abs(value) >= 999.5 and len(units) > 1:  # 1,023 KiB would need a fourth digit
-        value /= 1024
-        units.pop(0)
-    return f"{value:.3g} {units[0]}"
 
 
 def times_text(need: int, room: int) -> str:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edgepress.hardware.units import size_text, times_text
-
-if TYPE_CHECKING:  # tiling takes size_text from here, and these are built on it
-    from edgepress.hardware.attention import CacheRule
-    from edgepress.hardware.footprint import TensorBytes, WeightBytes
-    from edgepress.hardware.levers import Levers
-    from edgepress.hardware.needs import Needs, Request
-    from edgepress.hardware.passes import OperatorTime, Timing
-    from edgepress.hardware.placement import Placed, Placement
-    from edgepress.hardware.tiling import Tiling
-
-__all__ = ["Footprint", "MemoryUse", "Verdict", "size_text", "times_text"]
+from edgepress.checkpoints.memory import size_text
+from edgepress.hardware.attention import CacheRule
+from edgepress.hardware.footprint import TensorBytes, WeightBytes
+from edgepress.hardware.levers import Levers
+from edgepress.hardware.needs import Needs, Request
+from edgepress.hardware.passes import OperatorTime, Timing
+from edgepress.hardware.placement import Placed, Placement
+from edgepress.hardware.tiling import Tiling
+from edgepress.hardware.units import times_text
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.pipeline import interrupts
 from edgepress.pipeline.flags import Out, RecipeFile, Skip, recipe_flags
@@ -226,8 +227,8 @@ def _print_plan(console: Console, wanted: Sweep, tree: Tree, expected: Forecast)
         console.print(f"  ! {note}", style="yellow", highlight=False, markup=False)
     console.print(
         f"Stage runs: {expected.asked} asked for, {expected.distinct} distinct, {expected.shared} shared.\n"
-        f"Disk: {expected.disk_bytes / 2**30:.1f} GiB at most; shards that stages share count once.\n"
-        f"Peak memory: {expected.peak_memory_bytes / 2**30:.1f} GiB for one stage run at a time.\n"
+        f"Disk: {size_text(expected.disk_bytes, 'GiB', 1)} at most; shards that stages share count once.\n"
+        f"Peak memory: {size_text(expected.peak_memory_bytes, 'GiB', 1)} for one stage run at a time.\n"
         f"Time: about {duration(expected.seconds)} one after the other on {expected.machine}; rough, from shapes and "
         "the speed of a matrix product here.",
         highlight=False,

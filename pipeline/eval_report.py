@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgepress.checkpoints.manifest import replacing
+from edgepress.checkpoints.memory import size_text
 from edgepress.eval.compare import Difference
 from edgepress.eval.results import Result, Score
 from edgepress.pipeline.evaluate import Measured
@@ -40,7 +41,7 @@ def _print_one(console: Console, measured: Sequence[Measured]) -> None:
             seconds = f"{result.seconds:.0f}" if place == 0 else ""
             name = task if place == 0 else ""
             table.add_row(name, score.metric, number(score.value, score.unit), _interval(score), str(score.n), seconds)
-    console.print(f"\n{measured[0].label}, {measured[0].file_bytes / _MIB:.1f} MiB", highlight=False)
+    console.print(f"\n{measured[0].label}, {size_text(measured[0].file_bytes, 'MiB', 1)}", highlight=False)
     print_whole(console, table, labels=2)
 
 

@@ -19,11 +19,12 @@ from edgepress.checkpoints.families import PRESETS
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.headers import shape_from_folder
 from edgepress.checkpoints.manifest import MANIFEST, Manifest
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware import quality
 from edgepress.hardware.fit import Candidate, Found, Loss, Quantisation, Settings, is_dense, search
 from edgepress.hardware.soc import Soc
-from edgepress.hardware.verdict import size_text, times_text
+from edgepress.hardware.units import times_text
 from edgepress.pipeline.tables import print_whole
 
 SMALLEST_VOCABULARY = 512  # 256 bytes, special tokens, and a few hundred pieces

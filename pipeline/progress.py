@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import is_special
-from edgepress.checkpoints.memory import resident_bytes
+from edgepress.checkpoints.memory import resident_bytes, size_text
 
 _PLAIN_EVERY = 15.0  # seconds between lines where no bar can be drawn
 
@@ -73,7 +73,7 @@ class Reporter:
             raise KeyboardInterrupt
         self._done += 1
         words = "  ".join(f"{key} {value}" for key, value in numbers.items())
-        words += f"  {resident_bytes() / 2**30:.1f} GiB"
+        words += f"  {size_text(resident_bytes(), 'GiB', 1)}"
         if self._bars and self._task is not None:
             self._bars.update(self._task, advance=1, numbers=words)
         now = time.monotonic()

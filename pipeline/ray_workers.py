@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.memory import size_text
 from edgepress.pipeline.tasks import Task
 from edgepress.pipeline.workers import Event, Tell, carried_out
 
@@ -51,8 +52,8 @@ class RayWorkers:
             if _needed(task) > self._memory:
                 name = task.step.stage if task.step else "source"
                 raise PlanError(
-                    f"{name} will need {_needed(task) / 2**30:.1f} GiB of memory by the forecast; the largest machine "
-                    f"of the Ray cluster offers {self._memory / 2**30:.1f} GiB"
+                    f"{name} will need {size_text(_needed(task), 'GiB', 1)} of memory by the forecast; "
+                    f"the largest machine of the Ray cluster offers {size_text(self._memory, 'GiB', 1)}"
                 )
 
     def wait(self) -> list[Event]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.pipeline.forecast import measured_speed, stage_seconds
 from edgepress.pipeline.plan import StagePlan
@@ -35,7 +36,7 @@ class RecoveryForecast:
         return (
             f"lora ({self.method}): trains {self.trainable_parameters:,} parameters, "
             f"{100 * self.trainable_share:.3g} % of the weights; {where}; "
-            f"peak memory about {self.peak_memory_bytes / 2**20:.0f} MiB"
+            f"peak memory about {size_text(self.peak_memory_bytes, 'MiB', 0)}"
             + ("" if self.seconds is None else f"; about {_duration(self.seconds)} here")
         )
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.packed_sizes import PackedSizes
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.verdict import Verdict
@@ -89,8 +90,8 @@ def print_plan(
     total = sum(stage.written_bytes for stage in stages)
     scratch = max((stage.scratch_bytes for stage in stages), default=0)
     console.print(
-        f"Disk: {total / _MIB:.1f} MiB for all stages, with shards that they share counted once. "
-        f"Up to {scratch / _MIB:.1f} MiB more while a stage runs.",
+        f"Disk: {size_text(total, 'MiB', 1)} for all stages, with shards that they share counted once. "
+        f"Up to {size_text(scratch, 'MiB', 1)} more while a stage runs.",
         highlight=False,
     )
     console.print(verdict if isinstance(verdict, str) else verdict.summary, highlight=False)
@@ -126,6 +127,6 @@ def machine() -> str:
     import torch
 
     name = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
-    memory = psutil.virtual_memory().total / 2**30
+    memory = size_text(psutil.virtual_memory().total, "GiB", 0)
     where = f"{platform.system()}, Python {platform.python_version()}"
-    return f"{psutil.cpu_count()} cores ({name}), {memory:.0f} GiB, {where}"
+    return f"{psutil.cpu_count()} cores ({name}), {memory}, {where}"

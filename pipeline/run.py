@@ -13,7 +13,7 @@ from typing import Any
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, sealed, write_json
-from edgepress.checkpoints.memory import available_bytes, peak_bytes, reset_peak
+from edgepress.checkpoints.memory import available_bytes, peak_bytes, reset_peak, size_text
 from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sources import open_source
@@ -120,7 +120,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
 
     before = baseline = at.measured(source)
     reporter.say(
-        f"{_name(recipe)}: {_bytes(source.shape.file_bytes)}, perplexity {before['perplexity']:.2f} "
+        f"{_name(recipe)}: {size_text(source.shape.file_bytes, decimals=1)}, perplexity {before['perplexity']:.2f} "
         f"({before['protocol']}; {at.calibration.evaluation.name}; {before['dtype']})"
     )
     current, results = source, []
@@ -279,12 +279,13 @@ def _require_room(out: Path, store: Any, plans: list[StagePlan], keys: list[str]
     free = shutil.disk_usage(out).free
     faults = []
     if disk > free:
-        faults.append(f"the stages will write {_bytes(disk)} to {out}, where {_bytes(free)} are free")
+        wanted, there = size_text(disk, decimals=1), size_text(free, decimals=1)
+        faults.append(f"the stages will write {wanted} to {out}, where {there} are free")
     for step in todo:
         if step.peak_memory_bytes > available_bytes():
             faults.append(
-                f"{step.stage} will need {_bytes(step.peak_memory_bytes)} of memory by the forecast; "
-                f"{_bytes(available_bytes())} are available"
+                f"{step.stage} will need {size_text(step.peak_memory_bytes, decimals=1)} of memory by the forecast; "
+                f"{size_text(available_bytes(), decimals=1)} are available"
             )
     if faults:
         raise PlanError("; ".join(faults) + ". `compress plan` shows the forecast of every stage")
@@ -296,11 +297,12 @@ def _say_stage(reporter: Reporter, result: StageResult, parent: Checkpoint) -> N
     assert manifest is not None
     how = "  (from the store)" if result.reused else ""
     before, after = result.before["perplexity"], result.after["perplexity"]
-    reporter.say(f"  {manifest.seconds:.0f} s, peak memory {_bytes(manifest.peak_memory_bytes)}{how}")
+    reporter.say(f"  {manifest.seconds:.0f} s, peak memory {size_text(manifest.peak_memory_bytes, decimals=1)}{how}")
     kept = manifest.sparsity
     zeros = f", {kept['pattern']} holds: {kept['kept_zeros']} of {kept['expected_zeros']} zeros" if kept else ""
-    packed = f"packed {_bytes(parent.shape.packed_bytes)} -> {_bytes(manifest.packed_bytes)}"
-    reporter.say(f"  {_bytes(parent.shape.file_bytes)} -> {_bytes(manifest.file_bytes)}, {packed}{zeros}")
+    sizes = (parent.shape.file_bytes, manifest.file_bytes, parent.shape.packed_bytes, manifest.packed_bytes)
+    was, now, packed, packed_now = (size_text(size, decimals=1) for size in sizes)
+    reporter.say(f"  {was} -> {now}, packed {packed} -> {packed_now}{zeros}")
     reporter.say(f"  perplexity {before:.2f} -> {after:.2f}")
     if manifest.stage == "vocabulary":
         bits = (result.before["bits_per_byte"], result.after["bits_per_byte"])
@@ -323,10 +325,3 @@ def _path_from(folder: Path, parent: Path) -> str:
     """Relative within one store, so that a store can be moved; absolute to a model elsewhere."""
     parent = parent.resolve()
     return f"../{parent.name}" if parent.parent == folder.resolve().parent else str(parent)
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

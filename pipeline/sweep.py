@@ -11,7 +11,7 @@ from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import MANIFEST, sealed, sha256_file, write_json
-from edgepress.checkpoints.memory import available_bytes
+from edgepress.checkpoints.memory import available_bytes, size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.pipeline.plan import StagePlan
 from edgepress.pipeline.recipe import Recipe
@@ -82,11 +82,13 @@ def require_room(out: Path, tree: Tree) -> None:
     disk, free = sum(n.step.written_bytes for n in todo if n.step), shutil.disk_usage(out).free
     faults = []
     if disk > free:
-        faults.append(f"{len(todo)} stage runs will write {_gib(disk)} to {out}, where {_gib(free)} are free")
+        wanted, there = size_text(disk, "GiB", 1), size_text(free, "GiB", 1)
+        faults.append(f"{len(todo)} stage runs will write {wanted} to {out}, where {there} are free")
     peaks = {n.stage: _peak(n) for n in sorted(todo, key=_peak)}  # the highest of each stage
     for stage, peak in peaks.items():
         if peak > available_bytes():
-            faults.append(f"{stage} will need {_gib(peak)} of memory; {_gib(available_bytes())} are available")
+            wanted, there = size_text(peak, "GiB", 1), size_text(available_bytes(), "GiB", 1)
+            faults.append(f"{stage} will need {wanted} of memory; {there} are available")
     if faults:
         raise PlanError("; ".join(faults) + ". `compress plan --recipe` shows the forecast of the sweep")
 
@@ -196,7 +198,3 @@ def _status(name: str, failed: dict[str, str], complete: bool) -> str:
 
 def _peak(node: Node) -> int:
     return node.step.peak_memory_bytes if node.step else 0
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

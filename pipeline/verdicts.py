@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.check import check
 from edgepress.hardware.soc import Soc
-from edgepress.hardware.units import size_text
 from edgepress.hardware.verdict import Verdict
 from edgepress.pipeline.progress import Reporter
 

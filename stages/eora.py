@@ -19,6 +19,7 @@ from edgepress.checkpoints.adapter_codes import eight_bit, unpacked
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.image_tensors import TORCH_DTYPES
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.peft_config import peft_config
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.scaling import rescaled, scaled_folders
@@ -191,7 +192,7 @@ def in_words(total: dict[str, float], options: Options) -> str:
     return (
         f"output error of the quantised layers {100 * total['error_before']:.3g} % -> "
         f"{100 * total['error_after']:.3g} %: {100 * total['bought']:.1f} % of it bought back by "
-        f"{total['adapter_bytes'] / 1024:.1f} KiB of {options.bits}-bit adapter, "
+        f"{size_text(total['adapter_bytes'], 'KiB', 1)} of {options.bits}-bit adapter, "
         f"{100 * total['bought_per_kib']:.2g} % a KiB"
     )
 

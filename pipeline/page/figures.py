@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from edgepress.hardware.verdict import size_text, times_text
+from edgepress.checkpoints.memory import size_text
+from edgepress.hardware.units import times_text
 from edgepress.pipeline.page.draw import (
     BLUE,
     FAINT,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edgepress.hardware.verdict import size_text, times_text
+from edgepress.checkpoints.memory import size_text
+from edgepress.hardware.units import times_text
 from edgepress.pipeline.page import facts
 from edgepress.pipeline.page.content import Chip
 from edgepress.pipeline.page.draw import number

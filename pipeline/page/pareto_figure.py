@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from edgepress.hardware.verdict import size_text
+from edgepress.checkpoints.memory import size_text
 from edgepress.pipeline.page.draw import BLUE, FAINT, GREEN, INK, MUTED, Picture, number, picture, plain_ticks, short
 from edgepress.pipeline.page.study import Choice, Study
 
