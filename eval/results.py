@@ -20,7 +20,6 @@ from edgepress.checkpoints.errors import NumericsError
 Transform = Literal["mean", "exp"]
 RESAMPLES = 2000
 _NUMBERS = ("value", "low", "high")  # nan where there is none
-_Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,15 @@ def not_measured(metric: str, reason: str, higher_is_better: bool = True) -> Sco
 
 def proportion(metric: str, ids: Sequence[str], hits: Sequence[float], protocol: str) -> Score:
     """The share of items that hold (values 0 or 1), with Wilson's interval: right for few hits and few items too."""
+    from scipy.stats import binomtest  # takes a second to import
+
     n, p = len(hits), sum(hits) / len(hits)
-    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    found = binomtest(round(sum(hits)), n).proportion_ci(method="wilson")
     return Score(
         metric,
         p,
-        max(0.0, min(p, middle - half)),  # rounding must not put the value outside its interval
-        min(1.0, max(p, middle + half)),
+        min(p, float(found.low)),  # rounding must not put the value outside its interval
+        max(p, float(found.high)),
         n,
         f"95 %, Wilson over {n} items",
         protocol,
@@ -148,6 +148,8 @@ def resampled(
 
     Two sets of values over the same items, resampled with the same seed, are paired.
     """
+    # Not scipy.stats.bootstrap: it refuses a single item, and its sums round otherwise, so that results
+    # kept from before would differ in their last digit.
     v, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     generator = np.random.default_rng(seed)
     statistics = np.empty(RESAMPLES)

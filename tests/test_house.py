@@ -22,7 +22,6 @@ BELOW = {
 KNOWN_CIRCLES = [
     "checkpoints.checkpoint checkpoints.skeleton",
     "checkpoints.packed_sizes checkpoints.shape",
-    "hardware.changes hardware.levers hardware.needs hardware.tiling hardware.verdict",
     "hardware.soc hardware.soc_file hardware.soc_values",
     "pipeline.homotopic pipeline.recipe",
     "pipeline.report pipeline.run",
