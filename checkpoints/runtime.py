@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.memory import size_text
 
 
 class Progress(Protocol):
@@ -86,3 +88,13 @@ def choose_dtype(wanted: str, device: torch.device, stored: str) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def machine() -> str:
+    """What numbers were measured on, in words."""
+    import psutil
+
+    name = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
+    memory = size_text(psutil.virtual_memory().total, "GiB", 0)
+    where = f"{platform.system()}, Python {platform.python_version()}"
+    return f"{psutil.cpu_count()} cores ({name}), {memory}, {where}"

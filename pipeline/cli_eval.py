@@ -52,6 +52,7 @@ def evaluate(
     tasks = find_tasks(task.split(",") if task else ["perplexity"])
     quiet_libraries()
     from edgepress.checkpoints.manifest import is_special, require_output
+    from edgepress.checkpoints.runtime import machine
     from edgepress.pipeline.eval_report import draw, print_measured
     from edgepress.pipeline.evaluate import (
         check_request,
@@ -62,7 +63,6 @@ def evaluate(
         report,
         write_report,
     )
-    from edgepress.pipeline.report import machine
 
     special = bool(out) and is_special(Path(out))  # a device or pipe has no folder to keep answers and figures in
     home = Path(checkpoints[0]) if not out and checkpoints and is_store(checkpoints[0]) else Path()

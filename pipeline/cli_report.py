@@ -36,10 +36,10 @@ def report(
     if samples < 0 or tokens < 1:
         raise PlanError("--samples must be 0 or more, and --tokens at least 1")
     quiet_libraries()
+    from edgepress.checkpoints.runtime import machine
     from edgepress.pipeline.page.read import read_study
     from edgepress.pipeline.page.render import write_report
     from edgepress.pipeline.page.samples import PROMPTS, chosen, generate_samples
-    from edgepress.pipeline.report import machine
 
     console = Console(stderr=True)
 

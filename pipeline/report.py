@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.packed_sizes import PackedSizes
+from edgepress.checkpoints.runtime import machine
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.verdict import Verdict
 from edgepress.pipeline.plan import StagePlan
@@ -119,14 +119,3 @@ def _sizes(file_bytes: int, packed_bytes: int, **_: Any) -> tuple[str, str]:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.2f}"
-
-
-def machine() -> str:
-    """What numbers were measured on, in words."""
-    import psutil
-    import torch
-
-    name = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
-    memory = size_text(psutil.virtual_memory().total, "GiB", 0)
-    where = f"{platform.system()}, Python {platform.python_version()}"
-    return f"{psutil.cpu_count()} cores ({name}), {memory}, {where}"

@@ -14,7 +14,7 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, sealed, write_json
 from edgepress.checkpoints.memory import available_bytes, peak_bytes, reset_peak, size_text
-from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
+from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype, machine
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sources import open_source
 from edgepress.checkpoints.verify import prove_pattern
@@ -25,7 +25,6 @@ from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import StagePlan, plan
 from edgepress.pipeline.progress import Reporter
 from edgepress.pipeline.recipe import Recipe
-from edgepress.pipeline.report import machine
 from edgepress.pipeline.store import REPORT, Store
 from edgepress.pipeline.verdicts import judge, say_measured, say_planned, to_dict
 from edgepress.stages.options import Options, decisive

@@ -12,10 +12,10 @@ from typing import Any
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import MANIFEST, sealed, sha256_file, write_json
 from edgepress.checkpoints.memory import available_bytes, size_text
+from edgepress.checkpoints.runtime import machine
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.pipeline.plan import StagePlan
 from edgepress.pipeline.recipe import Recipe
-from edgepress.pipeline.report import machine
 from edgepress.pipeline.store import Store
 from edgepress.pipeline.sweep_recipe import Sweep
 from edgepress.pipeline.sweep_view import SweepView

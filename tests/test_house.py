@@ -24,9 +24,7 @@ KNOWN_CIRCLES = [
     "checkpoints.packed_sizes checkpoints.shape",
     "hardware.soc hardware.soc_file hardware.soc_values",
     "pipeline.homotopic pipeline.recipe",
-    "pipeline.report pipeline.run",
     "pipeline.sweep pipeline.sweep_view",
-    "stages.options stages.quantisers stages.recovery",
 ]
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgepress.checkpoints.walk import BlockVisit
-    from edgepress.stages.options import Gptq
 
 __all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "activation_bits", "form", "method"]
 
@@ -37,6 +36,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4-thesis": ("edgepress.stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
 }
 ACTIVATION_BITS = {"w4a8": 8}  # of methods that are about the inputs as well as the weights
+
+
+class Options(Protocol):
+    """What is read here of the stage's options, `stages.options.Gptq`; a method's file may read all of them."""
+
+    @property
+    def quant(self) -> str:
+        """The method's name."""
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the inputs, 16 for none."""
 
 
 class Solved(Protocol):
@@ -62,14 +73,14 @@ class Method(Protocol):
     NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
     TUNES: bool  # whether --quant-effort high can go on from its solutions, which then are gptq's
 
-    def form(self, options: Gptq, masked: bool, **parameters: Any) -> Form:
+    def form(self, options: Options, masked: bool, **parameters: Any) -> Form:
         """How a layer will be stored, its group the largest wanted: the stage takes the largest that fits the model.
 
         masked: the model has zeros to keep, so the form must have a code that is exactly 0.
         """
 
     def quantise(
-        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Form, options: Gptq
+        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Form, options: Options
     ) -> Mapping[str, Solved]:
         """Each layer that `masks` names, stored as `form` says; a weight where its mask (out, in) is False is 0.
 
@@ -83,11 +94,11 @@ def method(name: str) -> Method:
     return cast(Method, importlib.import_module(METHODS[name][0]))
 
 
-def activation_bits(options: Gptq) -> int:
+def activation_bits(options: Options) -> int:
     """Of the inputs of quantised layers: what the method means, or else what is asked for; 16 leaves them."""
     return ACTIVATION_BITS.get(options.quant, options.activation_bits)
 
 
-def form(options: Gptq, masked: bool) -> Form:
+def form(options: Options, masked: bool) -> Form:
     """What the method asked for wants to store. masked: an N:M pattern is to be kept."""
     return method(options.quant).form(options, masked, **METHODS[options.quant][1])

@@ -18,8 +18,6 @@ from edgepress.checkpoints.shape import LinearShape
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgepress.stages.options import Lora
-
 ADAPTERS = {
     "lora": "edgepress.stages.recovery.lora",
     "dora": "edgepress.stages.recovery.dora",
@@ -34,16 +32,19 @@ METHODS = (*ADAPTERS, *SETTINGS)
 
 
 class Adapter(Protocol):
-    """What every adapter's file holds. A layer is peft's, around one linear layer of the model."""
+    """What every adapter's file holds. A layer is peft's, around one linear layer of the model.
+
+    options: those of the stage, `stages.options.Lora`, which imports this file.
+    """
 
     TAKES: frozenset[str]  # the settings that it goes with
     RANKED: bool  # whether it has a rank, an alpha and a dropout
     TARGETS: str  # what `--lora-targets` is where it is not given
 
-    def beside(self, linear: LinearShape, options: Lora) -> LinearShape:
+    def beside(self, linear: LinearShape, options: Any) -> LinearShape:
         """The layer with the adapter beside it: from this, parameters and bytes are counted."""
 
-    def config(self, names: Sequence[str], options: Lora, arguments: Mapping[str, Any]) -> Any:
+    def config(self, names: Sequence[str], options: Any, arguments: Mapping[str, Any]) -> Any:
         """peft's configuration for the layers of these names; `arguments` are the settings'."""
 
     def kept_bytes(self, masked: bool) -> int:
