@@ -6,7 +6,6 @@ Both are flocks, which the kernel drops with the process that held them, however
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
@@ -49,12 +50,11 @@ class Store:
             raise PlanError(f"{folder} is not an output folder of compress (it holds {names}); choose another with -o")
         folder.mkdir(parents=True, exist_ok=True)
         require_own(folder)
-        (folder / MARKER).touch()
-        with (folder / MARKER).open("r+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise PlanError(f"another compress is writing to {folder}; wait for it, or choose another -o") from None
+        try:
+            lock = FileLock(folder / MARKER, preserve_lock_file=True).acquire(timeout=0)
+        except Timeout:
+            raise PlanError(f"another compress is writing to {folder}; wait for it, or choose another -o") from None
+        with lock:
             remove_partial(folder)
             for draft in folder.glob(".fetched-*"):
                 shutil.rmtree(draft, ignore_errors=True)
@@ -71,11 +71,7 @@ class Store:
         """Hold a stage folder for this process; waits while another one computes it."""
         locks = self.folder / LOCKS
         locks.mkdir(parents=True, exist_ok=True)
-        with (locks / folder.name).open("a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.truncate(0)
-            lock.write(str(os.getpid()))  # for whoever wonders who holds it
-            lock.flush()
+        with FileLock(locks / folder.name, on_acquired=_sign):
             yield
 
     def finished(self, folder: Path, fingerprint: str) -> Checkpoint | None:
@@ -160,6 +156,12 @@ class Store:
         path = self.folder / "measurements" / f"{key}.json"
         path.parent.mkdir(exist_ok=True)
         write_json(path, sealed(facts, key))
+
+
+def _sign(lock: int) -> None:
+    """Write this process's id into a claim's file, for whoever wonders who holds it."""
+    os.truncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
 
 
 def require_own(folder: Path) -> None:
