@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.installed import Installed, install
 from tests.models import save_tiny
 
 TinyModel = Callable[..., Path]
@@ -29,3 +30,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return install(tmp_path_factory.mktemp("installed"))

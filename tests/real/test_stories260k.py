@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.installed import README, ROOT, Installed
+
 DATA = Path(os.environ.get("EDGEPRESS_DATA") or ROOT.parent / "shared" / "data")
 
 pytestmark = [
@@ -21,21 +19,13 @@ pytestmark = [
 ]
 
 
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "edgepress", *words], cwd=folder, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-    )  # fmt: skip
-
-
-def test_the_readme_s_stories260k_goes_through_every_stage_and_fits(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    command = re.search(r"^compress (--model stories260K\.bin .*)$", readme, flags=re.M)
+def test_the_readme_s_stories260k_goes_through_every_stage_and_fits(installed: Installed, tmp_path: Path) -> None:
+    command = re.search(r"^compress --model stories260K\.bin .*$", README, flags=re.M)
     assert command is not None
     (tmp_path / "stories260K.bin").symlink_to(DATA / "stories260K" / "stories260K.bin")
     (tmp_path / "tok512.bin").symlink_to(DATA / "stories260K" / "tok512.bin")
     (tmp_path / "tinystories.txt").symlink_to(DATA / "tinystories" / "tinystories.txt")
-    done = run(shlex.split(command[1]), tmp_path)
+    done = installed.run(command[0], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
     stages = {s["stage"]: s for s in report["stages"]}
@@ -45,6 +35,6 @@ def test_the_readme_s_stories260k_goes_through_every_stage_and_fits(tmp_path: Pa
     assert stages["eora"]["perplexity"]["after"] < stages["gptq"]["perplexity"]["after"]
     assert all(stages[s]["sparsity"]["holds"] for s in ("wanda", "lora", "gptq", "eora"))
 
-    fits = run(["check", "tiny/result", "--json"], tmp_path)
+    fits = installed.run("compress check tiny/result --json", cwd=tmp_path)
     assert fits.returncode == 0, fits.stdout + fits.stderr
-    assert run(["verify", "tiny/result"], tmp_path).returncode == 0
+    assert installed.run("compress verify tiny/result", cwd=tmp_path).returncode == 0
