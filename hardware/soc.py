@@ -1,20 +1,10 @@
-"""Chips as data: memories, engines, layout and constants of a System-on-Chip, every number with unit and source.
-
-`load_soc` takes a shipped name (the files in `socs/`, whose format `socs/SCHEMA.md` documents) or the path of
-one's own. `edgepress.hardware.soc_file` reads and checks the files.
-"""
+"""Chips as data: memories, engines, layout and constants of a System-on-Chip, every number with unit and source."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from edgepress.checkpoints.documents import RECIPE_BYTES, parse_toml, read_small
-from edgepress.checkpoints.errors import PlanError
-
-SHIPPED = Path(__file__).parent / "socs"
 ROLES = ("weights", "tiles", "working", "staging", "off_chip")
 KINDS = ("stated", "derived", "assumed")
 CAPACITY_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -179,63 +169,6 @@ class Soc:
         """The name with the settings that differ from the file's own."""
         changed = [f"{s.name}={s.value}" for s in self.settings if s.value != s.default]
         return f"{self.name} ({', '.join(changed)})" if changed else self.name
-
-
-def shipped_socs() -> list[str]:
-    """Names that `load_soc` takes without a file."""
-    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
-
-
-def load_soc(name_or_path: str, settings: Iterable[str] = ()) -> Soc:
-    """Read a shipped chip by name (any case) or a user's `.toml` by path.
-
-    settings: `name=value` each; `siracusa:sram_role=weights,hyperram=16MiB` says the same in one text. Raises
-    PlanError for an unknown name, an unreadable file, and for a file or settings with faults, listing them all.
-    """
-    from edgepress.hardware.soc_file import parse_soc
-
-    base, _, inline = name_or_path.partition(":")
-    wanted = [*filter(None, inline.split(",")), *settings]
-    path = _find(base)
-    soc, faults = parse_soc(_read(path), wanted)
-    if faults:
-        head = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise PlanError("\n".join([f"{head} in {path}:", *(f"  - {fault}" for fault in faults)]))
-    return soc
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The file's tables, laid over those of the shipped file that it is `based_on`; layouts are never mixed."""
-    data = parse_toml(read_small(path, RECIPE_BYTES, PlanError), str(path), PlanError)
-    base = data.pop("based_on", None)
-    if base is None:
-        return data
-    if not isinstance(base, str) or base.lower() not in shipped_socs() or base.lower() == path.stem:
-        raise PlanError(f"{path}: based_on {base!r} is not a chip known here; shipped are {', '.join(shipped_socs())}")
-    return _overlay(_read(_find(base)), data)
-
-
-def _overlay(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in data.items():
-        both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
-        # A number or a layout is replaced as a whole, or a bound of the old one would stay behind.
-        whole = key == "layout" or (both_tables and "value" in base[key])
-        merged[key] = _overlay(base[key], value) if both_tables and not whole else value
-    return merged
-
-
-def _find(name_or_path: str) -> Path:
-    if name_or_path.lower() in shipped_socs():
-        return SHIPPED / f"{name_or_path.lower()}.toml"
-    path = Path(name_or_path)
-    if path.suffix != ".toml" or not path.is_file():
-        what = "no such file" if path.suffix == ".toml" else "not a chip known here"
-        raise PlanError(
-            f"'{name_or_path}': {what}; shipped are {', '.join(shipped_socs())}. "
-            "Give one of these or the path of a .toml file with your chip's memories."
-        )
-    return path
 
 
 def _whole_bytes(constant: Constant) -> int:

@@ -1,6 +1,7 @@
 """Reading a chip's file: the settings are laid over it, then every table is checked; all faults come at once.
 
-Each reader notes its faults and goes on with something harmless, so that one run names everything to mend.
+`load_soc` takes a shipped name (the files in `socs/`, whose format `socs/SCHEMA.md` documents) or the path of
+one's own. Each reader notes its faults and goes on with something harmless, so that one run names everything to mend.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from edgepress.checkpoints.documents import RECIPE_BYTES, parse_toml, read_small
+from edgepress.checkpoints.errors import PlanError
 from edgepress.hardware.soc import (
     CAPACITY_UNITS,
     CONSTANT_UNITS,
@@ -28,10 +32,66 @@ from edgepress.hardware.soc import (
 )
 from edgepress.hardware.soc_values import NOTHING, check_keys, constant, flag, table, text
 
+SHIPPED = Path(__file__).parent / "socs"
 _PEAKS = {"accelerator": "linear_macs", "cores": "cluster_macs"}
 
 
-def parse_soc(data: dict[str, Any], wanted: Iterable[str]) -> tuple[Soc, list[str]]:
+def shipped_socs() -> list[str]:
+    """Names that `load_soc` takes without a file."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def load_soc(name_or_path: str, settings: Iterable[str] = ()) -> Soc:
+    """Read a shipped chip by name (any case) or a user's `.toml` by path.
+
+    settings: `name=value` each; `siracusa:sram_role=weights,hyperram=16MiB` says the same in one text. Raises
+    PlanError for an unknown name, an unreadable file, and for a file or settings with faults, listing them all.
+    """
+    base, _, inline = name_or_path.partition(":")
+    wanted = [*filter(None, inline.split(",")), *settings]
+    path = _find(base)
+    soc, faults = _parsed(_read(path), wanted)
+    if faults:
+        head = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise PlanError("\n".join([f"{head} in {path}:", *(f"  - {fault}" for fault in faults)]))
+    return soc
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's tables, laid over those of the shipped file that it is `based_on`; layouts are never mixed."""
+    data = parse_toml(read_small(path, RECIPE_BYTES, PlanError), str(path), PlanError)
+    base = data.pop("based_on", None)
+    if base is None:
+        return data
+    if not isinstance(base, str) or base.lower() not in shipped_socs() or base.lower() == path.stem:
+        raise PlanError(f"{path}: based_on {base!r} is not a chip known here; shipped are {', '.join(shipped_socs())}")
+    return _overlay(_read(_find(base)), data)
+
+
+def _overlay(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in data.items():
+        both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
+        # A number or a layout is replaced as a whole, or a bound of the old one would stay behind.
+        whole = key == "layout" or (both_tables and "value" in base[key])
+        merged[key] = _overlay(base[key], value) if both_tables and not whole else value
+    return merged
+
+
+def _find(name_or_path: str) -> Path:
+    if name_or_path.lower() in shipped_socs():
+        return SHIPPED / f"{name_or_path.lower()}.toml"
+    path = Path(name_or_path)
+    if path.suffix != ".toml" or not path.is_file():
+        what = "no such file" if path.suffix == ".toml" else "not a chip known here"
+        raise PlanError(
+            f"'{name_or_path}': {what}; shipped are {', '.join(shipped_socs())}. "
+            "Give one of these or the path of a .toml file with your chip's memories."
+        )
+    return path
+
+
+def _parsed(data: dict[str, Any], wanted: Iterable[str]) -> tuple[Soc, list[str]]:
     """The chip that a file's tables describe with the wanted settings, and everything wrong with either."""
     faults: list[str] = []
     data = copy.deepcopy(data)

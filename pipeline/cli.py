@@ -106,7 +106,7 @@ def _plan(flags: dict[str, Any], recipe: str, skip: str, as_json: bool) -> None:
         return
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
-    from edgepress.hardware.soc import load_soc
+    from edgepress.hardware.soc_file import load_soc
     from edgepress.pipeline.plan import examined
     from edgepress.pipeline.recovery import forecast_recovery
     from edgepress.pipeline.report import print_plan

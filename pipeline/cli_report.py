@@ -68,7 +68,7 @@ def report(
 
 def chip_of(study: Study, soc: str) -> Chip:
     """The chip and its verdict: the run's own, or made now from the files of a sweep's smallest result."""
-    from edgepress.hardware.soc import load_soc
+    from edgepress.hardware.soc_file import load_soc
     from edgepress.pipeline.page.content import Chip
     from edgepress.pipeline.page.facts import weight_room
 
@@ -88,7 +88,7 @@ def chip_of(study: Study, soc: str) -> Chip:
 
 
 def _judged(result: StageRun, soc: str, name: str) -> dict[str, object]:
-    from edgepress.hardware.soc import load_soc
+    from edgepress.hardware.soc_file import load_soc
     from edgepress.pipeline.shapes import model_shape
     from edgepress.pipeline.verdicts import judge, to_dict
 

@@ -93,7 +93,7 @@ def condition_faults(recipe: Recipe) -> list[str]:
     """What cannot be in how a recipe is measured and where it runs."""
     from edgepress.checkpoints.runtime import choose_device, choose_dtype
     from edgepress.eval.perplexity import Protocol
-    from edgepress.hardware.soc import load_soc
+    from edgepress.hardware.soc_file import load_soc
 
     checks: tuple[Callable[[], object], ...] = (
         lambda: Protocol(recipe.protocol, recipe.window, recipe.tokens),

@@ -20,7 +20,7 @@ from edgepress.checkpoints.sources import open_source
 from edgepress.checkpoints.verify import prove_pattern
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.eval.perplexity import Protocol, measure, measurement_key
-from edgepress.hardware.soc import load_soc
+from edgepress.hardware.soc_file import load_soc
 from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import StagePlan, plan
 from edgepress.pipeline.progress import Reporter

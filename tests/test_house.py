@@ -22,7 +22,6 @@ BELOW = {
 KNOWN_CIRCLES = [
     "checkpoints.checkpoint checkpoints.skeleton",
     "checkpoints.packed_sizes checkpoints.shape",
-    "hardware.soc hardware.soc_file hardware.soc_values",
     "pipeline.homotopic pipeline.recipe",
     "pipeline.sweep pipeline.sweep_view",
 ]

@@ -20,7 +20,8 @@ from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sparsity import Pattern
 from edgepress.hardware.check import check
 from edgepress.hardware.footprint import weight_bytes
-from edgepress.hardware.soc import Constant, Soc, load_soc
+from edgepress.hardware.soc import Constant, Soc
+from edgepress.hardware.soc_file import load_soc
 from edgepress.hardware.units import quantity_text, times_text
 from edgepress.hardware.verdict import MemoryUse, Verdict
 

@@ -16,7 +16,8 @@ from edgepress.hardware.check import check
 from edgepress.hardware.footprint import PACKED, tensor_table, weight_bytes
 from edgepress.hardware.matrices import linear_weights
 from edgepress.hardware.operators import forward
-from edgepress.hardware.soc import Soc, load_soc
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.soc_file import load_soc
 from edgepress.hardware.tiling import ACCELERATOR, CORES, engine_of
 
 pytestmark = pytest.mark.unit

@@ -18,7 +18,8 @@ from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware import quality
 from edgepress.hardware.check import check
 from edgepress.hardware.fit import QUANTISATIONS, Quantisation, Settings, reshaped, search
-from edgepress.hardware.soc import Soc, load_soc
+from edgepress.hardware.soc import Soc
+from edgepress.hardware.soc_file import load_soc
 
 pytestmark = pytest.mark.unit
 

@@ -14,7 +14,7 @@ from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sparsity import Pattern
 from edgepress.hardware.attention import CacheRule, with_cache
 from edgepress.hardware.footprint import PACKED, kv_block_bytes, kv_cache_bytes, tensor_table, weight_bytes
-from edgepress.hardware.soc import load_soc
+from edgepress.hardware.soc_file import load_soc
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

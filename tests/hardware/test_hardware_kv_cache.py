@@ -14,7 +14,7 @@ from edgepress.hardware.attention import CacheRule, with_cache
 from edgepress.hardware.changes import quantised
 from edgepress.hardware.check import check
 from edgepress.hardware.operators import Operator, forward
-from edgepress.hardware.soc import load_soc
+from edgepress.hardware.soc_file import load_soc
 from edgepress.hardware.tiling import tile
 from edgepress.hardware.verdict import Verdict
 from edgepress.pipeline.cli_hardware import _as_if

@@ -15,7 +15,7 @@ from edgepress.hardware.changes import levers, quantised
 from edgepress.hardware.check import check
 from edgepress.hardware.levers import Levers, find_levers
 from edgepress.hardware.needs import Request, needs
-from edgepress.hardware.soc import load_soc
+from edgepress.hardware.soc_file import load_soc
 from edgepress.stages import gptq
 from edgepress.stages.options import Gptq
 from edgepress.stages.quantisers import form

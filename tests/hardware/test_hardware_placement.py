@@ -17,7 +17,8 @@ from edgepress.hardware.footprint import tensor_table
 from edgepress.hardware.liveness import address_plan, alive_bytes
 from edgepress.hardware.operators import forward
 from edgepress.hardware.placement import HOMELESS, RESIDENT, STREAMED, place
-from edgepress.hardware.soc import Constant, Soc, load_soc
+from edgepress.hardware.soc import Constant, Soc
+from edgepress.hardware.soc_file import load_soc
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

@@ -16,7 +16,7 @@ from edgepress.checkpoints.sparsity import Pattern
 from edgepress.hardware.check import check
 from edgepress.hardware.draw import draw_verdict
 from edgepress.hardware.show import print_soc, print_verdict
-from edgepress.hardware.soc import load_soc, shipped_socs
+from edgepress.hardware.soc_file import load_soc, shipped_socs
 from edgepress.hardware.verdict import Verdict
 
 pytestmark = pytest.mark.unit

@@ -151,7 +151,7 @@ def test_both_tables_show_the_packed_size_within_80_columns(
 
     from edgepress.checkpoints.families import PRESETS, shape_from_config
     from edgepress.hardware.check import check
-    from edgepress.hardware.soc import load_soc
+    from edgepress.hardware.soc_file import load_soc
 
     out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
     result = run_recipe(out, tiny_llama)

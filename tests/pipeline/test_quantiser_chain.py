@@ -15,7 +15,7 @@ from edgepress.checkpoints.image_restore import unpack_checkpoint
 from edgepress.checkpoints.verify import verify
 from edgepress.eval.speed import without_kernels
 from edgepress.hardware.check import check
-from edgepress.hardware.soc import load_soc
+from edgepress.hardware.soc_file import load_soc
 from edgepress.stages.options import Gptq
 from edgepress.stages.quantisers import METHODS, form
 

@@ -12,7 +12,7 @@ import pytest
 import edgepress.pipeline.verdicts
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.hardware.soc import load_soc
+from edgepress.hardware.soc_file import load_soc
 from edgepress.pipeline.verdicts import judge, to_dict
 
 pytestmark = pytest.mark.pipeline
