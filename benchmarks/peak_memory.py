@@ -21,7 +21,6 @@ from edgepress.checkpoints.memory import peak_bytes
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.pipeline.plan import forecast_memory
 from edgepress.stages import depth, wanda
 from edgepress.stages.options import Depth, Wanda
 
@@ -37,12 +36,14 @@ def child(model: Path, stage: str) -> None:
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         target, batches = CheckpointWriter(Path(folder) / "out"), TokenBatches("random", ids)
         if stage == "depth":
-            options: Depth | Wanda = Depth(remove=2)
-            depth.run(source, target, batches, options, runtime)  # type: ignore[arg-type]
+            removal = Depth(remove=2)
+            depth.run(source, target, batches, removal, runtime)
+            cost = depth.cost(source.shape, removal)
         else:
-            options = Wanda("2:4", samples=16, length=256)
-            wanda.run(source, target, batches, options, runtime)
-        print(peak_bytes(), forecast_memory(stage, options, source.shape))
+            pruning = Wanda("2:4", samples=16, length=256)
+            wanda.run(source, target, batches, pruning, runtime)
+            cost = wanda.cost(source.shape, pruning)
+        print(peak_bytes(), cost.peak_memory_bytes)
 
 
 def main() -> None:

@@ -220,7 +220,7 @@ def _print_plan(console: Console, wanted: Sweep, tree: Tree, expected: Forecast)
             str(len(of_stage)),
             str(asked - len(of_stage)),
             f"{sum(step.written_bytes for step in of_stage) / 2**30:.1f}",
-            f"{max(step.peak_memory_bytes for step in of_stage) / 2**30:.1f}",
+            f"{max(step.cost.peak_memory_bytes for step in of_stage) / 2**30:.1f}",
         )
     console.print(table)
     for note in wanted.notes:

@@ -13,14 +13,8 @@ from typing import Any
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.tree import Node, Tree
-from edgepress.stages.needs import HESSIANS, NOTHING, needs
-from edgepress.stages.recovery.shapes import adapters
 
-# Seconds measured over seconds that the arithmetic alone would take, in the README's demo (SmolLM2-135M, bfloat16, two
-# cores that multiply 4e11 times a second); and what every stage run costs besides.
-_FACTOR = {"source": 4.0, "depth": 2.1, "wanda": 3.9, "lora": 2.9, "gptq": 4.5, "eora": 3.1}
-_FIXED_SECONDS = 1.0
-_DORA_STEPS = 400  # multiply-adds in whose time one weight's direction, norm and gradient pass by
+_MEASURING_SLOWDOWN = 4.0  # as stages.cost.Cost.slowdown
 _DISK_BYTES_PER_SECOND = 400e6  # a stage's files are written, hashed, and read again by its check
 _TRIAL_SECONDS = 0.5  # long enough that a busy machine is idle for once
 _ROWS_TEXT_TOKENS = 290_000  # WikiText-2's test split, which `tokens: 0` measures whole
@@ -55,79 +49,18 @@ def forecast(tree: Tree) -> Forecast:
         len(tree.paths),
         sum(node_seconds(n, speeds[n.recipe.device, n.recipe.dtype]) for n in (*sources, *runs)),
         sum(n.step.written_bytes for n in runs if n.step),
-        max((n.step.peak_memory_bytes for n in runs if n.step), default=0),
+        max((n.step.cost.peak_memory_bytes for n in runs if n.step), default=0),
         _machine(),
     )
 
 
 def node_seconds(node: Node, speed: float) -> float:
     """speed: multiply-adds per second, from measured_speed."""
-    seconds = (
-        measuring_operations(node.recipe, node.step.shape if node.step else node.before) / speed * _FACTOR["source"]
-    )
+    shape = node.step.shape if node.step else node.before
+    seconds = measuring_operations(node.recipe, shape) / speed * _MEASURING_SLOWDOWN
     if node.step is None:
         return seconds
-    work = stage_seconds(node.stage, node.step.options, node.before, speed)
-    return seconds + work + node.step.shape.file_bytes / _DISK_BYTES_PER_SECOND
-
-
-def stage_seconds(stage: str, options: Any, shape: ModelShape, speed: float) -> float:
-    """Of a stage's own work, without measuring and writing. speed: as for node_seconds."""
-    return stage_operations(stage, options, shape) / speed * _FACTOR.get(stage, 1.0) + _FIXED_SECONDS
-
-
-def stage_operations(stage: str, options: Any, shape: ModelShape) -> float:
-    """Multiply-adds of one stage's run on a model of this shape; vocabulary and pad only copy."""
-    if stage in ("vocabulary", "pad"):
-        return 0.0
-    tokens = int(options.samples * options.length)
-    block = max(sum(x.weights for x in b.linears) for b in shape.blocks)
-    head = shape.vocabulary * shape.hidden_size
-    count = len(shape.blocks)
-    forward = float(tokens * count * block)
-    if stage == "depth":
-        return _depth_operations(options, tokens, block, head, count)
-    if stage == "lora":
-        trained = int(options.total_steps * options.batch * options.length)
-        passes = 3 + bool(options.checkpointing) + bool(options.distill)
-        looks = int((options.total_steps // options.save_steps + 1) * options.held_out * options.length)
-        return float((passes * trained + looks) * (count * block + head)) + _adapter_operations(options, shape)
-    layers = [x for b in shape.blocks for x in b.linears]
-    solver = 0
-    if needs(options) == NOTHING:
-        return float(count * block)
-    if stage == "eora":  # the covariance, its eigenvectors, and a decomposition of the error
-        narrow = [min(x.in_features, x.out_features) for x in layers]
-        solver = sum(x.in_features**2 * (tokens + 9 * x.in_features) for x in layers)
-        solver += sum(20 * x.weights * n for x, n in zip(layers, narrow, strict=True))
-    elif needs(options) == HESSIANS:  # the Hessian, its factor, and the columns one after the other
-        solver = sum(x.in_features**2 * (tokens + x.out_features + 2 * x.in_features) for x in layers)
-    return 2 * forward + solver
-
-
-def _adapter_operations(options: Any, shape: ModelShape) -> float:
-    """What a method computes with whole matrices besides: in each micro-batch, and to find where to begin."""
-    found = adapters(shape, options)
-    weights, work = sum(x.weights for x in found), 0.0
-    if any(x.adapter_vector == "magnitude" for x in found):
-        batches = options.total_steps * (options.batch // options.micro_batch)
-        work += float(batches * weights * (3 * options.rank + _DORA_STEPS))
-    if options.recovery.begin is not None:  # eigenvectors of the smaller Gram matrix
-        narrow = [min(x.in_features, x.out_features) for x in found]
-        work += float(sum(2 * x.weights * n + 9 * n**3 for x, n in zip(found, narrow, strict=True)))
-    return work
-
-
-def _depth_operations(options: Any, tokens: int, block: int, head: int, count: int) -> float:
-    forward = float(tokens * count * block)
-    if options.layers or options.metric in ("magnitude", "influence"):
-        return forward
-    if options.metric == "taylor":
-        return 3 * (forward + tokens * head)
-    # The walk runs only the blocks behind each candidate, on average half of them, and one head a candidate.
-    candidates = max(1, count - int(options.protect_first) - int(options.protect_last))
-    once = tokens * (block * (count + candidates * count / 2) + head * (candidates + 1))
-    return float(once * (int(options.remove) if options.rerank else 1))
+    return seconds + node.step.cost.seconds(speed) + shape.file_bytes / _DISK_BYTES_PER_SECOND
 
 
 def measuring_operations(recipe: Recipe, shape: ModelShape) -> float:

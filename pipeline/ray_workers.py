@@ -89,7 +89,7 @@ def _on_worker(task: Task, home: str) -> Event:
 
 
 def _needed(task: Task) -> int:
-    return task.step.peak_memory_bytes if task.step else 0
+    return task.step.cost.peak_memory_bytes if task.step else 0
 
 
 def _connected(address: str, jobs: int) -> Any:

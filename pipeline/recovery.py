@@ -9,7 +9,7 @@ from typing import Any
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.pipeline.forecast import measured_speed, stage_seconds
+from edgepress.pipeline.forecast import measured_speed
 from edgepress.pipeline.plan import StagePlan
 from edgepress.pipeline.recipe import Recipe
 from edgepress.stages.options import Lora
@@ -57,20 +57,20 @@ def forecast_recovery(recipe: Recipe, source: ModelShape, plans: Sequence[StageP
                     count / before.parameters_total,
                     size,
                     size if options.recovery.quantised else 0,
-                    step.peak_memory_bytes,
-                    _seconds(recipe, options, before),
+                    step.cost.peak_memory_bytes,
+                    _seconds(recipe, step),
                 )
             )
         before = step.shape
     return found
 
 
-def _seconds(recipe: Recipe, options: Lora, before: ModelShape) -> float | None:
+def _seconds(recipe: Recipe, step: StagePlan) -> float | None:
     try:
         speed = measured_speed(recipe.device, recipe.dtype)
     except PlanError:  # a plan may be made for another machine
         return None
-    return stage_seconds("lora", options, before, speed)
+    return step.cost.seconds(speed)
 
 
 def _duration(seconds: float) -> str:

@@ -81,14 +81,14 @@ def print_plan(
 
     row("0 source", shape, "")
     for position, stage in enumerate(stages, 1):
-        row(f"{position} {stage.stage}", stage.shape, f"{stage.peak_memory_bytes / _MIB:.0f}")
+        row(f"{position} {stage.stage}", stage.shape, f"{stage.cost.peak_memory_bytes / _MIB:.0f}")
     print_whole(console, table)
     for note in (*notes, *(remark for stage in stages for remark in stage.remarks)):
         console.print(f"  ! {note}", style="yellow", highlight=False)
     for line in more:
         console.print(line, highlight=False)
     total = sum(stage.written_bytes for stage in stages)
-    scratch = max((stage.scratch_bytes for stage in stages), default=0)
+    scratch = max((stage.cost.scratch_bytes for stage in stages), default=0)
     console.print(
         f"Disk: {size_text(total, 'MiB', 1)} for all stages, with shards that they share counted once. "
         f"Up to {size_text(scratch, 'MiB', 1)} more while a stage runs.",

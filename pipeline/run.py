@@ -274,16 +274,16 @@ def _require_room(out: Path, store: Any, plans: list[StagePlan], keys: list[str]
         for position, (step, key) in enumerate(zip(plans, keys, strict=True), 1)
         if not (store.stage_folder(position, step.options.label, key) / MANIFEST).is_file()
     ]
-    disk = sum(step.written_bytes for step in todo) + max((step.scratch_bytes for step in todo), default=0)
+    disk = sum(step.written_bytes for step in todo) + max((step.cost.scratch_bytes for step in todo), default=0)
     free = shutil.disk_usage(out).free
     faults = []
     if disk > free:
         wanted, there = size_text(disk, decimals=1), size_text(free, decimals=1)
         faults.append(f"the stages will write {wanted} to {out}, where {there} are free")
     for step in todo:
-        if step.peak_memory_bytes > available_bytes():
+        if (peak := step.cost.peak_memory_bytes) > available_bytes():
             faults.append(
-                f"{step.stage} will need {size_text(step.peak_memory_bytes, decimals=1)} of memory by the forecast; "
+                f"{step.stage} will need {size_text(peak, decimals=1)} of memory by the forecast; "
                 f"{size_text(available_bytes(), decimals=1)} are available"
             )
     if faults:

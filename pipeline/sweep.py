@@ -197,4 +197,4 @@ def _status(name: str, failed: dict[str, str], complete: bool) -> str:
 
 
 def _peak(node: Node) -> int:
-    return node.step.peak_memory_bytes if node.step else 0
+    return node.step.cost.peak_memory_bytes if node.step else 0

@@ -24,6 +24,18 @@ from edgepress.checkpoints.skeleton import Skeleton
 from edgepress.checkpoints.states import Scratch, States
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.cost import (
+    BASE_BYTES,
+    Cost,
+    block_bytes,
+    block_weights,
+    forward_operations,
+    head_weights,
+    held_state_bytes,
+    linked_bytes,
+    tokens,
+    walk_bytes,
+)
 from edgepress.stages.dense import require_dense
 from edgepress.stages.options import Depth as Options
 
@@ -46,6 +58,42 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
             "(--protect-first and --protect-last change that)"
         )
     return with_blocks(shape, range(count - options.remove))
+
+
+def cost(before: ModelShape, options: Options) -> Cost:
+    """What the stage takes on a model of this shape.
+
+    Which blocks a ranking removes is not known yet: the protected first ones keep their number and are linked.
+    """
+    count = len(before.blocks)
+    candidates = count - options.protect_first - options.protect_last
+    held = held_state_bytes(before, options, {"perplexity": candidates, "taylor": count}.get(options.metric, 2))
+    gradients = 2 * block_bytes(before) if options.metric == "taylor" else 0
+    at_block, at_ends = walk_bytes(before, options)
+    logits = options.length * before.vocabulary * 10
+    if options.layers:
+        kept = [new for new, old in enumerate(options.sequence) if new == old]
+    else:
+        kept = list(range(min(options.protect_first, count - options.remove)))
+    return Cost(
+        BASE_BYTES + held + max(at_block + gradients, at_ends + logits),
+        linked_bytes(before, kept),
+        operations=_operations(before, options, candidates),
+        slowdown=2.1,
+    )
+
+
+def _operations(before: ModelShape, options: Options, candidates: int) -> float:
+    forward, head = forward_operations(before, options), head_weights(before)
+    if options.layers or options.metric in ("magnitude", "influence"):
+        return forward
+    if options.metric == "taylor":
+        return 3 * (forward + tokens(options) * head)
+    # The walk runs only the blocks behind each candidate, on average half of them, and one head a candidate.
+    count, candidates = len(before.blocks), max(1, candidates)
+    blocks = block_weights(before) * (count + candidates * count / 2)
+    once = tokens(options) * (blocks + head * (candidates + 1))
+    return float(once * (options.remove if options.rerank else 1))
 
 
 def run(

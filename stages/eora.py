@@ -27,8 +27,10 @@ from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import Walk
 from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.cost import Cost, forward_operations, linears, linked_bytes, tokens, walk_cost
 from edgepress.stages.hessian import hessians
 from edgepress.stages.options import Eora as Options
+from edgepress.stages.pruning import HESSIANS
 from edgepress.stages.reference import reference_weights
 
 VERSION = 1
@@ -55,6 +57,15 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
 
     blocks = tuple(replace(block, linears=tuple(map(compensated, block.linears))) for block in shape.blocks)
     return replace(shape, blocks=blocks)
+
+
+def cost(before: ModelShape, options: Options) -> Cost:
+    """What the stage takes on a model of this shape: the covariance, its eigenvectors, the error's decomposition."""
+    linked = linked_bytes(before, range(len(before.blocks)))
+    solver = sum(x.in_features**2 * (tokens(options) + 9 * x.in_features) for x in linears(before))
+    solver += sum(20 * x.weights * min(x.in_features, x.out_features) for x in linears(before))
+    walk = walk_cost(before, options, HESSIANS, slowdown=3.1, linked=linked)
+    return replace(walk, operations=2 * forward_operations(before, options) + solver)
 
 
 def run(

@@ -28,9 +28,19 @@ from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import BlockVisit, Walk
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import edge
+from edgepress.stages.cost import (
+    BASE_BYTES,
+    Cost,
+    block_bytes,
+    held_state_bytes,
+    linears,
+    linked_bytes,
+    tokens,
+    walk_cost,
+)
 from edgepress.stages.dense import require_dense
 from edgepress.stages.options import Gptq as Options
-from edgepress.stages.quantisers import METHODS, NOTHING, activation_bits, form, method
+from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method
 from edgepress.stages.quantisers.gptq import Solution
 from edgepress.stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
 
@@ -43,6 +53,25 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     after = with_form(shape, _wanted_form(shape, options), options.quant_embeddings)
     quantization = quantization_config(after, options, left_dense(shape))
     return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(after, options))
+
+
+def cost(before: ModelShape, options: Options) -> Cost:
+    """What the stage takes on a model of this shape."""
+    needs, states = method(options.quant).NEEDS, held_state_bytes(before, options)
+    linked = linked_bytes(before, beside=() if options.quant_embeddings else None)
+    high = options.effort == "high"
+    beside = states if high else 0  # of the dense blocks' walk
+    if needs != HESSIANS:
+        beside += 8 * max(x.weights for x in linears(before)) * 4
+    walk = walk_cost(before, options, needs, slowdown=4.5, linked=linked, beside=beside)
+    if not high:
+        return walk
+    # Afterwards all layers of a block at once: positions, gradients, Adam's two moments, levels, weights and a float32
+    # copy in passing, codes and mask; what one step's tokens leave for the gradient; and the states of both walks.
+    block, live = block_bytes(before), max(min(tokens(options), REFINE_TOKENS), options.length)
+    inner = max(x.out_features for x in linears(before))
+    tuned = 3 * block + (7 * 4 + 2 + 2) * block // 2 + live * (14 * before.hidden_size + 6 * inner) * 4 + 2 * states
+    return replace(walk, peak_memory_bytes=max(walk.peak_memory_bytes, BASE_BYTES + tuned))
 
 
 def _own(after: ModelShape, options: Options) -> dict[str, Any]:

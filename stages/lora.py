@@ -23,14 +23,26 @@ from edgepress.checkpoints.scaling import rescaled, scaled_folders
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.cost import (
+    BASE_BYTES,
+    Cost,
+    block_bytes,
+    block_weights,
+    head_weights,
+    linears,
+    linked_bytes,
+    outer_bytes,
+)
 from edgepress.stages.dense import require_dense, require_quantised
-from edgepress.stages.distill import teacher
+from edgepress.stages.distill import teacher, teacher_disk_bytes, teacher_kind
 from edgepress.stages.options import Lora as Options
-from edgepress.stages.recovery.shapes import adapters, target_names, with_adapters
+from edgepress.stages.recovery.shapes import adapters, target_names, training_bytes, with_adapters
 from edgepress.stages.reference import reference_weights
 from edgepress.stages.training import own_random_state, require_a_batch, train
 
 VERSION = 1
+_TRAINER_BYTES = 220 * 2**20  # that peft, GPTQModel and the Trainer add, measured as cost.BASE_BYTES
+_DORA_STEPS = 400  # multiply-adds in whose time one weight's direction, norm and gradient pass by
 
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
@@ -49,6 +61,45 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
         if options.rank > least:
             raise PlanError(f"--lora-rank {options.rank}: the smallest layer to adapt has rank {least}")
     return with_adapters(shape, options)
+
+
+def cost(before: ModelShape, options: Options) -> Cost:
+    """What the stage takes on a model of this shape.
+
+    A held teacher is a second model; a streamed one keeps its embedding, norm and head to make logits with.
+    """
+    count, outer = len(before.blocks), outer_bytes(before)
+    dense = outer + count * block_bytes(before)
+    kind = teacher_kind(before, options)
+    taught = {"none": 0, "held": dense, "streamed": outer}[kind]
+    inner = max(x.out_features for x in linears(before))
+    a_token = count * (14 * before.hidden_size + 4 * inner) * 2 + 3 * before.vocabulary * 4
+    activations = options.micro_batch * options.length * a_token
+    own = training_bytes(before, options)
+    return Cost(
+        BASE_BYTES + _TRAINER_BYTES + 2 * dense + taught + activations + own,
+        linked_bytes(before, range(count if options.recovery.quantised else 0)),
+        teacher_disk_bytes(before, options) if kind == "streamed" else 0,
+        _operations(before, options),
+        slowdown=2.9,
+    )
+
+
+def _operations(before: ModelShape, options: Options) -> float:
+    """Of the model in training and held-out checks, and of what the method computes with whole matrices besides."""
+    trained = options.total_steps * options.batch * options.length
+    passes = 3 + options.checkpointing + bool(options.distill)
+    looks = (options.total_steps // options.save_steps + 1) * options.held_out * options.length
+    model = len(before.blocks) * block_weights(before) + head_weights(before)
+    found, own = adapters(before, options), 0.0
+    weights = sum(x.weights for x in found)
+    if any(x.adapter_vector == "magnitude" for x in found):  # in each micro-batch
+        batches = options.total_steps * (options.batch // options.micro_batch)
+        own += float(batches * weights * (3 * options.rank + _DORA_STEPS))
+    if options.recovery.begin is not None:  # eigenvectors of the smaller Gram matrix
+        narrow = [min(x.in_features, x.out_features) for x in found]
+        own += float(sum(2 * x.weights * n + 9 * n**3 for x, n in zip(found, narrow, strict=True)))
+    return float((passes * trained + looks) * model) + own
 
 
 def remarks(shape: ModelShape, options: Options) -> Iterator[str]:

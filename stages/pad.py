@@ -18,6 +18,7 @@ from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import BlockShape, ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.cost import BASE_BYTES, Cost, linked_bytes
 from edgepress.stages.options import Pad as Options
 
 VERSION = 1
@@ -26,6 +27,12 @@ VERSION = 1
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with the feed-forward width a multiple of `multiple`. Raises PlanError."""
     return with_wider_ffn(shape, options.multiple)
+
+
+def cost(before: ModelShape, options: Options) -> Cost:
+    """What the stage takes on a model of this shape."""
+    block = max(sum(t.nbytes for t in b.stored()) for b in before.blocks)
+    return Cost(BASE_BYTES + 4 * block, linked_bytes(before))
 
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:

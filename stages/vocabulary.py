@@ -22,6 +22,7 @@ from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, renumber_config, trim
 from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.cost import BASE_BYTES, Cost, linked_bytes, outer_bytes
 from edgepress.stages.options import Vocabulary as Options
 
 VERSION = 1
@@ -33,6 +34,12 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     if not options.size:
         raise PlanError("vocabulary: the tokens that the corpus uses have not been counted")
     return with_vocabulary(shape, options.size)
+
+
+def cost(before: ModelShape, options: Options) -> Cost:
+    """What the stage takes on a model of this shape: the whole outer part as it was and what is kept of it."""
+    adapters = (before.adapter_tensors(), before.packed_adapter_tensors())
+    return Cost(BASE_BYTES + 2 * outer_bytes(before), linked_bytes(before, range(len(before.blocks)), adapters))
 
 
 def run(

@@ -19,6 +19,7 @@ from edgepress.checkpoints.sparsity import Capped, Part, Pattern, Sparsity, With
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import BlockVisit, Walk
 from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.stages.cost import Cost, linked_bytes, walk_cost
 from edgepress.stages.dense import require_dense
 from edgepress.stages.options import Wanda as Options
 from edgepress.stages.pruning import NOTHING, method
@@ -46,6 +47,11 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
         raise PlanError(f"--wanda {amount} is less than one weight and removes nothing in {named}; give a larger one")
     require_dense(shape, "wanda")
     return with_pattern(shape, pattern)
+
+
+def cost(before: ModelShape, options: Options) -> Cost:
+    """What the stage takes on a model of this shape."""
+    return walk_cost(before, options, method(options.method).NEEDS, slowdown=3.9, linked=linked_bytes(before))
 
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.pipeline.forecast import forecast, node_seconds, stage_operations
+from edgepress.pipeline.forecast import forecast, node_seconds
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.sweep_recipe import load_sweep
 from edgepress.pipeline.tree import grow, spec_fingerprints
@@ -27,7 +28,7 @@ def test_disk_memory_and_time_are_those_of_the_distinct_stage_runs() -> None:
     standard, early = (plan(c.recipe, SHAPE) for c in sweep.configurations[1:])
     steps = [*standard, *early[1:]]  # they share depth
     assert expected.disk_bytes == sum(step.written_bytes for step in steps)
-    assert expected.peak_memory_bytes == max(step.peak_memory_bytes for step in steps)
+    assert expected.peak_memory_bytes == max(step.cost.peak_memory_bytes for step in steps)
     assert (expected.asked, expected.distinct, expected.shared, expected.configurations) == (10, 9, 1, 3)
     alone = [node_seconds(node, 1e9) for node in tree.nodes.values()]
     assert all(seconds > 0 for seconds in alone)
@@ -37,7 +38,8 @@ def test_disk_memory_and_time_are_those_of_the_distinct_stage_runs() -> None:
 
 def test_operations_grow_with_what_they_are_made_of() -> None:
     def operations(stage: str, **options: Any) -> float:
-        return stage_operations(stage, STAGES[stage](**options), SHAPE)
+        module = importlib.import_module(f"edgepress.stages.{stage}")
+        return float(module.cost(SHAPE, STAGES[stage](**options)).operations)
 
     for stage in ("wanda", "gptq", "eora"):
         assert operations(stage, samples=64) > operations(stage, samples=8)

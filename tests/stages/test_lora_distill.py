@@ -14,7 +14,6 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.pipeline.plan import forecast_memory
 from edgepress.stages import distill, lora
 from edgepress.stages.options import Lora
 from tests.stages.lora_help import Watcher, options, text, weights
@@ -157,7 +156,7 @@ def test_auto_streams_what_a_disk_can_take() -> None:
 def test_the_memory_forecast_follows_the_teacher() -> None:
     shape = shape_from_config(PRESETS["llama-3.2-1b"])
     plain, held, streamed = (
-        forecast_memory("lora", Lora(distill=share, teacher=kind), shape)
+        lora.cost(shape, Lora(distill=share, teacher=kind)).peak_memory_bytes
         for share, kind in ((0, "auto"), (0.5, "held"), (0.5, "streamed"))
     )
     model, outer = shape.parameters_total * 2, sum(t.nbytes for t in shape.outer)

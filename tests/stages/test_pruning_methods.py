@@ -25,7 +25,6 @@ from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.verify import prove_pattern
 from edgepress.checkpoints.walk import Walk
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.pipeline.plan import forecast_memory
 from edgepress.stages import gptq, options, pruning, wanda
 from edgepress.stages.options import Gptq, Wanda
 from edgepress.stages.pruning import METHODS
@@ -216,9 +215,9 @@ def test_plan_refuses_what_makes_no_sense() -> None:
 
 
 def test_hessians_count_in_the_memory_forecast() -> None:
-    norms, hessians = (forecast_memory("wanda", Wanda("2:4", method=x), smollm()) for x in ("wanda", "sparsegpt"))
+    norms, hessians = (wanda.cost(smollm(), Wanda("2:4", method=x)).peak_memory_bytes for x in ("wanda", "sparsegpt"))
     assert hessians - norms > 2 * 4 * (576**2 + 1536**2)
-    assert hessians == forecast_memory("gptq", Gptq(), smollm())
+    assert hessians == gptq.cost(smollm(), Gptq()).peak_memory_bytes
 
 
 def test_a_fraction_of_a_layer_counts_as_one_group() -> None:

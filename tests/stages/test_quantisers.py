@@ -27,8 +27,6 @@ from edgepress.checkpoints.sparsity import Pattern
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.verify import prove_pattern
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.pipeline.forecast import stage_operations
-from edgepress.pipeline.plan import forecast_memory, forecast_scratch
 from edgepress.stages import gptq, quantisers
 from edgepress.stages.options import Gptq
 from edgepress.stages.quantisers import METHODS, NOTHING
@@ -140,12 +138,12 @@ def test_only_methods_that_say_so_run_without_calibration(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_needs_no_data_is_forecast_without_it(method: str) -> None:
-    options, most = Gptq(quant=method), Gptq()
+    cost, most = gptq.cost(smollm(), Gptq(quant=method)), gptq.cost(smollm(), Gptq())
     free = method in DATA_FREE
-    assert (forecast_scratch("gptq", options, smollm()) == 0) == free
-    less = forecast_memory("gptq", most, smollm()) - forecast_memory("gptq", options, smollm())
+    assert (cost.scratch_bytes == 0) == free
+    less = most.peak_memory_bytes - cost.peak_memory_bytes
     assert less > 2 * 4 * (576**2 + 1536**2) if free else less == 0
-    assert (stage_operations("gptq", options, smollm()) < stage_operations("gptq", most, smollm()) / 1000) == free
+    assert (cost.operations < most.operations / 1000) == free
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -207,7 +205,7 @@ def test_the_page_on_adding_a_method_can_be_followed(
         gptq.run(masked, writer, tokens(5), options, RUNTIME)
         made = seal(writer, masked, pattern="2:4")
         assert made.shape.grid == gptq.plan(masked.shape, options).grid == Grid(4, 32)
-        assert forecast_scratch("gptq", options, smollm()) == 0
+        assert gptq.cost(smollm(), options).scratch_bytes == 0
     finally:
         sys.modules.pop(where[0], None)
     assert prove_pattern(made, Pattern(2, 4), masked)["holds"]

@@ -14,8 +14,6 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import shape_from_config
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.pipeline.forecast import stage_operations
-from edgepress.pipeline.plan import forecast_memory
 from edgepress.stages import lora
 from edgepress.stages.options import Lora
 from edgepress.stages.recovery import METHODS, parse
@@ -91,7 +89,7 @@ def test_counting_needs_no_torch() -> None:
 
 def test_forecasts_know_the_method() -> None:
     def memory(**options: Any) -> int:
-        return forecast_memory("lora", Lora(targets="all", **options), SEVEN)
+        return lora.cost(SEVEN, Lora(targets="all", **options)).peak_memory_bytes
 
     assert memory(rank=64) - memory(rank=8) == 16 * (159_907_840 - 19_988_480)
     weights = sum(x.weights for block in SEVEN.blocks for x in block.linears)
@@ -99,7 +97,7 @@ def test_forecasts_know_the_method() -> None:
     assert memory() - memory(method="ia3") == 16 * (19_988_480 - 1_581_056)
 
     def work(method: str) -> float:
-        return stage_operations("lora", Lora(targets="all", method=method), SEVEN)
+        return lora.cost(SEVEN, Lora(targets="all", method=method)).operations
 
     assert work("lora") == work("rslora") == work("ia3") == work("qlora") < work("dora")
     assert work("loftq") > work("lora")

@@ -20,7 +20,6 @@ from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.vocabulary import count_ids, trim
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.pipeline.plan import forecast_written
 from edgepress.stages.edge import quantise_outer
 from edgepress.stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, Wanda
 
@@ -53,13 +52,17 @@ def corpus(source: Checkpoint) -> TokenBatches:
     return TokenBatches("corpus", torch.tensor([ids]), CORPUS)
 
 
+def module_of(options: Options) -> Any:
+    return importlib.import_module(f"edgepress.stages.{NAMES[type(options)]}")
+
+
 def planned(source: Checkpoint, options: Options) -> Any:
     """(options as the pipeline would give them, shape that comes out), or None where the plan refuses."""
     if isinstance(options, Vocabulary):
         rows, used = source.shape.vocabulary, count_ids(corpus(source).ids.tolist())
         options = replace(options, size=len(trim(source.folder, source.tokenizer(), used, rows, 0).kept))
     try:
-        return options, importlib.import_module(f"edgepress.stages.{NAMES[type(options)]}").plan(source.shape, options)
+        return options, module_of(options).plan(source.shape, options)
     except PlanError:
         return None
 
@@ -71,8 +74,7 @@ def carried_out(source: Checkpoint, options: Options, folder: Path) -> Checkpoin
     else:
         generator = torch.Generator().manual_seed(1)
         windows = TokenBatches("random", torch.randint(3, source.shape.vocabulary, (2, 16), generator=generator))
-    module = importlib.import_module(f"edgepress.stages.{NAMES[type(options)]}")
-    module.run(source, target, windows, options, Runtime(dtype=TORCH_DTYPES["F32"]))
+    module_of(options).run(source, target, windows, options, Runtime(dtype=TORCH_DTYPES["F32"]))
     return target
 
 
@@ -132,7 +134,7 @@ def test_files_are_what_was_planned(first: tuple[str, ...], after: Callable[...,
                 wrong.append(f"{name}: {key} {facts[key]}, planned {getattr(shape, key)}")
         tried.append(name)
         written = new_bytes(found, source)
-        forecast = forecast_written(NAMES[type(options)], options, source.shape, shape)
+        forecast = shape.file_bytes - module_of(options).cost(source.shape, options).linked_bytes
         if written > forecast or (written < forecast and name != "depth"):  # a ranking may spare more
             wrong.append(f"{name}: {written} bytes written, planned {forecast}")
         if name == "vocabulary":

@@ -20,8 +20,6 @@ from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.verify import verify
 from edgepress.checkpoints.walk import Walk
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.pipeline import plan as plan_module
-from edgepress.pipeline.plan import forecast_memory
 from edgepress.stages import gptq, refine
 from edgepress.stages.options import Gptq
 from tests.stages.lora_help import Watcher
@@ -155,14 +153,13 @@ def test_the_mask_holds_and_verify_says_so(
 
 def test_the_forecast_counts_what_tuning_holds_of_one_block() -> None:
     shape = shape_from_config(PRESETS["llama-3.2-1b"])
-    effort = {e: forecast_memory("gptq", Gptq(effort=e), shape) for e in ("normal", "high")}
+    effort = {e: gptq.cost(shape, Gptq(effort=e)).peak_memory_bytes for e in ("normal", "high")}
     weights = sum(x.weights for x in shape.blocks[0].linears)
     # position, gradient, two moments, level and weight in float32, and the block itself in 16 bit
     assert effort["high"] > max(effort["normal"], (6 * 4 + 2) * weights)
     assert effort["high"] < effort["normal"] + 48 * weights
     deeper = replace(shape, blocks=shape.blocks * 3)
-    assert forecast_memory("gptq", Gptq(effort="high"), deeper) == effort["high"]
-    assert plan_module._REFINE_TOKENS == refine.REFINE_TOKENS
+    assert gptq.cost(deeper, Gptq(effort="high")).peak_memory_bytes == effort["high"]
 
 
 def test_the_plan_says_that_it_takes_longer() -> None:
