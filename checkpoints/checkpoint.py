@@ -37,7 +37,6 @@ from edgepress.checkpoints.manifest import (
     sha256_file,
 )
 from edgepress.checkpoints.nm import require_finite
-from edgepress.checkpoints.packing import dense_weight
 from edgepress.checkpoints.quiet import readable
 from edgepress.checkpoints.reshape import with_pattern
 from edgepress.checkpoints.shape import LinearShape, ModelShape
@@ -140,7 +139,8 @@ class Checkpoint:
         adapter = self.adapter_part(index)
         for x in linears:
             if x.grid:
-                dense[f"{x.name}.weight"] = dense_weight(x, codes[x.name]).to(_TORCH_DTYPES[x.dtype])
+                weight = x.grid.read(codes[x.name], x.out_features, x.in_features)
+                dense[f"{x.name}.weight"] = weight.to(_TORCH_DTYPES[x.dtype])
             if x.adapted:
                 own = {kind: dense[f"{x.name}.{kind}"] for kind in ("weight", "bias") if f"{x.name}.{kind}" in dense}
                 beside = {t.name.removeprefix(f"{x.name}."): adapter[t.name] for t in x.adapter()}
@@ -155,7 +155,8 @@ class Checkpoint:
         prefix = f"{self.shape.block_prefix}.{index}.{linear.name}."
         if linear.grid is None:
             return self._read([f"{prefix}weight"], prefix)["weight"]
-        return dense_weight(linear, self._read([f"{prefix}{kind}" for kind in linear.grid.kinds], prefix))
+        stored = self._read([f"{prefix}{kind}" for kind in linear.grid.kinds], prefix)
+        return linear.grid.read(stored, linear.out_features, linear.in_features)
 
     def outer(self) -> dict[str, Tensor]:
         """Everything outside the blocks by its full name; memory-mapped."""

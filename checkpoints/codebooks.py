@@ -12,16 +12,34 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from edgepress.checkpoints.errors import CheckpointError
-from edgepress.checkpoints.forms import Codebook
 
 _SMALLEST = 1e-38  # absmax of a block of zeros: its reciprocal still is a number
 STATE = "weight.quant_state."
+
+
+class Codebook(Protocol):
+    """What is asked here of `forms.Codebook`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def levels(self) -> tuple[float, ...]: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def nested(self) -> int: ...
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+    @property
+    def zero(self) -> int: ...
+    @property
+    def state_bytes(self) -> int: ...
 
 
 @cache
@@ -106,6 +124,12 @@ def state_of(stored: Mapping[str, Tensor]) -> dict[str, Any]:
     """The layer's own note on its blocks, shape and precision."""
     note = next(tensor for name, tensor in stored.items() if name.startswith(STATE))
     return dict(json.loads(bytes(note.tolist())))
+
+
+def nested_scales(stored: Mapping[str, Tensor]) -> Tensor:
+    """The absmax of the quantised absmax and, last, the mean that was taken off these: (nested blocks + 1,) float32."""
+    mean = torch.tensor([state_of(stored)["nested_offset"]], dtype=torch.float32)
+    return torch.cat([stored["weight.nested_absmax"], mean])
 
 
 def codes_of(stored: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:

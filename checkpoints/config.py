@@ -11,7 +11,7 @@ from typing import Any
 from edgepress.checkpoints.defaults import setting
 from edgepress.checkpoints.documents import CONFIG_BYTES, parse_json, read_small
 from edgepress.checkpoints.errors import CheckpointError
-from edgepress.checkpoints.forms import CODEBOOK_METHOD, CODEBOOKS, REAL_METHOD, Form, Grid, RealGrid
+from edgepress.checkpoints.forms import BEFORE, Codebook, Form, Grid, RealGrid
 from edgepress.checkpoints.manifest import require_own_links
 
 # What a mixture of experts states, and the model types that are one where a configuration leaves the number out.
@@ -95,23 +95,14 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 # --- what it says of quantised weights ----------------------------------------------------------------------------
 
-# Fields of `quantization_config` for GPTQ that tell how the codes were found, or how to run them: not what they stand
-# for. Which layers are quantised and which group a column belongs to is read from the files.
-_HARMLESS = {
-    "quant_method", "method", "bits", "group_size", "sym", "desc_act", "static_groups", "damp_percent",
-    "damp_auto_increment", "true_sequential", "act_group_aware", "tokenizer", "dataset", "meta", "backend",
-    "model_seqlen", "model_name_or_path", "model_file_base_name", "block_name_to_quantize", "batch_size",
-    "module_name_preceding_first_block", "pad_token_id", "max_input_length", "cache_block_outputs", "use_exllama",
-    "use_cuda_fp16", "exllama_config", "disable_exllama", "is_marlin_format", "modules_in_block_to_quantize",
-    "modules_to_not_convert", "pack_impl", "device", "telemetry", "offload_to_disk", "offload_to_disk_path", "mse",
-    "fallback", "version", "quantizer", "parallel_packing", "gc_mode", "compute_device_filter", "hessian", "v2",
-    "v2_alpha", "v2_memory_device", "failsafe", "gptaq", "mock_quantization", "calibration_data_device",
-    "wait_for_submodule_finalizers", "auto_forward_data_parallel", "dense_vram_strategy",
-    "dense_vram_strategy_devices", "moe_vram_strategy", "moe_vram_strategy_devices", "moe",
-}  # fmt: skip
+FORMS: tuple[type[Form], ...] = (Grid, RealGrid, Codebook)
 # Where other tools say that weights are quantised.
 _FOREIGN = {"quantization": "'mlx'", "compression_config": "'compressed-tensors'", "quant_config": "another tool"}
-_BEFORE = "Give the checkpoint from before quantisation"
+
+
+def form_of(about: Mapping[str, Any]) -> Form | None:
+    """The form that a layer's entry in an image tells of; None where its weights are dense."""
+    return next((found for form in FORMS if (found := form.from_about(about))), None)
 
 
 def stated_form(config: Mapping[str, Any]) -> Form | None:
@@ -123,75 +114,14 @@ def stated_form(config: Mapping[str, Any]) -> Form | None:
     quantization = config.get("quantization_config")
     if not quantization:
         if foreign := [key for key in _FOREIGN if config.get(key)]:
-            raise CheckpointError(f"the weights are quantised by {_FOREIGN[foreign[0]]} ({foreign[0]}). {_BEFORE}")
+            raise CheckpointError(f"the weights are quantised by {_FOREIGN[foreign[0]]} ({foreign[0]}). {BEFORE}")
         return None
     if not isinstance(quantization, Mapping):
-        raise CheckpointError(f"quantization_config is {json.dumps(quantization)[:60]}, not a set of fields. {_BEFORE}")
-    method = quantization.get("quant_method")
-    if method == "gptq":
-        _require_readable(quantization)
-        return Grid(_bits(quantization), _group(quantization), bool(quantization.get("sym", False)))
-    if method == REAL_METHOD:
-        return RealGrid(_bits(quantization), _group(quantization))
-    if (
-        method == "bitsandbytes"
-        and quantization.get("load_in_4bit")
-        and not quantization.get("load_in_8bit")
-        and quantization.get("bnb_4bit_quant_type") == "nf4"
-    ):
-        return CODEBOOKS["nf4"]
-    if method == CODEBOOK_METHOD and quantization.get("codebook") in CODEBOOKS:
-        return CODEBOOKS[quantization["codebook"]]
+        raise CheckpointError(f"quantization_config is {json.dumps(quantization)[:60]}, not a set of fields. {BEFORE}")
+    for form in FORMS:
+        if found := form.from_config(quantization):
+            return found
     raise CheckpointError(
-        f"the weights are quantised by '{method}'; only GPTQ's format, bitsandbytes' nf4 and what this project writes "
-        f"can be read back. {_BEFORE}"
+        f"the weights are quantised by '{quantization.get('quant_method')}'; only GPTQ's format, bitsandbytes' nf4 and "
+        f"what this project writes can be read back. {BEFORE}"
     )
-
-
-def _require_readable(quantization: Mapping[str, Any]) -> None:
-    """Raise CheckpointError at a field of GPTQ's format that changes what the codes stand for."""
-    for name in ("checkpoint_format", "format"):
-        if (stated := str(quantization.get(name) or "gptq")) != "gptq":
-            why = " (it stores zero points as they are, version 1 one less)" if stated == "gptq_v2" else ""
-            raise CheckpointError(
-                f"the weights are stored in {name} '{stated}'{why}; GPTQ's version 1, 'gptq', can be read. Save the "
-                "model again in that format, or give the checkpoint from before quantisation"
-            )
-    if (word := str(quantization.get("pack_dtype") or "int32").removeprefix("torch.")) != "int32":
-        raise CheckpointError(f"the codes are packed in words of {word} (pack_dtype); int32 can be read. {_BEFORE}")
-    if quantization.get("lm_head"):
-        raise CheckpointError(f"the head is quantised as well (lm_head), which cannot be read. {_BEFORE}")
-    dynamic = quantization.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping) or any(dynamic.values()):
-        raise CheckpointError(
-            f"single layers have settings of their own (dynamic: {json.dumps(dynamic)[:80]}), which cannot be read; "
-            f"layers that are left out are fine. {_BEFORE}"
-        )
-    unknown = sorted(
-        key
-        for key, value in quantization.items()
-        if key not in _HARMLESS | {"checkpoint_format", "format", "pack_dtype", "lm_head", "dynamic"} and value
-    )
-    if unknown:
-        raise CheckpointError(
-            f"quantization_config has {', '.join(unknown)}, and what that changes is not known here. {_BEFORE}"
-        )
-
-
-def _bits(quantization: Mapping[str, Any]) -> int:
-    bits = quantization.get("bits")
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (2, 3, 4, 8):
-        raise CheckpointError(
-            f"quantization_config says bits {bits!r}; codes of 2, 3, 4 or 8 bits can be read. {_BEFORE}"
-        )
-    return bits
-
-
-def _group(quantization: Mapping[str, Any]) -> int:
-    group = quantization.get("group_size")
-    if isinstance(group, bool) or not isinstance(group, int) or (group < 1 and group != -1):
-        raise CheckpointError(
-            f"quantization_config says group_size {group!r}; a positive whole number or -1, the whole row, can be "
-            f"read. {_BEFORE}"
-        )
-    return group

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from edgepress.checkpoints.config import read_config, stated_form, tied
 from edgepress.checkpoints.documents import parse_json, read_small
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.families import known_families, shape_from_config
-from edgepress.checkpoints.forms import CODEBOOKS, DTYPE_BITS, TORCH_NAMES, Codebook, Form, RealGrid, TensorShape
+from edgepress.checkpoints.forms import DTYPE_BITS, TORCH_NAMES, Form, Layer, TensorShape
 from edgepress.checkpoints.manifest import MANIFEST, Manifest, require_inside
 from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape
 from edgepress.checkpoints.sparsity import Sparsity, parse_sparsity
@@ -193,13 +193,13 @@ def _shape_of(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored]
             outer.append(_float(place.tensor))
     outer = _without_tied_head(folder, config, outer, stored)
 
-    codes = _read_notes({x.name: x.path for x in stored.values()}) if isinstance(form, Codebook) else {}
+    noted = _read_notes(form, {x.name: x.path for x in stored.values()}) if form is not None and form.note else {}
     pattern = _pattern(folder)
     adapters = _adapters(folder, prefix)
     blocks = []
     for i in range(count):
         start = f"{prefix}.{i}."
-        coded = {name.removeprefix(start): x for name, x in codes.items() if name.startswith(start)}
+        coded = {name.removeprefix(start): x for name, x in noted.items() if name.startswith(start)}
         dense = str((config.get(OWN_KEY) or {}).get(DENSE_DTYPE) or "")
         blocks.append(_block(members[i], form, coded, pattern, adapters.get(i, {}), dense))
     bits = None
@@ -338,12 +338,22 @@ def _float(tensor: TensorShape) -> TensorShape:
 def _block(
     members: dict[str, TensorShape],
     form: Form | None,
-    coded: dict[str, _Coded],
+    coded: dict[str, Layer],
     pattern: Sparsity | None,
     adapters: dict[str, _Adapter],
     dense_dtype: str,
 ) -> BlockShape:
-    """dense_dtype: the precision that quantised layers had before, where the configuration says so."""
+    """coded: layers that a note tells of; dense_dtype: of quantised layers before, where that is said.
+
+    Raises CheckpointError where a tensor makes no sense.
+    """
+    if form is None and (names := [name for name in members if name.endswith(".qweight")]):
+        raise CheckpointError(
+            f"{names[0]} holds packed codes, and config.json says nothing of quantisation; put what "
+            "quantize_config.json says there into config.json as quantization_config, with quant_method gptq"
+        )
+    bases = dict.fromkeys(name.rpartition(".")[0] for name in members)
+    told = {base: layer for base in bases if form is not None and (layer := form.layer(base, members))}
     linears, others = [], []
     dense_dtype = dense_dtype or usual_dtype(members.values())
     for name, tensor in members.items():
@@ -351,24 +361,15 @@ def _block(
         adapter = adapters.get(base, _NO_ADAPTER)
         bias = f"{base}.bias" in members
         zeros = pattern if pattern is not None and pattern.covers(base) else None
-        if base in coded and kind == "weight":
-            codebook, (outs, ins), dense = coded[base]
-            linears.append(LinearShape(base, outs, ins, dense, bias, zeros, codebook, *adapter))
-            _require_stored(linears[-1], members)
-        elif kind == "qweight" or (isinstance(form, RealGrid) and kind == "weight" and f"{base}.zeros" in members):
-            words, outs = tensor.shape
-            ins = words * 32 // form.bits if isinstance(form, RealGrid) else members[f"{base}.g_idx"].elements
-            if form is None:
-                raise CheckpointError(
-                    f"{name} holds packed codes, and config.json says nothing of quantisation; put what "
-                    "quantize_config.json says there into config.json as quantization_config, with quant_method gptq"
-                )
-            linears.append(LinearShape(base, outs, ins, dense_dtype, bias, zeros, form, *adapter))
+        layer = coded.get(base) or told.get(base)
+        if layer is not None and kind == layer.form.kinds[0]:
+            dtype = layer.dtype or dense_dtype
+            linears.append(LinearShape(base, layer.rows, layer.columns, dtype, bias, zeros, layer.form, *adapter))
             _require_stored(linears[-1], members)
         elif kind == "weight" and len(tensor.shape) == 2 and not base.endswith("norm"):  # Cohere's has a row a head
             outs, ins = _float(tensor).shape
             linears.append(LinearShape(base, outs, ins, tensor.dtype, bias, zeros, None, *adapter))
-        elif name.partition(".weight.")[0] not in coded and not _belongs_to_linear(name, members):
+        elif not _belongs_to_linear(name, members, form, coded.keys() | told.keys()):
             others.append(_float(replace(tensor, name=name)))
     biases = {x.name: members[f"{x.name}.bias"].dtype for x in linears if x.bias}
     own = tuple(replace(x, bias_dtype=biases[x.name]) if biases.get(x.name, x.dtype) != x.dtype else x for x in linears)
@@ -392,7 +393,8 @@ def _require_stored(linear: LinearShape, members: dict[str, TensorShape]) -> Non
             raise CheckpointError(
                 f"a layer stored as {linear.grid.describe() if linear.grid else ''} lacks {wanted.name}"
             )
-        if ".quant_state." in wanted.name or wanted.name.endswith(".bias"):
+        note = linear.grid.note if linear.grid else ""
+        if (note and note in wanted.name) or wanted.name.endswith(".bias"):
             continue  # a note may be of any length, and a bias of any precision
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise CheckpointError(
@@ -401,43 +403,29 @@ def _require_stored(linear: LinearShape, members: dict[str, TensorShape]) -> Non
             )
 
 
-def _belongs_to_linear(name: str, members: dict[str, TensorShape]) -> bool:
-    """Whether a tensor is a linear layer's bias, or lies beside its packed codes."""
+def _belongs_to_linear(name: str, members: dict[str, TensorShape], form: Form | None, coded: Set[str]) -> bool:
+    """Whether a tensor is a linear layer's bias, or lies beside its codes; coded: names of the quantised layers."""
     base, _, kind = name.rpartition(".")
-    if kind in ("qzeros", "zeros", "scales", "g_idx"):
+    if base in coded or name.partition(".weight.")[0] in coded or (form is not None and kind in form.kinds[1:]):
         return True
     weight = members.get(f"{base}.weight")
-    return kind == "bias" and (f"{base}.qweight" in members or (weight is not None and len(weight.shape) == 2))
+    return kind == "bias" and weight is not None and len(weight.shape) == 2
 
 
-# --- quantised layers ----------------------------------------------------------------------------------------------
+def _read_notes(form: Form, files: dict[str, Path]) -> dict[str, Layer]:
+    """The layers whose form lies in a note of a few hundred bytes beside their codes, by name.
 
-_Coded = tuple[Codebook, tuple[int, int], str]  # form, (out, in), precision of the weights
-_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
-
-
-def _read_notes(files: dict[str, Path]) -> dict[str, _Coded]:
-    """Of each layer with a codebook its form, sides and precision, by the layer's name.
-
-    They stand in a note of a few hundred bytes beside the codes; nothing else of the files is read.
+    Nothing else of the files is read.
     """
     noted: dict[Path, list[str]] = defaultdict(list)
     for name, path in files.items():
-        if ".weight.quant_state." in name:
+        if f".{form.note}" in name:
             noted[path].append(name)
     found = {}
     for path, names in noted.items():
         for name, data in _read_bytes(path, names).items():
-            base = name.partition(".weight.quant_state.")[0]
             try:
-                note = json.loads(data)
-                codebook = replace(
-                    CODEBOOKS[note["quant_type"]],
-                    block=int(note["blocksize"]),
-                    nested=int(note.get("nested_blocksize", 0)),
-                )
-                outs, ins = map(int, note["shape"])
-                found[base] = (codebook, (outs, ins), _DTYPES[note["dtype"]])
+                found[name.partition(f".{form.note}")[0]] = form.noted(data)
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{path}: {name} does not say how the layer is stored ({error!r})") from None
     return found

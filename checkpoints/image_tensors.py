@@ -5,8 +5,8 @@ The parts are those of `packed_sizes.Record`; a reader needs only the entry that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgepress.checkpoints import codebooks
 from edgepress.checkpoints.adapter_codes import unpacked
 from edgepress.checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
+from edgepress.checkpoints.config import form_of
 from edgepress.checkpoints.errors import CheckpointError
-from edgepress.checkpoints.forms import CODEBOOKS, DTYPE_BYTES, Codebook, Grid, RealGrid
+from edgepress.checkpoints.forms import DTYPE_BYTES, Form
 from edgepress.checkpoints.packed_sizes import MaskIndex
-from edgepress.checkpoints.packing import dequantise_rows, pack_linear, pack_real, unpack_linear, unpack_real
+from edgepress.checkpoints.packing import dequantise_rows
 from edgepress.checkpoints.sparsity import parse_sparsity
 
 TORCH_DTYPES = {
@@ -64,12 +64,9 @@ def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes
     Raises CheckpointError where the layer does not hold its pattern, or is stored in a way that the image has no
     place for.
     """
-    if "codebook" in entry:
-        return _encode_codebook(entry, stored)
-    if "zero_dtype" in entry:
-        return _encode_real(entry, stored)
-    if "bits" in entry:
-        return _encode_codes(entry, dict(stored))
+    form = form_of(entry)
+    if form is not None:
+        return _encode_codes(entry, form, stored)
     weight = stored["weight"]
     encode_tensor(entry, weight)
     values = _raw(weight).view(f"<u{DTYPE_BYTES[entry['dtype']]}").reshape(entry["shape"])
@@ -80,115 +77,41 @@ def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes
 
 def decode_linear(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
     """The layer's tensors as the checkpoint had them, by their names within it."""
-    if "codebook" in entry:
-        return _decode_codebook(entry, parts)
-    if "zero_dtype" in entry:
-        return _decode_real(entry, parts)
-    if "bits" in entry:
-        return _decode_codes(entry, parts)
+    form = form_of(entry)
+    if form is not None:
+        return _decode_codes(entry, form, parts)
     kept = parts["values"].view(f"<u{DTYPE_BYTES[entry['dtype']]}")
     values = _put_back(entry, parts, kept, np.zeros(entry["shape"], kept.dtype))
     return {"weight": _tensor(values.reshape(-1), entry["dtype"], entry["shape"])}
 
 
-def _encode_codes(entry: Entry, stored: dict[str, Tensor]) -> dict[str, Bytes]:
-    bits, grid = entry["bits"], _grid(entry)
-    codes, _, zeros = unpack_linear(stored, bits)
-    wide = zeros.T.numpy()  # (groups, out)
-    order = stored["g_idx"].numpy()
-    index, kept = _leave_out(entry, codes.numpy(), lambda: codes.numpy() == wide[order].T)
-    parts = index | {"values": pack_bits(kept, bits), "scales": _raw(stored["scales"])}
-    if not grid.symmetric:
-        parts["zeros"] = pack_bits(wide - 1, bits)
-    elif (wide != 2 ** (bits - 1)).any():
+def _encode_codes(entry: Entry, form: Form, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
+    if "pattern" in entry and not form.exact_zero:
         raise CheckpointError(
-            f"{entry['name']} is said to have a symmetric grid, but its zero points are not all the middle code"
+            f"{entry['name']} is said to hold {entry['pattern']}, but with {form.unknown} no weight is exactly zero"
         )
-    columns = entry["shape"][1]
-    if not np.array_equal(order, _group_of(grid, columns)):
-        if "order" not in entry["parts"]:
-            raise CheckpointError(
-                f"{entry['name']} has groups out of storage order, though config.json says desc_act is false"
-            )
-        parts["order"] = pack_bits(order, (grid.groups(columns) - 1).bit_length())
-    elif "order" in entry["parts"]:
-        parts["order"] = pack_bits(order, (grid.groups(columns) - 1).bit_length())
+    (rows, columns), ordered = entry["shape"], "order" not in entry["parts"]
+    codes, sides = form.split(entry["name"], stored, rows, columns, ordered)
+    values = codes.numpy()
+    index, kept = _leave_out(entry, values, lambda: values == form.zero_codes(sides, rows, columns).numpy())
+    parts = index | {"values": pack_bits(kept, form.bits)}
+    for name, (_, how) in form.sides(rows, columns, ordered).items():
+        parts[name] = _raw(sides[name]) if isinstance(how, str) else pack_bits(sides[name].numpy(), how)
     return parts
 
 
-def _decode_codes(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
-    bits, grid = entry["bits"], _grid(entry)
-    rows, columns = entry["shape"]
-    groups = grid.groups(columns)
-    if grid.symmetric:
-        zeros = np.full((groups, rows), 2 ** (bits - 1), np.int32)
-    else:
-        zeros = unpack_bits(parts["zeros"], bits, groups * rows).reshape(groups, rows).astype(np.int32) + 1
-    order = _group_of(grid, columns)
-    if "order" in parts:
-        order = unpack_bits(parts["order"], (groups - 1).bit_length(), columns).astype(np.int32)
-    kept = unpack_bits(parts["values"], bits, _kept(entry))
-    codes = _put_back(entry, parts, kept, zeros[order].T.astype(np.uint8) if "index" in parts else np.empty(0))
-    scales = _tensor(parts["scales"], "F16", [groups, rows])
-    packed = pack_linear(torch.from_numpy(codes), scales.T.float(), torch.from_numpy(zeros.T), grid.group, bits)
-    return packed | {"scales": scales, "g_idx": torch.from_numpy(order)}
-
-
-def _grid(entry: Entry) -> Grid:
-    return Grid(entry["bits"], entry["group"], entry["symmetric"])
-
-
-def _group_of(grid: Grid, columns: int) -> NDArray[np.int32]:
-    """The group of each column where groups lie in storage order."""
-    order: NDArray[np.int32] = np.arange(columns, dtype=np.int32) // (columns if grid.group == -1 else grid.group)
-    return order
-
-
-def _encode_real(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
-    if "pattern" in entry:
-        raise CheckpointError(
-            f"{entry['name']} is said to hold {entry['pattern']}, but with real zero points no weight is exactly zero"
-        )
-    codes, _, _ = unpack_real(stored, entry["bits"])
-    values = pack_bits(codes.numpy().reshape(-1), entry["bits"])
-    return {"values": values, "scales": _raw(stored["scales"]), "zeros": _raw(stored["zeros"])}
-
-
-def _decode_real(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
-    bits, (rows, columns) = entry["bits"], entry["shape"]
-    codes = torch.from_numpy(unpack_bits(parts["values"], bits, rows * columns)).view(rows, columns)
-    groups = RealGrid(bits, entry["group"]).groups(columns)
-    scales, zeros = (_tensor(parts[kind], "F16", [groups, rows]) for kind in ("scales", "zeros"))
-    return pack_real(codes, scales.T, zeros.T, bits)
-
-
-def _encode_codebook(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
-    codebook = _codebook(entry)
-    codebooks.require_known(entry["name"], stored, codebook)
-    codes = codebooks.codes_of(stored, *entry["shape"]).numpy()
-    index, kept = _leave_out(entry, codes, lambda: codes == codebook.zero)
-    parts = index | {"values": pack_bits(kept, codebook.bits), "absmax": _raw(stored["weight.absmax"])}
-    if codebook.nested:
-        mean = torch.tensor([codebooks.state_of(stored)["nested_offset"]], dtype=torch.float32)
-        parts["nested"] = _raw(torch.cat([stored["weight.nested_absmax"], mean]))
-    return parts
-
-
-def _decode_codebook(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
-    codebook = _codebook(entry)
-    rows, columns = entry["shape"]
-    kept = unpack_bits(parts["values"], codebook.bits, _kept(entry))
-    codes = _put_back(entry, parts, kept, np.full((rows, columns), codebook.zero, np.uint8))
-    blocks, offset = codebook.blocks(rows * columns), 0.0
-    scales = {"weight.absmax": _tensor(parts["absmax"], "U8" if codebook.nested else "F32", [blocks])}
-    if codebook.nested:
-        nested = _tensor(parts["nested"], "F32", [-1])
-        scales["weight.nested_absmax"], offset = nested[:-1], float(nested[-1])
-    return codebooks.assemble(torch.from_numpy(codes), scales, offset, codebook, TORCH_DTYPES[entry["dtype"]])
-
-
-def _codebook(entry: Entry) -> Codebook:
-    return replace(CODEBOOKS[entry["codebook"]], block=entry["block"], nested=entry["nested"])
+def _decode_codes(entry: Entry, form: Form, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
+    (rows, columns), ordered = entry["shape"], "order" not in entry["parts"]
+    sides = {}
+    for name, (shape, how) in form.sides(rows, columns, ordered).items():
+        if isinstance(how, str):
+            sides[name] = _tensor(parts[name], how, list(shape))
+        else:
+            numbers = unpack_bits(parts[name], how, math.prod(shape)).astype(np.int32)
+            sides[name] = torch.from_numpy(numbers.reshape(shape))
+    empty = form.zero_codes(sides, rows, columns).numpy().astype(np.uint8) if "index" in parts else np.empty(0)
+    codes = _put_back(entry, parts, unpack_bits(parts["values"], form.bits, _kept(entry)), empty)
+    return form.join(torch.from_numpy(codes), sides, TORCH_DTYPES[entry["dtype"]])
 
 
 # --- zeros ---------------------------------------------------------------------------------------------------------

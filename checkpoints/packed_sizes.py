@@ -263,10 +263,7 @@ class PackedSizes:
         return {name.replace("_", " "): size for name, size in asdict(self).items() if size}
 
 
-_LINEAR_PARTS = {
-    "index": "mask_index", "scales": "scales", "zeros": "zero_points", "order": "group_order",
-    "absmax": "scales", "nested": "scales",
-}  # fmt: skip
+_SIDES = {"index": "mask_index", "zeros": "zero_points", "order": "group_order"}  # all else beside codes is scales
 
 
 def packed_sizes(shape: ModelShape) -> PackedSizes:
@@ -285,7 +282,9 @@ def packed_sizes(shape: ModelShape) -> PackedSizes:
 def _sum_of(record: Record, part: str) -> str:
     """The field of PackedSizes that a part counts in."""
     if record.kind == "linear":
-        return _LINEAR_PARTS.get(part) or ("codes" if "bits" in record.about else "dense_linears")
+        if part == "values":
+            return "codes" if "bits" in record.about else "dense_linears"
+        return _SIDES.get(part, "scales")
     if record.kind in ("adapter", "adapter_codes"):
         return "adapters"
     if record.kind == "edge":

@@ -2,8 +2,7 @@
 
 The layout is the one GPTQModel, transformers and vLLM read (format "gptq", version 1): codes run down the
 input axis, zero points across the output axis and are stored minus one. The tests hold it against
-GPTQModel's own packing. Real zero points lie beside such codes as they are. `dense_weight` at the end asks the layer
-how it is stored; codebooks are in `codebooks.py`.
+GPTQModel's own packing. Real zero points lie beside such codes as they are.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints import codebooks
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.forms import Codebook, RealGrid
-from edgepress.checkpoints.reshape import WORD
-from edgepress.checkpoints.shape import LinearShape
+
+WORD = 32
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -61,14 +58,17 @@ def pack_linear(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, bits: 
     codes (out, in); scales and zeros (out, groups), zeros from 1 to 2^bits - 1: a stored zero point is one
     less, and kernels that add it back nibble by nibble would carry at 0.
     """
-    in_features = codes.shape[1]
-    group = in_features if group == -1 else group
     return {
         "qweight": pack(codes.T.contiguous(), bits),
         "qzeros": pack((zeros - 1).contiguous(), bits).T.contiguous(),
         "scales": scales.T.to(torch.float16).contiguous(),
-        "g_idx": (torch.arange(in_features) // group).to(torch.int32),
+        "g_idx": group_of(codes.shape[1], group),
     }
+
+
+def group_of(columns: int, group: int) -> Tensor:
+    """The group of each column (in,), int32, where groups lie in storage order; group -1: all columns."""
+    return (torch.arange(columns) // (columns if group == -1 else group)).to(torch.int32)
 
 
 def unpack_linear(stored: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,13 +119,3 @@ def dequantise_real(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     levels = codes.reshape(*scales.shape, -1) - zeros.unsqueeze(-1)
     dense: Tensor = (scales.unsqueeze(-1) * levels).view(codes.shape)
     return dense
-
-
-def dense_weight(linear: LinearShape, stored: Mapping[str, Tensor]) -> Tensor:
-    """The dense weights (out, in) in float32 of a quantised layer; stored: its tensors by `linear.grid.kinds`."""
-    assert linear.grid is not None
-    if isinstance(linear.grid, Codebook):
-        return codebooks.decode(stored, linear.grid, linear.out_features, linear.in_features)
-    if isinstance(linear.grid, RealGrid):
-        return dequantise_real(*unpack_real(stored, linear.grid.bits))
-    return dequantise(stored, linear.grid.bits)

@@ -7,11 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.forms import Codebook, Form, Grid, RealGrid
-from edgepress.checkpoints.shape import LinearShape, ModelShape, largest_group
+from edgepress.checkpoints.forms import Form, Grid
+from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.checkpoints.sparsity import Sparsity
-
-WORD = 32
 
 # Lists of the configuration that are not one entry a block, however long they happen to be.
 _NOT_PER_BLOCK = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "bad_words_ids"}
@@ -85,48 +83,28 @@ def with_pattern(shape: ModelShape, pattern: Sparsity) -> ModelShape:
     return _each_linear(shape, lambda x: replace(x, pattern=pattern) if pattern.covers(x.name) else x)
 
 
-def packable(out_features: int, in_features: int) -> bool:
-    """GPTQModel's kernels take layers whose sides are both multiples of 32."""
-    return out_features % WORD == 0 and in_features % WORD == 0
-
-
 def with_grid(shape: ModelShape, bits: int, wanted_group: int, symmetric: bool, embedding_bits: int) -> ModelShape:
-    """Codes in place of every layer that GPTQ's file format can hold. Raises PlanError where there is none.
-
-    The configuration stays: what it says of the quantisation is the stage's to write.
-    """
-    return _with_packed(shape, Grid(bits, wanted_group, symmetric), embedding_bits)
-
-
-def _with_packed(shape: ModelShape, wanted: Grid | RealGrid, embedding_bits: int) -> ModelShape:
-    """The largest group up to the wanted one that divides all layers."""
-    fitting = [x for block in shape.blocks for x in block.linears if packable(x.out_features, x.in_features)]
-    if not fitting:
-        raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
-    dtype = shape.dense_dtype
-    grid = replace(wanted, group=largest_group({x.in_features for x in fitting}, wanted.group))
-
-    def quantised(x: LinearShape) -> LinearShape:
-        return _coded(x, grid, dtype) if packable(x.out_features, x.in_features) else x
-
-    return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or shape.embedding_bits)
+    """Codes in place of every layer that GPTQ's file format can hold. Raises PlanError where there is none."""
+    return with_form(shape, Grid(bits, wanted_group, symmetric), embedding_bits)
 
 
 def with_form(shape: ModelShape, form: Form, embedding_bits: int) -> ModelShape:
-    """Codes of this form in place of every layer that it can hold. Raises PlanError where there is none."""
-    if isinstance(form, Codebook):
-        return with_codebook(shape, form, embedding_bits)
-    return _with_packed(shape, form, embedding_bits)
+    """Codes of this form, its group fitted, in place of every layer that it can hold.
 
-
-def with_codebook(shape: ModelShape, codebook: Codebook, embedding_bits: int) -> ModelShape:
-    """Codes in place of every linear layer of every block: blocks of weights run on from row to row, so any fits.
-
-    The configuration stays: what it says of the quantisation is the stage's to write.
+    Raises PlanError where there is none. The configuration stays: what it says of the quantisation is the stage's to
+    write.
     """
-    kept = embedding_bits or shape.embedding_bits
-    dtype = shape.dense_dtype
-    return replace(_each_linear(shape, lambda x: _coded(x, codebook, dtype)), embedding_bits=kept)
+    fitting = {
+        x.in_features for block in shape.blocks for x in block.linears if form.holds(x.out_features, x.in_features)
+    }
+    if not fitting:
+        raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
+    dtype, form = shape.dense_dtype, form.fitted(fitting)
+
+    def quantised(x: LinearShape) -> LinearShape:
+        return _coded(x, form, dtype) if form.holds(x.out_features, x.in_features) else x
+
+    return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or shape.embedding_bits)
 
 
 def _coded(x: LinearShape, form: Form, dtype: str) -> LinearShape:

@@ -279,16 +279,3 @@ def safetensors_bytes(tensors: list[TensorShape]) -> int:
         offset += t.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + offset
-
-
-def largest_group(widths: set[int], wanted: int) -> int:
-    """Largest power-of-two group of at most `wanted` that divides every width (-1 stays -1).
-
-    GPTQ's files carry one group size for the whole model: SmolLM2's widths 576 and 1536 take 64, not 128.
-    """
-    if wanted == -1:
-        return -1
-    group = 1 << (wanted.bit_length() - 1)
-    while any(width % group for width in widths):
-        group //= 2
-    return group

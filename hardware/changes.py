@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.reshape import packable, with_blocks, with_pattern, with_vocabulary
-from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape, largest_group
+from edgepress.checkpoints.forms import Grid, largest_group
+from edgepress.checkpoints.reshape import with_blocks, with_pattern, with_vocabulary
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
 from edgepress.checkpoints.sparsity import Pattern
 from edgepress.hardware.needs import Request
 from edgepress.hardware.soc import Soc
@@ -150,7 +150,7 @@ def with_linears(shape: ModelShape, change: Callable[[LinearShape], LinearShape]
 
 
 def _packable(x: LinearShape) -> bool:
-    return packable(x.out_features, x.in_features)
+    return Grid(4, GROUP).holds(x.out_features, x.in_features)
 
 
 def _bits(channel: str) -> Callable[[State, int], State]:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.reshape import with_blocks, with_grid, with_pattern, with_vocabulary
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sparsity import Pattern, parse_sparsity
@@ -201,7 +200,7 @@ class _Search:
                 continue
             if (grid, way.embedding_bits) not in seen:
                 seen.add((grid, way.embedding_bits))
-                assert isinstance(grid, Grid)
+                assert grid is not None
                 kept.append(replace(way, group=grid.group))
         return kept
 

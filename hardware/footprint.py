@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
-from edgepress.checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
+from edgepress.checkpoints.forms import DTYPE_BYTES, TensorShape, bytes_of
 from edgepress.checkpoints.kv_format import KVFormat
 from edgepress.checkpoints.packed_sizes import block_records, groups_in_order, outer_records, packed_bits, value_bits
 from edgepress.checkpoints.packed_sizes import (
@@ -199,10 +199,10 @@ def _linear_bits(x: LinearShape, layout: Layout) -> tuple[int, int]:
     codes with real zero points: all keep their width and shape, codes their own scales.
     """
     dense = x.weights * value_bits(x)
-    if not isinstance(x.grid, Grid):
+    if x.grid is None or not x.grid.integer:
         sides = 0 if x.grid is None else x.grid.side_bits(x.out_features, x.in_features)
         return (min(dense, packed_bits(x)) if layout.patterns else dense), sides
-    grid = x.grid if layout.scale_per == "group" else replace(x.grid, group=-1)
+    grid = x.grid if layout.scale_per == "group" else x.grid.by_row()
     codes = _slotted(x.out_features, x.in_features, grid.bits, layout)
     if layout.patterns and layout.slot_bits is None:
         codes = min(codes, packed_bits(x))

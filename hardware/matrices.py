@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgepress.checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, bytes_of
+from edgepress.checkpoints.forms import DTYPE_BYTES, TensorShape, bytes_of
 from edgepress.checkpoints.packed_sizes import value_bits
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.footprint import SCALE_BITS
@@ -44,11 +44,9 @@ def linear_weights(prefix: str, x: LinearShape) -> Weights:
         return Weights(name, x.out_features, x.in_features, value_bits(x), bias)
     sides = x.grid.side_bits(x.out_features, x.in_features, SCALE_BITS)
     scales, other = divmod(sides, x.out_features)
-    if not isinstance(x.grid, Grid):
-        row_bits = scales + bias
-        return Weights(name, x.out_features, x.in_features, value_bits(x), row_bits, other_bits=other, integer=False)
-    groups = x.grid.groups(x.in_features)
-    return Weights(name, x.out_features, x.in_features, value_bits(x), scales + bias, groups, not x.grid.symmetric)
+    integer = x.grid.integer
+    groups, offsets = (x.grid.groups(x.in_features), not x.grid.symmetric) if integer else (1, False)
+    return Weights(name, x.out_features, x.in_features, value_bits(x), scales + bias, groups, offsets, other, integer)
 
 
 def adapter_weights(name: str, tensor: TensorShape, packed: bool = False) -> Weights:

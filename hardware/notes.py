@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from edgepress.checkpoints.forms import Codebook, Grid, RealGrid
 from edgepress.checkpoints.kv_format import FULL_BITS, GROUP
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import LinearShape, ModelShape
@@ -79,28 +78,22 @@ def _patterns(shape: ModelShape, linears: list[LinearShape], soc: Soc, found: Ne
 
 
 def _no_integers(linears: list[LinearShape], soc: Soc, found: Needs) -> Iterator[str]:
-    coded = sorted({x.grid.name for x in linears if isinstance(x.grid, Codebook)})
-    real = any(isinstance(x.grid, RealGrid) for x in linears)
+    names: dict[str, set[str]] = {}
+    for name, words in (x.grid.on_cores for x in linears if x.grid is not None and not x.grid.integer):
+        names.setdefault(words, set()).add(name)
     size = size_text(found.weights.block_codes + found.weights.scales_and_zeros)
-    engine = soc.accelerator
-    instead = f", so {engine.name} cannot use them" if engine else ""
-    if real:
+    instead = f", so {soc.accelerator.name} cannot use them" if soc.accelerator else ""
+    for words, of in names.items():
         yield (
-            f"Real zero points: {size} of codes stand for integers plus a fraction that differs from group to group"
-            f"{instead}. The cores compute with them. Quantise with --quant gptq4 to have integers."
+            f"{' and '.join(sorted(of))}: {size} of codes stand for {words.format(instead=instead)}. "
+            "Quantise with --quant gptq4 to have integers."
         )
-    if not coded:
-        return
-    yield (
-        f"{' and '.join(coded)}: {size} of codes stand for levels of a codebook, not for integers{instead}. The cores "
-        "look each one up. Quantise with --quant gptq4 to have integers."
-    )
 
 
 def _accelerator(
     shape: ModelShape, linears: list[LinearShape], soc: Soc, engine: Engine, found: Needs
 ) -> Iterator[str]:
-    grids = [(x.grid, x.in_features) for x in linears if isinstance(x.grid, Grid)]
+    grids = [(x.grid, x.in_features) for x in linears if x.grid is not None and x.grid.integer]
     if not engine.group_scales:
         groups = sorted({grid.group for grid, width in grids if grid.groups(width) > 1})
         if groups:

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError, TextError
 from edgepress.checkpoints.families import PRESETS
-from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.headers import shape_from_folder
 from edgepress.checkpoints.manifest import MANIFEST, Manifest
 from edgepress.checkpoints.memory import size_text
@@ -183,7 +182,7 @@ def _resolved_group(shape: ModelShape, options: Mapping[str, Any]) -> int:
 
     wanted = -1 if str(options["quant"]).endswith("-channel") else int(options["group"])
     grid = with_grid(shape, _bits(options["quant"]), wanted, False, 0).grid
-    assert isinstance(grid, Grid)
+    assert grid is not None
     return grid.group
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.forms import Codebook, Form, Grid, RealGrid, TensorShape
+from edgepress.checkpoints.forms import Form, TensorShape
 from edgepress.checkpoints.headers import usual_dtype
 from edgepress.checkpoints.packed_sizes import is_head
-from edgepress.checkpoints.reshape import packable, with_form
+from edgepress.checkpoints.reshape import with_form
 from edgepress.checkpoints.rounded_inputs import rounded_inputs
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, ModelShape
@@ -51,7 +50,10 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
     after = with_form(shape, _wanted_form(shape, options), options.quant_embeddings)
-    quantization = quantization_config(after, options, left_dense(shape))
+    assert after.grid is not None
+    heads = [t.name.removesuffix(".weight") for t in shape.outer if is_head(t.name)]
+    damping = options.damping if method(options.quant).TUNES else None  # GPTQ's solver alone damps
+    quantization = after.grid.config(after.dense_dtype, left_dense(shape, after.grid), heads, damping)
     return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(after, options))
 
 
@@ -115,11 +117,7 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
     stored, wanted = plan(shape, options).grid, form(options, shape.pattern is not None)
     assert stored is not None
-    if isinstance(stored, Codebook) or isinstance(wanted, Codebook):
-        assert isinstance(stored, Codebook)
-        said = _codebook_remarks(shape, stored, options)
-    else:
-        said = _grid_remarks(shape, stored, wanted, options)
+    said = _form_remarks(shape, stored, wanted, options)
     if stored.unknown:
         said.append(f"gptq: no library knows {stored.unknown}: only this project loads the folder")
     if (bits := activation_bits(options)) < 16:
@@ -135,42 +133,29 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     return said
 
 
-def _grid_remarks(shape: ModelShape, grid: Grid | RealGrid, wanted: Grid | RealGrid, options: Options) -> list[str]:
+def _form_remarks(shape: ModelShape, stored: Form, wanted: Form, options: Options) -> list[str]:
     said = []
-    if isinstance(grid, Grid) and isinstance(form(options, masked=False), RealGrid):
+    if stored.exact_zero and not form(options, masked=False).exact_zero:
         said.append(
             f"gptq: {options.quant} has whole zero points here, not the real ones of the published method, since a "
             f"weight that {shape.pattern} removes must be exactly 0"
         )
+    widths = {x.in_features for block in shape.blocks for x in block.linears}
+    said += [f"gptq: {warning}" for warning in stored.warnings(widths)]
     if wanted.group != options.group != Options.group:
-        own = "one scale a row" if wanted.group == -1 else f"groups of {wanted.group}"
-        said.append(f"gptq: {options.quant} has {own}; --group {options.group} is not used")
-    if grid.group != wanted.group:
-        said.append(f"gptq: groups of {grid.group}: {wanted.group} does not divide every layer")
-    if dense := left_dense(shape):
+        said.append(f"gptq: {options.quant} has {wanted.scales()}; --group {options.group} is not used")
+    if stored.group != wanted.group:
+        said.append(f"gptq: groups of {stored.group}: {wanted.group} does not divide every layer")
+    if dense := left_dense(shape, stored):
         said.append(
             f"gptq: {', '.join(dense)} stay in 16 or 32 bits: sides that are no multiple of 32 do not fit the format"
         )
     return said
 
 
-def _codebook_remarks(shape: ModelShape, codebook: Codebook, options: Options) -> list[str]:
-    said = []
-    widths = sorted({x.in_features for block in shape.blocks for x in block.linears})
-    misread = [str(width) for width in widths if width % 16 == 0 and width % codebook.block]
-    if codebook.foreign and misread:
-        said.append(
-            f"gptq: bitsandbytes 0.50 misreads rows of {', '.join(misread)} on a CPU: a multiple of 16 that is none of "
-            f"{codebook.block}. What it computes from this folder there will be wrong; this project reads it right"
-        )
-    if options.group != Options.group:
-        said.append(f"gptq: {codebook.name} has blocks of {codebook.block}; --group {options.group} is not used")
-    return said
-
-
-def left_dense(shape: ModelShape) -> list[str]:
+def left_dense(shape: ModelShape, form: Form) -> list[str]:
     linears = [x for block in shape.blocks for x in block.linears]
-    return sorted({x.name for x in linears if not packable(x.out_features, x.in_features)})
+    return sorted({x.name for x in linears if not form.holds(x.out_features, x.in_features)})
 
 
 def run(
@@ -232,32 +217,3 @@ def refine_block(
         codes, scales = layer.codes().to(torch.uint8), layer.rounded_scales()
         solved[name] = replace(solved[name], codes=codes, scales=scales, position=None)
     return errors
-
-
-def quantization_config(shape: ModelShape, options: Options, dense: list[str]) -> dict[str, Any]:
-    """What transformers, GPTQModel and vLLM, or bitsandbytes, or this project alone need to read the folder."""
-    grid = shape.grid
-    if isinstance(grid, Codebook):
-        heads = {t.name.removesuffix(".weight") for t in shape.outer if is_head(t.name)}
-        return grid.quantization_config(shape.dense_dtype, sorted({"lm_head", *heads}))
-    if isinstance(grid, RealGrid):
-        return grid.quantization_config()
-    assert isinstance(grid, Grid)
-    config: dict[str, Any] = {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": grid.bits,
-        "group_size": grid.group,
-        "sym": grid.symmetric,
-        "desc_act": False,  # groups are static and in storage order, whatever order solved them
-        "static_groups": True,
-        "lm_head": False,
-        **({"damp_percent": options.damping} if method(options.quant).TUNES else {}),  # GPTQ's solver alone damps
-        "pack_dtype": "int32",
-        # GPTQModel reads asymmetric files only from writers that store zero points the way it does
-        "meta": {"quantizer": ["edgepress:" + version("edgepress"), "gptqmodel:" + version("gptqmodel")]},
-    }
-    if dense:
-        config["dynamic"] = {f"-:.*{name.replace('.', chr(92) + '.')}$": {} for name in dense}
-        config["modules_in_block_to_quantize"] = None
-    return config

@@ -72,7 +72,7 @@ class Wanted:
             quantised = {"bits": self.bits, "group_size": self.group, "sym": self.symmetric, "desc_act": self.desc_act}
             config["quantization_config"] = {"quant_method": "gptq", **quantised}
         if self.codebook:
-            config["quantization_config"] = CODEBOOKS[self.codebook].quantization_config(self.dtype, ["lm_head"])
+            config["quantization_config"] = CODEBOOKS[self.codebook].config(self.dtype)
         writer.finish(config | {"name": "größer"}, None)
         writer.work.remove()
         return self.seal(folder)

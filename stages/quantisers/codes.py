@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.packing import pack_linear
 
 SMALLEST_SCALE = 6.2e-5  # float16 keeps its full precision from here up; smaller scales would be rounded away
 
@@ -30,8 +29,7 @@ class Coded:
         return (self.scales.unsqueeze(-1) * levels).view(self.codes.shape)
 
     def stored(self) -> dict[str, Tensor]:
-        parts = self.codes.cpu(), self.scales.cpu(), self.zeros.cpu()
-        return pack_linear(*parts, self.grid.group, self.grid.bits)
+        return self.grid.write(self.codes.cpu(), self.scales.cpu(), self.zeros.cpu())
 
     def scaling(self) -> dict[str, Tensor]:
         return {}

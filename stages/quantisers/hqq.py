@@ -24,7 +24,7 @@ from torch import Tensor
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid, RealGrid
-from edgepress.checkpoints.packing import dequantise_real, pack_real
+from edgepress.checkpoints.packing import dequantise_real
 from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import NOTHING
@@ -52,9 +52,11 @@ def quantise(
     block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid | RealGrid, options: Options
 ) -> Mapping[str, Coded | RealCoded]:
     weights = {name: block.linears[name].weight.float() for name in masks}
-    if isinstance(form, RealGrid):
-        return {name: solve_real(weight, form) for name, weight in weights.items()}
-    return {name: solve_whole(weight, masks[name], form) for name, weight in weights.items()}
+    if form.exact_zero:
+        whole = Grid(form.bits, form.group)
+        return {name: solve_whole(weight, masks[name], whole) for name, weight in weights.items()}
+    real = RealGrid(form.bits, form.group)
+    return {name: solve_real(weight, real) for name, weight in weights.items()}
 
 
 # --- real zero points ------------------------------------------------------------------------------------------------
@@ -67,14 +69,14 @@ class RealCoded:
     codes: Tensor  # (out, in) uint8
     scales: Tensor  # (out, groups) float32 holding float16 values, as the next
     zeros: Tensor
-    bits: int
+    grid: RealGrid
 
     @property
     def weight(self) -> Tensor:
         return dequantise_real(self.codes, self.scales, self.zeros)
 
     def stored(self) -> dict[str, Tensor]:
-        return pack_real(self.codes.cpu(), self.scales.cpu(), self.zeros.cpu(), self.bits)
+        return self.grid.write(self.codes.cpu(), self.scales.cpu(), self.zeros.cpu())
 
     def scaling(self) -> dict[str, Tensor]:
         return {}
@@ -96,7 +98,7 @@ def solve_real(weight: Tensor, grid: RealGrid) -> RealCoded:
         z = z.round()
     z = groups.half_quadratic_zeros(s, z).to(torch.float16).float()
     codes = (groups.w / s + z).round_().clamp_(0, top)
-    return RealCoded(codes.view(weight.shape).to(torch.uint8), s.squeeze(-1), z.squeeze(-1), grid.bits)
+    return RealCoded(codes.view(weight.shape).to(torch.uint8), s.squeeze(-1), z.squeeze(-1), grid)
 
 
 # --- whole zero points -----------------------------------------------------------------------------------------------

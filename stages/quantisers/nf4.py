@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints import codebooks
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import CODEBOOKS, Codebook
 from edgepress.checkpoints.walk import BlockVisit
@@ -41,16 +40,16 @@ class Coded:
     """One layer in bitsandbytes' storage."""
 
     tensors: dict[str, Tensor]
-    codebook: Codebook
+    form: Codebook
     shape: torch.Size  # (out, in)
 
     @classmethod
-    def nearest(cls, weight: Tensor, codebook: Codebook, dtype: torch.dtype) -> Coded:
-        return cls(codebooks.encode(weight, codebook, dtype), codebook, weight.shape)
+    def nearest(cls, weight: Tensor, form: Codebook, dtype: torch.dtype) -> Coded:
+        return cls(form.write(weight, dtype), form, weight.shape)
 
     @property
     def weight(self) -> Tensor:
-        return codebooks.decode(self.tensors, self.codebook, *self.shape)
+        return self.form.read(self.tensors, *self.shape)
 
     def stored(self) -> dict[str, Tensor]:
         return self.tensors

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from edgepress.checkpoints.codebooks import encode
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import CODEBOOKS, Grid, TensorShape
-from edgepress.checkpoints.reshape import with_codebook, with_form
+from edgepress.checkpoints.reshape import with_form
 from edgepress.checkpoints.shape import LinearShape, ModelShape, safetensors_bytes
 
 pytestmark = pytest.mark.unit
@@ -87,10 +87,10 @@ def test_llama_1b_has_the_thesis_model_size() -> None:
         return len(linears) * (64 + THESIS.state_bytes) / 2**20
 
     dense = with_head(shape, head)
-    coded = with_head(with_codebook(shape, THESIS, 0), replace(head, grid=THESIS))
+    coded = with_head(with_form(shape, THESIS, 0), replace(head, grid=THESIS))
     assert round(dense.model_mib) == 2858
     assert round(coded.model_mib - own_tables(shape)) == 1164
-    smaller = with_head(with_codebook(shape, NF4, 0), replace(head, grid=NF4))
+    smaller = with_head(with_form(shape, NF4, 0), replace(head, grid=NF4))
     assert coded.model_mib - smaller.model_mib == pytest.approx(0.373 * 1_235_746_816 / 8 / 2**20, rel=0.01)
 
 

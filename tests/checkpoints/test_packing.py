@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.packing import dequantise, pack, pack_linear, unpack, unpack_linear
 from edgepress.checkpoints.quiet import quiet_import
-from edgepress.checkpoints.reshape import packable
 
 pytestmark = pytest.mark.unit
 
@@ -65,9 +65,9 @@ def test_all_ones_fill_every_bit(bits: int) -> None:
 def test_codes_that_do_not_fill_words_are_an_error() -> None:
     with pytest.raises(PlanError, match="33 codes of 4 bits"):
         pack(torch.zeros(33, 1), 4)
-    assert packable(64, 96)
-    assert not packable(64, 100)
-    assert not packable(100, 64)
+    assert Grid(4, 32).holds(64, 96)
+    assert not Grid(4, 32).holds(64, 100)
+    assert not Grid(4, 32).holds(100, 64)
 
 
 @pytest.mark.parametrize("group", [GROUP, -1])

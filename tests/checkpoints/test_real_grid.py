@@ -19,7 +19,7 @@ from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid, RealGrid
 from edgepress.checkpoints.image_tensors import decode_linear, encode_linear
 from edgepress.checkpoints.packed_sizes import block_records, packed_sizes, place
-from edgepress.checkpoints.packing import dense_weight, pack_real, unpack_real
+from edgepress.checkpoints.packing import pack_real, unpack_real
 from edgepress.checkpoints.reshape import with_form
 from edgepress.checkpoints.shape import BlockShape, LinearShape, safetensors_bytes
 from edgepress.checkpoints.sparsity import Pattern
@@ -75,7 +75,7 @@ def test_a_layer_comes_back_as_it_was_and_takes_the_bytes_that_its_shape_says(
 
     width = columns if group == -1 else group
     expected = scales.numpy().repeat(width, 1) * (codes.numpy() - zeros.numpy().repeat(width, 1))
-    np.testing.assert_allclose(dense_weight(x, stored).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(grid.read(stored, rows, columns).numpy(), expected, rtol=1e-6)
 
     listed, _ = place(block_records(BlockShape((x,), ())))
     entry = next(json.loads(json.dumps(e)) for e in listed if e["kind"] == "linear")
