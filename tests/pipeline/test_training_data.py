@@ -137,7 +137,9 @@ def test_eval_says_that_a_checkpoint_saw_the_text_before(
     out = tmp_path / "out"
     run_recipe(out, tiny_llama, data=str(seen), skip="depth,gptq,eora")
     for text, stages in ((seen, ["wanda", "lora"]), (other, [])):
-        done = compress("eval", out / "result", tiny_llama, "--text", text, "--window", 64, "--tokens", 512)
+        done = compress(
+            "eval", out / "result", tiny_llama, "--text", text, "--window", 64, "--tokens", 512, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         told = [line for line in (done.stderr + done.stdout).splitlines() if "measure on another text" in line]
         assert [line.split("its ")[1].split(" stage")[0] for line in told] == stages
