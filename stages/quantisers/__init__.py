@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from edgepress.checkpoints.forms import Form
+from edgepress.checkpoints.forms import CODEBOOKS, Form
 from edgepress.stages.pruning import HESSIANS, NOTHING
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hqq2": ("edgepress.stages.quantisers.hqq", {"bits": 2, "group": 64}),
     "awq4": ("edgepress.stages.quantisers.awq", {"bits": 4}),
     "w4a8": ("edgepress.stages.quantisers.w4a8", {}),
-    "nf4": ("edgepress.stages.quantisers.nf4", {"codebook": "nf4"}),
-    "nf4-thesis": ("edgepress.stages.quantisers.nf4", {"codebook": "nf4-thesis"}),
+    "nf4": ("edgepress.stages.quantisers.nf4", {"stored_as": CODEBOOKS["nf4"]}),
+    "nf4-thesis": ("edgepress.stages.quantisers.nf4", {"stored_as": CODEBOOKS["nf4-thesis"]}),
 }
 ACTIVATION_BITS = {"w4a8": 8}  # of methods that are about the inputs as well as the weights
 

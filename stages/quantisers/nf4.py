@@ -1,4 +1,4 @@
-"""Every weight as the nearest of 16 fixed levels times its block's largest magnitude. No calibration.
+"""Every weight as the nearest code of a form with fixed levels, as the form itself writes it. No calibration.
 
 `nf4`: 4-bit NormalFloat with double quantisation, QLoRA (Dettmers et al., arXiv 2305.14314). `nf4-thesis`: the
 codebook of the thesis on approximate computing, equation 2.26. Both hold an exact 0, so a mask stays as it is.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.forms import CODEBOOKS, Codebook
+from edgepress.checkpoints.forms import Form
 from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import NOTHING
@@ -23,28 +23,35 @@ NEEDS = NOTHING
 TUNES = False
 
 
-def form(options: Options, masked: bool, codebook: str) -> Codebook:
+class Rounding(Protocol):
+    """A form that writes weights as they are, each by its nearest code."""
+
+    def write(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]: ...
+    def read(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> Tensor: ...
+
+
+def form(options: Options, masked: bool, stored_as: Form) -> Form:
     if options.symmetric:
         raise PlanError(f"--symmetric: {options.quant} has fixed levels; leave it out, or use --quant gptq4")
-    return CODEBOOKS[codebook]
+    return stored_as
 
 
 def quantise(
-    block: BlockVisit, masks: Mapping[str, Tensor | None], form: Codebook, options: Options
+    block: BlockVisit, masks: Mapping[str, Tensor | None], form: Rounding, options: Options
 ) -> dict[str, Coded]:
     return {name: Coded.nearest(block.linears[name].weight, form, block.stored_dtype) for name in masks}
 
 
 @dataclass
 class Coded:
-    """One layer in bitsandbytes' storage."""
+    """One layer as its form stores it."""
 
     tensors: dict[str, Tensor]
-    form: Codebook
+    form: Rounding
     shape: torch.Size  # (out, in)
 
     @classmethod
-    def nearest(cls, weight: Tensor, form: Codebook, dtype: torch.dtype) -> Coded:
+    def nearest(cls, weight: Tensor, form: Rounding, dtype: torch.dtype) -> Coded:
         return cls(form.write(weight, dtype), form, weight.shape)
 
     @property

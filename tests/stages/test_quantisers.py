@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from edgepress import checkpoints
+from edgepress.checkpoints import config
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
@@ -27,6 +29,8 @@ from edgepress.checkpoints.sparsity import Pattern
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.verify import prove_pattern
 from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.hardware.check import check
+from edgepress.hardware.soc_file import load_soc
 from edgepress.stages import gptq, quantisers
 from edgepress.stages.options import Gptq
 from edgepress.stages.quantisers import METHODS, NOTHING
@@ -210,6 +214,58 @@ def test_the_page_on_adding_a_method_can_be_followed(
         sys.modules.pop(where[0], None)
     assert prove_pattern(made, Pattern(2, 4), masked)["holds"]
     assert 0 < relative_error(made, masked) < 1
+
+
+def test_the_page_on_adding_a_storage_form_can_be_followed(
+    masked: Checkpoint,
+    tokens: Callable[..., TokenBatches],
+    writer: CheckpointWriter,
+    seal: Callable[..., Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Its file and its two lines give a form that is quantised, stored, loaded, packed and restored as planned."""
+    section = page().partition("## A storage form")[2].partition("\n## ")[0]
+    file = re.search(r"`checkpoints/(\w+)\.py`:\n\n```python\n(.*?)```", section, re.DOTALL)
+    listed = re.search(r"`checkpoints/config\.py`:\n\n```python\n(.*?)```", section, re.DOTALL)
+    method = re.search(r"themselves:\n\n```python\n(.*?)\n\n    (\".*),\n```", section, re.DOTALL)
+    assert file and listed and method
+    (tmp_path / f"{file[1]}.py").write_text(file[2])
+    monkeypatch.setattr(checkpoints, "__path__", [*checkpoints.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    try:
+        names = vars(config) | {}
+        exec(listed[1], names)
+        monkeypatch.setattr(config, "FORMS", names["FORMS"])
+        exec(method[1], names)
+        ((name, where),) = eval("{" + method[2] + "}", names).items()
+        monkeypatch.setitem(METHODS, name, where)
+        monkeypatch.setattr("edgepress.stages.options.QUANTS", (*METHODS, "none"))
+
+        options = Gptq(quant=name)
+        form, planned = quantisers.form(options, masked=True), gptq.plan(masked.shape, options)
+        gptq.run(masked, writer, tokens(5), options, RUNTIME)
+        made = seal(writer, masked, pattern="2:4")
+        assert made.shape.grid == planned.grid == form and made.shape.blocks == planned.blocks
+        assert made.facts()["file_bytes"] == planned.file_bytes
+        for index, block in enumerate(made.shape.blocks):
+            for x in block.linears:
+                before, after = masked.block(index)[f"{x.name}.weight"].float(), made.base_weight(index, x)
+                scale = (before.abs().sum(1, keepdim=True) / (before != 0).sum(1, keepdim=True)).half().float()
+                expected = (before / scale).round().clamp(-1, 1) * scale
+                torch.testing.assert_close(after, expected, rtol=0, atol=0)
+        assert prove_pattern(made, Pattern(2, 4), masked)["holds"]
+        pack_checkpoint(made, tmp_path / "model.image")
+        assert (tmp_path / "model.image").stat().st_size == planned.packed_bytes
+        back = unpack_checkpoint(tmp_path / "model.image", tmp_path / "back")
+        assert back.shape == made.shape
+        for path in sorted(made.folder.glob("*.safetensors")):
+            assert (back.folder / path.name).read_bytes() == path.read_bytes()
+        verdict = check(made.shape, load_soc("siracusa"), context=16)
+        assert any(note.startswith("ternary: ") and "The cores decode each one" in note for note in verdict.notes)
+    finally:
+        sys.modules.pop(f"edgepress.checkpoints.{file[1]}", None)
+        vars(checkpoints).pop(file[1], None)
 
 
 def test_the_page_lists_every_method() -> None:
