@@ -1,12 +1,13 @@
 """Tiny models with random weights, saved as Hugging Face folders: small enough for every test, odd enough to tell.
 
-Weights are large and norms far from one, so that attention is sharp and a wrong mask, position or layer shows in
-the logits. Attention windows (8) are shorter than the sequences that tests use.
+Weights are large and norms far from one unless asked otherwise, so that attention is sharp and a wrong mask, position
+or layer shows in the logits. Attention windows (8) are shorter than the sequences that tests use.
 """
 
 from __future__ import annotations
 
 import pydoc_data.topics
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,19 +105,41 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     return dict(config.to_dict())
 
 
-def build_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def sharp(model: PreTrainedModel) -> None:
+    """Large weights and norms far from one, by the seed and the parameters' order alone."""
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name or (parameter.dim() == 1 and not name.endswith("bias")):
+            parameter.add_(0.2 * noise)
+        else:
+            parameter.copy_(0.15 * noise)
+
+
+def uneven(model: PreTrainedModel) -> None:
+    """What transformers draws, with norms and biases that do something and blocks that differ in weight."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        elif "layers" in name:
+            parameter.mul_(float(torch.rand(()) + 0.5))
+
+
+def as_drawn(model: PreTrainedModel) -> None:
+    """What transformers draws."""
+
+
+def build_model(
+    family: str = "llama", seed: int = 0, weights: Callable[[Any], None] = sharp, **overrides: Any
+) -> PreTrainedModel:
+    """A tiny model; `weights` is called with what transformers draws and changes it in place."""
     config = AutoConfig.for_model(family, **family_config(family, **overrides))
-    with torch.random.fork_rng():  # transformers fills the weights from the global generator
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name or (parameter.dim() == 1 and not name.endswith("bias")):
-                parameter.add_(0.2 * noise)
-            else:
-                parameter.copy_(0.15 * noise)
-    return model.eval()
+    dtype = config.dtype
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # both draw from the global generator
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        weights(model)
+    return model.to(dtype).eval()
 
 
 @cache
@@ -136,7 +159,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def save_tiny(folder: Path, family: str = "llama", seed: int = 0, **overrides: Any) -> Path:
-    build_model(family, seed, **overrides).save_pretrained(folder)
+def save_tiny(folder: Path, family: str = "llama", seed: int = 0, **how: Any) -> Path:
+    """Save a tiny model, made as by `build_model`, with the tokenizer."""
+    build_model(family, seed, **how).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

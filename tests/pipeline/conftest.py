@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tokenizers.decoders import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.models import as_drawn, save_tiny
 
 # Every stage with budgets of seconds. Rank 4 fits the 32 rows of k_proj.
 QUICK = [
@@ -25,43 +23,14 @@ QUICK = [
 ]
 
 
-def save_tiny(folder: Path, blocks: int = 6, **more: object) -> Path:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        **more,  # type: ignore[arg-type]
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 512 entries, trained on the prose that Python carries."""
-    from edgepress.eval.text import load_text
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(load_text("embedded", "whole").documents[:20], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+def _save(folder: Path, blocks: int = 6) -> Path:
+    like = {"num_hidden_layers": blocks, "tie_word_embeddings": True, "pad_token_id": ..., "dtype": "bfloat16"}
+    return save_tiny(folder, seed=7, weights=as_drawn, **like)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model") / "tiny-llama")
+    return _save(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
 @dataclass
@@ -98,7 +67,7 @@ def quick() -> list[str]:
 
 @pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., Path]:
-    return save_tiny
+    return _save
 
 
 @pytest.fixture(scope="session")

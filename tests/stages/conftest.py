@@ -15,40 +15,21 @@ from edgepress.checkpoints.nm import group_zeros
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
-
-VOCABULARY = 512
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.15,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-FULL, SLIDING = "full_attention", "sliding_attention"
+from tests.models import VOCABULARY, build_model, uneven
 
 
-def _config(family: str, blocks: int, changes: dict[str, Any]) -> Any:
-    import transformers
-
-    options = COMMON | {"num_hidden_layers": blocks}
-    if family == "llama":
-        return transformers.LlamaConfig(**(options | {"tie_word_embeddings": True} | changes))
-    if family == "qwen2":
-        # full attention in the first three blocks, a window of 6 tokens in the others
-        window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3}
-        return transformers.Qwen2Config(**(options | window | changes))
-    if family == "gemma3":
-        types = [FULL if i % 3 == 2 else SLIDING for i in range(blocks)]
-        window = {"head_dim": 16, "sliding_window": 6, "layer_types": types}
-        return transformers.Gemma3TextConfig(**(options | window | changes))
-    if family == "smollm3":
-        return transformers.SmolLM3Config(**(options | {"no_rope_layer_interval": 3} | changes))
-    raise ValueError(family)
+def _config(family: str, blocks: int) -> dict[str, Any]:
+    """What differs from tests/models.py: fewer positions, milder weights, windows of 6 tokens."""
+    common = {"num_hidden_layers": blocks, "max_position_embeddings": 128, "initializer_range": 0.15}
+    types = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(blocks)]
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"tie_word_embeddings": True},
+        # full attention in the first three blocks
+        "qwen2": {"sliding_window": 6, "max_window_layers": 3, "layer_types": ..., "head_dim": ...},
+        "gemma3_text": {"sliding_window": 6, "layer_types": types},
+        "smollm3": {"no_rope_layer_interval": 3, "no_rope_layers": ..., "head_dim": ...},
+    }
+    return common | own[family]
 
 
 @pytest.fixture(scope="session")
@@ -61,19 +42,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]
     ) -> Checkpoint:
         key = f"{family} {blocks} {changes} {edit and edit.__qualname__}"
         if key not in made:
-            from transformers import AutoModelForCausalLM
 
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(len(family) + blocks)
-                model = AutoModelForCausalLM.from_config(_config(family, blocks, changes), dtype=torch.float32)
-                with torch.no_grad():
-                    for name, parameter in model.named_parameters():
-                        if parameter.dim() == 1:  # norms and biases that do something
-                            parameter.add_(0.1 * torch.randn_like(parameter))
-                        elif "layers" in name:  # blocks that differ in weight
-                            parameter.mul_(float(torch.rand(()) + 0.5))
-                    if edit is not None:
-                        edit(model)
+            def weights(model: Any) -> None:
+                uneven(model)
+                if edit is not None:
+                    edit(model)
+
+            name = {"gemma3": "gemma3_text"}.get(family, family)
+            model = build_model(name, len(family) + blocks, weights, **(_config(name, blocks) | changes))
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
             made[key] = Checkpoint.open(folder)
