@@ -120,14 +120,14 @@ def head(row: Row) -> dict[str, Any]:
 def line(row: Row, outcomes: list[Any], shape: ModelShape) -> dict[str, Any]:
     """What the table shows: seconds and peak memory of the row's own stages, not of those that made its base."""
     end, own = outcomes[-1], outcomes[1 + row.shared :]
-    facts = [outcome.facts for outcome in own]
+    records = [outcome.record for outcome in own]
     return head(row) | {
         "perplexity": end.measured["perplexity"],
         "bits_per_weight": bits_per_weight(shape),
-        "seconds": sum(f["seconds"] for f in facts),
-        "peak_memory_bytes": max((f["peak_memory_bytes"] for f in facts), default=None),
-        "packed_bytes": end.facts["packed_bytes"],
-        "file_bytes": end.facts["file_bytes"],
+        "seconds": sum(r.seconds for r in records),
+        "peak_memory_bytes": max((r.peak_memory_bytes for r in records), default=None),
+        "packed_bytes": end.record.packed_bytes,
+        "file_bytes": end.record.file_bytes,
         "stages": [outcome.folder for outcome in outcomes[1:]],
     }
 

@@ -251,7 +251,7 @@ def _print_result(console: Console, wanted: Sweep, result: SweepResult, out: Pat
             table.add_row(Text(name), stages, "failed", "", "", style="red")
             continue
         end = result.outcomes[path[-1]]
-        counts = (f"{end.facts['parameters_nonzero'] / 1e6:.2f}", f"{end.facts['file_bytes'] / 2**20:.1f}")
+        counts = (f"{end.record.parameters_nonzero / 1e6:.2f}", f"{end.record.file_bytes / 2**20:.1f}")
         table.add_row(Text(name), stages, f"{end.measured['perplexity']:.2f}", *counts)
     console.print(table)
     console.print(f"Results: {out / 'results.csv'}, {out / 'results.parquet'}", highlight=False, soft_wrap=True)

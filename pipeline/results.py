@@ -23,6 +23,7 @@ The uncompressed model is stage `source` at position 0; stage runs that several 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def metrics(measured: dict[str, Any]) -> dict[str, float]:
 
 def _node_rows(sweep: str, node: Node, result: SweepResult) -> list[dict[str, Any]]:
     outcome = result.outcomes[node.key]
-    facts, measured, recipe = outcome.facts, outcome.measured, node.recipe
+    record, measured, recipe = outcome.record, outcome.measured, node.recipe
+    # The options as they are now: a record written before an option was added does not state it.
+    options = asdict(node.step.options) if node.step else {}
     fixed = {
         "sweep": sweep,
         "configurations": json.dumps(_through(result.tree, node.key)),
@@ -88,20 +91,20 @@ def _node_rows(sweep: str, node: Node, result: SweepResult) -> list[dict[str, An
         "data": recipe.calibration_text,
         "position": node.position,
         "stage": node.stage,
-        "fingerprint": outcome.fingerprint,
-        "parent": outcome.parent,
+        "fingerprint": record.fingerprint,
+        "parent": record.parent["fingerprint"] if record.parent else "",
         "folder": outcome.folder,
-        "options": json.dumps(outcome.options, sort_keys=True),
+        "options": json.dumps(options, sort_keys=True),
         "protocol": measured["protocol"],
         "text": measured["text"],
         "dtype": measured["dtype"],
-        "seconds": facts["seconds"],
-        "peak_memory_bytes": facts["peak_memory_bytes"],
-        "file_bytes": facts["file_bytes"],
-        "packed_bytes": facts.get("packed_bytes"),
-        "parameters_total": facts["parameters_total"],
-        "parameters_nonzero": facts["parameters_nonzero"],
-        "pattern": facts["sparsity"]["pattern"] or "",
+        "seconds": record.seconds,
+        "peak_memory_bytes": record.peak_memory_bytes or None,
+        "file_bytes": record.file_bytes,
+        "packed_bytes": record.packed_bytes,
+        "parameters_total": record.parameters_total,
+        "parameters_nonzero": record.parameters_nonzero,
+        "pattern": record.sparsity["pattern"] if record.sparsity else "",
         "reused": outcome.reused,
     }
     found = metrics(measured).items()

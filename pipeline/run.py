@@ -42,9 +42,13 @@ class StageResult:
     before: dict[str, Any]
     after: dict[str, Any]
 
+    @property
+    def manifest(self) -> Manifest:
+        assert self.checkpoint.manifest is not None
+        return self.checkpoint.manifest
+
     def to_dict(self) -> dict[str, Any]:
-        manifest = self.checkpoint.manifest
-        assert manifest is not None
+        manifest = self.manifest
         sparsity = manifest.sparsity or {"pattern": None, "holds": None}
         return {
             "stage": manifest.stage,
@@ -292,8 +296,7 @@ def _require_room(out: Path, store: Any, plans: list[StagePlan], keys: list[str]
 
 def _say_stage(reporter: Reporter, result: StageResult, parent: Checkpoint) -> None:
     """The same three lines after every stage."""
-    manifest = result.checkpoint.manifest
-    assert manifest is not None
+    manifest = result.manifest
     how = "  (from the store)" if result.reused else ""
     before, after = result.before["perplexity"], result.after["perplexity"]
     reporter.say(f"  {manifest.seconds:.0f} s, peak memory {size_text(manifest.peak_memory_bytes, decimals=1)}{how}")

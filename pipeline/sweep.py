@@ -45,11 +45,11 @@ class SweepResult:
     @property
     def computed(self) -> int:
         """Stage runs that were not in the store before."""
-        return len({o.fingerprint for k, o in self.outcomes.items() if not o.reused and self.tree.nodes[k].step})
+        return len({o.record.fingerprint for k, o in self.outcomes.items() if not o.reused and self.tree.nodes[k].step})
 
     @property
     def done(self) -> int:
-        return len({o.fingerprint for k, o in self.outcomes.items() if self.tree.nodes[k].step})
+        return len({o.record.fingerprint for k, o in self.outcomes.items() if self.tree.nodes[k].step})
 
     def counts(self) -> str:
         tree = self.tree

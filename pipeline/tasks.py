@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgepress.checkpoints.manifest import Manifest
 from edgepress.pipeline.plan import StagePlan
 from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.tree import conditions_of
 
 if TYPE_CHECKING:
-    from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.pipeline.run import Conditions
 
 
@@ -39,10 +39,7 @@ class Outcome:
     seconds: float  # of this visit: computing, proving and measuring, or just finding it
     folder: str  # name in the store; the path of the uncompressed model
     measured: dict[str, Any]  # perplexity and how it was measured
-    facts: dict[str, Any]  # the stage's entry as in report.json
-    options: dict[str, Any]
-    fingerprint: str
-    parent: str  # fingerprint; empty for the uncompressed model
+    record: Manifest  # as it lies in the folder; of the uncompressed model one of its counts, with no peak (0)
 
 
 _prepared: dict[tuple[Recipe, Path], Conditions] = {}
@@ -100,10 +97,8 @@ def perform(task: Task, tell: Callable[[str], None]) -> Outcome:
     mirror = Mirror(task.store_url, task.out) if task.store_url else None
     if task.step is None:
         known = at.measured(at.source)
-        return Outcome(
-            task.key, False, time.monotonic() - began, str(at.source.folder), known, _source_facts(at.source), {},
-            at.source.fingerprint, "",
-        )  # fmt: skip
+        elapsed = time.monotonic() - began
+        return Outcome(task.key, False, elapsed, str(at.source.folder), known, _source_record(at))
     parent = at.source
     if task.parent is not None:
         if mirror:
@@ -117,23 +112,17 @@ def perform(task: Task, tell: Callable[[str], None]) -> Outcome:
     result = run_stage(task.step, task.position, task.fingerprint, parent, at, at.measured(parent))
     if mirror:
         mirror.send(folder.name)
-    return Outcome(
-        task.key, result.reused, time.monotonic() - began, folder.name, result.after, result.to_dict(),
-        asdict(task.step.options), task.fingerprint, parent.fingerprint,
+    elapsed = time.monotonic() - began
+    return Outcome(task.key, result.reused, elapsed, folder.name, result.after, result.manifest)
+
+
+def _source_record(at: Conditions) -> Manifest:
+    source, shape = at.source, at.source.shape
+    return Manifest(
+        "source", 0, {}, source.fingerprint, None, at.recipe.seed, shape.dense_dtype, "", None, shape.parameters_total,
+        shape.parameters_nonzero, {"pattern": str(shape.pattern)} if shape.pattern else None, shape.file_bytes,
+        shape.packed_bytes, seconds=0.0, peak_memory_bytes=0, versions={}, files={},
     )  # fmt: skip
-
-
-def _source_facts(source: Checkpoint) -> dict[str, Any]:
-    shape = source.shape
-    return {
-        "file_bytes": shape.file_bytes,
-        "packed_bytes": shape.packed_bytes,
-        "parameters_total": shape.parameters_total,
-        "parameters_nonzero": shape.parameters_nonzero,
-        "seconds": 0.0,
-        "peak_memory_bytes": None,
-        "sparsity": {"pattern": str(shape.pattern) if shape.pattern else None, "holds": None},
-    }
 
 
 def with_stages(recipe: Recipe, others: list[Recipe]) -> Recipe:

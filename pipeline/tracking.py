@@ -17,14 +17,7 @@ from edgepress.pipeline.results import metrics
 from edgepress.pipeline.tasks import Outcome
 
 _HINT = "--track {kind} needs one more package: pip install 'edgepress[tracking]'"
-_STAGE_NUMBERS = (
-    "file_bytes",
-    "packed_bytes",
-    "parameters_total",
-    "parameters_nonzero",
-    "seconds",
-    "peak_memory_bytes",
-)
+_STAGE_NUMBERS = ("file_bytes", "packed_bytes", "parameters_total", "parameters_nonzero", "seconds")
 
 
 class Tracker(Protocol):
@@ -64,7 +57,7 @@ class MlflowTracker:
         self._experiment = known.experiment_id if known else self._client.create_experiment(sweep)
 
     def log(self, name: str, recipe: Recipe, outcomes: list[Outcome]) -> None:
-        key = outcomes[-1].fingerprint
+        key = outcomes[-1].record.fingerprint
         query = f"tags.fingerprint = '{key}' and attributes.run_name = '{name.replace(chr(39), '')}'"
         if self._client.search_runs([self._experiment], query, max_results=1):
             return
@@ -91,7 +84,7 @@ class TensorBoardTracker:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def log(self, name: str, recipe: Recipe, outcomes: list[Outcome]) -> None:
-        folder = self._folder / f"{_as_path(name)}-{outcomes[-1].fingerprint[:8]}"
+        folder = self._folder / f"{_as_path(name)}-{outcomes[-1].record.fingerprint[:8]}"
         if folder.is_dir() and any(folder.iterdir()):
             return
         with self._writer(str(folder)) as writer:
@@ -113,8 +106,9 @@ def parameters(recipe: Recipe) -> dict[str, Any]:
 
 
 def numbers(outcome: Outcome) -> dict[str, float]:
-    facts = {key: float(outcome.facts[key]) for key in _STAGE_NUMBERS if outcome.facts.get(key) is not None}
-    return metrics(outcome.measured) | facts
+    record = outcome.record
+    names = (*_STAGE_NUMBERS, "peak_memory_bytes") if record.peak_memory_bytes else _STAGE_NUMBERS
+    return metrics(outcome.measured) | {name: float(getattr(record, name)) for name in names}
 
 
 def _as_path(name: str) -> str:

@@ -128,7 +128,7 @@ def test_a_configuration_alone_gives_the_same_fingerprints_and_numbers(
     with Store(tmp_path).opened(), Reporter(Console(), quiet=True) as reporter:
         alone = run(sweep.configurations[0].recipe, tmp_path, reporter)
     path = [result.outcomes[key] for key in result.tree.paths["width 2:4"]]
-    assert [s["fingerprint"] for s in alone.report["stages"]] == [o.fingerprint for o in path[1:]]
+    assert [s["fingerprint"] for s in alone.report["stages"]] == [o.record.fingerprint for o in path[1:]]
     assert [s["perplexity"]["after"] for s in alone.report["stages"]] == [o.measured["perplexity"] for o in path[1:]]
     assert all((out / Path(s["path"]).name / MANIFEST).is_file() for s in alone.report["stages"])
 

@@ -11,6 +11,7 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.pipeline.recipe import build
 from edgepress.pipeline.tasks import Outcome
 from edgepress.pipeline.tracking import open_tracker, parameters
+from tests.pipeline.report_help import manifest
 
 pytestmark = pytest.mark.unit
 
@@ -19,8 +20,8 @@ RECIPE = build(None, {"wanda.pattern": "2:4"}, skip="lora,gptq,eora")
 
 def outcome(number: int, perplexity: float) -> Outcome:
     measured = {"perplexity": perplexity, "bits_per_byte": 1.5, "tokens": 512, "protocol": "p", "text": "t"}
-    facts = {"file_bytes": 1000 - number, "seconds": 2.0, "peak_memory_bytes": None}
-    return Outcome(str(number), False, 1.0, f"{number}-x", measured, facts, {}, f"fp{number}", "")
+    record = manifest("depth", fingerprint=f"fp{number}", file_bytes=1000 - number, peak_memory_bytes=0)
+    return Outcome(str(number), False, 1.0, f"{number}-x", measured, record)
 
 
 OUTCOMES = [outcome(0, 10.0), outcome(1, 12.0), outcome(2, 14.0)]
