@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError, RecipeError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.reshape import with_pattern
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.sparsity import Pattern
@@ -58,10 +59,10 @@ def test_the_padded_model_computes_the_same(
 
 def test_stories260k_is_quantised_completely() -> None:
     shape = shape_from_config(PRESETS["stories260k"])
-    assert gptq.left_dense(shape) == ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
+    assert gptq.left_dense(shape, Grid(4, 32)) == ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
     wider = pad.plan(shape, Pad(32))
     assert wider.number("intermediate_size") == 192
-    assert gptq.left_dense(wider) == []
+    assert gptq.left_dense(wider, Grid(4, 32)) == []
     after = gptq.plan(wider, Gptq(quant="gptq4"))
     assert all(x.grid is not None for block in after.blocks for x in block.linears)
     assert pad.remarks(shape, Pad(32)) == ["pad: the feed-forward width grows from 172 to 192 by channels of zeros"]
