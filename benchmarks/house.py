@@ -2,9 +2,9 @@
 
     .venv/bin/python -m benchmarks.house
 
-Prints files and lines of each folder, and the files whose functions run (a) from flags to the last manifest of a run of
-all five stages on a tiny random model, and (b) from safetensors to packed bytes in `compress pack` of its result. Import
-circles are counted by tests/test_house.py.
+Prints files and lines of each folder, and the files whose functions run (a) from flags to the last manifest of a run
+of all five stages on a tiny random model, and (b) from safetensors to packed bytes in `compress pack` of its result.
+Import circles are counted by tests/test_house.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "stages", "eval", "hardware", "checkpoints")
 FLAGS = (
     "--data embedded --window 64 --tokens 256 --depth 1 --protect-first 1 --protect-last 1 --depth-samples 2 "
-    "--depth-length 32 --wanda 2:4 --wanda-samples 2 --wanda-length 32 --lora-samples 16 --lora-length 32 --lora-steps 2 "
-    "--lora-batch 4 --quant-samples 2 --quant-length 32 --group 32 --eora 4 --eora-samples 2 --eora-length 32"
+    "--depth-length 32 --wanda 2:4 --wanda-samples 2 --wanda-length 32 --lora-samples 16 --lora-length 32 "
+    "--lora-steps 2 --lora-batch 4 --quant-samples 2 --quant-length 32 --group 32 --eora 4 --eora-samples 2 "
+    "--eora-length 32"
 )
 
 
