@@ -37,6 +37,7 @@ from edgepress.checkpoints.manifest import (
     sha256_file,
 )
 from edgepress.checkpoints.nm import require_finite
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.quiet import readable
 from edgepress.checkpoints.reshape import with_pattern
 from edgepress.checkpoints.shape import LinearShape, ModelShape
@@ -254,7 +255,7 @@ class Checkpoint:
                 for path in self.folder.rglob("*.safetensors")
                 if path.relative_to(self.folder).parts[0] != WORK
             ),
-            "packed_bytes": (with_pattern(self.shape, pattern) if pattern else self.shape).packed_bytes,
+            "packed_bytes": packed_sizes(with_pattern(self.shape, pattern) if pattern else self.shape).total,
         }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -123,17 +124,19 @@ class Record:
     parts: tuple[tuple[str, int], ...]
 
 
-def block_records(block: BlockShape, ordered: bool = True) -> list[Record]:
+@lru_cache(maxsize=1024)
+def block_records(block: BlockShape, ordered: bool = True) -> tuple[Record, ...]:
     """The records of one block, by name. ordered: its groups lie in storage order, so there is no index of them."""
     records = [_linear(x, ordered) for x in block.linears] + [_plain("tensor", t) for t in block.others]
     for x in block.linears:
         records += [_derived("derived_adapter", t) if x.adapter_packed else _plain("adapter", t) for t in x.adapter()]
         records += [_plain("adapter_codes", t) for t in x.packed_adapter()]
         records += [_plain("tensor", t) for t in x.stored() if t.name == f"{x.name}.bias"]
-    return sorted(records, key=lambda record: record.name)
+    return tuple(sorted(records, key=lambda record: record.name))
 
 
-def outer_records(shape: ModelShape) -> list[Record]:
+@lru_cache(maxsize=256)
+def outer_records(shape: ModelShape) -> tuple[Record, ...]:
     """The records outside the blocks, by name."""
     edge = shape.edge_tensors()
     derived = {t.name.rpartition(".")[0] for t in edge}
@@ -143,7 +146,7 @@ def outer_records(shape: ModelShape) -> list[Record]:
             records.append(_derived("derived", t))
         else:
             records.append(_plain("tensor", t))
-    return sorted(records, key=lambda record: record.name)
+    return tuple(sorted(records, key=lambda record: record.name))
 
 
 def groups_in_order(shape: ModelShape) -> bool:
@@ -175,7 +178,7 @@ def _linear(x: LinearShape, ordered: bool) -> Record:
     return Record("linear", x.name, about, tuple((name, size) for name, size in parts.items() if size))
 
 
-def place(records: list[Record]) -> tuple[list[dict[str, Any]], int]:
+def place(records: Sequence[Record]) -> tuple[list[dict[str, Any]], int]:
     """The records as the header lists them, each part with its offset and size; and the bytes of all."""
     listed, at = [], 0
     for record in records:
@@ -196,11 +199,15 @@ def image_table(shape: ModelShape, documents: Mapping[str, int] | None = None) -
     layouts: list[list[dict[str, Any]]] = []
     blocks, at = [], 0
     ordered = groups_in_order(shape)
+    placed: dict[BlockShape, tuple[int, int]] = {}  # layout and bytes of each form of block
     for block in shape.blocks:
-        layout, size = place(block_records(block, ordered))
-        if layout not in layouts:
-            layouts.append(layout)
-        blocks.append({"at": at, "layout": layouts.index(layout)})
+        if block not in placed:
+            layout, size = place(block_records(block, ordered))
+            if layout not in layouts:
+                layouts.append(layout)
+            placed[block] = layouts.index(layout), size
+        number, size = placed[block]
+        blocks.append({"at": at, "layout": number})
         at += size
     records, size = place(outer_records(shape))
     table: dict[str, Any] = {
@@ -266,14 +273,19 @@ class PackedSizes:
 _SIDES = {"index": "mask_index", "zeros": "zero_points", "order": "group_order"}  # all else beside codes is scales
 
 
+@lru_cache(maxsize=256)
 def packed_sizes(shape: ModelShape) -> PackedSizes:
-    """Bytes of each part of the image that `compress pack` writes for a model of this shape, without documents."""
+    """Bytes of each part of the image that `compress pack` writes for a model of this shape, without documents.
+
+    Whoever needs them several times may ask again: a shape is counted once.
+    """
     sums = dict.fromkeys(PackedSizes.__dataclass_fields__, 0)
     ordered = groups_in_order(shape)
-    records = [record for block in shape.blocks for record in block_records(block, ordered)]
-    for record in (*records, *outer_records(shape)):
-        for part, size in record.parts:
-            sums[_sum_of(record, part)] += size
+    counted = Counter(shape.blocks)
+    for records, count in [(outer_records(shape), 1), *((block_records(b, ordered), n) for b, n in counted.items())]:
+        for record in records:
+            for part, size in record.parts:
+                sums[_sum_of(record, part)] += count * size
     table, data = image_table(shape)
     whole = aligned(PREAMBLE_BYTES + len(header_text(table)), PAGE) + data
     return PackedSizes(**sums | {"header": whole - sum(sums.values())})

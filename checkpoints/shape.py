@@ -212,13 +212,6 @@ class ModelShape:
         blocks = [t for index in range(len(self.blocks)) for t in self.block_tensors(index)]
         return sum(t.nbytes for t in (*blocks, *self.outer, *self.adapter_tensors())) / 2**20
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the image that `compress pack` writes, exactly."""
-        from edgepress.checkpoints.packed_sizes import packed_sizes  # which is built on this module
-
-        return packed_sizes(self).total
-
     def edge_tensors(self) -> list[TensorShape]:
         """The packed copies of embedding and head that `--quant-embeddings` writes beside the shards."""
         if self.embedding_bits is None:

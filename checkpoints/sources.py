@@ -25,6 +25,7 @@ from edgepress.checkpoints.headers import shape_from_folder
 from edgepress.checkpoints.image import is_image
 from edgepress.checkpoints.manifest import Manifest, describe_files, sha256_file
 from edgepress.checkpoints.nm import require_finite
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.quiet import readable
 from edgepress.checkpoints.writer import CheckpointWriter
 
@@ -159,7 +160,7 @@ def _source_manifest(folder: Path, path: Path, digest: str) -> None:
         parameters_nonzero=shape.parameters_total,
         sparsity=None,
         file_bytes=sum(facts["bytes"] for name, facts in files.items() if name.endswith(".safetensors")),
-        packed_bytes=shape.packed_bytes,
+        packed_bytes=packed_sizes(shape).total,
         seconds=0.0,
         peak_memory_bytes=0,
         versions={},

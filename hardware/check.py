@@ -17,7 +17,7 @@ from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.attention import CacheRule, cache_rule, with_cache
 from edgepress.hardware.clock import timed
-from edgepress.hardware.footprint import shared_blocks, tensor_table, weight_bytes
+from edgepress.hardware.footprint import shared_blocks, tensor_table
 from edgepress.hardware.levers import find_levers
 from edgepress.hardware.needs import Needs, Request, needs, operator_name
 from edgepress.hardware.notes import notes
@@ -80,7 +80,7 @@ def check(
             file_bytes=shape.file_bytes if file_bytes is None else file_bytes,
             file_measured=file_bytes is not None,
             packed_bytes=packed_sizes(shape).total,
-            chip=weight_bytes(shape, soc.layout),
+            chip=found.weights,
             layout=soc.layout.name,
             tensors=tuple(tensors),
         ),

@@ -241,7 +241,8 @@ def _plain(t: TensorShape, part: str) -> TensorBytes:
 # --- embedding, head, last norm --------------------------------------------------------------------------------
 
 
-def outer_table(shape: ModelShape, layout: Layout) -> list[TensorBytes]:
+@lru_cache(maxsize=256)
+def outer_table(shape: ModelShape, layout: Layout) -> tuple[TensorBytes, ...]:
     """What lies outside the blocks. A head, and an embedding tied to it, is a linear layer in the chip's layout."""
     packed = {record.name: sum(size for _, size in record.parts) for record in outer_records(shape)}
     untied = any(len(t.shape) == 2 and is_head(t.name) for t in shape.outer)
@@ -265,7 +266,7 @@ def outer_table(shape: ModelShape, layout: Layout) -> list[TensorBytes]:
         if not head and untied:
             row = replace(row, row_read=-(-row.chip_bytes // tensor.shape[0]))
         rows.append(row)
-    return rows
+    return tuple(rows)
 
 
 def _outer_codes(tensor: TensorShape, bits: int, layout: Layout, multiplied: bool) -> int:

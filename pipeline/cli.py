@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.pipeline import interrupts
 
 if Path(sys.argv[0]).name in ("compress", "cli.py"):  # the command, not a program that imports it
@@ -126,7 +127,7 @@ def _plan(flags: dict[str, Any], recipe: str, skip: str, as_json: bool) -> None:
                         "parameters_total": shape.parameters_total,
                         "parameters_nonzero": shape.parameters_nonzero,
                         "file_bytes": shape.file_bytes,
-                        "packed_bytes": shape.packed_bytes,
+                        "packed_bytes": packed_sizes(shape).total,
                     },
                     "stages": [stage.to_dict() for stage in stages],
                     "recovery": [entry.to_dict() for entry in recovery],

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgepress.checkpoints.errors import EdgepressError, PlanError, RecipeError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import beyond_positions
 from edgepress.pipeline.homotopic import unrolled
@@ -36,7 +37,7 @@ class StagePlan:
             "parameters_total": self.shape.parameters_total,
             "parameters_nonzero": self.shape.parameters_nonzero,
             "file_bytes": self.shape.file_bytes,
-            "packed_bytes": self.shape.packed_bytes,
+            "packed_bytes": packed_sizes(self.shape).total,
             "model_mib": self.shape.model_mib,
             "blocks": len(self.shape.blocks),
             "pattern": str(pattern) if pattern else None,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgepress.checkpoints.memory import size_text
-from edgepress.checkpoints.packed_sizes import PackedSizes
+from edgepress.checkpoints.packed_sizes import PackedSizes, packed_sizes
 from edgepress.checkpoints.runtime import machine
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.verdict import Verdict
@@ -77,7 +77,9 @@ def print_plan(
         bits = str(s.grid.bits) if s.grid else ""
         pattern = str(s.pattern or "")
         counts = (_millions(s.parameters_total), _millions(s.parameters_nonzero))
-        table.add_row(name, str(len(s.blocks)), *counts, *_sizes(s.file_bytes, s.packed_bytes), pattern, bits, peak)
+        table.add_row(
+            name, str(len(s.blocks)), *counts, *_sizes(s.file_bytes, packed_sizes(s).total), pattern, bits, peak
+        )
 
     row("0 source", shape, "")
     for position, stage in enumerate(stages, 1):

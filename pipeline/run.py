@@ -14,6 +14,7 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, sealed, write_json
 from edgepress.checkpoints.memory import available_bytes, peak_bytes, reset_peak, size_text
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype, machine
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sources import open_source
@@ -144,7 +145,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
             "path": str(source.folder),
             "fingerprint": source.fingerprint,
             "file_bytes": source.shape.file_bytes,
-            "packed_bytes": source.shape.packed_bytes,
+            "packed_bytes": packed_sizes(source.shape).total,
         },
         "recipe": recipe.to_dict(),
         "baseline": baseline,
@@ -189,8 +190,9 @@ def _compute(
     work.require_as_written(files)
     result = Checkpoint(folder, None)
     counted = result.facts(step.shape.pattern)
-    for count, what in (("file_bytes", "on disk"), ("packed_bytes", "packed")):
-        if counted[count] != (planned := getattr(step.shape, count)):
+    plans = {"file_bytes": step.shape.file_bytes, "packed_bytes": packed_sizes(step.shape).total}
+    for (count, planned), what in zip(plans.items(), ("on disk", "packed"), strict=True):
+        if counted[count] != planned:
             runtime.progress.note(
                 f"{step.stage}: {counted[count]} bytes {what}, the plan said {planned}; "
                 "the forecast is wrong for this model, please report it"
@@ -302,7 +304,7 @@ def _say_stage(reporter: Reporter, result: StageResult, parent: Checkpoint) -> N
     reporter.say(f"  {manifest.seconds:.0f} s, peak memory {size_text(manifest.peak_memory_bytes, decimals=1)}{how}")
     kept = manifest.sparsity
     zeros = f", {kept['pattern']} holds: {kept['kept_zeros']} of {kept['expected_zeros']} zeros" if kept else ""
-    sizes = (parent.shape.file_bytes, manifest.file_bytes, parent.shape.packed_bytes, manifest.packed_bytes)
+    sizes = (parent.shape.file_bytes, manifest.file_bytes, packed_sizes(parent.shape).total, manifest.packed_bytes)
     was, now, packed, packed_now = (size_text(size, decimals=1) for size in sizes)
     reporter.say(f"  {was} -> {now}, packed {packed} -> {packed_now}{zeros}")
     reporter.say(f"  perplexity {before:.2f} -> {after:.2f}")

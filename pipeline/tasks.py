@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.manifest import Manifest
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.pipeline.plan import StagePlan
 from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.tree import conditions_of
@@ -121,7 +122,7 @@ def _source_record(at: Conditions) -> Manifest:
     return Manifest(
         "source", 0, {}, source.fingerprint, None, at.recipe.seed, shape.dense_dtype, "", None, shape.parameters_total,
         shape.parameters_nonzero, {"pattern": str(shape.pattern)} if shape.pattern else None, shape.file_bytes,
-        shape.packed_bytes, seconds=0.0, peak_memory_bytes=0, versions={}, files={},
+        packed_sizes(shape).total, seconds=0.0, peak_memory_bytes=0, versions={}, files={},
     )  # fmt: skip
 
 

@@ -21,7 +21,6 @@ BELOW = {
 # Circles that are still to be cut; none may be added.
 KNOWN_CIRCLES = [
     "checkpoints.checkpoint checkpoints.skeleton",
-    "checkpoints.packed_sizes checkpoints.shape",
     "pipeline.homotopic pipeline.recipe",
     "pipeline.sweep pipeline.sweep_view",
 ]

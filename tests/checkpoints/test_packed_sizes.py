@@ -112,7 +112,7 @@ def test_an_adapter_at_8_bits_by_hand() -> None:
     assert packed_sizes(sixteen).adapters == 16 * sides * 2
     assert packed_sizes(eight).adapters == 16 * sides + 30 * 7 * 2 * 16 * 4
     assert packed_sizes(eight).codes == packed_sizes(sixteen).codes
-    assert eight.packed_bytes < sixteen.packed_bytes
+    assert packed_sizes(eight).total < packed_sizes(sixteen).total
 
 
 def test_a_symmetric_grid_has_no_zero_points_and_dense_layers_are_dense() -> None:

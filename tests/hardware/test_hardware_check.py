@@ -16,6 +16,7 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.kv_format import KVFormat
 from edgepress.checkpoints.memory import size_text
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sparsity import Pattern
 from edgepress.hardware.check import check
@@ -270,7 +271,7 @@ def test_to_dict_is_json_and_agrees_with_the_verdict(make: Make, siracusa: Soc) 
     data = json.loads(json.dumps(verdict.to_dict(tensors=True)))
     assert data["fits"] is False and data["summary"] == verdict.summary and data["notes"] == list(verdict.notes)
     assert data["weight_bytes"] == verdict.weights.total == data["footprint"]["chip_bytes"]
-    assert data["footprint"]["packed_bytes"] == shape.packed_bytes
+    assert data["footprint"]["packed_bytes"] == packed_sizes(shape).total
     assert data["footprint"]["file_bytes"] == shape.file_bytes and not data["footprint"]["file_measured"]
     for entry in data["memories"]:
         assert entry["peak_bytes"] == sum(entry["parts"].values())

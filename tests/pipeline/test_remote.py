@@ -12,6 +12,7 @@ import pytest
 
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.manifest import MANIFEST, sealed, write_json
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.pipeline.remote import Mirror
 
 pytestmark = pytest.mark.unit
@@ -30,8 +31,8 @@ def far(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
     Manifest(
         stage="depth", stage_version=1, options={}, fingerprint=KEY, parent=None, seed=0, dtype="float32", device="cpu",
         calibration=None, parameters_total=shape.parameters_total, parameters_nonzero=shape.parameters_total,
-        sparsity=None, file_bytes=shape.file_bytes, packed_bytes=shape.packed_bytes, seconds=1.0, peak_memory_bytes=1,
-        versions={}, files=describe_files(folder),
+        sparsity=None, file_bytes=shape.file_bytes, packed_bytes=packed_sizes(shape).total, seconds=1.0,
+        peak_memory_bytes=1, versions={}, files=describe_files(folder),
     ).write(folder)  # fmt: skip
     return folder
 

@@ -18,6 +18,7 @@ from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid, RealGrid
 from edgepress.checkpoints.image import pack_checkpoint
 from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.reshape import with_pattern
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.sparsity import Pattern
@@ -151,7 +152,7 @@ def test_the_folder_holds_what_was_solved_and_planned(made: Checkpoint, dense: C
             assert torch.equal(made.base_weight(index, x), solved)
             assert torch.equal(weights[f"{x.name}.weight"], solved.to(made.stored_dtype))
     pack_checkpoint(made, tmp_path / "image")
-    assert (tmp_path / "image").stat().st_size == made.shape.packed_bytes
+    assert (tmp_path / "image").stat().st_size == packed_sizes(made.shape).total
     back = unpack_checkpoint(tmp_path / "image", tmp_path / "back")
     assert back.shape == made.shape
     for path in made.folder.glob("*.safetensors"):

@@ -18,6 +18,7 @@ from torch import Tensor
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sparsity import Pattern, Unstructured, Within
@@ -49,7 +50,7 @@ def run(build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches], s
         assert facts["pattern"] == str(planned.pattern)
         made = seal(target, source, pattern=facts["pattern"])
         assert made.shape.pattern == planned.pattern
-        assert made.facts()["packed_bytes"] == planned.packed_bytes
+        assert made.facts()["packed_bytes"] == packed_sizes(planned).total
         assert made.facts()["parameters_nonzero"] == planned.parameters_nonzero
         return made
 
@@ -142,7 +143,7 @@ def test_gptq_holds_every_methods_mask(
     facts = prove_pattern(coded, pattern, pruned)
     assert facts["holds"]
     assert facts["kept_zeros"] == facts["expected_zeros"] > 0
-    assert coded.facts()["packed_bytes"] == gptq.plan(pruned.shape, Gptq(group=32)).packed_bytes
+    assert coded.facts()["packed_bytes"] == packed_sizes(gptq.plan(pruned.shape, Gptq(group=32))).total
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -226,10 +227,10 @@ def test_a_fraction_of_a_layer_counts_as_one_group() -> None:
     assert all(x.nonzero == 576 * 1536 // 2 for x in gates)
     assert shape.parameters_total - shape.parameters_nonzero == 30 * 576 * 1536 // 2
     # a bitmap of the layer and half of its 16-bit weights
-    dense = smollm().packed_bytes
-    assert dense - shape.packed_bytes == pytest.approx(30 * (576 * 1536 * 7 // 8), rel=0.001)
+    dense = packed_sizes(smollm()).total
+    assert dense - packed_sizes(shape).total == pytest.approx(30 * (576 * 1536 * 7 // 8), rel=0.001)
     few = wanda.plan(smollm(), Wanda("0.05", method="gate-l1"))  # places of 20 bits each: no smaller than a bitmap
-    assert few.packed_bytes <= dense + 2048
+    assert packed_sizes(few).total <= dense + 2048
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from edgepress.checkpoints.forms import DTYPE_BYTES, Grid
 from edgepress.checkpoints.headers import read_header
 from edgepress.checkpoints.image import pack_checkpoint
 from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.reshape import with_pattern
 from edgepress.checkpoints.runtime import Runtime, Silent
 from edgepress.checkpoints.shape import ModelShape
@@ -71,7 +72,7 @@ def test_the_stage_holds_the_mask_and_the_planned_bytes(
     assert len(facts["blocks"]) == 3
     assert made.shape.grid == planned.grid
     assert made.facts()["file_bytes"] == planned.file_bytes
-    assert made.facts()["packed_bytes"] == planned.packed_bytes
+    assert made.facts()["packed_bytes"] == packed_sizes(planned).total
     files = [read_header(path).values() for path in made.folder.glob("*.safetensors")]
     bits = sum(t.elements * 8 * DTYPE_BYTES[t.dtype] for tensors in files for t in tensors)
     assert planned.model_mib == made.shape.model_mib == bits / (8 * 1024**2)  # thesis 001, equation 2.55
@@ -81,7 +82,7 @@ def test_the_stage_holds_the_mask_and_the_planned_bytes(
 
     image = tmp_path / "model.image"
     pack_checkpoint(made, image)
-    assert image.stat().st_size == planned.packed_bytes
+    assert image.stat().st_size == packed_sizes(planned).total
     back = unpack_checkpoint(image, tmp_path / "back")
     for path in sorted(made.folder.glob("*.safetensors")):
         assert (back.folder / path.name).read_bytes() == path.read_bytes()
@@ -256,7 +257,7 @@ def test_the_page_on_adding_a_storage_form_can_be_followed(
                 torch.testing.assert_close(after, expected, rtol=0, atol=0)
         assert prove_pattern(made, Pattern(2, 4), masked)["holds"]
         pack_checkpoint(made, tmp_path / "model.image")
-        assert (tmp_path / "model.image").stat().st_size == planned.packed_bytes
+        assert (tmp_path / "model.image").stat().st_size == packed_sizes(planned).total
         back = unpack_checkpoint(tmp_path / "model.image", tmp_path / "back")
         assert back.shape == made.shape
         for path in sorted(made.folder.glob("*.safetensors")):
