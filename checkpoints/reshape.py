@@ -75,12 +75,12 @@ def with_wider_ffn(shape: ModelShape, multiple: int) -> ModelShape:
             raise PlanError(f"pad: {x.name} ({x.out_features} x {x.in_features}) is no part of a feed-forward it knows")
         return replace(x, out_features=x.out_features + rows * more, in_features=x.in_features + columns * more)
 
-    return replace(_each_linear(shape, wider), config=dict(shape.config) | {"intermediate_size": inner + more})
+    return replace(each_linear(shape, wider), config=dict(shape.config) | {"intermediate_size": inner + more})
 
 
 def with_pattern(shape: ModelShape, pattern: Sparsity) -> ModelShape:
     """The pattern on every linear layer of every block that it covers."""
-    return _each_linear(shape, lambda x: replace(x, pattern=pattern) if pattern.covers(x.name) else x)
+    return each_linear(shape, lambda x: replace(x, pattern=pattern) if pattern.covers(x.name) else x)
 
 
 def with_grid(shape: ModelShape, bits: int, wanted_group: int, symmetric: bool, embedding_bits: int) -> ModelShape:
@@ -94,25 +94,49 @@ def with_form(shape: ModelShape, form: Form, embedding_bits: int) -> ModelShape:
     Raises PlanError where there is none. The configuration stays: what it says of the quantisation is the stage's to
     write.
     """
-    fitting = {
-        x.in_features for block in shape.blocks for x in block.linears if form.holds(x.out_features, x.in_features)
-    }
-    if not fitting:
+    fitted, dtype = _fitted(shape, form), shape.dense_dtype
+    if fitted is None:
         raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
-    dtype, form = shape.dense_dtype, form.fitted(fitting)
+    after = each_linear(shape, lambda x: _coded(x, fitted, dtype))
+    return replace(after, embedding_bits=embedding_bits or shape.embedding_bits)
 
-    def quantised(x: LinearShape) -> LinearShape:
-        return _coded(x, form, dtype) if form.holds(x.out_features, x.in_features) else x
 
-    return replace(_each_linear(shape, quantised), embedding_bits=embedding_bits or shape.embedding_bits)
+def with_bits(shape: ModelShape, bits: int, group: int = 128) -> ModelShape:
+    """As the stage gptq leaves a dense shape, of one that may be quantised: what has as few bits stays.
+
+    Wider integers keep their groups. A layer that GPTQ's file format cannot hold stays as it is.
+    """
+    fitted, dtype = _fitted(shape, Grid(bits, group)), shape.dense_dtype
+
+    def narrowed(x: LinearShape) -> LinearShape:
+        if fitted is None or (x.grid is not None and x.grid.bits <= bits):
+            return x
+        whole = Grid(bits, x.grid.group, x.grid.symmetric) if x.grid and x.grid.integer else fitted
+        return _coded(x, whole, dtype)
+
+    return each_linear(shape, narrowed)
+
+
+def _fitted(shape: ModelShape, form: Form) -> Form | None:
+    """The form fitted to the layers that it can hold; None where there are none."""
+    linears = [x for block in shape.blocks for x in block.linears]
+    widths = {x.in_features for x in linears if form.holds(x.out_features, x.in_features)}
+    return form.fitted(widths) if widths else None
 
 
 def _coded(x: LinearShape, form: Form, dtype: str) -> LinearShape:
-    """Codes stand for weights of one precision in the whole model; a bias keeps its own."""
+    """The layer stored so, if the form can hold it.
+
+    Codes stand for weights of one precision in the whole model; a bias keeps its own.
+    """
+    if not form.holds(x.out_features, x.in_features):
+        return x
     bias = x.bias_dtype or x.dtype
     return replace(x, grid=form, dtype=dtype, bias_dtype=bias if x.bias and bias != dtype else "")
 
 
-def _each_linear(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:
-    blocks = tuple(replace(block, linears=tuple(map(change, block.linears))) for block in shape.blocks)
-    return replace(shape, blocks=blocks)
+def each_linear(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:
+    """Every linear layer changed; blocks that were one object stay one."""
+    own = {id(block): block for block in shape.blocks}
+    made = {key: replace(block, linears=tuple(map(change, block.linears))) for key, block in own.items()}
+    return replace(shape, blocks=tuple(made[id(block)] for block in shape.blocks))

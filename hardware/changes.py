@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgepress.checkpoints.forms import Grid, largest_group
-from edgepress.checkpoints.reshape import with_blocks, with_pattern, with_vocabulary
-from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.reshape import each_linear, with_bits, with_blocks, with_pattern, with_vocabulary
+from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.checkpoints.sparsity import Pattern
 from edgepress.hardware.needs import Request
 from edgepress.hardware.soc import Soc
@@ -49,7 +49,8 @@ def levers(shape: ModelShape, soc: Soc, request: Request) -> list[Lever]:
     divisible = all(x.in_features % 4 == 0 for x in linears)
     patterns = [Pattern(n, 4) for n in (1, 2, 3)] if soc.layout.patterns and not shape.pattern and divisible else []
     # Below 4 bits the stage has groups alone. A layer that its file format cannot hold stays as it is.
-    bits = _below(width, *((8, 4) if channel else (8, 4, 3))) if any(map(_packable, linears)) else []
+    stored = any(Grid(4, GROUP).holds(x.out_features, x.in_features) for x in linears)
+    bits = _below(width, *((8, 4) if channel else (8, 4, 3))) if stored else []
     copies = shape.embedding_bits or 16
     tokens = request.context
     found = [
@@ -126,35 +127,8 @@ def _down(now: int, least: int) -> Sequence[int]:
 # --- each change ---------------------------------------------------------------------------------------------------
 
 
-def quantised(shape: ModelShape, bits: int, group: int = GROUP) -> ModelShape:
-    """As the stage gptq leaves the shape: a grid on every layer that its file format holds and that is wider."""
-    fitting = [x for block in shape.blocks for x in block.linears if _packable(x)]
-    chosen = largest_group({x.in_features for x in fitting}, group) if fitting else group
-
-    def on(x: LinearShape) -> LinearShape:
-        if not _packable(x) or (x.grid is not None and x.grid.bits <= bits):
-            return x
-        kept = x.grid if isinstance(x.grid, Grid) else Grid(bits, chosen)
-        return replace(x, grid=replace(kept, bits=bits))
-
-    return with_linears(shape, on)
-
-
-def with_linears(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:
-    """Every linear layer changed; blocks that were one object stay one."""
-    made: dict[int, BlockShape] = {}
-    for block in shape.blocks:
-        if id(block) not in made:
-            made[id(block)] = replace(block, linears=tuple(map(change, block.linears)))
-    return replace(shape, blocks=tuple(made[id(block)] for block in shape.blocks))
-
-
-def _packable(x: LinearShape) -> bool:
-    return Grid(4, GROUP).holds(x.out_features, x.in_features)
-
-
 def _bits(channel: str) -> Callable[[State, int], State]:
-    return lambda state, bits: (quantised(state[0], bits, -1 if channel else GROUP), state[1])
+    return lambda state, bits: (with_bits(state[0], bits, -1 if channel else GROUP), state[1])
 
 
 def _embedding(state: State, bits: int) -> State:
@@ -191,4 +165,4 @@ def _rank(state: State, rank: int) -> State:
         left = min(rank, x.adapter_rank)
         return replace(x, adapter_rank=left, adapter_vector=x.adapter_vector if left or not x.adapter_rank else "")
 
-    return with_linears(state[0], on), state[1]
+    return each_linear(state[0], on), state[1]

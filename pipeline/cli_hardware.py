@@ -162,7 +162,8 @@ def socs() -> None:
 
 
 def _as_if(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> ModelShape:
-    from edgepress.hardware.changes import quantised, stage_group
+    from edgepress.checkpoints.reshape import with_bits
+    from edgepress.hardware.changes import stage_group
 
     faults = []
     if bits not in (0, 3, 4, 8):
@@ -172,7 +173,7 @@ def _as_if(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> Mode
     if faults:
         raise PlanError("\n".join(faults))
     if bits:
-        shape = quantised(shape, bits, stage_group(chip, bits))
+        shape = with_bits(shape, bits, stage_group(chip, bits))
     return replace(shape, embedding_bits=embedding_bits) if embedding_bits else shape
 
 

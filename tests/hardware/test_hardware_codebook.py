@@ -9,9 +9,9 @@ import pytest
 
 from edgepress.checkpoints.forms import CODEBOOKS, Codebook, Grid
 from edgepress.checkpoints.packed_sizes import packed_sizes
+from edgepress.checkpoints.reshape import with_bits
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sparsity import Pattern
-from edgepress.hardware.changes import quantised
 from edgepress.hardware.check import check
 from edgepress.hardware.footprint import PACKED, tensor_table, weight_bytes
 from edgepress.hardware.matrices import linear_weights
@@ -89,7 +89,7 @@ def test_codes_of_a_codebook_are_put_in_no_slots(make: Make) -> None:
 
 def test_the_levers_take_integers_of_fewer_bits_and_leave_four_as_they_are(make: Make) -> None:
     shape = make("smollm2-135m", grid=NF4)
-    assert quantised(shape, 4) == shape
-    assert {x.grid for block in quantised(shape, 3).blocks for x in block.linears} == {Grid(3, 64)}
+    assert with_bits(shape, 4) == shape
+    assert {x.grid for block in with_bits(shape, 3).blocks for x in block.linears} == {Grid(3, 64)}
     narrower = replace(Grid(4, 64), bits=3)
-    assert quantised(make("smollm2-135m", grid=Grid(4, 64)), 3).grid == narrower
+    assert with_bits(make("smollm2-135m", grid=Grid(4, 64)), 3).grid == narrower

@@ -9,9 +9,9 @@ import pytest
 
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.kv_format import GROUP, KVFormat, value_group
+from edgepress.checkpoints.reshape import with_bits
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.attention import CacheRule, with_cache
-from edgepress.hardware.changes import quantised
 from edgepress.hardware.check import check
 from edgepress.hardware.operators import Operator, forward
 from edgepress.hardware.soc_file import load_soc
@@ -88,7 +88,7 @@ def test_an_option_reaches_its_figures_and_no_others(make: Make, option: str, va
     def judged(**how: Any) -> dict[str, Any]:
         window, chunk = (30 if option == "kv_sinks" else 0), (8 if option in ("kv_window", "kv_sinks") else None)
         given = {"context": 64, "kv_window": window, "prefill_chunk": chunk, **how}
-        shape = quantised(make("smollm2-135m", embedding_bits=8), 8)
+        shape = with_bits(make("smollm2-135m", embedding_bits=8), 8)
         shape = _as_if(shape, given.pop("bits", 0), given.pop("embedding_bits", 0), soc)
         return figures(check(shape, soc, timing=True, **given))
 

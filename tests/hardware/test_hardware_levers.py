@@ -11,14 +11,11 @@ from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.reshape import with_vocabulary
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sparsity import Pattern
-from edgepress.hardware.changes import levers, quantised
+from edgepress.hardware.changes import levers
 from edgepress.hardware.check import check
 from edgepress.hardware.levers import Levers, find_levers
 from edgepress.hardware.needs import Request, needs
 from edgepress.hardware.soc_file import load_soc
-from edgepress.stages import gptq
-from edgepress.stages.options import Gptq
-from edgepress.stages.quantisers import form
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]
@@ -105,12 +102,3 @@ def test_only_what_can_still_give_is_a_lever(make: Make) -> None:
     least = Request(context=16, kv_bits=4, prefill_chunk=1)
     small = {x.name for x in levers(make("stories260k"), soc, least)}
     assert not small & {"context", "KV precision", "prefill chunk"}
-
-
-@pytest.mark.parametrize("preset", ["smollm2-135m", "stories260k", "stories15m"])
-@pytest.mark.parametrize("quant", ["gptq8", "gptq4", "gptq3", "gptq4-channel"])
-def test_quantised_is_what_the_stage_leaves(make: Make, preset: str, quant: str) -> None:
-    options = Gptq(quant=quant)
-    staged = gptq.plan(make(preset), options)
-    wanted = form(options, masked=False)
-    assert quantised(make(preset), wanted.bits, wanted.group).blocks == staged.blocks
