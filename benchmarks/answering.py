@@ -16,8 +16,8 @@ import torch
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.sources import open_source
 from edgepress.eval.answers import Question, answer_all
-from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Settings
 from edgepress.eval.trivia import load_items
 
 

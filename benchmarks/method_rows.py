@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.pipeline.homotopic import DISTILL
-from edgepress.pipeline.recipe import Recipe, assemble
+from edgepress.pipeline.recipe import DISTILL, Recipe, assemble
 from edgepress.stages.options import QUANTS
 from edgepress.stages.recovery import ADAPTERS, SETTINGS, parse
 

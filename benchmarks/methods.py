@@ -65,7 +65,7 @@ def measure(given: argparse.Namespace, out: Path) -> None:
     """Every row that is asked for, through the store; a line in the file as soon as one is there."""
     from edgepress.pipeline import sweep as sweeps
     from edgepress.pipeline.store import Store
-    from edgepress.pipeline.sweep_view import SweepView
+    from edgepress.pipeline.sweep import SweepView
     from edgepress.pipeline.workers import Processes
 
     wanted = rows(given)

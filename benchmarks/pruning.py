@@ -21,8 +21,7 @@ from edgepress.checkpoints.memory import peak_bytes, reset_peak
 from edgepress.checkpoints.runtime import Runtime, choose_dtype
 from edgepress.checkpoints.sources import open_source
 from edgepress.checkpoints.tokens import TokenBatches, sample_windows
-from edgepress.checkpoints.verify import prove_pattern
-from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.writer import CheckpointWriter, prove_pattern
 from edgepress.eval.perplexity import Protocol, measure
 from edgepress.eval.text import Text, load_text
 from edgepress.stages import wanda

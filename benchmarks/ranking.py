@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.skeleton import Skeleton
 from edgepress.checkpoints.sources import open_source
 from edgepress.checkpoints.tokens import TokenBatches, sample_windows
 from edgepress.eval.text import load_text

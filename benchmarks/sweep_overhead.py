@@ -51,9 +51,8 @@ def main() -> None:
 def measure(folder: Path, model: Path) -> None:
     from edgepress.pipeline.results import write_results
     from edgepress.pipeline.store import Store
-    from edgepress.pipeline.sweep import carry_out, prepare, require_room, write_state
+    from edgepress.pipeline.sweep import SweepView, carry_out, prepare, require_room, write_state
     from edgepress.pipeline.sweep_recipe import load_sweep
-    from edgepress.pipeline.sweep_view import SweepView
     from edgepress.pipeline.workers import Here
 
     out = folder / "out"

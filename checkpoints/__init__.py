@@ -1,1 +1,1 @@
-"""A model on disk as a sequence of blocks: read, walk, write, fingerprint, N:M masks."""
+"""Models on disk: read, walk, write and check them block by block."""

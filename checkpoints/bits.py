@@ -1,4 +1,4 @@
-"""Streams of values of any width, and masks as the packed image writes them. numpy, no loop over weights.
+"""Pack integers of any bit width, and masks, into bytes and back, with numpy and without loops over weights.
 
 Bit i of a stream is bit i % 8 of byte i // 8, and a value's lowest bit comes first. What a `MaskIndex` means stands
 in `checkpoints/packed_sizes.py`.

@@ -1,27 +1,32 @@
-"""A finished model folder: opened lazily, read one block at a time as dense effective weights."""
+"""Open a model folder and read it one block at a time, as dense effective weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from edgepress.checkpoints.adapters import adapter_scale, applied
 from edgepress.checkpoints.config import read_config
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.headers import (
     ADAPTER,
     ADAPTER_PACKED,
     EDGE,
+    dense_tensors,
     different_head,
+    require_same,
     same_values,
     shape_of,
     stored_tensors,
@@ -36,16 +41,19 @@ from edgepress.checkpoints.manifest import (
     require_inside,
     sha256_file,
 )
-from edgepress.checkpoints.nm import require_finite
+from edgepress.checkpoints.masks import require_finite
+from edgepress.checkpoints.memory import give_back
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.quiet import readable
-from edgepress.checkpoints.reshape import with_pattern
-from edgepress.checkpoints.shape import LinearShape, ModelShape
-from edgepress.checkpoints.sparsity import Sparsity
+from edgepress.checkpoints.shape import LinearShape, ModelShape, Sparsity, with_pattern
 from edgepress.checkpoints.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from edgepress.checkpoints.shape import BlockShape
+
 
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -234,7 +242,6 @@ class Checkpoint:
 
     def model(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory with its effective dense weights; for training and generating."""
-        from edgepress.checkpoints.skeleton import Skeleton
 
         return Skeleton(self).filled(torch.device(device), dtype or self.stored_dtype)
 
@@ -267,3 +274,411 @@ def foreign_fingerprint(folder: Path) -> str:
     for path in sorted(names):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+# --- a model's code without its weights -------------------------------------------------------------------------------
+# A model's code without its weights: embed, one block at a time, head.
+#
+# The blocks are found by their numbered names and driven through transformers' own forward, so a family needs no code
+# here: what a block is called with (rotary tables, masks per layer type) is recorded once by a pass in which every
+# block is replaced by a recorder.
+
+
+# Families whose model goes on with the first of what a block returns: of a tensor alone it would take a sequence.
+_BLOCKS_RETURN_TUPLES = {"falcon"}
+
+
+class Skeleton:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device or torch.device("cpu")
+        self.dtype = dtype or checkpoint.stored_dtype
+        self.model = _build(checkpoint, self.dtype)
+        prefix = checkpoint.shape.block_prefix
+        self._owner_name, _, self._list_name = prefix.rpartition(".")
+        try:
+            self._owner = self.model.get_submodule(self._owner_name)
+            self.blocks = cast(nn.ModuleList, self.model.get_submodule(prefix))
+        except AttributeError:
+            raise CheckpointError(
+                f"{checkpoint.folder}: transformers builds this {checkpoint.shape.family} model without '{prefix}', "
+                "where its files keep the blocks; this family is not supported"
+            ) from None
+        self._tuples = self.model.config.model_type in _BLOCKS_RETURN_TUPLES
+        _require_complete(self.model, checkpoint)
+        self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+
+    # --- one part at a time -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, chunks: list[Tensor]) -> Iterator[Tensor]:
+        """Hidden states (b, L, d) that enter the first block, for token ids (b, L) each, one at a time."""
+        stand_ins = [_Recorder(block, self._tuples) for block in self.blocks]
+        with self._outer_weights(), self._blocks_replaced(stand_ins) as recorders:
+            for ids in chunks:
+                yield self._record(ids, recorders)
+
+    def _record(self, ids: Tensor, recorders: list[Any]) -> Tensor:
+        base = self.model.get_submodule(self._owner_name)
+        base(input_ids=ids.to(self.device), use_cache=False)
+        # Sequences are never padded on the left, so what a block is called with depends on the shape alone.
+        self._arguments[tuple(ids.shape)] = [recorder.arguments for recorder in recorders]
+        states: Tensor = recorders[0].states
+        return states.to("cpu")
+
+    @contextmanager
+    def block(self, index: int, weights: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """The block with its effective weights on the device, its inputs rounded as it says; freed on leaving."""
+        block = self.blocks[index]
+        weights = weights if weights is not None else self.checkpoint.block(index)
+        # A loaded tensor may be a view of the memory-mapped file; stages edit weights, so each gets a copy.
+        own = {name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in weights.items()}
+        _assign(block, own, f"block {index} of {self.checkpoint.folder}")
+        for module in block.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(self.device))
+        shape = self.checkpoint.shape
+        try:
+            with rounded_inputs(block, shape.blocks[index], shape.activation_bits):
+                yield block
+        finally:
+            block.to("meta")
+            _restore_buffers(self.model, block)
+            own.clear()
+            give_back()
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, index: int, states: Tensor) -> Tensor:
+        """The block's output (b, L, d) for hidden states (b, L, d), both in host memory."""
+        arguments = self._arguments[tuple(states.shape[:2])][index]
+        return self.call(block, arguments, states.to(self.device)).to("cpu")
+
+    def call(self, block: nn.Module, arguments: dict[str, Any], states: Tensor) -> Tensor:
+        output = block(states, **arguments)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    def arguments(self, index: int, states: Tensor) -> dict[str, Any]:
+        """What transformers calls this block with, for hidden states of this shape."""
+        return self._arguments[tuple(states.shape[:2])][index]
+
+    @contextmanager
+    def head(self) -> Iterator[Any]:
+        """A function from the last block's output (b, L, d) to logits (b, L, vocabulary)."""
+        entrance = _Entrance(self._tuples)
+        with self._outer_weights(), self._blocks_replaced([entrance] * len(self.blocks)):
+
+            def logits(states: Tensor) -> Tensor:
+                entrance.states = states.to(self.device)
+                result: Tensor = self.model(inputs_embeds=entrance.states, use_cache=False).logits
+                return result
+
+            yield logits
+
+    # --- the whole model ----------------------------------------------------------------------------------------
+
+    def filled(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with all weights in memory, its inputs rounded as it says."""
+        tensors = dict(self.checkpoint.outer())
+        for index in range(len(self.blocks)):
+            prefix = f"{self.checkpoint.shape.block_prefix}.{index}."
+            tensors |= {prefix + name: tensor for name, tensor in self.checkpoint.block(index).items()}
+        own = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
+        _assign(self.model, own, str(self.checkpoint.folder), tied=self._tied_names())
+        self.model.tie_weights()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        nn.Module.to(self.model, device)
+        shape = self.checkpoint.shape
+        for block, own_shape in zip(self.blocks, shape.blocks, strict=True):
+            round_inputs(block, own_shape, shape.activation_bits)
+        return self.model
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The block's linear layers by their name relative to it."""
+        return {name: m for name, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+
+    # --- placing weights ----------------------------------------------------------------------------------------
+
+    def _tied_names(self) -> set[str]:
+        return set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+
+    @contextmanager
+    def _outer_weights(self) -> Iterator[None]:
+        """Embedding, last norm and head on the device while needed; the blocks stay without weights."""
+        outer = {n: t.to(self.device, self.dtype) for n, t in self.checkpoint.outer().items()}
+        meta = dict(self.model.named_parameters())
+        unknown = sorted(set(outer) - set(meta) - self._tied_names())
+        if unknown:
+            raise CheckpointError(f"{self.checkpoint.folder} holds {unknown[0]}, which transformers' model has not")
+        for name, tensor in outer.items():
+            if name in meta or name in self._tied_names():
+                _set_parameter(self.model, name, tensor)
+        self.model.tie_weights()
+        for module in _outside(self.model, self.blocks):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        try:
+            yield
+        finally:
+            for name, parameter in meta.items():
+                if name in outer:
+                    _set_parameter(self.model, name, parameter)
+            self.model.tie_weights()
+
+    @contextmanager
+    def _blocks_replaced(self, substitutes: list[Any]) -> Iterator[list[Any]]:
+        setattr(self._owner, self._list_name, nn.ModuleList(substitutes))
+        try:
+            yield substitutes
+        finally:
+            setattr(self._owner, self._list_name, self.blocks)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: remembers what it was called with and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module, tuples: bool) -> None:
+        super().__init__()
+        self.tuples = tuples
+        # outside the module tree, so that the recorder has no weights of its own
+        object.__setattr__(self, "block", block)
+        self.arguments: dict[str, Any] = {}
+        self.states: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        # some families ask a block for its attention type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor | tuple[Tensor]:
+        self.states, self.arguments = hidden_states, arguments
+        return (hidden_states,) if self.tuples else hidden_states
+
+
+class _Entrance(nn.Module):
+    """Stands in for all blocks: whatever comes in, the given hidden states go out."""
+
+    states: Tensor
+
+    def __init__(self, tuples: bool) -> None:
+        super().__init__()
+        self.tuples = tuples
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor | tuple[Tensor]:
+        return (self.states,) if self.tuples else self.states
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device, with real values in the buffers that no file holds (rotary tables)."""
+    from transformers import AutoModelForCausalLM
+
+    config = checkpoint.hf_config()
+    # Nobody reads them here, and with them a model expects more of its blocks than the hidden states.
+    config.output_attentions = config.output_hidden_states = False
+    with torch.device("meta"), readable(f"{checkpoint.folder} is not a causal language model that transformers builds"):
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation=attention_kernels(config), trust_remote_code=False
+        )
+    model.eval()
+    _restore_buffers(model, model)
+    built: PreTrainedModel = model
+    return built
+
+
+def attention_kernels(config: PreTrainedConfig) -> str:
+    """What transformers chooses where nobody asks for anything: PyTorch's own, else the plain formula.
+
+    A configuration may name kernels of its writer's machine, which must neither be needed here nor change a number.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(known, "_supports_sdpa", False) else "eager"
+
+
+def _require_complete(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the files hold every parameter of the model, of its shape, and nothing else."""
+    tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    found = dense_tensors(checkpoint.shape)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for copy, original in tied.items():
+        if copy in found and original in found:
+            checkpoint.require_same_values(copy, original)
+        elif copy not in found:
+            wanted.pop(copy, None)
+    require_same(wanted, found, str(checkpoint.folder))
+
+
+def _restore_buffers(model: Any, part: nn.Module) -> None:
+    """Give every meta buffer its initial value, the way from_pretrained fills those that no file holds."""
+    for module in part.modules():
+        lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in lost:
+            persistent = name not in module._non_persistent_buffers_set  # such a one is read from the files afterwards
+            module.register_buffer(name, torch.empty_like(module.get_buffer(name), device="cpu"), persistent=persistent)
+        if lost:
+            model._init_weights(module)
+
+
+def _outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
+    inside = {id(m) for m in blocks.modules()}
+    return [m for m in model.modules() if id(m) not in inside]
+
+
+def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, parameter)
+
+
+def _assign(module: nn.Module, tensors: dict[str, Tensor], what: str, tied: set[str] | None = None) -> None:
+    result = module.load_state_dict(tensors, strict=False, assign=True)
+    missing = [name for name in result.missing_keys if name not in (tied or set())]
+    if missing or result.unexpected_keys:
+        parts = [f"lacks {missing[0]}"] if missing else []
+        parts += [f"has {result.unexpected_keys[0]}, which the model has not"] if result.unexpected_keys else []
+        raise CheckpointError(f"{what} {' and '.join(parts)}")
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+# What an adapter in PEFT's format makes of a layer's weights: LoRA, DoRA and IA3.
+
+
+def adapter_scale(config: Mapping[str, Any]) -> float:
+    """What adapter_config.json multiplies B A with: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+    if "lora_alpha" not in config:
+        return 1.0
+    try:
+        rank, alpha = float(config["r"]), float(config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise CheckpointError(
+            f"adapter_config.json states r = {config.get('r')!r} and lora_alpha = {config['lora_alpha']!r}; a rank "
+            "above 0 and a number are wanted"
+        )
+    return scale
+
+
+def applied(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A layer's effective weight, and its bias where the adapter acts on it too, in their own precision.
+
+    base: weight (out, in) and perhaps bias (out,). adapter: PEFT's tensors, named relative to the layer.
+    """
+    weight = base["weight"]
+    W = weight.float()
+    if "ia3_l" in adapter:
+        factor = adapter["ia3_l"].float()  # (out, 1) or (1, in)
+        found = {"weight": (W * factor).to(weight.dtype)}
+        if "bias" in base and factor.shape[1] == 1:  # what scales a layer's output scales its bias
+            found["bias"] = (base["bias"].float() * factor.flatten()).to(base["bias"].dtype)
+        return found
+    W = W + scale * (adapter["lora_B.weight"].float() @ adapter["lora_A.weight"].float())
+    if "lora_magnitude_vector" in adapter:
+        W = W * dora_factor(W, adapter["lora_magnitude_vector"].float())
+    return {"weight": W.to(weight.dtype)}
+
+
+def dora_factor(direction: Tensor, magnitude: Tensor) -> Tensor:
+    """m / norm(V) of each row (out, 1), for V (out, in) and m (out,): DoRA (arXiv 2402.09353), equation 5.
+
+    A row of zeros has no direction: its factor is finite, and the row stays zero.
+    """
+    factor: Tensor = magnitude / direction.norm(dim=1).clamp_min(1e-12)
+    return factor.unsqueeze(1)
+
+
+# --- 8-bit adapters ---------------------------------------------------------------------------------------------------
+# An adapter as 8-bit codes, beside the 16-bit tensors in PEFT's format that are what the codes stand for.
+
+
+def eight_bit(matrix: Tensor, within: int) -> tuple[Tensor, Tensor]:
+    """Codes int8 from -127 to 127 and float32 scales, one for each rank; `within` is the dimension that shares it.
+
+    A's rows and B's columns share a scale, so a kernel scales the r values between the two products once.
+    """
+    scales = matrix.float().abs().amax(dim=within, keepdim=True) / 127
+    codes = torch.round(matrix.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)).clamp(-127, 127)
+    return codes.to(torch.int8), scales
+
+
+def unpacked(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the codes stand for, in the adapter's precision."""
+    return (codes.float() * scales).to(dtype)
+
+
+def differing(folder: Path) -> list[str]:
+    """Names of the adapter's tensors in a checkpoint folder that are not exactly what its packed codes stand for."""
+    packed, adapter = load_file(folder / ADAPTER_PACKED), load_file(folder / ADAPTER)
+    found = []
+    for name, tensor in adapter.items():
+        base = name.removesuffix(".weight")
+        codes, scales = packed.get(f"{base}.codes"), packed.get(f"{base}.scales")
+        if codes is None or scales is None or not torch.equal(unpacked(codes, scales, tensor.dtype), tensor):
+            found.append(name)
+    return found
+
+
+# --- 8-bit inputs -----------------------------------------------------------------------------------------------------
+# 8-bit inputs of quantised layers, simulated: what integer engines multiply, in the precision of the forward pass.
+#
+# Dynamic, one scale a token, symmetric: q = round(x / s) with s = max(abs(x)) / 127 over the token's features (the
+# activations of SmoothQuant, arXiv 2211.10438, and QQQ, arXiv 2406.09904; thesis 001, section 3.3.1). A checkpoint
+# states it in its configuration (`ModelShape.activation_bits`), and every forward pass over its weights here is made
+# so. Other libraries do not know the key and leave the inputs as they are.
+
+
+def round_tokens(x: Tensor, bits: int) -> Tensor:
+    """x (..., features) as codes of `bits` bits and a scale for each token stand for it, in x's precision.
+
+    The gradient passes through the rounding.
+    """
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    rounded: Tensor = (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().mul(scale).to(x.dtype)
+    return rounded.detach() + (x - x.detach()) if x.requires_grad else rounded
+
+
+@contextmanager
+def rounded_inputs(block: nn.Module, shape: BlockShape, bits: int) -> Iterator[None]:
+    """Round what enters the block's quantised layers until the context ends; nothing at 16 bits."""
+    handles = round_inputs(block, shape, bits)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def round_inputs(block: nn.Module, shape: BlockShape, bits: int) -> list[RemovableHandle]:
+    """The same for as long as the block lives, or until the handles are removed."""
+    if bits >= 16:
+        return []
+    hook = _rounding(bits)
+    names = [x.name for x in shape.linears if x.grid is not None]
+    return [block.get_submodule(name).register_forward_pre_hook(hook) for name in names]
+
+
+def _rounding(bits: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """One hook for a block's layers: those that share an input share the rounded one, which observers tell them by."""
+    last: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # weak: the hook holds no memory
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal last
+        x = inputs[0]
+        rounded = last[1]() if last and last[0]() is x else None
+        if rounded is None:
+            rounded = round_tokens(x, bits)
+            last = (weakref.ref(x), weakref.ref(rounded))
+        return (rounded, *inputs[1:])
+
+    return hook

@@ -1,4 +1,4 @@
-"""JSON, YAML and TOML from outside, read within bounds of bytes and depth that are checked before parsing."""
+"""Read JSON, YAML and TOML from outside, with bounds of size and depth that are checked before parsing."""
 
 from __future__ import annotations
 

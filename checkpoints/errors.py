@@ -1,4 +1,4 @@
-"""The errors a person can cause, and so must be able to read.
+"""The errors that a user can cause, and their words.
 
 Each carries one message: what is wrong, where, what exists, what to do next. The command line prints it
 and exits with code 2; the Python API raises it.

@@ -1,4 +1,4 @@
-"""A model's shape from its `config.json` alone, for the families whose layout is known here.
+"""A model's shape from its config.json alone, for every supported family.
 
 Everything is arithmetic on the configuration: no torch, no transformers, no weights. The tests hold each
 family against the module that transformers builds from the same configuration.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgepress.checkpoints.defaults import head_dim, kv_heads, setting
+from edgepress.checkpoints.config import head_dim, kv_heads, setting
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import TensorShape
 from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape

@@ -1,4 +1,4 @@
-"""The forms in which a quantised layer is stored: integer codes with whole or real zero points, and codebooks.
+"""The forms in which a quantised layer is stored: an integer grid, a grid with real zero points, a codebook.
 
 Whoever plans, counts bytes, reads, writes or packs a layer asks its `Form`, never which form it is. No torch at the
 top: the tensors are computed in `packing.py` and `codebooks.py`. `config.FORMS` lists the forms.
@@ -552,27 +552,27 @@ class Codebook(Form):
         return Layer(book, rows, columns, _DTYPES[told["dtype"]])
 
     def read(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        from edgepress.checkpoints.codebooks import decode
+        from edgepress.checkpoints.packing import decode
 
         return decode(stored, self, rows, columns)
 
     def write(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """weight (out, in), each stored as the level nearest to it; dtype: what the weights are to be read as."""
-        from edgepress.checkpoints.codebooks import encode
+        from edgepress.checkpoints.packing import encode
 
         return encode(weight, self, dtype)
 
     def split(
         self, name: str, stored: Mapping[str, Tensor], rows: int, columns: int, ordered: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        from edgepress.checkpoints.codebooks import codes_of, nested_scales, require_known
+        from edgepress.checkpoints.packing import codes_of, nested_scales, require_known
 
         require_known(name, stored, self)
         sides = {"absmax": stored["weight.absmax"]} | ({"nested": nested_scales(stored)} if self.nested else {})
         return codes_of(stored, rows, columns), sides
 
     def join(self, codes: Tensor, sides: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        from edgepress.checkpoints.codebooks import assemble
+        from edgepress.checkpoints.packing import assemble
 
         scales, offset = {"weight.absmax": sides["absmax"]}, 0.0
         if self.nested:

@@ -1,4 +1,4 @@
-"""A checkpoint folder's shape, read from the headers of its safetensors files alone. No torch."""
+"""A checkpoint's shape, read from the headers of its safetensors files; no torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.families import known_families, shape_from_config
 from edgepress.checkpoints.forms import DTYPE_BITS, TORCH_NAMES, Form, Layer, TensorShape
 from edgepress.checkpoints.manifest import MANIFEST, Manifest, require_inside
-from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape
-from edgepress.checkpoints.sparsity import Sparsity, parse_sparsity
+from edgepress.checkpoints.shape import (
+    DENSE_DTYPE,
+    OWN_KEY,
+    BlockShape,
+    LinearShape,
+    ModelShape,
+    Sparsity,
+    parse_sparsity,
+)
 
 INDEX_BYTES = 64 * 2**20
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -223,7 +230,7 @@ def require_as_stated(shape: ModelShape, folder: Path) -> None:
     """Raise CheckpointError where a tensor is missing, left over, or of another shape than the configuration states.
 
     Without torch, so by the table of families; of a family that is not in it, by what all have in common. Whoever
-    builds transformers' module compares with that in `skeleton.py`.
+    builds transformers' module compares with that in `checkpoint.py`.
     """
     found = dense_tensors(shape)
     if shape.family in known_families():

@@ -1,4 +1,4 @@
-"""A whole checkpoint in one file for the edge, and back: `model.bin`, the packed image.
+"""Pack a checkpoint into one file, `model.bin`, and restore it.
 
 Little-endian throughout. 64 bytes of preamble: magic `EDGEPACK`; version (u32); bytes of the header (u32); bytes of
 the file (u64); the adapter's scale, 0 without one (f64); sha256 of all bytes of the file but these 32. Then the
@@ -31,26 +31,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import platform
+import resource
+import shutil
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from edgepress.checkpoints import image_tensors as form
-from edgepress.checkpoints.bits import Bytes
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
+from edgepress.checkpoints.checkpoint import Checkpoint, unpacked
+from edgepress.checkpoints.config import beyond_plain, form_of, ia3_config, peft_config
 from edgepress.checkpoints.documents import parse_json
 from edgepress.checkpoints.errors import CheckpointError, PlanError
-from edgepress.checkpoints.manifest import replacing
-from edgepress.checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, aligned, header_text, image_table
-from edgepress.checkpoints.peft_config import beyond_plain
+from edgepress.checkpoints.forms import DTYPE_BYTES, Form
+from edgepress.checkpoints.manifest import PARTIAL, Manifest, describe_files, fingerprint, replacing, write_bytes
+from edgepress.checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, MaskIndex, aligned, header_text, image_table
+from edgepress.checkpoints.packing import dequantise_rows
 from edgepress.checkpoints.runtime import Progress, Silent
-from edgepress.checkpoints.writer import ADAPTER_CONFIG, TOKENIZER_FILES
+from edgepress.checkpoints.shape import Sparsity, parse_sparsity
+from edgepress.checkpoints.writer import ADAPTER_CONFIG, TOKENIZER_FILES, CheckpointWriter, prove_pattern
 
 MAGIC, VERSION = b"EDGEPACK", 1
 _FIXED = struct.Struct("<8sIIQd")  # and the digest
@@ -151,17 +161,17 @@ def _adapter_scale(checkpoint: Checkpoint) -> float:
     return checkpoint.adapter_scale
 
 
-def _encode(entry: form.Entry, contents: Contents, at: str) -> dict[str, Bytes]:
+def _encode(entry: Entry, contents: Contents, at: str) -> dict[str, Bytes]:
     kind, name = entry["kind"], entry["name"]
     try:
         if kind == "linear":
             at_name = f"{name}."
             own = {key.removeprefix(at_name): t for key, t in contents.tensor.items() if key.startswith(at_name)}
-            return form.encode_linear(entry, own)
+            return encode_linear(entry, own)
         if kind in _DERIVED:
             whole, packed = _DERIVED[kind]
-            return form.encode_derived(entry, contents.of(packed), contents.of(whole)[name])
-        return form.encode_tensor(entry, contents.of(kind)[name])
+            return encode_derived(entry, contents.of(packed), contents.of(whole)[name])
+        return encode_tensor(entry, contents.of(kind)[name])
     except CheckpointError as error:
         raise CheckpointError(f"cannot be packed: {at}{error}") from None
 
@@ -188,7 +198,7 @@ class _Sink:
         self.write(data)
         self.write(bytes(aligned(len(data), ALIGN) - len(data)))
 
-    def parts(self, entry: form.Entry, parts: Mapping[str, Bytes]) -> None:
+    def parts(self, entry: Entry, parts: Mapping[str, Bytes]) -> None:
         """The parts of one entry, in the order of their offsets. What was announced must be what comes."""
         listed = sorted(entry["parts"].items(), key=lambda item: item[1])
         sizes = {name: part.size for name, part in parts.items() if part.size}
@@ -278,17 +288,297 @@ def _contents(image: Image, entries: list[dict[str, Any]], at: int) -> Contents:
     for entry in entries:
         parts = {name: _read(image, at + offset, size) for name, (offset, size) in entry["parts"].items()}
         if entry["kind"] == "linear":
-            tensors = form.decode_linear(entry, parts)
+            tensors = decode_linear(entry, parts)
             found.tensor.update({f"{entry['name']}.{key}": tensor for key, tensor in tensors.items()})
         elif entry["kind"] not in _DERIVED:
-            found.of(entry["kind"])[entry["name"]] = form.decode_tensor(entry, parts)
+            found.of(entry["kind"])[entry["name"]] = decode_tensor(entry, parts)
     for entry in entries:
         if entry["kind"] in _DERIVED:
             whole, packed = _DERIVED[entry["kind"]]
-            found.of(whole)[entry["name"]] = form.decode_derived(entry, found.of(packed))
+            found.of(whole)[entry["name"]] = decode_derived(entry, found.of(packed))
     return found
 
 
 def _read(image: Image, at: int, size: int) -> Bytes:
     with image.path.open("rb") as file:
         return np.fromfile(file, np.uint8, size, offset=image.data_at + at)
+
+
+# --- from an image to a folder ----------------------------------------------------------------------------------------
+# From a packed image back to a checkpoint folder, every tensor as it was before packing.
+
+
+STAGE, STAGE_VERSION = "unpack", 1
+
+
+def unpack_checkpoint(path: Path, folder: Path, progress: Progress | None = None) -> Checkpoint:
+    """Restore the checkpoint folder that an image was packed from, one shard a block, with a manifest of its own.
+
+    The folder appears at the end, whole. Raises CheckpointError for a file that is damaged or no image, PlanError
+    where the folder is taken.
+    """
+    progress = progress or Silent()
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PlanError(f"{folder} is there already and is not an empty folder; choose another with -o")
+    if not folder.absolute().parent.is_dir():
+        raise PlanError(f"there is no folder {folder.absolute().parent} to write {folder.name} to")
+    began = time.monotonic()
+    image = open_image(path)
+    draft = folder.absolute().with_name(f".{folder.absolute().name}{PARTIAL}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        _write(image, draft, progress)
+        _write_manifest(image, draft, began)
+        draft.replace(folder)
+    # Whatever fails here was stated by the header: sides, offsets and scales that no tensor has.
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+            struct.error) as error:  # fmt: skip
+        raise CheckpointError(f"{path} has a sound hash but contents that make no sense: {error!r}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder} could not be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Checkpoint.open(folder)
+
+
+def _write(image: Image, draft: Path, progress: Progress) -> None:
+    writer = CheckpointWriter(draft, image.table["block_prefix"])
+    count = len(image.table["blocks"])
+    progress.start("unpacking", count)
+    for index in range(count):
+        contents = read_block(image, index)
+        writer.write_block(index, contents.tensor)
+        if contents.adapter:
+            writer.write_adapter_part(index, contents.adapter | contents.adapter_codes)
+        progress.step(block=f"{index + 1}/{count}")
+    outer = read_outer(image)
+    writer.write_outer(outer.tensor)
+    if outer.edge:
+        writer.write_edge(outer.edge)
+    if config := _adapter_config(image):
+        writer.join_adapter(config)
+    for name, data in read_documents(image).items():
+        write_bytes(draft / name, data)
+    writer.finish(image.table["config"], None)
+    writer.work.remove()
+
+
+def _adapter_config(image: Image) -> dict[str, Any] | None:
+    """The adapter in PEFT's words, told by the names and shapes of its tensors; None where there is none."""
+    entries = [entry for layout in image.table["layouts"] for entry in layout if "adapter" in entry["kind"]]
+    shapes: dict[str, dict[str, list[int]]] = {
+        kind: {e["name"].removesuffix(kind): e["shape"] for e in entries if e["name"].endswith(kind)}
+        for kind in (".lora_A.weight", ".lora_magnitude_vector", ".ia3_l")
+    }
+    low_rank, magnitudes, scaled = shapes.values()
+    if scaled:
+        return ia3_config(scaled, [name for name, shape in scaled.items() if shape[1] != 1])
+    if not low_rank:
+        return None
+    rank = max(shape[0] for shape in low_rank.values())
+    return peft_config(rank, image.adapter_scale * rank, low_rank, dora=bool(magnitudes))
+
+
+def _pattern(image: Image) -> Sparsity | None:
+    found = {entry.get("pattern") for layout in image.table["layouts"] for entry in layout} - {None}
+    return parse_sparsity(found.pop()) if len(found) == 1 else None
+
+
+def _write_manifest(image: Image, draft: Path, began: float) -> None:
+    """What the folder claims, proved on its files, so that `compress verify` can hold it to it."""
+    result, pattern = Checkpoint(draft, None), _pattern(image)
+    dtype = str(result.stored_dtype).removeprefix("torch.")
+    options: dict[str, Any] = {"image": image.path.name, "sha256": image.sha256}
+    Manifest(
+        stage=STAGE,
+        stage_version=STAGE_VERSION,
+        options=options,
+        fingerprint=fingerprint(image.sha256, STAGE, STAGE_VERSION, {}, None, 0, dtype),
+        parent=None,
+        seed=0,
+        dtype=dtype,
+        device="cpu",
+        calibration=None,
+        sparsity=prove_pattern(result, pattern) if pattern else None,
+        seconds=time.monotonic() - began,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        versions={"python": platform.python_version(), "edgepress": version("edgepress")},
+        files=describe_files(draft),
+        **result.facts(pattern),
+    ).write(draft)
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+# One layer or tensor between a checkpoint's form and the parts that the packed image holds of it.
+#
+# The parts are those of `packed_sizes.Record`; a reader needs only the entry that the image's header lists.
+
+
+TORCH_DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+Entry = Mapping[str, Any]  # a record as the header lists it
+_ROWS = 4096  # of an embedding at once, which would be four times its size in float32
+
+
+# --- plain tensors -------------------------------------------------------------------------------------------------
+
+
+def encode_tensor(entry: Entry, tensor: Tensor) -> dict[str, Bytes]:
+    """Its bytes, little-endian, row-major. Raises CheckpointError if it is not of the form that the entry says."""
+    found = (list(tensor.shape), tensor.dtype)
+    if found != (list(entry["shape"]), TORCH_DTYPES[entry["dtype"]]):
+        raise CheckpointError(f"{entry['name']} is {found[0]} in {found[1]}, not {entry['shape']} in {entry['dtype']}")
+    return {"values": _raw(tensor)}
+
+
+def decode_tensor(entry: Entry, parts: Mapping[str, Bytes]) -> Tensor:
+    return _tensor(parts.get("values", np.empty(0, np.uint8)), entry["dtype"], entry["shape"])
+
+
+def _raw(tensor: Tensor) -> Bytes:
+    raw: Bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return raw
+
+
+def _tensor(data: NDArray[Any], dtype: str, shape: list[int]) -> Tensor:
+    return torch.from_numpy(data.view(np.uint8)).view(TORCH_DTYPES[dtype]).view(shape)
+
+
+# --- a block's matrices --------------------------------------------------------------------------------------------
+
+
+def encode_linear(entry: Entry, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
+    """stored: the layer's tensors by their names within it.
+
+    Raises CheckpointError where the layer does not hold its pattern, or is stored in a way that the image has no
+    place for.
+    """
+    form = form_of(entry)
+    if form is not None:
+        return _encode_codes(entry, form, stored)
+    weight = stored["weight"]
+    encode_tensor(entry, weight)
+    values = _raw(weight).view(f"<u{DTYPE_BYTES[entry['dtype']]}").reshape(entry["shape"])
+    # Of dense weights only +0 is left out, so that every sign comes back.
+    index, kept = _leave_out(entry, values, lambda: values == 0)
+    return index | {"values": kept.view(np.uint8)}
+
+
+def decode_linear(entry: Entry, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
+    """The layer's tensors as the checkpoint had them, by their names within it."""
+    form = form_of(entry)
+    if form is not None:
+        return _decode_codes(entry, form, parts)
+    kept = parts["values"].view(f"<u{DTYPE_BYTES[entry['dtype']]}")
+    values = _put_back(entry, parts, kept, np.zeros(entry["shape"], kept.dtype))
+    return {"weight": _tensor(values.reshape(-1), entry["dtype"], entry["shape"])}
+
+
+def _encode_codes(entry: Entry, form: Form, stored: Mapping[str, Tensor]) -> dict[str, Bytes]:
+    if "pattern" in entry and not form.exact_zero:
+        raise CheckpointError(
+            f"{entry['name']} is said to hold {entry['pattern']}, but with {form.unknown} no weight is exactly zero"
+        )
+    (rows, columns), ordered = entry["shape"], "order" not in entry["parts"]
+    codes, sides = form.split(entry["name"], stored, rows, columns, ordered)
+    values = codes.numpy()
+    index, kept = _leave_out(entry, values, lambda: values == form.zero_codes(sides, rows, columns).numpy())
+    parts = index | {"values": pack_bits(kept, form.bits)}
+    for name, (_, how) in form.sides(rows, columns, ordered).items():
+        parts[name] = _raw(sides[name]) if isinstance(how, str) else pack_bits(sides[name].numpy(), how)
+    return parts
+
+
+def _decode_codes(entry: Entry, form: Form, parts: Mapping[str, Bytes]) -> dict[str, Tensor]:
+    (rows, columns), ordered = entry["shape"], "order" not in entry["parts"]
+    sides = {}
+    for name, (shape, how) in form.sides(rows, columns, ordered).items():
+        if isinstance(how, str):
+            sides[name] = _tensor(parts[name], how, list(shape))
+        else:
+            numbers = unpack_bits(parts[name], how, math.prod(shape)).astype(np.int32)
+            sides[name] = torch.from_numpy(numbers.reshape(shape))
+    empty = form.zero_codes(sides, rows, columns).numpy().astype(np.uint8) if "index" in parts else np.empty(0)
+    codes = _put_back(entry, parts, unpack_bits(parts["values"], form.bits, _kept(entry)), empty)
+    return form.join(torch.from_numpy(codes), sides, TORCH_DTYPES[entry["dtype"]])
+
+
+# --- zeros ---------------------------------------------------------------------------------------------------------
+
+
+def entry_index(entry: Entry) -> MaskIndex | None:
+    """The form of a layer's mask, None where all its weights are stored."""
+    if "index" not in entry:
+        return None
+    rows, columns = entry["shape"]
+    pattern = parse_sparsity(entry["pattern"]).on(columns, rows)
+    form = entry["index"]
+    return MaskIndex(form["form"], pattern.removed, pattern.of, form["bits"], form["groups"])
+
+
+def _kept(entry: Entry) -> int:
+    rows, columns = entry["shape"]
+    index = entry_index(entry)
+    count: int = rows * columns
+    return count if index is None else count // index.of * (index.of - index.removed)
+
+
+def _leave_out(entry: Entry, values: NDArray[Any], zero: Any) -> tuple[dict[str, Bytes], NDArray[Any]]:
+    """The index, and the values (out, in) without those it says are removed; `zero` says where a zero stands."""
+    index = entry_index(entry)
+    if index is None:
+        return {}, values.reshape(-1)
+    removed: Mask = choose_removed(zero().reshape(-1, index.of), index.removed)
+    short = int((removed.sum(axis=1) != index.removed).sum())
+    if short:
+        raise CheckpointError(
+            f"{entry['name']} is said to hold {entry['pattern']}, but {short} of its {len(removed)} groups have fewer "
+            "zeros (a zero with a minus sign is not one that can be left out)"
+        )
+    return {"index": pack_mask(removed, index)}, values.reshape(-1, index.of)[~removed]
+
+
+def _put_back(entry: Entry, parts: Mapping[str, Bytes], kept: NDArray[Any], empty: NDArray[Any]) -> NDArray[Any]:
+    """All values (out, in): the kept ones at their places in `empty`, which holds what a removed weight is."""
+    index = entry_index(entry)
+    if index is None:
+        return kept.reshape(entry["shape"])
+    groups = np.ascontiguousarray(empty).reshape(-1, index.of)
+    groups[~unpack_mask(parts["index"], index, len(groups))] = kept
+    return groups.reshape(entry["shape"])
+
+
+# --- embeddings and adapters of which codes are stored ----------------------------------------------------------------
+
+
+def stands_for(packed: Mapping[str, Tensor], entry: Entry) -> Iterator[tuple[int, Tensor]]:
+    """The 16- or 32-bit tensor that packed codes stand for, some rows at a time, with the first row's number."""
+    base, dtype = entry["name"].removesuffix(".weight"), TORCH_DTYPES[entry["dtype"]]
+    codes, scales = packed[f"{base}.codes"], packed[f"{base}.scales"]
+    if entry["kind"] == "derived_adapter":
+        yield 0, unpacked(codes, scales, dtype)
+        return
+    minimum = packed[f"{base}.minimum"]
+    bits = 8 * codes.shape[1] // entry["shape"][1]
+    for row in range(0, entry["shape"][0], _ROWS):
+        here = slice(row, row + _ROWS)
+        yield row, dequantise_rows(codes[here], scales[here], minimum[here], bits).to(dtype)
+
+
+def encode_derived(entry: Entry, packed: Mapping[str, Tensor], tensor: Tensor) -> dict[str, Bytes]:
+    """No bytes. Raises CheckpointError where the codes do not stand for the tensor, which would be lost."""
+    encode_tensor(entry, tensor)
+    for row, rows in stands_for(packed, entry):
+        if not np.array_equal(_raw(rows), _raw(tensor[row : row + len(rows)])):
+            raise CheckpointError(f"{entry['name']} is not what the packed codes beside it stand for")
+    return {}
+
+
+def decode_derived(entry: Entry, packed: Mapping[str, Tensor]) -> Tensor:
+    tensor = torch.empty(entry["shape"], dtype=TORCH_DTYPES[entry["dtype"]])
+    for row, rows in stands_for(packed, entry):
+        tensor[row : row + len(rows)] = rows
+    return tensor

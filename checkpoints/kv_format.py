@@ -1,4 +1,4 @@
-"""How keys and values of earlier tokens are kept: their precision, which tokens stay, and the bytes that takes.
+"""Describe a KV cache: its precision, which tokens stay, and its bytes.
 
 Precision after KIVI (arXiv 2402.02750): keys share a scale and a zero point by channel over a group of tokens,
 values by token over a group of channels. A group's tokens stay in full precision until all of them are there, so a

@@ -1,4 +1,4 @@
-"""llama2.c's own files: the legacy `.bin` model (export version 0) and its tokenizer `.bin`.
+"""Read and write llama2.c's files: the legacy `.bin` model (export version 0) and its tokenizer `.bin`.
 
 Format: https://github.com/karpathy/llama2.c, `export.py:legacy_export` and `tokenizer.py:Tokenizer.export`.
 All numbers are little-endian. A model does not name its tokenizer, so `find_tokenizer` looks beside it.

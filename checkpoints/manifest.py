@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of itself, and the fingerprint that makes it findable.
+"""A checkpoint folder's manifest, its fingerprint, and safe writing and naming of files.
 
 A stage's folder counts as finished only once `manifest.json` lies in it; the manifest is written last and
 atomically. It lists the sha256 of every file and carries one over itself, so an edit or a flipped bit anywhere is

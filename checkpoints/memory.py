@@ -1,12 +1,11 @@
-"""The memory this process takes, now and at its peak, what is free, and numbers of bytes in words."""
+"""This process's memory, now and at its peak, and sizes in words."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 from pathlib import Path
-
-from edgepress.checkpoints.allocator import give_back
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -70,3 +69,18 @@ def available_bytes() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+# --- giving freed memory back -----------------------------------------------------------------------------------------
+# Giving freed memory back to the operating system.
+
+
+def give_back() -> None:
+    """Return the allocator's free pages. Does nothing where the C library is not glibc.
+
+    A walk frees and allocates blocks of the same sizes over and over, and glibc's heap grows by fragments of
+    several megabytes a block: 1.4 GiB after 60 blocks of SmolLM2 where 0.8 GiB are in use. This keeps the peak
+    independent of the depth.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What a model weighs once its zeros are left out: the bytes of its packed image, exact, from its shape alone.
+"""The exact bytes of the packed file, from a shape alone.
 
 `compress pack` writes the image (`checkpoints/image.py` describes the file), and what is counted here is what it
 lays out: one table serves both, so the predicted size is the file's. No torch, no weights.
@@ -15,8 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from edgepress.checkpoints.forms import DTYPE_BYTES, TensorShape, bytes_of
-from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape, Pattern
 
 PREAMBLE_BYTES = 64
 PAGE = 4096  # the data begins at a multiple of this: it can be mapped, and flashed sector by sector

@@ -1,4 +1,4 @@
-"""Silence for libraries that print banners and warnings; what they raise still comes through."""
+"""Silence the banners and warnings of libraries; what they raise still comes through."""
 
 from __future__ import annotations
 

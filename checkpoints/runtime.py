@@ -1,4 +1,4 @@
-"""Where and how a stage computes: device, precision, randomness, and whom it tells of its progress."""
+"""Where and how a stage computes: device, precision, random generators, progress."""
 
 from __future__ import annotations
 

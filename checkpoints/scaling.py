@@ -1,4 +1,4 @@
-"""Factors between a checkpoint's weights and those of the dense one it was made from.
+"""Store the factors between a checkpoint's weights and those of the model it was made from.
 
 A quantiser may scale the rows and columns of a block's layers so that the block computes the same (AWQ). Whoever then
 compares with the dense weights, as EoRA does, has to scale those alike. The factors lie beside the shards, in a

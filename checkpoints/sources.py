@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a hub id, a .gguf file, llama2.c's .bin, or the packaged model.
+"""Open a model from a folder, a hub id, a .gguf file, a llama2.c .bin, or the packaged model.
 
 Files of other formats are converted once into a checkpoint folder of our own and kept in the cache folder
 (`EDGEPRESS_CACHE`, else ~/.cache/edgepress).
@@ -24,7 +24,7 @@ from edgepress.checkpoints.families import PRESETS
 from edgepress.checkpoints.headers import shape_from_folder
 from edgepress.checkpoints.image import is_image
 from edgepress.checkpoints.manifest import Manifest, describe_files, sha256_file
-from edgepress.checkpoints.nm import require_finite
+from edgepress.checkpoints.masks import require_finite
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.quiet import readable
 from edgepress.checkpoints.writer import CheckpointWriter

@@ -1,4 +1,4 @@
-"""Token windows that a stage calibrates or trains on, with the proof of which tokens they were."""
+"""Windows of tokens that a stage calibrates or trains on, with their hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer cut down to the tokens a text uses, so that this text still falls into exactly the same pieces.
+"""Load tokenizers, and cut one down to the tokens that a text uses.
 
 Works on the definition that the `tokenizers` library writes (tokenizer.json). A BPE piece is made from smaller ones,
 so those it passes through stay as well, and merges whose parts are gone go with them; what is left of the merges

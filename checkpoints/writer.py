@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder: one shard a block, everything atomic, the manifest last."""
+"""Write a checkpoint folder (a shard a block, the manifest last), and verify a finished one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, differing
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
 from edgepress.checkpoints.manifest import (
@@ -21,6 +21,7 @@ from edgepress.checkpoints.manifest import (
     PARTIAL,
     WORK,
     Manifest,
+    check_files,
     replacing,
     require_inside,
     require_own_links,
@@ -28,7 +29,9 @@ from edgepress.checkpoints.manifest import (
     write_bytes,
     write_json,
 )  # fmt: skip
+from edgepress.checkpoints.masks import MaskProof
 from edgepress.checkpoints.scaling import scaling_name
+from edgepress.checkpoints.shape import Sparsity, parse_sparsity
 from edgepress.checkpoints.walk import Work
 
 OUTER = "outer.safetensors"
@@ -184,3 +187,58 @@ class CheckpointWriter:
         if home not in self._manifests:
             self._manifests[home] = Manifest.read(home).files if (home / MANIFEST).is_file() else {}
         return self._manifests[home]
+
+
+# --- verifying --------------------------------------------------------------------------------------------------------
+# Proof that a finished checkpoint is what it claims: hashes, N:M pattern, finite values, true numbers.
+
+
+def prove_pattern(checkpoint: Checkpoint, pattern: Sparsity, masks_from: Checkpoint | None = None) -> dict[str, Any]:
+    """Count, over the linear layers of all blocks that the pattern covers, the zeros expected and kept.
+
+    masks_from: a checkpoint with the same blocks whose zeros must all still be zeros; without it the pattern
+    alone is asked for. An adapter that is stored beside the weights is not part of them.
+    """
+    proof = MaskProof(pattern)
+    for index, block in enumerate(checkpoint.shape.blocks):
+        masks = {x.name: x for x in masks_from.shape.blocks[index].linears} if masks_from else {}
+        for linear in (x for x in block.linears if pattern.covers(x.name)):
+            mask = masks_from.base_weight(index, masks[linear.name]) != 0 if masks_from else None
+            proof.add(checkpoint.base_weight(index, linear), mask)
+    return proof.facts()
+
+
+def verify(checkpoint: Checkpoint) -> list[str]:
+    """Re-check everything the manifest claims; what was found, one line each. Raises CheckpointError."""
+    manifest = checkpoint.manifest
+    if manifest is None:
+        raise CheckpointError(f"{checkpoint.folder} has no manifest, so there is nothing to verify it against")
+    check_files(checkpoint.folder, manifest, hashes=True)
+    found = [f"{len(manifest.files)} files have the size and sha256 that the manifest says"]
+    found.append(
+        "the manifest has the sha256 that it states of itself"
+        if manifest.sealed
+        else "the manifest carries no hash of itself, as those of earlier versions: an edit of it could not be seen"
+    )
+    checkpoint.outer()
+    for index in range(len(checkpoint.shape.blocks)):
+        checkpoint.block(index)  # raises NumericsError naming what is not finite
+    found.append(f"{len(checkpoint.shape.blocks)} blocks, embedding and head are finite")
+    if manifest.sparsity is not None:
+        facts = prove_pattern(checkpoint, parse_sparsity(manifest.sparsity["pattern"]))
+        if not facts["holds"]:
+            raise CheckpointError(
+                f"{checkpoint.folder} claims {facts['pattern']} but holds {facts['kept_zeros']} of "
+                f"{facts['expected_zeros']} zeros"
+            )
+        found.append(f"{facts['pattern']}: {facts['kept_zeros']} of {facts['expected_zeros']} zeros are there")
+    if (checkpoint.folder / ADAPTER_PACKED).is_file():
+        if wrong := differing(checkpoint.folder):
+            raise CheckpointError(f"{checkpoint.folder}: {wrong[0]} is not what its packed codes stand for")
+        found.append("the adapter is exactly what its 8-bit codes stand for")
+    for key, value in checkpoint.facts().items():
+        claimed = getattr(manifest, key)
+        if claimed != value:
+            raise CheckpointError(f"{checkpoint.folder}: the manifest says {key} {claimed}, the files hold {value}")
+        found.append(f"{key} {value}")
+    return found

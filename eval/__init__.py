@@ -1,1 +1,1 @@
-"""Measuring a model's quality."""
+"""Measure a model's quality and speed."""

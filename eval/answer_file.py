@@ -1,4 +1,4 @@
-"""Answers on disk, one JSON line each, behind a header that says whose they are.
+"""Keep answers on disk, one JSON line each, behind a header that says whose they are.
 
 Lines are appended as batches finish, so an interrupted evaluation goes on where it stopped. Each carries the sha256 of
 itself and of the header, so a line that was edited, damaged or taken from another file is found. Two processes that

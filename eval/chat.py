@@ -1,4 +1,4 @@
-"""Conversations in a tokenizer's own chat template, which is a program from outside: bounded in time, memory and words.
+"""Write conversations in a tokenizer's chat template, a program from outside, bounded in time, memory and text.
 
 transformers runs templates in jinja's sandbox, which keeps them from files and processes but not from endless loops.
 """

@@ -1,4 +1,4 @@
-"""Noise on the inputs of the MLPs' gates and random masking of attention outputs, as hooks on a model's blocks.
+"""Disturb a model with hooks: noise on the inputs of the MLPs' gates, random masking of attention outputs.
 
 Simulates inexact arithmetic and lossy memory while a model is measured; its weights stay as they are. Each block
 draws from a generator of its own, so that a walk (block by block) and a whole model (batch by batch) that see the

@@ -1,4 +1,4 @@
-"""Local files in the form that lm-eval's tasks expect of the hub's data sets; no torch."""
+"""Read local files in the form that lm-eval's tasks expect of the hub's data sets; no torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError, TextError
-from edgepress.eval.row_files import RowError, read_rows
-from edgepress.eval.settings import Settings
+from edgepress.eval.rows import RowError, read_rows
+from edgepress.eval.tasks import Settings
 
 _LETTERS = "ABCD"
 

@@ -1,4 +1,4 @@
-"""How close generated answers come to their references: BLEU, ROUGE-L, token F1, SBERT cosine.
+"""Score answers against references: exact, substring and word matches, BLEU, ROUGE-L, token F1, SBERT cosine.
 
 The definitions are those of the second thesis, section 2.6.1, by the libraries that the field uses. BLEU is a
 corpus's, 0 to 100 (the thesis divides it by 100); the others belong to single answers, 0 to 1 (SBERT -1 to 1).
@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,3 +146,51 @@ def _packaged_sbert() -> str | None:
 def _require_pairs(answers: Sequence[str], references: Sequence[str]) -> None:
     if len(answers) != len(references) or not answers:
         raise PlanError(f"{len(answers)} answers cannot be compared with {len(references)} references")
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+# When an answer counts as right: exact, substring, or 80 % of the words (thesis, section 3.6.2). No torch.
+#
+# Before anything is compared, both sides are normalised: Unicode NFKC (full-width digits, ligatures and composed
+# accents become one form), case folded, punctuation removed (every Unicode character of category P and ASCII's
+# symbols, without leaving a space: "Spider-Man" is "spiderman"), runs of white space made one space. Articles and
+# accents stay: the thesis removes neither.
+
+
+VERSION = 1
+Tier = Literal["exact", "substring", "words", "miss"]
+TIERS: tuple[Tier, ...] = ("exact", "substring", "words")
+
+
+def normalise(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    kept = (c for c in folded if not (unicodedata.category(c).startswith("P") or c in string.punctuation))
+    return " ".join("".join(kept).split())
+
+
+def match(answer: str, expected: Sequence[str]) -> Tier:
+    """The first tier that any of the expected answers reaches.
+
+    Substring is meant letter by letter, as in the thesis: "ant" is found in "antelope" (see inside_a_word). Words
+    asks for at least two words in the expected answer and 80 % of its distinct words among the answer's (equation
+    3.13). An expected answer of which normalisation leaves nothing matches nothing.
+    """
+    said = normalise(answer)
+    wanted = [w for w in map(normalise, expected) if w]
+    if said in wanted:
+        return "exact"
+    if any(w in said for w in wanted):
+        return "substring"
+    words = set(said.split())
+    for w in wanted:
+        target = set(w.split())
+        if len(w.split()) > 1 and 5 * len(target & words) >= 4 * len(target):
+            return "words"
+    return "miss"
+
+
+def inside_a_word(answer: str, expected: Sequence[str]) -> bool:
+    """Whether every place where an expected answer is found begins or ends within a longer word."""
+    said = f" {normalise(answer)} "
+    wanted = [w for w in map(normalise, expected) if w]
+    return any(w in said for w in wanted) and not any(f" {w} " in said for w in wanted)

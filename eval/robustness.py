@@ -1,4 +1,4 @@
-"""How much worse a model gets when its arithmetic or its memory is inexact.
+"""Measure how much worse a model gets when its arithmetic or its memory is inexact.
 
 A quantity (perplexity, a task's score) is measured undisturbed, and at each strength of each kind of disturbance
 once for every seed; mean, spread and extremes over the seeds are reported. The protocol is that of the second
@@ -18,13 +18,11 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.checkpoints.runtime import Runtime, Silent
 from edgepress.eval.disturb import KINDS, Disturbance
-from edgepress.eval.perplexity import Protocol, in_words, measure
+from edgepress.eval.perplexity import Protocol, in_words, measure, protocol_of, text_of
 from edgepress.eval.results import Result, Score
-from edgepress.eval.settings import Settings, numbers
 from edgepress.eval.subject import Subject
-from edgepress.eval.tasks import Task, find_tasks
+from edgepress.eval.tasks import Settings, Task, find_tasks, numbers
 from edgepress.eval.text import Text, starts_with_bos
-from edgepress.eval.text_tasks import protocol_of, text_of
 
 Quantity = Callable[[Disturbance | None], float]  # None: undisturbed
 

@@ -1,4 +1,4 @@
-"""Rows of instruction data, from the hub or from a file, as text to train on. No torch here.
+"""Read rows of data from files or the hub: text to train on, instructions with reference answers; no torch.
 
 A row is a string, or a mapping with the fields of one of the FORMS. Question and answer read as in the thesis's
 evaluation (section 3.6.2): "Question: ...", "Answer: ..." on a line of its own.
@@ -6,13 +6,18 @@ evaluation (section 3.6.2): "Question: ...", "Answer: ..." on a line of its own.
 
 from __future__ import annotations
 
+import codecs
+import io
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from edgepress.checkpoints.documents import parse_json
 from edgepress.checkpoints.errors import TextError
-from edgepress.eval.row_files import RowError, read_rows
 
 # What data sets write where the tokenizer's own end token belongs.
 _END_MARKS = ("###eos_token###", "<|endoftext|>", "</s>")
@@ -224,3 +229,290 @@ def file_texts(path: Path) -> tuple[list[str], bool, bool]:
     if chats and not all(chat for _, _, chat in rows):
         raise TextError(f"{path} mixes conversations with other rows; put them in two files")
     return [text for text, _, _ in rows], any(exchange for _, exchange, _ in rows), chats
+
+
+# --- files of rows ----------------------------------------------------------------------------------------------------
+# Rows of data: of a .jsonl, .json or .parquet file, every fault named at once, or of the hub. No torch here.
+
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_SHOWN_FAULTS = 5
+# Longest first: UTF-32's little-endian mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+Row = TypeVar("Row")
+
+
+class RowError(ValueError):
+    """What is wrong with one row; whoever knows its place adds it."""
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text with line ends as \\n, without a byte order mark.
+
+    Raises TextError naming the encoding where it is not UTF-8, and for bytes that are no text.
+    """
+    data = path.read_bytes()
+    require_utf8(path, data)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def require_utf8(path: Path, data: bytes) -> None:
+    """Raise TextError where a file, of which these are the first bytes, is in another encoding or no text."""
+    name = next((name for mark, name in _MARKS if data.startswith(mark)), "")
+    if not name and b"\0" in data:
+        places = [place for place, byte in enumerate(data[:4096]) if not byte]
+        alternate = len(places) * 4 > min(len(data), 4096) and len({place % 2 for place in places}) == 1
+        if not alternate:
+            raise TextError(f"{path} is no text: byte {data.index(0)} is NUL; give a file of UTF-8 text")
+        name = "UTF-16"
+    if name:
+        raise TextError(f"{path} is in {name}, not UTF-8. {_convert(path, name)}")
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> TextError:
+    byte = error.object[error.start]
+    return TextError(
+        f"{path} is not UTF-8: it has byte 0x{byte:02x} at {error.start}; Latin-1 or Windows-1252, as it seems. "
+        + _convert(path, "WINDOWS-1252")
+    )
+
+
+def _convert(path: Path, encoding: str) -> str:
+    return f"Convert it with: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}"
+
+
+def read_rows(path: Path, parse: Callable[[int, Any], Row], form: str, limit: int = 0) -> list[Row]:
+    """What `parse` makes of a file's rows and their numbers, counted from 1; of the first `limit` rows unless it is 0.
+
+    Raises TextError with the line or row of everything that is malformed, empty or a RowError to `parse` (a few of
+    many), and with the `form` that rows must have; likewise for a file without rows.
+    """
+    if path.exists() and not path.is_file():
+        raise TextError(f"{path} is no file of rows, but a folder, device or pipe")
+    rows, faults = [], []
+    place = "line" if path.suffix.lower() == ".jsonl" else "row"
+    for number, raw in enumerate(itertools.islice(_raw_rows(path), limit or None), 1):
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            rows.append(parse(number, raw))
+        except RowError as fault:
+            faults.append(f"{place} {number}: {fault}")
+    if faults:
+        more = len(faults) - _SHOWN_FAULTS
+        shown = [*faults[:_SHOWN_FAULTS], *([f"and {more} more"] if more > 0 else [])]
+        raise TextError(f"{path}, " + "\n  ".join(shown) + f"\nExpected {form}")
+    if not rows:
+        raise TextError(f"{path} holds no row. Expected {form}")
+    return rows
+
+
+def _raw_rows(path: Path) -> Iterator[Any]:
+    """Each row as it is read; a line that is empty or no JSON is a RowError in the row's place."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".jsonl":
+            yield from _json_lines(path)
+        elif suffix == ".json":
+            rows = parse_json(read_utf8(path).encode(), f"{path} cannot be read as {suffix}: it", TextError)
+            if not isinstance(rows, list):
+                raise TextError(f"{path} must hold a list of rows")
+            yield from rows
+        elif suffix == ".parquet":
+            from pyarrow import parquet
+
+            for batch in parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        else:
+            raise TextError(f"{path} is no file of rows; its name must end in {', '.join(SUFFIXES)}")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except (ValueError, OSError) as error:  # undecodable bytes, JSON's and pyarrow's own are all ValueErrors
+        raise TextError(f"{path} cannot be read as {suffix}: {error}") from None
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    empty = 0  # lines since the last row; at the end of a file they do not count
+    # newline: JSON allows other line separators, such as U+2028, inside a string.
+    with path.open("rb") as raw:
+        require_utf8(path, raw.peek(4096))
+        for line in io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n"):
+            if not line.strip():
+                empty += 1
+                continue
+            yield from (RowError("empty; remove the line") for _ in range(empty))
+            empty = 0
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                yield RowError(f"not JSON ({error.msg})")
+            except RecursionError:
+                yield RowError("not JSON (nested too deeply)")
+
+
+def hub_rows(
+    name: str, config: str | None, split: str, spec: str, instead: str, stream: bool = True,
+    columns: list[str] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of a data set of the hub, one by one, whole or with these columns.
+
+    Raises TextError where it cannot be reached, saying what to pass `instead`.
+    """
+    from datasets import load_dataset
+
+    # Each of its retries would be two lines of warning; the error below says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        data = load_dataset(name, config, split=split, streaming=stream)
+        yield from data.select_columns(columns) if columns else data
+    except Exception as error:  # datasets raises its own, the hub's and the network's errors alike
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TextError(
+            f"the data set '{spec}' could not be had from the hub: {reason}\nPass instead {instead}"
+        ) from None
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+# Instructions with their reference answers: from the hub by name, or from local files of several schemas.
+#
+#     alpaca, FireAct    {instruction, input, output}
+#     Dolly              {instruction, context, response}
+#     prepared prompts   {prompt, answer}, the prompt taken as it stands
+#     AgentInstruct      {conversations: [{from, value}, ...]} or {messages: [{role, content}, ...]}
+#
+# Of a conversation the last request that was answered counts, with its answer, as in the second thesis, section
+# 3.1.3.
+
+
+# Name on the hub, and its splits in order; empty for the only one.
+HUB = {
+    "alpaca": ("tatsu-lab/alpaca", ("train",)),
+    "dolly": ("databricks/databricks-dolly-15k", ("train",)),
+    "agent": ("zai-org/AgentInstruct", ("os", "db", "alfworld", "webshop", "kg", "mind2web")),
+}
+_ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant")
+FILE_FORM = (
+    "a .json, .jsonl or .parquet file whose rows have {instruction, input, output}, {instruction, context, response}, "
+    "{prompt, answer}, {conversations} or {messages}"
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    id: str  # row or line of the file, counted from 1
+    instruction: str
+    context: str  # what the instruction speaks of; often empty
+    reference: str
+    prepared: bool = False  # the instruction is a whole prompt already
+
+    def prompt(self, chat: bool) -> str:
+        """What the model reads: the request alone for a chat template, otherwise with headings to be continued."""
+        if self.prepared:
+            return self.instruction
+        if chat:
+            return "\n\n".join(part for part in (self.instruction, self.context) if part)
+        given = f"Input: {self.context}\n" if self.context else ""
+        return f"Instruction: {self.instruction}\n{given}Response:"
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    name: str
+    rows: tuple[Instruction, ...]
+    unusable: int = 0  # rows before the last one that have no text to ask or to compare with; the hub's only
+
+
+def load_instructions(source: str, limit: int = 0) -> InstructionSet:
+    """The first `limit` rows (0: all) of a hub name or a .json, .jsonl or .parquet file.
+
+    Raises TextError naming every faulty one of these rows in a file, or, without a hub, the file form to give
+    instead. The hub's faulty rows, which nobody here can mend, are left out and counted.
+    """
+    if source in HUB:
+        return _from_hub(source, limit)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise TextError(
+            f"there is no instruction data '{source}': not one of {', '.join(HUB)}, and not a file. Give {FILE_FORM}"
+        )
+    return InstructionSet(path.stem, tuple(read_rows(path, parse_row, FILE_FORM, limit)))
+
+
+def _from_hub(source: str, limit: int) -> InstructionSet:
+    rows: list[Instruction] = []
+    unusable = 0
+    name, splits = HUB[source]
+    streams = (hub_rows(name, "default", split, source, FILE_FORM) for split in splits)
+    for number, row in enumerate(itertools.chain.from_iterable(streams), 1):
+        try:
+            rows.append(parse_row(number, row))
+        except RowError:
+            unusable += 1
+        if limit and len(rows) == limit:
+            break
+    if not rows:
+        raise TextError(f"the data set '{source}' of the hub has no usable row. Give {FILE_FORM}")
+    return InstructionSet(source, tuple(rows), unusable)
+
+
+# --- rows to instructions -------------------------------------------------------------------------------------------
+
+
+def parse_row(number: int, row: Any) -> Instruction:
+    """One row of any of the schemas. Raises RowError."""
+    if not isinstance(row, Mapping):
+        raise RowError(f"not an object with fields but {type(row).__name__}")
+    for needed, parse in _SCHEMAS:
+        if all(name in row for name in needed):
+            return parse(str(number), row)
+    raise RowError(f"no instruction; it has {', '.join(map(str, row)) or 'no field'}")
+
+
+def _plain(asked: str, context: str, answered: str, prepared: bool = False) -> Callable[[str, Any], Instruction]:
+    def parse(number: str, row: Mapping[str, Any]) -> Instruction:
+        given = _field_text(row, context, may_be_empty=True) if context in row else ""
+        return Instruction(number, _field_text(row, asked), given, _field_text(row, answered), prepared)
+
+    return parse
+
+
+def _conversation(turns: str, speaker: str, said: str) -> Callable[[str, Any], Instruction]:
+    def parse(number: str, row: Mapping[str, Any]) -> Instruction:
+        listed = row[turns]
+        if not isinstance(listed, Sequence) or not all(isinstance(t, Mapping) and t.get(speaker) for t in listed):
+            raise RowError(f"'{turns}' is not a list of turns with '{speaker}' and '{said}'")
+        for request, answer in reversed(list(itertools.pairwise(listed))):
+            if request[speaker] in _ASKING and answer[speaker] in _ANSWERING:
+                return Instruction(number, _field_text(request, said), "", _field_text(answer, said))
+        raise RowError(f"'{turns}' has no turn of {' or '.join(_ASKING)} followed by one of {' or '.join(_ANSWERING)}")
+
+    return parse
+
+
+_SCHEMAS: tuple[tuple[tuple[str, ...], Callable[[str, Any], Instruction]], ...] = (
+    (("instruction", "output"), _plain("instruction", "input", "output")),
+    (("instruction", "response"), _plain("instruction", "context", "response")),
+    (("prompt", "answer"), _plain("prompt", "", "answer", prepared=True)),
+    (("conversations",), _conversation("conversations", "from", "value")),
+    (("messages",), _conversation("messages", "role", "content")),
+)
+
+
+def _field_text(row: Mapping[str, Any], name: str, may_be_empty: bool = False) -> str:
+    value = row.get(name)
+    if value is None and may_be_empty:
+        return ""
+    if not isinstance(value, str):
+        raise RowError(f"'{name}' is null" if value is None and name in row else f"'{name}' is not text")
+    if not value.strip() and not may_be_empty:
+        raise RowError(f"'{name}' is empty")
+    return value.strip()

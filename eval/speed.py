@@ -1,4 +1,4 @@
-"""How fast a checkpoint reads and writes on this machine, and the memory that takes.
+"""Measure how fast a checkpoint reads and writes on this machine, and the memory that takes.
 
 Two ways to run the same checkpoint: `effective`, dense weights with codes dequantised and adapter added, as every
 other task has them; and `kernels`, the folder as a user loads it, its codes multiplied by GPTQModel's kernels. Each
@@ -25,15 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, attention_kernels
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.headers import ADAPTER
 from edgepress.checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes, size_text
 from edgepress.checkpoints.quiet import quiet_import, quiet_libraries
-from edgepress.checkpoints.skeleton import attention_kernels
 from edgepress.eval.results import Result, Score, not_measured
-from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Settings
 
 ENGINES = ("effective", "kernels")
 

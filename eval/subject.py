@@ -1,4 +1,4 @@
-"""A checkpoint while it is measured: its model and tokenizer are loaded once, whichever tasks ask for them."""
+"""The model and tokenizer of a checkpoint that is measured, loaded once for all tasks."""
 
 from __future__ import annotations
 

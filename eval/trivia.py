@@ -17,11 +17,11 @@ from typing import Any
 
 from edgepress.checkpoints.errors import TextError
 from edgepress.eval.answers import Answer, Question, answer_all
-from edgepress.eval.matching import TIERS, VERSION, inside_a_word, match, normalise
+from edgepress.eval.metrics import TIERS, VERSION, inside_a_word, match, normalise
 from edgepress.eval.results import Result, Score, proportion
-from edgepress.eval.row_files import SUFFIXES, RowError, hub_rows, read_rows
-from edgepress.eval.settings import Settings
+from edgepress.eval.rows import SUFFIXES, RowError, hub_rows, read_rows
 from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Settings
 
 OPEN = "triviaqa-open"
 SAMPLES = 1200  # of the validation split, as in the thesis

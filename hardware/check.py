@@ -1,4 +1,4 @@
-"""Does a model fit a chip? The verdict behind `compress check CHECKPOINT --soc siracusa`.
+"""Decide whether a model fits a chip: what lies in which memory, what is missing, and what the numbers leave out.
 
 Weights go to the memories with the role weights, KV cache and activations to those with the role tiles, one
 operator's tile to the working memory. All must hold what is put there; off-chip memory only says where an excess
@@ -7,24 +7,35 @@ would go, and what streaming it costs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.kv_format import FULL_BITS, KVFormat
+from edgepress.checkpoints.kv_format import FULL_BITS, GROUP, KVFormat
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.hardware.attention import CacheRule, cache_rule, with_cache
-from edgepress.hardware.clock import timed
-from edgepress.hardware.footprint import shared_blocks, tensor_table
-from edgepress.hardware.levers import find_levers
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.hardware.levers import Levers, find_levers
 from edgepress.hardware.needs import Needs, Request, needs, operator_name
-from edgepress.hardware.notes import notes
-from edgepress.hardware.placement import RESIDENT, Placement, place
-from edgepress.hardware.soc import Memory, Soc
+from edgepress.hardware.orders import CacheRule, cache_rule, own_window, with_cache
+from edgepress.hardware.placement import (
+    PACKED,
+    PLAIN,
+    RESIDENT,
+    Placed,
+    Placement,
+    TensorBytes,
+    WeightBytes,
+    place,
+    shared_blocks,
+    tensor_table,
+    weight_bytes,
+)
+from edgepress.hardware.soc import Engine, Memory, Soc
+from edgepress.hardware.tiling import Tiling
+from edgepress.hardware.timing import OperatorTime, Timing, timed
 from edgepress.hardware.units import times_text
-from edgepress.hardware.verdict import Footprint, MemoryUse, Verdict
 
 
 def check(
@@ -150,3 +161,335 @@ def _summary(model: str, soc: Soc, found: Needs, uses: tuple[MemoryUse, ...]) ->
     if over:
         return f"{model} does not fit {soc.label}: {'; '.join(over)}."
     return f"{model} fits {soc.label}: {'; '.join(fit)}."
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+# What `check` finds out: which memory holds what, what is left or missing, and what would make the model fit.
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What one memory is asked to hold, in bytes, by part."""
+
+    name: str
+    role: str
+    capacity_bytes: int
+    parts: tuple[tuple[str, int], ...]  # what lies there throughout
+    transient: tuple[tuple[str, int], ...] = ()  # what is there at its fullest on top: activations, a tile
+
+    @property
+    def used_bytes(self) -> int:
+        """What lies there throughout; more than the capacity if it does not fit."""
+        return sum(size for _, size in self.parts)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that lies there at once."""
+        return self.used_bytes + sum(size for _, size in self.transient)
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What is left at the peak; negative by as much as does not fit."""
+        return self.capacity_bytes - self.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory holds all of it."""
+        return self.headroom_bytes >= 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The model's bytes in its three forms, and each tensor's."""
+
+    file_bytes: int  # all safetensors files, headers included
+    file_measured: bool  # counted on the disk rather than predicted
+    packed_bytes: int  # the image of `compress pack`, without tokenizer
+    chip: WeightBytes  # in the chip's layout
+    layout: str
+    tensors: tuple[TensorBytes, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "file_bytes": self.file_bytes,
+            "file_measured": self.file_measured,
+            "packed_bytes": self.packed_bytes,
+            "chip_bytes": self.chip.total,
+            "chip_parts": asdict(self.chip),
+            "layout": self.layout,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether and by how much a model fits a chip, and what the numbers do not say."""
+
+    model: str
+    family: str
+    parameters: int
+    soc: str
+    request: Request
+    cache: CacheRule | None  # what is asked of the KV cache beyond its width
+    memories: tuple[MemoryUse, ...]
+    footprint: Footprint
+    needs: Needs
+    placement: Placement
+    summary: str
+    notes: tuple[str, ...]
+    levers: Levers | None = None  # asked for apart, as is the next: a search may judge hundreds of shapes
+    timing: Timing | str | None = None  # a text says why there is none
+
+    @property
+    def fits(self) -> bool:
+        """Whether every memory on the chip holds its share; off-chip memory does not count."""
+        return all(use.fits for use in self.memories if use.role != "off_chip")
+
+    @property
+    def weights(self) -> WeightBytes:
+        return self.footprint.chip
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line of the run's log."""
+        words = []
+        for role, name in (("weights", "weights"), ("tiles", "KV cache and activations"), ("working", "hardest tile")):
+            at = [use for use in self.memories if use.role == role]
+            need, room = sum(use.peak_bytes for use in at), sum(use.capacity_bytes for use in at)
+            over = f" ({times_text(need, room)})" if need > room else ""
+            words.append(f"{name} {size_text(need)} of {size_text(room)}{over}")
+        return f"{'fits' if self.fits else 'does not fit'} {self.soc}: {', '.join(words)}"
+
+    def to_dict(self, tensors: bool = False) -> dict[str, Any]:
+        """The verdict for JSON: sizes in bytes, headroom negative where over."""
+        placement = self.placement.to_dict()
+        if not tensors:
+            del placement["tensors"]
+        return {
+            "model": self.model,
+            "family": self.family,
+            "parameters": self.parameters,
+            "soc": self.soc,
+            "context": self.request.context,
+            "kv_bits": self.request.kv_bits,
+            "kv_window": self.cache.form.window if self.cache else 0,
+            "kv_sinks": self.cache.form.sinks if self.cache else 0,
+            "kv_groups": self.cache is not None and self.cache.groups,
+            "activation_bits": self.request.activation_bits,
+            "prefill_chunk": self.request.chunk,
+            "fits": self.fits,
+            "summary": self.summary,
+            "memories": [_memory_dict(use) for use in self.memories],
+            "footprint": self.footprint.to_dict(),
+            "weight_bytes": self.weights.total,
+            "kv_cache_bytes": self.needs.kv_cache,
+            "activations": {
+                mode: asdict(peak)
+                for mode, peak in (("decode", self.needs.decode.peak), ("prefill", self.needs.prefill.peak))
+            },
+            "tiling": {
+                "hardest": self.needs.hardest.to_dict(),
+                "without_a_tile": [x.to_dict() for x in self.needs.tilings if not x.fits],
+            },
+            "placement": placement,
+            "timing": self.timing if self.timing is None or isinstance(self.timing, str) else self.timing.to_dict(),
+            "levers": None if self.levers is None else self.levers.to_dict(),
+            "notes": list(self.notes),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each tensor and memory it lies in: what --csv writes."""
+        sizes = {t.name: t for t in self.footprint.tensors}
+        return [_row(place, sizes.get(place.name)) for place in self.placement.tensors]
+
+    def operator_rows(self) -> list[dict[str, Any]]:
+        """One row for each operator of both passes: engine, MACs, tiles, bytes by memory, cycles, what bounds it.
+
+        Where the chip's file states too little for times, the tiles alone.
+        """
+        if self.timing is None or isinstance(self.timing, str):
+            return [_tiling_row(tiling) for tiling in self.needs.tilings]
+        passes = (self.timing.decode, self.timing.prefill)
+        return [_operator_row(run.mode, x) for run in passes for x in run.operators]
+
+
+def _operator_row(mode: str, x: OperatorTime) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "name": x.name,
+        "kind": x.kind,
+        "engine": x.engine,
+        "macs": x.macs,
+        "tiles": x.tiles,
+        "bytes": " ".join(f"{memory}:{size}" for memory, size in x.bytes.items()),
+        "cycles_low": round(x.cycles.low),
+        "cycles": round(x.cycles.default),
+        "cycles_high": round(x.cycles.high),
+        "bound_cycles": round(x.bound_cycles.default),
+        "bounded_by": x.bounded_by,
+    }
+
+
+def _tiling_row(tiling: Tiling) -> dict[str, Any]:
+    return {
+        "name": tiling.operator,
+        "engine": tiling.engine,
+        "rows": tiling.rows,
+        "columns": tiling.columns,
+        "tiles": tiling.tiles,
+        "tile_bytes": tiling.tile_bytes,
+        "smallest_bytes": tiling.smallest_bytes,
+        "reason": tiling.reason,
+    }
+
+
+def _memory_dict(use: MemoryUse) -> dict[str, Any]:
+    return {
+        "name": use.name,
+        "role": use.role,
+        "capacity_bytes": use.capacity_bytes,
+        "used_bytes": use.used_bytes,
+        "peak_bytes": use.peak_bytes,
+        "headroom_bytes": use.headroom_bytes,
+        "fits": use.fits,
+        "parts": dict((*use.parts, *use.transient)),
+    }
+
+
+def _row(place: Placed, tensor: TensorBytes | None) -> dict[str, Any]:
+    shape: Sequence[int] = () if tensor is None else tensor.shape
+    return {
+        "name": place.name,
+        "part": place.part,
+        "block": "" if place.block is None else place.block,
+        "shape": "x".join(map(str, shape)),
+        "bits": "" if tensor is None else tensor.bits,
+        "file_bytes": "" if tensor is None else tensor.file_bytes,
+        "packed_bytes": "" if tensor is None else tensor.packed_bytes,
+        "chip_bytes": place.nbytes if tensor is None else tensor.chip_bytes,
+        "memory": place.memory,
+        "state": place.state,
+        "offset": place.offset,
+        "placed_bytes": place.nbytes,
+        "read_per_token": place.read_per_token,
+        "written_per_token": place.written_per_token,
+    }
+
+
+# --- notes ------------------------------------------------------------------------------------------------------------
+# What the verdict's numbers do not say: what an engine asks of a model beyond fitting, and where sources disagree.
+
+
+def notes(shape: ModelShape, soc: Soc, found: Needs) -> Iterator[str]:
+    """Each a sentence or two."""
+    linears = [x for block in shape.blocks for x in block.linears]
+    yield from _patterns(shape, linears, soc, found)
+    yield from _no_integers(linears, soc, found)
+    if soc.accelerator is not None:
+        yield from _accelerator(shape, linears, soc, soc.accelerator, found)
+    if (soc.count("kv_cache_copies") or 1) == 1 and any(s.name == "kv_copies" for s in soc.settings):
+        yield (
+            "One KV cache is counted, updated in place. A graph that takes it in and gives it out grown, as Deeploy's "
+            "do, holds two: --set kv_copies=2."
+        )
+    yield from _cache(shape)
+    if any(own_window(shape, index) for index in range(len(shape.blocks))):
+        yield "Blocks with a sliding window keep no more of the KV cache than the window."
+    for memory in soc.memories:
+        if memory.note:
+            yield memory.note
+
+
+def _cache(shape: ModelShape) -> Iterator[str]:
+    rule = cache_rule(shape)
+    if rule is None:
+        return
+    form = rule.form
+    if form.window:
+        yield (
+            f"The KV cache keeps the first {form.sinks} and the newest {form.window} tokens, at their places in the "
+            "text; blocks with a sliding window of their own keep no more tokens than that, and no first ones."
+        )
+    if rule.groups:
+        yield (
+            f"The KV cache is counted with float16 scales and zero points, of keys by channel over {GROUP} tokens and "
+            f"of values by token over at most {GROUP} channels, and with {form.sinks} sinks and one open group of "
+            f"{GROUP} tokens at {FULL_BITS} bit. A token is written in full, and again as codes with its group."
+        )
+
+
+def _patterns(shape: ModelShape, linears: list[LinearShape], soc: Soc, found: Needs) -> Iterator[str]:
+    patterns = ", ".join(sorted({str(x.pattern) for x in linears if x.pattern is not None}))
+    if not patterns:
+        return
+    if soc.layout.patterns:
+        in_full = weight_bytes(shape, replace(soc.layout, patterns=False)).total
+        saved = in_full - found.weights.total
+        engine = soc.accelerator
+        how = f", to be unpacked by the cores since {engine.name} has no use of them" if engine else ""
+        if saved:
+            yield (
+                f"The {patterns} layers lie as kept values and their index{how}: {size_text(saved)} less than with "
+                "their zeros."
+            )
+        else:
+            yield f"The {patterns} layers lie with their zeros: kept values and their index would take no less."
+        return
+    plain, packed = weight_bytes(shape, PLAIN).total, weight_bytes(shape, PACKED).total
+    yield (
+        f"The {soc.layout.name} layout has no use of the {patterns} pattern: its zeros take the room and time of any "
+        f"weight. Packed as kept values with their index, all weights would take {size_text(packed)} instead of "
+        f"{size_text(plain)}, to be unpacked in software."
+    )
+
+
+def _no_integers(linears: list[LinearShape], soc: Soc, found: Needs) -> Iterator[str]:
+    names: dict[str, set[str]] = {}
+    for name, words in (x.grid.on_cores for x in linears if x.grid is not None and not x.grid.integer):
+        names.setdefault(words, set()).add(name)
+    size = size_text(found.weights.block_codes + found.weights.scales_and_zeros)
+    instead = f", so {soc.accelerator.name} cannot use them" if soc.accelerator else ""
+    for words, of in names.items():
+        yield (
+            f"{' and '.join(sorted(of))}: {size} of codes stand for {words.format(instead=instead)}. "
+            "Quantise with --quant gptq4 to have integers."
+        )
+
+
+def _accelerator(
+    shape: ModelShape, linears: list[LinearShape], soc: Soc, engine: Engine, found: Needs
+) -> Iterator[str]:
+    grids = [(x.grid, x.in_features) for x in linears if x.grid is not None and x.grid.integer]
+    if not engine.group_scales:
+        groups = sorted({grid.group for grid, width in grids if grid.groups(width) > 1})
+        if groups:
+            counted = ". One scale per channel is counted here" if soc.layout.scale_per == "channel" else ""
+            yield (
+                f"{engine.name} has one scale per output channel: groups of {', '.join(map(str, groups))} need one job "
+                f"per group and a rescale on the cores. Quantise with --quant gptq4-channel to avoid that{counted}."
+            )
+        if any(not grid.symmetric for grid, _ in grids):
+            yield (
+                f"{engine.name} has one weight offset per layer: zero points per row or group are corrected on the "
+                "cores. Quantise with --symmetric to avoid that."
+            )
+    slot, block = soc.count("weight_slot"), soc.count("weight_input_block")
+    if slot and block and soc.layout.slot_bits is None:
+        own = replace(soc.layout, slot_bits=slot, input_block=block, patterns=False)
+        full = weight_bytes(shape, own).total
+        if full > found.weights.total:
+            room = sum(memory.capacity_bytes - memory.reserved_bytes for memory in soc.with_role("weights"))
+            fate = ", which does not fit" if found.weights.total <= room < full else ""
+            yield (
+                f"{engine.name} reads weights in slots of {slot} bit, inputs padded to {block}. Stored so, all weights "
+                f"would take {size_text(full)} instead of {size_text(found.weights.total)}{fate}; as counted here the "
+                "cores unpack them tile by tile, which the times leave out."
+            )
+    widest = soc.constants.get("weight_bits")
+    head = 0 if shape.embedding_bits else found.weights.head or found.weights.embedding
+    adapters = sum(t.nbytes for x in linears if not x.adapter_packed for t in x.adapter() if t.name.endswith(".weight"))
+    unquantised = found.weights.dense_linears + adapters + head
+    if widest and unquantised:
+        yield (
+            f"{engine.name} takes integer weights of at most {widest.high or widest.value:g} bit: "
+            f"{size_text(unquantised)} of matrices (unquantised linear layers, adapters, head) cannot run on it."
+        )

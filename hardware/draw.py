@@ -1,4 +1,4 @@
-"""The verdict as a picture: memories as bars with what lies in them, and address x time for the tile memory."""
+"""Draw the verdict: memories as bars, and the tile memory as address against time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import replacing
 from edgepress.checkpoints.memory import size_text
 from edgepress.hardware.activations import Pass
+from edgepress.hardware.check import MemoryUse, Verdict
 from edgepress.hardware.units import times_text
-from edgepress.hardware.verdict import MemoryUse, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""What a model needs of each kind of memory: quick, so that a search can ask for many shapes."""
+"""What a model needs of each kind of memory, quick enough for a search over many shapes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import lru_cache
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.activations import Pass, Peak, activation_pass
-from edgepress.hardware.footprint import WeightBytes, kv_cache_bytes, weight_bytes
 from edgepress.hardware.operators import Operator
+from edgepress.hardware.placement import WeightBytes, kv_cache_bytes, weight_bytes
 from edgepress.hardware.soc import Soc
 from edgepress.hardware.tiling import Tiling, tile
 

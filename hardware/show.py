@@ -1,4 +1,4 @@
-"""The verdict on a terminal: what lies where, what streams, what would have to give. At most 80 columns."""
+"""Print the verdict on a terminal, in at most 80 columns."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.padding import Padding
 from rich.table import Table
 
 from edgepress.checkpoints.memory import size_text
+from edgepress.hardware.check import Verdict
 from edgepress.hardware.levers import Levers
 from edgepress.hardware.needs import operator_name
 from edgepress.hardware.placement import STREAMED
 from edgepress.hardware.rates import Range
 from edgepress.hardware.soc import Soc
 from edgepress.hardware.units import count_text, quantity_text, times_text
-from edgepress.hardware.verdict import Verdict
 
 COLUMNS = 80
 

@@ -1,9 +1,17 @@
-"""Chips as data: memories, engines, layout and constants of a System-on-Chip, every number with unit and source."""
+"""Read and check a chip's TOML file: memories, engines, layout and constants, every number with unit and source."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgepress.checkpoints.documents import RECIPE_BYTES, parse_toml, read_small
+from edgepress.checkpoints.errors import PlanError
 
 ROLES = ("weights", "tiles", "working", "staging", "off_chip")
 KINDS = ("stated", "derived", "assumed")
@@ -173,3 +181,350 @@ class Soc:
 
 def _whole_bytes(constant: Constant) -> int:
     return int(constant.value * CAPACITY_UNITS[constant.unit])
+
+
+# --- reading a chip's file --------------------------------------------------------------------------------------------
+# Reading a chip's file: the settings are laid over it, then every table is checked; all faults come at once.
+#
+# `load_soc` takes a shipped name (the files in `socs/`, whose format `socs/SCHEMA.md` documents) or the path of one's
+# own. Each reader notes its faults and goes on with something harmless, so that one run names everything to mend.
+
+
+SHIPPED = Path(__file__).parent / "socs"
+_PEAKS = {"accelerator": "linear_macs", "cores": "cluster_macs"}
+
+
+def shipped_socs() -> list[str]:
+    """Names that `load_soc` takes without a file."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def load_soc(name_or_path: str, settings: Iterable[str] = ()) -> Soc:
+    """Read a shipped chip by name (any case) or a user's `.toml` by path.
+
+    settings: `name=value` each; `siracusa:sram_role=weights,hyperram=16MiB` says the same in one text. Raises
+    PlanError for an unknown name, an unreadable file, and for a file or settings with faults, listing them all.
+    """
+    base, _, inline = name_or_path.partition(":")
+    wanted = [*filter(None, inline.split(",")), *settings]
+    path = _find(base)
+    soc, faults = _parsed(_read(path), wanted)
+    if faults:
+        head = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise PlanError("\n".join([f"{head} in {path}:", *(f"  - {fault}" for fault in faults)]))
+    return soc
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's tables, laid over those of the shipped file that it is `based_on`; layouts are never mixed."""
+    data = parse_toml(read_small(path, RECIPE_BYTES, PlanError), str(path), PlanError)
+    base = data.pop("based_on", None)
+    if base is None:
+        return data
+    if not isinstance(base, str) or base.lower() not in shipped_socs() or base.lower() == path.stem:
+        raise PlanError(f"{path}: based_on {base!r} is not a chip known here; shipped are {', '.join(shipped_socs())}")
+    return _overlay(_read(_find(base)), data)
+
+
+def _overlay(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in data.items():
+        both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
+        # A number or a layout is replaced as a whole, or a bound of the old one would stay behind.
+        whole = key == "layout" or (both_tables and "value" in base[key])
+        merged[key] = _overlay(base[key], value) if both_tables and not whole else value
+    return merged
+
+
+def _find(name_or_path: str) -> Path:
+    if name_or_path.lower() in shipped_socs():
+        return SHIPPED / f"{name_or_path.lower()}.toml"
+    path = Path(name_or_path)
+    if path.suffix != ".toml" or not path.is_file():
+        what = "no such file" if path.suffix == ".toml" else "not a chip known here"
+        raise PlanError(
+            f"'{name_or_path}': {what}; shipped are {', '.join(shipped_socs())}. "
+            "Give one of these or the path of a .toml file with your chip's memories."
+        )
+    return path
+
+
+def _parsed(data: dict[str, Any], wanted: Iterable[str]) -> tuple[Soc, list[str]]:
+    """The chip that a file's tables describe with the wanted settings, and everything wrong with either."""
+    faults: list[str] = []
+    data = copy.deepcopy(data)
+    settings = _settings(data, wanted, faults)
+    check_keys(
+        data, "the file", {"name", "memories", "engines", "layout", "constants"}, {"description", "settings"}, faults
+    )
+    constants = _constants(data, faults)
+    memories = tuple(_memory(name, entry, faults) for name, entry in table(data, "memories", faults).items())
+    if "memories" in data:
+        _check_roles(memories, faults)
+    for memory in memories:
+        if memory.link in LINKS and memory.link not in constants:
+            faults.append(f"memories.{memory.name}: its link '{memory.link}' is not among the constants")
+    engines = tuple(_engine(name, entry, faults) for name, entry in table(data, "engines", faults).items())
+    if "engines" in data and not any("linear" in engine.operators for engine in engines):
+        faults.append("no engine lists the operator 'linear'; one must")
+    name, about = text(data, "the file", "name", faults), text(data, "the file", "description", faults)
+    layout = _layout(table(data, "layout", faults), "layout" in data, faults)
+    for engine in engines:  # the peaks at 8 bit under the names that a time estimate reads
+        if 8 in engine.throughput and engine.kind in _PEAKS:
+            constants.setdefault(_PEAKS[engine.kind], engine.throughput[8])
+    return Soc(name, about, memories, constants, engines, layout, settings), faults
+
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+
+def _settings(data: dict[str, Any], wanted: Iterable[str], faults: list[str]) -> tuple[Setting, ...]:
+    """Lay the chosen values over the data, which changes; the settings as they stand then."""
+    asked: dict[str, str] = {}
+    for given in wanted:
+        name, equals, value = (part.strip() for part in given.partition("="))
+        if not (name and equals and value):
+            faults.append(f"setting '{given}': write name=value, e.g. sram_role=weights")
+        else:
+            asked[name] = value
+    declared = table(data, "settings", faults)
+    found = []
+    for name, entry in declared.items():
+        setting = _setting(name, entry, asked.get(name), data, faults)
+        if setting is not None:
+            found.append(setting)
+    for name in asked:
+        if name not in declared:
+            there = "; ".join(map(str, found)) or "this file has none"
+            faults.append(f"there is no setting '{name}'. Settings: {there}")
+    return tuple(found)
+
+
+def _setting(name: str, entry: Any, asked: str | None, data: dict[str, Any], faults: list[str]) -> Setting | None:
+    where = f"settings.{name}"
+    if not isinstance(entry, dict):
+        faults.append(f"{where} must be a table: about, and choices with default, or sets")
+        return None
+    about = text(entry, where, "about", faults)
+    if "sets" in entry:
+        check_keys(entry, where, {"about", "sets"}, set(), faults)
+        target = _follow(data, str(entry["sets"]))
+        if not isinstance(target, dict) or "value" not in target:
+            faults.append(f"{where}: 'sets' names {entry['sets']!r}, which is no number of this file")
+            return None
+        before = f"{target['value']} {target.get('unit', '')}".strip()
+        if asked is not None:
+            _set_number(where, target, asked, faults)
+        return Setting(name, about, before if asked is None else asked, (), before)
+    check_keys(entry, where, {"about", "choices", "default"}, set(), faults)
+    choices, default = table(entry, "choices", faults), text(entry, where, "default", faults)
+    if default not in choices:
+        faults.append(f"{where}: the default '{default}' is not among its choices {', '.join(choices)}")
+        return None
+    chosen = default if asked is None else asked
+    if chosen not in choices:
+        faults.append(f"{where}: there is no '{chosen}'; choose {' or '.join(choices)}")
+        chosen = default
+    for path, value in choices[chosen].items() if isinstance(choices[chosen], dict) else ():
+        parent, _, key = path.rpartition(".")
+        target = _follow(data, parent)
+        if isinstance(target, dict):
+            target[key] = value
+        else:
+            faults.append(f"{where}.choices.{chosen}: '{path}' names nothing in this file")
+    return Setting(name, about, chosen, tuple(choices), default)
+
+
+def _set_number(where: str, target: dict[str, Any], given: str, faults: list[str]) -> None:
+    match = re.fullmatch(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([A-Za-z/]*)", given, re.IGNORECASE)
+    try:
+        value = float(match[1]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    if match is None or math.isnan(value):
+        faults.append(f"{where}: '{given}' is not a number, with or without a unit")
+        return
+    target["value"] = int(value) if value.is_integer() else value
+    target["unit"] = match[2] or target.get("unit", "")
+    target |= {"kind": "stated", "source": "given by the user"}
+    for bound in ("low", "high"):
+        target.pop(bound, None)
+
+
+def _follow(data: Any, path: str) -> Any:
+    for key in path.split("."):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+
+
+def _constants(data: Mapping[str, Any], faults: list[str]) -> dict[str, Constant]:
+    stated, constants = table(data, "constants", faults), {}
+    for name, entry in stated.items():
+        if name not in CONSTANT_UNITS:
+            faults.append(f"constants: unknown key '{name}'; known are {', '.join(sorted(CONSTANT_UNITS))}")
+            continue
+        constants[name] = constant(f"constants.{name}", entry, {CONSTANT_UNITS[name]}, faults)
+    for name in REQUIRED_CONSTANTS:
+        if "constants" in data and name not in stated:
+            faults.append(f"constants: '{name}' is missing")
+    return constants
+
+
+def _memory(name: str, entry: Any, faults: list[str]) -> Memory:
+    where = f"memories.{name}"
+    if not isinstance(entry, dict):
+        faults.append(f"{where} must be a table with role, capacity and link")
+        entry = {}
+    else:
+        check_keys(entry, where, {"role", "capacity", "link"}, {"note", "reserved", "latency"}, faults)
+    role, link = text(entry, where, "role", faults), text(entry, where, "link", faults)
+    if role and role not in ROLES:
+        faults.append(f"{where}: unknown role '{role}'; roles are {', '.join(ROLES)}")
+    if link and link not in LINKS:
+        faults.append(f"{where}: unknown link '{link}'; links are {', '.join(LINKS)}")
+    capacity, reserved, latency = NOTHING, None, None
+    if "capacity" in entry:
+        capacity = constant(f"{where}.capacity", entry["capacity"], set(CAPACITY_UNITS), faults, positive=True)
+    if "reserved" in entry:
+        reserved = constant(f"{where}.reserved", entry["reserved"], set(CAPACITY_UNITS), faults, positive=True)
+    if "latency" in entry:
+        latency = constant(f"{where}.latency", entry["latency"], {"cycles"}, faults)
+    return Memory(name, role, capacity, text(entry, where, "note", faults), reserved, link, latency)
+
+
+def _check_roles(memories: tuple[Memory, ...], faults: list[str]) -> None:
+    for role in ("weights", "tiles", "working"):
+        if not any(memory.role == role for memory in memories):
+            faults.append(f"no memory has the role '{role}'; one must")
+    if sum(memory.role == "working" for memory in memories) > 1:
+        faults.append("more than one memory has the role 'working'; a layer's tile is computed in one")
+
+
+def _engine(name: str, entry: Any, faults: list[str]) -> Engine:
+    where = f"engines.{name}"
+    if not isinstance(entry, dict):
+        faults.append(f"{where} must be a table with kind, operators, skips_zeros, group_scales, throughput, source")
+        entry = {}
+    else:
+        needed = {"kind", "operators", "skips_zeros", "group_scales", "throughput", "source"}
+        check_keys(entry, where, needed, set(), faults)
+    kind = text(entry, where, "kind", faults)
+    if kind and kind not in ENGINE_KINDS:
+        faults.append(f"{where}: unknown kind '{kind}'; kinds are {', '.join(ENGINE_KINDS)}")
+    operators = entry.get("operators", [])
+    if not isinstance(operators, list) or not all(isinstance(o, str) for o in operators):
+        faults.append(f"{where}: 'operators' must be a list of texts")
+        operators = []
+    for operator in operators:
+        if operator not in OPERATORS:
+            faults.append(f"{where}: unknown operator '{operator}'; known are {', '.join(OPERATORS)}")
+    throughput = {}
+    for bits, peak in table(entry, "throughput", faults).items():
+        if not bits.isdigit() or not 1 <= int(bits) <= 32:
+            faults.append(f"{where}.throughput: '{bits}' is no weight width from 1 to 32 bits")
+        else:
+            at = f"{where}.throughput.{bits}"
+            throughput[int(bits)] = constant(at, peak, {"MAC/cycle"}, faults, positive=True)
+    skips, groups = (flag(entry, where, key, faults) for key in ("skips_zeros", "group_scales"))
+    return Engine(name, kind, tuple(operators), skips, groups, text(entry, where, "source", faults), throughput)
+
+
+def _layout(entry: Mapping[str, Any], present: bool, faults: list[str]) -> Layout:
+    counts = {"slot": "bit", "input_block": "channels", "output_block": "channels", "scale": "bit"}
+    if present:
+        needed = {"name", "source", "scale", "scale_per", "zero_points", "patterns"}
+        check_keys(entry, "layout", needed, {"slot", "input_block", "output_block"}, faults)
+    numbers = {
+        key: int(constant(f"layout.{key}", entry[key], {unit}, faults).value)
+        for key, unit in counts.items()
+        if key in entry
+    }
+    scale_per = text(entry, "layout", "scale_per", faults)
+    if scale_per and scale_per not in ("group", "channel"):
+        faults.append(f"layout: scale_per '{scale_per}' is not group or channel")
+    return Layout(
+        name=text(entry, "layout", "name", faults),
+        source=text(entry, "layout", "source", faults),
+        slot_bits=numbers.get("slot"),
+        input_block=numbers.get("input_block", 1),
+        output_block=numbers.get("output_block", 1),
+        scale_bits=numbers.get("scale", 0),
+        scale_per=scale_per,
+        zero_points=flag(entry, "layout", "zero_points", faults),
+        patterns=flag(entry, "layout", "patterns", faults),
+    )
+
+
+# --- values of a chip -------------------------------------------------------------------------------------------------
+# Values of a chip's file: each reader notes its faults and goes on with something harmless.
+
+
+NOTHING = Constant(0, "B", "assumed", "")
+
+
+def constant(where: str, entry: Any, units: set[str], faults: list[str], positive: bool = False) -> Constant:
+    if not isinstance(entry, dict):
+        faults.append(f"{where} must be a table: value, unit, kind and source")
+        return NOTHING
+    check_keys(entry, where, {"value", "unit", "kind", "source"}, {"low", "high"}, faults)
+    unit, kind = text(entry, where, "unit", faults), text(entry, where, "kind", faults)
+    if unit and unit not in units:
+        faults.append(f"{where}: unit '{unit}' is not {' or '.join(sorted(units))}")
+        unit = min(units)
+    if kind and kind not in KINDS:
+        faults.append(f"{where}: kind '{kind}' is not {', '.join(KINDS)}")
+    if kind == "assumed" and not {"low", "high"} <= set(entry):
+        faults.append(f"{where}: what is assumed needs 'low' and 'high'")
+    numbers = {key: number(entry, where, key, faults) for key in ("value", "low", "high")}
+    value, low, high = numbers["value"] or 0, numbers["low"], numbers["high"]
+    if numbers["value"] is not None:
+        said = f"{value:g} {unit}".strip()
+        if value < 0 or (value == 0 and (positive or unit in COUNTED_UNITS)):
+            faults.append(f"{where}: {said} must be above 0")
+        whole = value * CAPACITY_UNITS[unit] if unit in CAPACITY_UNITS else value
+        if (unit in COUNTED_UNITS or unit in CAPACITY_UNITS) and whole != int(whole):
+            faults.append(f"{where}: {said} must be a whole number" + (" of bytes" if unit in CAPACITY_UNITS else ""))
+        if (low is not None and low > value) or (high is not None and high < value):
+            faults.append(f"{where}: value {value:g} lies outside low and high")
+    return Constant(value, unit or min(units), kind, text(entry, where, "source", faults), low, high)
+
+
+def check_keys(entry: Mapping[str, Any], where: str, needed: set[str], optional: set[str], faults: list[str]) -> None:
+    known = needed | optional
+    faults += [f"{where}: unknown key '{k}'; known are {', '.join(sorted(known))}" for k in entry if k not in known]
+    faults += [f"{where}: '{key}' is missing" for key in sorted(needed) if key not in entry]
+
+
+def table(data: Mapping[str, Any], key: str, faults: list[str]) -> dict[str, Any]:
+    entry = data.get(key, {})
+    if isinstance(entry, dict):
+        return entry
+    faults.append(f"'{key}' must be a table")
+    return {}
+
+
+def text(entry: Mapping[str, Any], where: str, key: str, faults: list[str]) -> str:
+    text = entry.get(key, "")
+    if key in entry and (not isinstance(text, str) or not text.strip()):
+        faults.append(f"{where}: '{key}' must be a text that is not empty")
+        return ""
+    return str(text)
+
+
+def flag(entry: Mapping[str, Any], where: str, key: str, faults: list[str]) -> bool:
+    if key in entry and not isinstance(entry[key], bool):
+        faults.append(f"{where}: '{key}' must be true or false")
+    return bool(entry.get(key, False))
+
+
+def number(entry: Mapping[str, Any], where: str, key: str, faults: list[str]) -> float | None:
+    value = entry.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        faults.append(f"{where}: '{key}' must be a finite number")
+        return None
+    return value

@@ -1,4 +1,4 @@
-"""Tiles of every operator that fit the working memory (L1), or why none do and the smallest L1 that would.
+"""Cut every operator into tiles that fit the working memory (L1), or find the smallest L1 that would do.
 
 A tile is `rows` x `columns` of an operator's result. Layout rules: a sum is never split, so a tile has the full
 input width (attention: the full head, or the full context); output channels come in multiples of 32 on

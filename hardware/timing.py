@@ -1,4 +1,4 @@
-"""Time and energy per token, for decoding and for prefill: the bound and the calibrated estimate.
+"""Estimate time and energy per token, for decoding and for prefill.
 
 The bound is a roofline: no resource can be busy for less than its work over its peak, and all may overlap. The
 estimate adds up operators in their order, with launches and transfers as measured on Deeploy's runs; see
@@ -14,30 +14,37 @@ from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.needs import Request
 from edgepress.hardware.operators import Operator, forward, weights_read
-from edgepress.hardware.passes import OperatorTime, PassTime, Point, Timing, add_up
-from edgepress.hardware.rates import CORNERS, DEFAULT, FITS, Range, Rates, rates
-from edgepress.hardware.soc import Memory, Soc
-from edgepress.hardware.steps import (
+from edgepress.hardware.placement import HOMELESS, Placement
+from edgepress.hardware.rates import (
     ACTIVATIONS,
+    CORNERS,
+    DEFAULT,
+    FITS,
     KV_CACHE,
     OFF_CHIP,
     Places,
+    Range,
+    Rates,
     Share,
     Work,
     bytes_on,
     kv_cache_of,
+    missing_constants,
+    rates,
     work_of,
 )
+from edgepress.hardware.soc import Memory, Soc
 
 # Where each tensor lies: a memory's name, or several with the bytes (any common unit) in each.
-Placement = Mapping[str, str | Mapping[str, float]]
+TimedPlacement = Mapping[str, str | Mapping[str, float]]
 
 
 def time_model(
     shape: ModelShape,
     soc: Soc,
-    placement: Placement,
+    placement: TimedPlacement,
     *,
     context: int = 256,
     prefill_chunk: int | None = None,
@@ -63,7 +70,7 @@ def time_model(
     return Timing(curve[-1], prefill, points, fitted)
 
 
-def resolve(shape: ModelShape, soc: Soc, placement: Placement) -> dict[str, tuple[Share, ...]]:
+def resolve(shape: ModelShape, soc: Soc, placement: TimedPlacement) -> dict[str, tuple[Share, ...]]:
     """The memories of every constant, every KV cache and the activations. Raises PlanError for what cannot be."""
     memories, needed = {memory.name: memory for memory in soc.memories}, weights_read(shape)
     off_chip, tiles = soc.with_role("off_chip")[:1], soc.with_role("tiles")[:1]
@@ -247,3 +254,182 @@ def _joules(on_chip: Sequence[float | None], streamed: Sequence[int], corners: S
             return None
         found.append(joules + nbytes * (r.off_chip_energy or 0))
     return Range.of(found)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+# The results of a time estimate: per operator, per pass, against context. Seconds, joules, bytes, cycles.
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """A row of the table. Cycles of the default corner add up to the pass's estimate."""
+
+    name: str
+    kind: str
+    engine: str
+    macs: int
+    element_operations: int
+    tiles: int
+    bytes: Mapping[str, int]  # by memory
+    cycles: Range
+    bound_cycles: Range
+    bounded_by: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "kind": self.kind, "engine": self.engine, "macs": self.macs,
+            "element_operations": self.element_operations, "tiles": self.tiles, "bytes": dict(self.bytes),
+            "cycles": self.cycles.to_dict(), "bound_cycles": self.bound_cycles.to_dict(), "bounded_by": self.bounded_by,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """One forward pass, or prefill's passes together."""
+
+    mode: str  # decode or prefill
+    tokens: int
+    context: int
+    macs: int
+    bound_seconds: Range
+    bound_by: str  # the resource that sets the bound
+    seconds: Range  # the estimate
+    cycles: Range  # the estimate
+    bound_joules: Range | None  # None where the chip's file lacks what it takes
+    joules: Range | None
+    bytes: Mapping[str, int]  # by memory
+    streamed_bytes: int  # from off-chip
+    page_seconds: Range  # what streaming them takes; part of the estimate, not on top of it
+    operators: tuple[OperatorTime, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At the estimate's default."""
+        return self.tokens / self.seconds.default
+
+    def to_dict(self) -> dict[str, Any]:
+        ranges = ("bound_seconds", "seconds", "cycles", "page_seconds", "bound_joules", "joules")
+        found = {name: getattr(self, name) for name in ranges}
+        return {
+            "mode": self.mode, "tokens": self.tokens, "context": self.context, "macs": self.macs,
+            "bound_by": self.bound_by, "tokens_per_second": self.tokens_per_second, "bytes": dict(self.bytes),
+            "streamed_bytes": self.streamed_bytes, **{k: None if v is None else v.to_dict() for k, v in found.items()},
+            "operators": [x.to_dict() for x in self.operators], "notes": list(self.notes),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """Decoding one token with so many in view."""
+
+    context: int
+    bound_seconds: Range
+    seconds: Range
+    joules: Range | None
+
+    def to_dict(self) -> dict[str, Any]:
+        joules = None if self.joules is None else self.joules.to_dict()
+        return {
+            "context": self.context, "bound_seconds": self.bound_seconds.to_dict(),
+            "seconds": self.seconds.to_dict(), "joules": joules,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Decoding one token at the full context, prefill of the whole context, and decoding against context."""
+
+    decode: PassTime
+    prefill: PassTime
+    curve: tuple[Point, ...]
+    fitted: Mapping[str, str]  # constant -> what it rests on
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "decode": self.decode.to_dict(), "prefill": self.prefill.to_dict(),
+            "curve": [x.to_dict() for x in self.curve], "fitted": dict(self.fitted),
+        }  # fmt: skip
+
+
+def add_up(mode: str, passes: Sequence[tuple[PassTime, int]]) -> PassTime:
+    """Several passes, each counted so many times, as one; rows are added by their place in the pass."""
+    first, last = passes[0][0], passes[-1][0]
+    rows = [_add_rows([(x.operators[i], n) for x, n in passes]) for i in range(len(first.operators))]
+
+    def total(name: str) -> Range:
+        return _add([(getattr(x, name), n) for x, n in passes])
+
+    def total_known(name: str) -> Range | None:
+        return total(name) if all(getattr(x, name) is not None for x, _ in passes) else None
+
+    return PassTime(
+        mode=mode, tokens=sum(x.tokens * n for x, n in passes), context=last.context,
+        macs=sum(x.macs * n for x, n in passes), bound_seconds=total("bound_seconds"), bound_by=last.bound_by,
+        seconds=total("seconds"), cycles=total("cycles"), bound_joules=total_known("bound_joules"),
+        joules=total_known("joules"), bytes=_add_bytes([(x.bytes, n) for x, n in passes]),
+        streamed_bytes=sum(x.streamed_bytes * n for x, n in passes), page_seconds=total("page_seconds"),
+        operators=tuple(rows), notes=tuple(dict.fromkeys(note for x, _ in passes for note in x.notes)),
+    )  # fmt: skip
+
+
+def _add(ranges: Sequence[tuple[Range, int]]) -> Range:
+    return Range(*(sum(x.at(corner) * n for x, n in ranges) for corner in CORNERS))
+
+
+def _add_bytes(found: Sequence[tuple[Mapping[str, int], int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for by_memory, n in found:
+        for memory, nbytes in by_memory.items():
+            total[memory] = total.get(memory, 0) + nbytes * n
+    return total
+
+
+def _add_rows(rows: Sequence[tuple[OperatorTime, int]]) -> OperatorTime:
+    return replace(
+        rows[-1][0],
+        macs=sum(x.macs * n for x, n in rows),
+        element_operations=sum(x.element_operations * n for x, n in rows),
+        tiles=sum(x.tiles * n for x, n in rows),
+        bytes=_add_bytes([(x.bytes, n) for x, n in rows]),
+        cycles=_add([(x.cycles, n) for x, n in rows]),
+        bound_cycles=_add([(x.bound_cycles, n) for x, n in rows]),
+    )
+
+
+# --- timing a placed model --------------------------------------------------------------------------------------------
+# Time and energy of a placed model, where the chip's file states what an estimate needs.
+
+
+def timed(shape: ModelShape, soc: Soc, request: Request, placement: Placement) -> Timing | str:
+    """The estimate for the placement, or why there is none."""
+    missing = missing_constants(soc)
+    if missing:
+        return f"No time is estimated: the chip's file states no {', '.join(missing)}."
+    off_chip = soc.with_role("off_chip")
+    if not off_chip and placement.homeless_bytes:
+        return "No time is estimated: what does not fit on the chip has nowhere to stream from."
+    try:
+        return time_model(
+            shape,
+            soc,
+            _where(placement, off_chip[0].name if off_chip else ""),
+            context=request.context,
+            prefill_chunk=request.prefill_chunk,
+            kv_bits=request.kv_bits,
+            activation_bits=request.activation_bits,
+        )
+    except PlanError as error:
+        return f"No time is estimated: {error}."
+
+
+def _where(placement: Placement, off_chip: str) -> dict[str, dict[str, float]]:
+    """Bytes of each tensor by memory; what has no place is timed as if off-chip memory were large enough."""
+    found: dict[str, dict[str, float]] = {}
+    for t in placement.tensors:
+        if not t.nbytes:
+            continue
+        memory = off_chip if t.state == HOMELESS else t.memory
+        shares = found.setdefault(t.name, {})
+        shares[memory] = shares.get(memory, 0) + t.nbytes
+    return found

@@ -1,4 +1,4 @@
-"""Ratios, counts and quantities in words."""
+"""Write ratios, counts and quantities in words."""
 
 from __future__ import annotations
 

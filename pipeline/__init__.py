@@ -1,1 +1,1 @@
-"""The conductor: recipe -> plan -> run -> report, and the command line."""
+"""From a recipe to a plan, a run and a report; and the command line."""

@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+"""The command line; heavy imports happen inside the commands, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from rich.console import Console
 
 from edgepress.checkpoints.errors import PlanError, in_words
 from edgepress.checkpoints.quiet import quiet_libraries
-from edgepress.pipeline import cli_eval, cli_hardware, cli_model, cli_report, cli_sweep
-from edgepress.pipeline.flags import Json, Out, RecipeFile, Skip, recipe_flags
-from edgepress.pipeline.help import PlainCommand, PlainGroup
+from edgepress.pipeline import cli_eval, cli_hardware, cli_model, cli_sweep
+from edgepress.pipeline.flags import Json, Out, PlainCommand, PlainGroup, RecipeFile, Skip, recipe_flags
 from edgepress.pipeline.recipe import Recipe, draft
 from edgepress.pipeline.sweep_recipe import is_sweep
 
@@ -68,12 +67,12 @@ def compress(
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
     from edgepress.checkpoints.sources import open_source
+    from edgepress.pipeline.calibration import corpus_fault
     from edgepress.pipeline.plan import examined
     from edgepress.pipeline.progress import Reporter
     from edgepress.pipeline.report import print_summary
     from edgepress.pipeline.run import run
     from edgepress.pipeline.store import Store
-    from edgepress.pipeline.vocabulary import corpus_fault
 
     if fault := corpus_fault(drafted.recipe):
         drafted = replace(drafted, faults=(*drafted.faults, fault))
@@ -107,12 +106,10 @@ def _plan(flags: dict[str, Any], recipe: str, skip: str, as_json: bool) -> None:
         return
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
-    from edgepress.hardware.soc_file import load_soc
-    from edgepress.pipeline.plan import examined
-    from edgepress.pipeline.recovery import forecast_recovery
-    from edgepress.pipeline.report import print_plan
+    from edgepress.hardware.soc import load_soc
+    from edgepress.pipeline.plan import examined, judge, to_dict
+    from edgepress.pipeline.report import forecast_recovery, print_plan
     from edgepress.pipeline.shapes import model_shape
-    from edgepress.pipeline.verdicts import judge, to_dict
 
     wanted, (shape, stages) = drafted.recipe, examined(drafted, lambda recipe: model_shape(recipe.model))
     final = stages[-1].shape if stages else shape
@@ -156,7 +153,7 @@ def _model_name(recipe: Recipe) -> str:
 # In the order of use: what would come out, then what a result is worth, then its files.
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Before a run": (plan, cli_hardware.check, cli_hardware.fit, cli_hardware.socs, cli_model.rank),
-    "Many runs": (cli_sweep.sweep, cli_sweep.ablate, cli_report.report),
+    "Many runs": (cli_sweep.sweep, cli_sweep.ablate, cli_model.report),
     "What a result is worth": (cli_eval.evaluate, cli_eval.compare, cli_eval.generate),
     "A result's files": (cli_model.verify, cli_model.pack, cli_model.unpack),
 }

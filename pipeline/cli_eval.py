@@ -1,4 +1,4 @@
-"""Commands that measure a checkpoint: eval, compare, generate."""
+"""The commands eval, compare and generate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from rich.console import Console
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.quiet import quiet_libraries
-from edgepress.eval.settings import Settings
-from edgepress.eval.tasks import TASKS, find_tasks
+from edgepress.eval.tasks import TASKS, Settings, find_tasks
 from edgepress.pipeline import interrupts
-from edgepress.pipeline.eval_flags import settings_flags
-from edgepress.pipeline.flags import Device, Json
+from edgepress.pipeline.flags import Device, Json, settings_flags
 
 if TYPE_CHECKING:
     from edgepress.pipeline.progress import Reporter
@@ -53,13 +51,14 @@ def evaluate(
     quiet_libraries()
     from edgepress.checkpoints.manifest import is_special, require_output
     from edgepress.checkpoints.runtime import machine
-    from edgepress.pipeline.eval_report import draw, print_measured
     from edgepress.pipeline.evaluate import (
         check_request,
+        draw,
         is_store,
         keeping_answers,
         measure_all,
         open_all,
+        print_measured,
         report,
         write_report,
     )
@@ -96,8 +95,7 @@ def evaluate(
 def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, as_json: bool) -> None:
     """One checkpoint, no task named: its perplexity on one line."""
     from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
-    from edgepress.eval.perplexity import measure
-    from edgepress.eval.text_tasks import protocol_of, text_of
+    from edgepress.eval.perplexity import measure, protocol_of, text_of
 
     how, data = protocol_of(settings, settings.protocol), text_of("perplexity", settings)
     where = choose_device(device)
@@ -132,9 +130,16 @@ def compare(
         raise PlanError("compare two reports, or two checkpoints, not one of each")
     tasks = find_tasks(task.split(",") if task else ["perplexity"]) if task or not reports[0] else []
     quiet_libraries()
-    from edgepress.eval.compare import compare as pair
-    from edgepress.pipeline.eval_report import print_differences, verdict
-    from edgepress.pipeline.evaluate import check_request, keeping_answers, measure_all, open_all, read_report
+    from edgepress.eval.results import compare as pair
+    from edgepress.pipeline.evaluate import (
+        check_request,
+        keeping_answers,
+        measure_all,
+        open_all,
+        print_differences,
+        read_report,
+        verdict,
+    )
 
     if reports[0]:
         one, two = read_report(a), read_report(b)
@@ -195,9 +200,8 @@ def generate(
     from edgepress.checkpoints.kv_format import KVFormat
     from edgepress.checkpoints.memory import release
     from edgepress.checkpoints.runtime import choose_device
-    from edgepress.eval.generate import Decoding, continue_prompt
-    from edgepress.pipeline.evaluate import open_all
-    from edgepress.pipeline.side_by_side import as_dict, print_plain, print_table
+    from edgepress.eval.generation import Decoding, continue_prompt
+    from edgepress.pipeline.evaluate import as_dict, open_all, print_plain, print_table
 
     kv = KVFormat(kv_bits, kv_window, kv_sinks)
     decoding, where = Decoding(tokens, temperature, seed, chat, kv), choose_device(device)

@@ -1,4 +1,4 @@
-"""Commands that hold a model against a chip: check, fit, socs."""
+"""The commands check, fit and socs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check(
     Where it does not, it says what would have to give. Exit code 0: it fits; 3: it does not.
     """
     from edgepress.hardware.check import check as judge
-    from edgepress.hardware.soc_file import load_soc
+    from edgepress.hardware.soc import load_soc
     from edgepress.pipeline.shapes import PACKAGED_PRESET, measured_bytes, model_shape, require_consistent
 
     faults = [
@@ -127,7 +127,7 @@ def fit(
     quiet_libraries()
     from rich.console import Console
 
-    from edgepress.hardware.soc_file import load_soc
+    from edgepress.hardware.soc import load_soc
     from edgepress.pipeline.fit import command_of, print_fit, to_dict
     from edgepress.pipeline.fit import fit as find
     from edgepress.pipeline.shapes import PACKAGED_PRESET, model_shape
@@ -155,15 +155,15 @@ def socs() -> None:
     from rich.console import Console
 
     from edgepress.hardware.show import print_soc
-    from edgepress.hardware.soc_file import load_soc, shipped_socs
+    from edgepress.hardware.soc import load_soc, shipped_socs
 
     for name in shipped_socs():
         print_soc(Console(), name, load_soc(name))
 
 
 def _as_if(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> ModelShape:
-    from edgepress.checkpoints.reshape import with_bits
-    from edgepress.hardware.changes import stage_group
+    from edgepress.checkpoints.shape import with_bits
+    from edgepress.hardware.levers import stage_group
 
     faults = []
     if bits not in (0, 3, 4, 8):

@@ -1,4 +1,4 @@
-"""Commands that run many configurations: sweep, ablate; and the plan of a sweep."""
+"""The commands sweep and ablate, and the plan of a sweep."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from edgepress.pipeline.recipe import build
 from edgepress.pipeline.sweep_recipe import MAX_RUNS, Sweep, draft_sweep
 
 if TYPE_CHECKING:
-    from edgepress.pipeline.forecast import Forecast
     from edgepress.pipeline.sweep import SweepResult
-    from edgepress.pipeline.tree import Tree
+    from edgepress.pipeline.tree import Forecast, Tree
 
 EXIT_FAILED = 1
 _PANEL = "Sweep"
@@ -80,7 +79,7 @@ def ablate(
 
     Runs all stages, each left out, each alone, and none.
     """
-    from edgepress.pipeline.ablation import ablation
+    from edgepress.pipeline.sweep_recipe import ablation
 
     run_command(ablation(build(recipe or None, flags, skip)), out, jobs, ray, store, track)
 
@@ -92,9 +91,8 @@ def plan_sweep(file: str, flags: dict[str, Any], skip: str, as_json: bool) -> No
         faults.append("--skip belongs to a recipe of one run; a sweep's configurations say which stages they have")
     wanted = _wanted((drafted, faults))
     quiet_libraries()
-    from edgepress.pipeline.forecast import forecast
     from edgepress.pipeline.shapes import model_shape
-    from edgepress.pipeline.tree import grow, spec_fingerprints
+    from edgepress.pipeline.tree import forecast, grow, spec_fingerprints
 
     tree = grow(wanted.configurations, lambda recipe: model_shape(recipe.model), spec_fingerprints, texts=True)
     expected = forecast(tree)
@@ -128,10 +126,9 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
         raise PlanError("--store goes with --ray; without it -o names the store")
     quiet_libraries()
     from edgepress.pipeline import sweep as sweeps
-    from edgepress.pipeline.results import write_results
+    from edgepress.pipeline.results import open_tracker, write_results
     from edgepress.pipeline.store import Store
-    from edgepress.pipeline.sweep_view import SweepView
-    from edgepress.pipeline.tracking import open_tracker
+    from edgepress.pipeline.sweep import SweepView
     from edgepress.pipeline.workers import Here, Processes, Workers
 
     tracker = open_tracker(track, wanted.name) if track else None
@@ -181,7 +178,7 @@ def _ray_workers(
     address: str, jobs: int, store_url: str, tell: Callable[[str, str], None], tree: Tree, out: Path
 ) -> Any:
     from edgepress.pipeline.ray_workers import RayWorkers
-    from edgepress.pipeline.remote import Mirror
+    from edgepress.pipeline.store import Mirror
     from edgepress.pipeline.sweep import all_tasks, require_room
 
     if store_url:

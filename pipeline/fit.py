@@ -1,4 +1,4 @@
-"""`compress fit`: which stage settings make a model fit a chip, what each may cost, and the command that makes it."""
+"""The work of `compress fit`: settings that make a model fit a chip, their likely cost, and the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgepress.checkpoints.headers import shape_from_folder
 from edgepress.checkpoints.manifest import MANIFEST, Manifest
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.hardware import quality
+from edgepress.hardware import fit as quality
 from edgepress.hardware.fit import Candidate, Found, Loss, Quantisation, Settings, is_dense, search
 from edgepress.hardware.soc import Soc
 from edgepress.hardware.units import times_text
@@ -85,7 +85,7 @@ def _corpus_lengths(folder: Path, corpus: str) -> tuple[int, Callable[[int], flo
 
 
 def estimated(shape: ModelShape, vocabularies: Vocabularies, measured: Mapping[Settings, float]) -> Loss:
-    """The loss to rank by: measured where a sweep has the very settings, else the proxy of hardware/quality.py."""
+    """The loss to rank by: measured where a sweep has the very settings, else the proxy of hardware/fit.py."""
 
     def loss(settings: Settings) -> tuple[float, bool]:
         if settings in measured:
@@ -178,7 +178,7 @@ def _bits(quant: str) -> int:
 
 
 def _resolved_group(shape: ModelShape, options: Mapping[str, Any]) -> int:
-    from edgepress.checkpoints.reshape import with_grid
+    from edgepress.checkpoints.shape import with_grid
 
     wanted = -1 if str(options["quant"]).endswith("-channel") else int(options["group"])
     grid = with_grid(shape, _bits(options["quant"]), wanted, False, 0).grid

@@ -1,4 +1,4 @@
-"""Flags that several commands share: one for every recipe key and every option of every stage."""
+"""Make flags from option fields, and the texts of `--help`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
+from edgepress.eval.tasks import Settings
 from edgepress.pipeline.recipe import Recipe
 from edgepress.stages.options import STAGES
 
@@ -79,3 +81,79 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Precision of forward passes: auto, bfloat16 or float32.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder, a store of finished stages.")]
+
+
+# --- flags of eval ----------------------------------------------------------------------------------------------------
+# One flag of `compress eval` and `compress compare` for every field of edgepress.eval.tasks.Settings.
+
+
+_PANEL = "Tasks"
+
+
+def settings_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's keyword `settings` by the flags that make it."""
+    wanted = dict(inspect.signature(command, eval_str=True).parameters)
+    del wanted["settings"]
+    types = get_type_hints(Settings)
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in wanted.values()]
+    for field in fields(Settings):
+        flag, kind, default = field.metadata["flag"], types[field.name], field.default
+        many = kind == tuple[str, ...]
+        declared = typer.Option(flag, help=field.metadata["help"], rich_help_panel=_PANEL)
+        shown: Any = list[str] if many else kind
+        annotation = Annotated[shown, declared]
+        value = [] if many else default
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
+        )
+
+    def wrapper(**given: Any) -> None:
+        values = {field.name: given.pop(field.name) for field in fields(Settings)}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        command(settings=Settings(**values), **given)
+
+    wrapper.__doc__ = command.__doc__
+    wrapper.__name__ = command.__name__
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+# --- --help -----------------------------------------------------------------------------------------------------------
+# What `--help` shows: short words for the kinds of values, none for switches, and paragraphs that fill the line.
+
+
+_KINDS = {"int": "N", "float": "X", "bool": "", "Path": "PATH"}
+
+
+def _refilled(text: str | None) -> str | None:
+    """Without a docstring's line ends, which rich would keep."""
+    return text and "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
+def _plain(params: list[Any]) -> list[Any]:
+    for param in params:
+        if param.param_type_name == "option":
+            kind = getattr(param.type_descriptor.annotation, "__name__", "")
+            param.metavar = param.metavar or _KINDS.get(kind, "TEXT")
+        else:  # an argument's metavar would stand for its name
+            param.display_type_rich = lambda ctx: ""
+    return params
+
+
+class PlainCommand(TyperCommand):
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.help = _refilled(self.help)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(super().get_params(ctx))
+
+
+class PlainGroup(TyperGroup):
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.help = _refilled(self.help)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(super().get_params(ctx))

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: they arrive as a KeyboardInterrupt, and the command ends with 128 + the signal's number.
+"""Turn Ctrl-C, SIGTERM and SIGHUP into a KeyboardInterrupt, and end with 128 + the signal's number.
 
 The exception lets writers remove what is half written. It can be lost: in a destructor Python prints and drops it,
 and libraries turn it into errors of their own. So the signal is remembered, and raised again until `caught`.

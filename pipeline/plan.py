@@ -1,23 +1,30 @@
-"""What a recipe will make, before any weight is touched: shapes, bytes, memory; all faults at once."""
+"""Plan a recipe before any weight is touched: shapes, bytes, memory, texts, the chip's verdict; all faults at once."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import EdgepressError, PlanError, RecipeError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import beyond_positions
-from edgepress.pipeline.homotopic import unrolled
-from edgepress.pipeline.plan_texts import text_faults
-from edgepress.pipeline.recipe import Draft, Recipe
-from edgepress.pipeline.vocabulary import counted
-from edgepress.stages.cost import Cost
-from edgepress.stages.options import Eora, Lora, Options, Vocabulary, flag_of
+from edgepress.hardware.check import Verdict, check
+from edgepress.hardware.soc import Soc
+from edgepress.pipeline.calibration import counted
+from edgepress.pipeline.progress import Reporter
+from edgepress.pipeline.recipe import Draft, Recipe, unrolled
+from edgepress.stages.options import Eora, Lora, Options, Pad, Vocabulary, flag_of
+from edgepress.stages.requirements import Cost
+
+if TYPE_CHECKING:
+    from edgepress.eval.text import Text, Use
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def condition_faults(recipe: Recipe) -> list[str]:
     """What cannot be in how a recipe is measured and where it runs."""
     from edgepress.checkpoints.runtime import choose_device, choose_dtype
     from edgepress.eval.perplexity import Protocol
-    from edgepress.hardware.soc_file import load_soc
+    from edgepress.hardware.soc import load_soc
 
     checks: tuple[Callable[[], object], ...] = (
         lambda: Protocol(recipe.protocol, recipe.window, recipe.tokens),
@@ -93,9 +100,9 @@ def condition_faults(recipe: Recipe) -> list[str]:
         lambda: load_soc(recipe.soc),
     )
     faults: list[str] = []
-    for check in checks:
+    for examine in checks:
         try:
-            check()
+            examine()
         except EdgepressError as error:
             faults += str(error).split("\n")
     return faults
@@ -137,3 +144,165 @@ def plan(recipe: Recipe, shape: ModelShape, refused: Set[str] = frozenset()) -> 
 def _works_on_codes(options: Options) -> bool:
     """Whether a stage needs quantised weights before it."""
     return isinstance(options, Eora) or (isinstance(options, Lora) and options.recovery.quantised)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+# Texts of a recipe, before a run: whether they are there, can be read, and are long enough.
+
+
+_LARGEST_READ = 64 * 2**20  # bytes of a file that a plan reads; of a larger one it only sees that it is there
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def text_faults(recipe: Recipe, stages: Iterable[tuple[str, Options]]) -> list[str]:
+    """What is wrong with the texts to calibrate, train and measure on. What lies on the hub is not asked for."""
+    faults: list[str] = []
+    tokenizer = _tokenizer(recipe.model)
+    for (spec, use), wanted in _wanted(recipe, stages, faults).items():
+        try:
+            text = _loaded(spec, use)
+        except EdgepressError as error:
+            faults.append(str(error))
+            continue
+        if text is None:
+            continue
+        for what, tokens in dict.fromkeys(wanted):
+            if fault := _too_short(text, tokens, tokenizer):
+                faults.append(f"{what}: {fault}")
+    return list(dict.fromkeys(faults))
+
+
+def _wanted(
+    recipe: Recipe, stages: Iterable[tuple[str, Options]], faults: list[str]
+) -> dict[tuple[str, Use], list[tuple[str, int]]]:
+    """Tokens that each part of a text must have, and for what."""
+    wanted: dict[tuple[str, Use], list[tuple[str, int]]] = {(recipe.calibration_text, "calibrate"): []}
+    for name, options in stages:
+        if isinstance(options, Vocabulary | Pad):
+            continue
+        spec = (options.data if isinstance(options, Lora) else "") or recipe.calibration_text
+        windows = options.batch + options.held_out if isinstance(options, Lora) else options.samples
+        wanted.setdefault((spec, "calibrate"), []).append((name, windows * options.length))
+    from edgepress.eval.text import held_out_of
+
+    trained = [recipe.calibration_text, *(o.data for _, o in stages if isinstance(o, Lora) and o.data)]
+    spec = recipe.evaluation_text
+    own = bool(recipe.text) and not held_out_of(spec, trained)
+    use: Use = "whole" if own and Path(spec).is_file() else "evaluate"
+    if spec == "self":
+        faults.append("--data self leaves no text to measure on; name one with --text, e.g. --text wikitext2")
+    elif recipe.protocol == "windows":
+        wanted.setdefault((spec, use), []).append(("measuring", recipe.tokens or recipe.window))
+    else:
+        wanted.setdefault((spec, use), [])
+    return {key: needs for key, needs in wanted.items() if key[0] != "self"}
+
+
+def _loaded(spec: str, use: Use) -> Text | None:
+    """The part of a text, None where it takes long to get."""
+    from edgepress.eval.text import NAMED, load_text
+
+    if spec == "embedded":
+        return _read(spec, use, 0, 0)
+    path = Path(spec).expanduser()
+    if spec in NAMED:
+        return None
+    if not path.is_file():
+        return load_text(spec, use)
+    found = path.stat()
+    return None if found.st_size > _LARGEST_READ else _read(spec, use, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _read(spec: str, use: Use, size: int, changed: int) -> Text:
+    """A file's text, once for all configurations of a sweep. size, changed: or it is another file's."""
+    from edgepress.eval.text import load_text
+
+    return load_text(spec, use)
+
+
+def _tokenizer(model: str | None) -> Any:
+    """Of a model's folder, where it has one; None where it takes a conversion or a download to know."""
+    folder = Path(model or "").expanduser()
+    files = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
+    return _opened(folder, files[0].stat().st_mtime_ns) if model and files else None
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: Path, changed: int) -> Any:
+    from edgepress.checkpoints.vocabulary import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)
+    except EdgepressError:
+        return None  # the run says what is wrong with it; a plan needs none
+
+
+@lru_cache(maxsize=256)
+def _too_short(text: Text, tokens: int, tokenizer: Any) -> str:
+    """Why a text has not so many tokens, empty if it may have them."""
+    size = sum(len(document.encode()) + 2 for document in text.documents)  # no token is less than a byte, but
+    if size < tokens:  # for those that begin and end a document
+        return f"the text '{text.name}' has at most {size} tokens; {tokens} are asked for"
+    try:
+        if tokenizer is not None and tokens > 0:
+            text.token_ids(tokenizer, tokens)
+    except TextError as error:
+        return str(error)
+    return ""
+
+
+# --- the chip's verdict -----------------------------------------------------------------------------------------------
+# The chip's verdict in a run: by plan before it starts, measured after each stage.
+
+
+CONTEXT = 256  # as `compress check`
+
+
+def judge(shape: ModelShape, soc: Soc, name: str, file_bytes: int | None = None, timing: bool = False) -> Verdict | str:
+    """The verdict, or why there is none: a model that no chip's file can judge is compressed all the same."""
+    try:
+        context = min(CONTEXT, shape.positions)
+        return check(shape, soc, context=context, name=name, file_bytes=file_bytes, timing=timing)
+    except PlanError as error:
+        return f"no verdict: {str(error).removeprefix('no verdict: ')}"
+    except Exception as error:  # whatever it is: hours of compression must not be lost to a forecast
+        return _failed(error)
+
+
+def _failed(error: Exception) -> str:
+    return (
+        f"no verdict: the memory-map check failed on this model with {type(error).__name__}: {error}. This is a bug of "
+        "the check, please report it; nothing else depends on it"
+    )
+
+
+def say_planned(reporter: Reporter, planned: ModelShape, soc: Soc, name: str) -> None:
+    """One line before the run starts."""
+    verdict = judge(planned, soc, name)
+    reporter.say(f"by plan the result {verdict.line}" if isinstance(verdict, Verdict) else verdict)
+
+
+def say_measured(reporter: Reporter, planned: ModelShape, found: ModelShape, soc: Soc, name: str) -> None:
+    """One line after a stage, and a warning where the files need other bytes on the chip than the plan said."""
+    verdict, forecast = judge(found, soc, name), judge(planned, soc, name)
+    if isinstance(verdict, str) or isinstance(forecast, str):
+        reporter.note(verdict if isinstance(verdict, str) else str(forecast))
+        return
+    reporter.say(f"  {verdict.line}")
+    for use, said in zip(verdict.memories, forecast.memories, strict=True):
+        if use.peak_bytes != said.peak_bytes:
+            reporter.note(
+                f"{use.name} must hold {size_text(use.peak_bytes)} ({use.peak_bytes} bytes), the plan said "
+                f"{said.peak_bytes}; the forecast is wrong for this model, please report it"
+            )
+
+
+def to_dict(verdict: Verdict | str) -> dict[str, Any]:
+    """For report.json."""
+    if not isinstance(verdict, str):
+        try:
+            return verdict.to_dict()
+        except Exception as error:  # as in `judge`
+            verdict = _failed(error)
+    return {"fits": None, "summary": verdict}

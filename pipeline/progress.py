@@ -1,4 +1,4 @@
-"""How a run tells what it does: bars on a terminal, plain lines elsewhere, and a log file always."""
+"""Show progress: bars on a terminal, plain lines elsewhere, and a log file always."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compress rank`: what each block is worth, as a table, a picture and JSON."""
+"""The work of `compress rank`: what each block is worth, as a table, a picture and JSON."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The stage runs of a sweep as tasks of a Ray cluster, each with the CPU, memory and GPU it needs.
+"""Run a sweep's stages as tasks of a Ray cluster, each with the CPU, memory and GPU it needs.
 
 Every machine needs edgepress installed, the model under the same name or path, and the store: a folder that all
-share, or a URL (pipeline/remote.py). A task whose worker or machine is lost is sent again by the sweep, and goes
+share, or a URL (pipeline/store.py). A task whose worker or machine is lost is sent again by the sweep, and goes
 on from the last durable step that its store holds.
 """
 
@@ -16,8 +16,7 @@ from urllib.parse import urlparse
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.memory import size_text
-from edgepress.pipeline.tasks import Task
-from edgepress.pipeline.workers import Event, Tell, carried_out
+from edgepress.pipeline.workers import Event, Task, Tell, carried_out
 
 _ANSWER_SECONDS = 10.0  # for a port to open
 _CONNECT_SECONDS = 30.0  # for a cluster behind it to let us in

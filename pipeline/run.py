@@ -1,4 +1,4 @@
-"""The conductor: every stage of a recipe, from the store where it is finished, else computed and measured."""
+"""Run a recipe: take each stage from the store where it is finished, else compute and measure it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype, machine
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.sources import open_source
-from edgepress.checkpoints.verify import prove_pattern
-from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.writer import CheckpointWriter, prove_pattern
 from edgepress.eval.perplexity import Protocol, measure, measurement_key
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import load_soc
 from edgepress.pipeline.calibration import Calibration
-from edgepress.pipeline.plan import StagePlan, plan
+from edgepress.pipeline.plan import StagePlan, judge, plan, say_measured, say_planned, to_dict
 from edgepress.pipeline.progress import Reporter
 from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.store import REPORT, Store
-from edgepress.pipeline.verdicts import judge, say_measured, say_planned, to_dict
 from edgepress.stages.options import Options, decisive
 
 _PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")

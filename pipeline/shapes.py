@@ -1,4 +1,4 @@
-"""The shape of the model a user names, on a path that never imports torch where none is needed."""
+"""The shape of the model that a user names, without torch where none is needed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.headers import INDEX, shape_from_folder
 from edgepress.checkpoints.manifest import MANIFEST, Manifest, check_files, require_finished
-from edgepress.checkpoints.reshape import with_form
-from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.shape import ModelShape, with_form
 
 PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
 

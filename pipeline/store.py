@@ -1,4 +1,4 @@
-"""The output folder: a store of stage folders keyed by fingerprint.
+"""The output folder, a store of stage folders keyed by fingerprint, and its copy behind a URL.
 
 One command owns the folder at a time; the workers that it starts each claim the stage folder they write.
 Both are flocks, which the kernel drops with the process that held them, however it ended.
@@ -17,19 +17,24 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError
 from edgepress.checkpoints.manifest import (
     MANIFEST,
     MARKER,
+    PARTIAL,
     SEAL,
     WORK,
+    Manifest,
+    check_files,
     remove_partial,
     require_inside,
+    require_name,
     require_no_links_out,
     seal_holds,
     sealed,
+    write_bytes,
     write_json,
-)  # fmt: skip
+)  # fmt: skip  # fmt: skip
 
 LOCKS, RESULT = ".locks", "result"
 REPORT, EARLIER_REPORT = "report.json", "report-earlier.json"
@@ -168,3 +173,181 @@ def require_own(folder: Path) -> None:
     """Raise CheckpointError where something in an output folder is a link out of it, through which we would write."""
     if folder.is_dir():
         require_inside(folder, [p.name for p in folder.iterdir() if p.is_symlink() and p.name != RESULT], str(folder))
+
+
+# --- a store behind a URL ---------------------------------------------------------------------------------------------
+# A store behind an fsspec URL: finished stage folders are sent there, and fetched to where work is done.
+
+
+_SHARED_FOLDERS = ("measurements", "calibration")
+_MOST_BYTES = 2**26  # of a manifest
+
+
+class Mirror:
+    """One output folder on this machine and its counterpart at a URL; stages in the work stay here.
+
+    The manifest is sent last, so a folder that is seen with one is whole: the rule of the store itself.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        try:
+            from fsspec.core import url_to_fs
+        except ImportError:
+            raise PlanError("a store at a URL needs fsspec: pip install 'edgepress[ray]'") from None
+        try:
+            self.files, self.root = url_to_fs(url)
+        except (ImportError, ValueError) as error:  # a protocol whose package is missing, or one nobody knows
+            raise PlanError(f"--store {url}: {error}") from None
+        self.url, self.folder = url, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def check(self) -> None:
+        """Raise PlanError where the URL cannot be written."""
+        probe = f"{self.root}/.edgepress"
+        try:
+            self.files.makedirs(self.root, exist_ok=True)
+            self.files.pipe_file(probe, b"")
+        except Exception as error:  # every file system has errors of its own
+            raise PlanError(f"--store {self.url} cannot be written: {type(error).__name__}: {error}") from None
+
+    def has(self, name: str) -> bool:
+        with self._named(name):
+            return bool(self.files.exists(f"{self.root}/{name}/{MANIFEST}"))
+
+    def fetch(self, name: str, fingerprint: str) -> bool:
+        """Bring a finished stage folder here if it is there and not here; whether it is here now.
+
+        What comes is not trusted: its manifest must be sound and of this fingerprint, name files in the folder alone,
+        and every file must have the size and sha256 listed. Only then does the folder appear. Raises CheckpointError
+        saying what is wrong at the URL; nothing of it is left here.
+        """
+        _require_folder_name(name, self.url)
+        self._fetch_shared()
+        target = self.folder / name
+        if (target / MANIFEST).is_file():
+            return True
+        if not self.has(name):
+            return False
+        if target.is_symlink():
+            raise CheckpointError(f"{target} is a link, where a stage's folder would be put; move it away")
+        draft = self.folder / f".fetched-{name}"
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            self._fetch_folder(name, fingerprint, draft)
+            shutil.rmtree(target, ignore_errors=True)  # an attempt that died here before another machine finished it
+            draft.rename(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return True
+
+    def _fetch_folder(self, name: str, fingerprint: str, draft: Path) -> None:
+        there = f"{self.url.rstrip('/')}/{name}"
+        manifest, content = self._manifest(name)
+        if manifest.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{there} was refused: its fingerprint is {manifest.fingerprint[:12]}, asked for was "
+                f"{fingerprint[:12]}. Remove it there, and it is computed again"
+            )
+        for file, facts in manifest.files.items():
+            if file == MANIFEST or Path(file).parts[0] == WORK:
+                raise CheckpointError(f"{there} was refused: its manifest lists {file}, which is no result")
+            place = f"{self.root}/{name}/{file}"
+            with self._named(f"{name}/{file}"):
+                size = int(self.files.size(place))
+            if size != facts["bytes"]:
+                raise CheckpointError(
+                    f"{there} was refused: {file} has {size} bytes, the manifest says {facts['bytes']}. Remove the "
+                    "folder there, and it is computed again"
+                )
+            (draft / file).parent.mkdir(parents=True, exist_ok=True)
+            with self._named(f"{name}/{file}"):
+                self.files.get_file(place, str(draft / file))
+        try:
+            check_files(draft, manifest, hashes=True)
+        except CheckpointError as error:
+            reason = str(error).partition(" is damaged: ")[2].partition(". It was")[0] or str(error)
+            raise CheckpointError(
+                f"{there} was refused: {reason}. Remove the folder there, and it is computed again"
+            ) from None
+        write_bytes(draft / MANIFEST, content)
+
+    def _manifest(self, name: str) -> tuple[Manifest, bytes]:
+        """The manifest at the URL, and its bytes, read once: what was checked is what is kept."""
+        place = f"{self.root}/{name}/{MANIFEST}"
+        with self._named(f"{name}/{MANIFEST}"):
+            content = bytes(self.files.cat_file(place, start=0, end=_MOST_BYTES))
+        if len(content) == _MOST_BYTES:
+            raise CheckpointError(f"{self.url}/{name}/{MANIFEST} was refused: no manifest is so large")
+        return Manifest.parse(content, f"{self.url.rstrip('/')}/{name}/{MANIFEST}"), content
+
+    def fetch_line(self, name: str, fingerprint: str) -> None:
+        """A stage folder and those it was made from: some stages look at their ancestors' weights."""
+        while name and self.fetch(name, fingerprint):
+            manifest = Manifest.read(self.folder / name)
+            if manifest.fingerprint != fingerprint:
+                raise CheckpointError(
+                    f"{self.folder / name} belongs to another run: its fingerprint is {manifest.fingerprint[:12]}, "
+                    f"expected {fingerprint[:12]}; move it away"
+                )
+            parent = manifest.parent
+            if not parent or Path(parent["path"]).is_absolute():
+                return
+            name, fingerprint = parent["path"].removeprefix("../"), parent["fingerprint"]
+
+    def send(self, name: str) -> None:
+        """Put a finished stage folder, and what was measured, at the URL; the manifest last."""
+        folder = self.folder / name
+        if not self.has(name):
+            manifest = Manifest.read(folder)
+            require_inside(folder, manifest.files, str(folder / MANIFEST))
+            for file in (*manifest.files, MANIFEST):
+                self._put(folder / file, f"{name}/{file}")
+        for shared in _SHARED_FOLDERS:
+            for path in (self.folder / shared).glob("[!.]*"):
+                with self._named(f"{shared}/{path.name}"):
+                    there = self.files.exists(f"{self.root}/{shared}/{path.name}")
+                if not there and path.is_file() and not path.is_symlink():
+                    self._put(path, f"{shared}/{path.name}")
+
+    def _fetch_shared(self) -> None:
+        """Measurements and sampled texts, whose readers check the hashes that they carry."""
+        for shared in _SHARED_FOLDERS:
+            with self._named(shared):
+                if not self.files.exists(f"{self.root}/{shared}"):
+                    continue
+                entries: list[dict[str, Any]] = self.files.ls(f"{self.root}/{shared}", detail=True)
+            (self.folder / shared).mkdir(exist_ok=True)
+            for entry in entries:
+                name = require_name(str(entry["name"]).rstrip("/").rpartition("/")[2], f"{self.url}/{shared}")
+                target = self.folder / shared / name
+                if entry["type"] != "file" or name.startswith(".") or target.is_file() or target.is_symlink():
+                    continue
+                draft = target.with_name(f".{name}{PARTIAL}")
+                try:
+                    with self._named(f"{shared}/{name}"):
+                        self.files.get_file(entry["name"], str(draft))
+                    draft.replace(target)
+                finally:
+                    draft.unlink(missing_ok=True)
+
+    def _put(self, path: Path, name: str) -> None:
+        with self._named(name):
+            self.files.makedirs(f"{self.root}/{Path(name).parent.as_posix()}", exist_ok=True)
+            self.files.put_file(str(path), f"{self.root}/{name}")
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Turn what a file system raises, each has errors of its own, into one that names the URL and file."""
+        try:
+            yield
+        except EdgepressError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise CheckpointError(f"--store {self.url}: {name}: {type(error).__name__} {reason}".rstrip()) from None
+
+
+def _require_folder_name(name: str, told_by: str) -> None:
+    """Raise CheckpointError unless a name can only be that of a stage's folder in the store."""
+    if "/" in require_name(name, told_by) or name.startswith("."):
+        raise CheckpointError(f"{told_by} names {name!r}, which is no stage's folder")

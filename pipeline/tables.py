@@ -1,5 +1,4 @@
-"""Tables whose numbers are never cut: where the console is narrow, columns go below one another. And cells of CSV
-files that no spreadsheet takes for a formula."""
+"""Print tables whose numbers are never cut, and write safe cells of CSV."""
 
 from __future__ import annotations
 

@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
 from edgepress.checkpoints.errors import NumericsError, PlanError
-from edgepress.checkpoints.reshape import cut_config, with_blocks
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.skeleton import Skeleton
-from edgepress.checkpoints.states import Scratch, States
+from edgepress.checkpoints.shape import ModelShape, cut_config, with_blocks
 from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Scratch, States
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages.cost import (
+from edgepress.stages.options import Depth as Options
+from edgepress.stages.requirements import (
     BASE_BYTES,
     Cost,
     block_bytes,
@@ -33,11 +32,10 @@ from edgepress.stages.cost import (
     head_weights,
     held_state_bytes,
     linked_bytes,
+    require_dense,
     tokens,
     walk_bytes,
 )
-from edgepress.stages.dense import require_dense
-from edgepress.stages.options import Depth as Options
 
 VERSION = 1
 

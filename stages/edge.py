@@ -1,4 +1,4 @@
-"""Embedding and head at 8 or 4 bits, for chips; GPTQ's file format has no place for them.
+"""Quantise embedding and head to 8 or 4 bits, which GPTQ's file format has no place for.
 
 The codes lie beside the model in `edge/embedding.safetensors`, and the model's own tensors become exactly
 what the codes stand for, so what is measured anywhere is what the chip would compute.

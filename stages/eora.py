@@ -1,4 +1,4 @@
-"""Stage 5: a low-rank answer to the compression error, without training.
+"""Stage 5: compensate the compression error with a low-rank adapter, without training.
 
 EoRA (Liu et al., arXiv 2410.21271): the error dW is projected into the eigenspace of the layer's inputs,
 scaled by the square roots of the eigenvalues, and the best rank-r approximation is taken there, where it
@@ -15,23 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints.adapter_codes import eight_bit, unpacked
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, eight_bit, unpacked
+from edgepress.checkpoints.config import peft_config
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.image_tensors import TORCH_DTYPES
+from edgepress.checkpoints.image import TORCH_DTYPES
 from edgepress.checkpoints.memory import size_text
-from edgepress.checkpoints.peft_config import peft_config
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.scaling import rescaled, scaled_folders
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import Walk
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages.cost import Cost, forward_operations, linears, linked_bytes, tokens, walk_cost
 from edgepress.stages.hessian import hessians
 from edgepress.stages.options import Eora as Options
 from edgepress.stages.pruning import HESSIANS
 from edgepress.stages.reference import reference_weights
+from edgepress.stages.requirements import Cost, forward_operations, linears, linked_bytes, tokens, walk_cost
 
 VERSION = 1
 

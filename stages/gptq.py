@@ -1,4 +1,4 @@
-"""Stage 4: low-bit weights in every layer that the file format can hold.
+"""Stage 4: quantise the linear layers by GPTQ, AWQ, HQQ, NF4 or plain rounding (`--quant`).
 
 How the codes are chosen is the method's to say (`--quant`, stages/quantisers): GPTQ (Frantar et al., arXiv 2210.17323)
 unless another is asked for. The statistics of a block are taken from the already quantised blocks before it. A mask
@@ -14,34 +14,32 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, rounded_inputs
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Form, TensorShape
 from edgepress.checkpoints.headers import usual_dtype
 from edgepress.checkpoints.packed_sizes import is_head
-from edgepress.checkpoints.reshape import with_form
-from edgepress.checkpoints.rounded_inputs import rounded_inputs
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, ModelShape
+from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, ModelShape, with_form
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import BlockVisit, Walk
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import edge
-from edgepress.stages.cost import (
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method
+from edgepress.stages.quantisers.gptq import Solution
+from edgepress.stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
+from edgepress.stages.requirements import (
     BASE_BYTES,
     Cost,
     block_bytes,
     held_state_bytes,
     linears,
     linked_bytes,
+    require_dense,
     tokens,
     walk_cost,
 )
-from edgepress.stages.dense import require_dense
-from edgepress.stages.options import Gptq as Options
-from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method
-from edgepress.stages.quantisers.gptq import Solution
-from edgepress.stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
 
 VERSION = 1
 

@@ -1,4 +1,4 @@
-"""The Hessian of a layer's squared output error, and what solvers that spread an error over later columns do with it.
+"""The Hessian of a layer's squared output error, and what its solvers share.
 
 For a layer W (out, in) with inputs X (tokens, in) the error of a change dW is tr(dW H dW^T) with H = X^T X: the same
 H for every row (OBS, Hassibi and Stork 1993; GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774).

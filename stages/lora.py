@@ -1,4 +1,4 @@
-"""Stage 3: recover quality by training a few parameters beside the weights, then merge them.
+"""Stage 3: recover quality by training LoRA, DoRA, IA3, QLoRA or LoftQ (`--recover`), then merge it.
 
 LoRA (Hu et al., arXiv 2106.09685) and the other methods of stages/recovery, through peft and transformers' Trainer.
 On a layer with an N:M mask the adapter is trained through the mask, W_eff = (W + s B A) * mask, so what was trained
@@ -14,16 +14,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.config import described
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.image_tensors import TORCH_DTYPES
-from edgepress.checkpoints.peft_config import described
+from edgepress.checkpoints.image import TORCH_DTYPES
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.scaling import rescaled, scaled_folders
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages.cost import (
+from edgepress.stages.options import Lora as Options
+from edgepress.stages.recovery.shapes import adapters, target_names, training_bytes, with_adapters
+from edgepress.stages.reference import reference_weights
+from edgepress.stages.requirements import (
     BASE_BYTES,
     Cost,
     block_bytes,
@@ -32,13 +35,17 @@ from edgepress.stages.cost import (
     linears,
     linked_bytes,
     outer_bytes,
+    require_dense,
+    require_quantised,
 )
-from edgepress.stages.dense import require_dense, require_quantised
-from edgepress.stages.distill import teacher, teacher_disk_bytes, teacher_kind
-from edgepress.stages.options import Lora as Options
-from edgepress.stages.recovery.shapes import adapters, target_names, training_bytes, with_adapters
-from edgepress.stages.reference import reference_weights
-from edgepress.stages.training import own_random_state, require_a_batch, train
+from edgepress.stages.training import (
+    own_random_state,
+    require_a_batch,
+    teacher,
+    teacher_disk_bytes,
+    teacher_kind,
+    train,
+)
 
 VERSION = 1
 _TRAINER_BYTES = 220 * 2**20  # that peft, GPTQModel and the Trainer add, measured as cost.BASE_BYTES

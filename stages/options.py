@@ -1,4 +1,4 @@
-"""Every stage's settings: one documented field each. No torch, so that `--help` and planning stay quick.
+"""Every stage's options, one documented field a flag; no torch.
 
 A field's metadata holds its flag on the command line; its name is its key in a recipe. Values that can never
 work raise PlanError at once; what depends on the model is checked by the stage's `plan`.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.sparsity import parse_amount
+from edgepress.checkpoints.shape import parse_amount
 from edgepress.stages import quantisers
 from edgepress.stages.pruning import METHODS
 from edgepress.stages.recovery import METHODS as RECOVERY

@@ -1,4 +1,4 @@
-"""Widen the feed-forward layers with channels of zeros, so that file formats and chips with blocks of 32 take them.
+"""Stage pad: widen the feed-forward layers with zeros to a multiple that file formats and chips take.
 
 The new rows of gate and up are zero, and so are the columns of down that meet them: act(0) * 0 times 0 adds nothing,
 and the model computes what it did before.
@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.reshape import with_wider_ffn
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import BlockShape, ModelShape
+from edgepress.checkpoints.shape import BlockShape, ModelShape, with_wider_ffn
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages.cost import BASE_BYTES, Cost, linked_bytes
 from edgepress.stages.options import Pad as Options
+from edgepress.stages.requirements import BASE_BYTES, Cost, linked_bytes
 
 VERSION = 1
 

@@ -1,4 +1,4 @@
-"""The weights that a quantised checkpoint was made from: what its error is measured against."""
+"""Read the weights that a quantised checkpoint was made from, against which its error is measured."""
 
 from __future__ import annotations
 

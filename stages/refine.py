@@ -1,4 +1,4 @@
-"""`--quant-effort high` of the gptq stage: a block's scales, rounding and norms, tuned together after GPTQ.
+"""Tune a block's scales, rounding and norms together after GPTQ (`--quant-effort high`).
 
 GPTQ minimises the error of each layer alone, on the layer's own inputs. Here all layers of a block answer for the
 block's output. The target is what the block gave before this stage for the states that came to it then, so the

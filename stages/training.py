@@ -1,11 +1,12 @@
-"""How LoRA trains: transformers' Trainer, resumed from its last whole step, watched, and stopped in time."""
+"""Train LoRA with transformers' Trainer: distillation, resuming, early stopping, the loss curve."""
 
 from __future__ import annotations
 
+import io
 import math
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, NumericsError, TextError, not_written
-from edgepress.checkpoints.manifest import sha256_file
+from edgepress.checkpoints.manifest import sha256_file, write_bytes, write_json
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Progress, Runtime
+from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.walk import Work
-from edgepress.stages.curve import Curve
-from edgepress.stages.distill import Teacher, token_divergence
+from edgepress.checkpoints.walk import States, Walk, Work
+from edgepress.stages.options import Lora
 from edgepress.stages.options import Lora as Options
 
 _COMPLETE = "complete"  # marks a saved step as whole: a kill can leave half of one
@@ -333,3 +336,175 @@ def own_random_state(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+# The uncompressed model as a teacher for LoRA: held whole beside the student, or streamed before training.
+#
+# Streamed: the teacher walks block by block over the training windows once, and its last hidden states, not its
+# logits, are kept in the unfinished folder. Its own norm and head turn them back into the full, exact logits of a
+# batch when the batch comes. Nothing is lost, as it would be with the top k logits, and a token takes d numbers
+# instead of one for every word: 47 MB for 80 windows of 512 on SmolLM2, where the logits would be 4 GB.
+
+
+# Beyond this much disk, `auto` holds the teacher instead. A fixed number: what is free on a machine must not decide
+# which bytes come out.
+_AUTO_LIMIT_BYTES = 16 * 2**30
+
+Teacher = Callable[[Tensor, Tensor], Tensor]  # token ids (b, L), window numbers (b,) -> logits (b, L, vocabulary)
+
+
+def teacher_kind(shape: ModelShape, options: Lora) -> str:
+    """How the teacher is kept: none, held or streamed."""
+    if options.distill == 0:
+        return "none"
+    if options.teacher != "auto":
+        return options.teacher
+    return "streamed" if teacher_disk_bytes(shape, options) <= _AUTO_LIMIT_BYTES else "held"
+
+
+def teacher_disk_bytes(shape: ModelShape, options: Lora) -> int:
+    """Most disk the streamed teacher takes: hidden states before and after a block, in 16 bit."""
+    windows = min(options.samples, options.total_steps * options.batch + options.held_out)
+    return 2 * windows * options.length * shape.hidden_size * 2
+
+
+@contextmanager
+def teacher(source: Checkpoint, ids: Tensor, options: Lora, runtime: Runtime, work: Work) -> Iterator[Teacher | None]:
+    """The model at the root of the source's chain for the windows ids (windows, L), or None without distillation.
+
+    A streamed teacher computes here, before the caller loads the student; interrupted, it goes on at its block.
+    """
+    kind = teacher_kind(source.shape, options)
+    if kind == "none":
+        yield None
+        return
+    # The oldest of the chain that has this vocabulary: trimming it comes first, and changes no logit that stays.
+    *_, root = (c for c in source.ancestors() if c.shape.vocabulary == source.shape.vocabulary)
+    if kind == "held":
+        model = root.model(runtime.device, runtime.dtype)
+        yield lambda batch, _: model(input_ids=batch).logits
+        return
+    numbers = visited(len(ids), options)
+    walk = streamed(root, ids[numbers], runtime, Work(work.folder / "teacher"))
+    assert walk.states.path is not None
+    width = (ids.shape[1], root.shape.hidden_size)
+    kept = States([width] * len(numbers), runtime.dtype, walk.states.path).chunks
+    place = {number: index for index, number in enumerate(numbers)}
+    with walk.skeleton.head() as head:
+        yield lambda _, windows: head(torch.stack([kept[place[int(number)]] for number in windows]))
+
+
+def visited(windows: int, options: Lora) -> list[int]:
+    """The windows that training and its held-out checks read; training takes them in order."""
+    training = windows - options.held_out
+    return [*range(min(training, options.steps_over(windows) * options.batch)), *range(training, windows)]
+
+
+def streamed(root: Checkpoint, ids: Tensor, runtime: Runtime, work: Work) -> Walk:
+    """A finished walk whose states are the teacher's last hidden states (windows, L, d), in a file that lasts."""
+    chunks = list(torch.split(ids, max(1, runtime.chunk_tokens // ids.shape[1])))
+    walk = Walk(root, chunks, runtime, work, last_outputs=True, task="teacher")
+    for block in walk:
+        block.done()
+    for path in work.folder.glob("states-*.bin"):
+        if path != walk.states.path:  # the states before the last block
+            path.unlink()
+    return walk
+
+
+def token_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of each token in nats, float32: (b, L) from logits (b, L, vocabulary)."""
+    p, q = teacher.float().log_softmax(dim=-1), student.float().log_softmax(dim=-1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1)
+
+
+# --- the loss curve ---------------------------------------------------------------------------------------------------
+# The loss curve of a training: lines for a terminal or a log, and `loss.json` and `loss.png` beside the weights.
+#
+# Both files are written before the manifest, which lists and hashes them like any other file of the checkpoint.
+
+
+_LABEL = 8  # columns of the numbers on the left, the axis included
+_TRAINING, _HELD_OUT = "·", "o"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses in nats a token (with distillation: of the mixed objective)."""
+
+    training: list[float]  # of step 1, 2, …
+    held_out: dict[int, float]  # by step
+    kept_step: int
+
+    def write(self, folder: Path) -> None:
+        """`loss.json` and `loss.png`; the same losses give the same bytes."""
+        write_json(folder / "loss.json", self.to_dict())
+        write_bytes(folder / "loss.png", self.png())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kept_step": self.kept_step, "training": self.training, "held_out": self.held_out}
+
+    def lines(self, width: int = 80, height: int = 10) -> list[str]:
+        """A chart of at most `width` columns. Where steps outnumber columns, a column shows their mean."""
+        columns = width - _LABEL
+        steps = len(self.training)
+        if not steps:
+            return []
+
+        def column(step: int) -> int:
+            return round((step - 1) / max(steps - 1, 1) * (columns - 1))
+
+        bins: dict[int, list[float]] = {}
+        for step, loss in enumerate(self.training, 1):
+            bins.setdefault(column(step), []).append(loss)
+        means = {place: sum(losses) / len(losses) for place, losses in bins.items()}
+        values = [*means.values(), *self.held_out.values()]
+        low, high = min(values), max(values)
+        grid = [[" "] * columns for _ in range(height)]
+
+        def mark(place: int, loss: float, sign: str) -> None:
+            share = (high - loss) / (high - low) if high > low else 0.5
+            grid[round(share * (height - 1))][place] = sign
+
+        for place, loss in means.items():
+            mark(place, loss, _TRAINING)
+        for step, loss in self.held_out.items():
+            mark(column(step), loss, _HELD_OUT)
+        digits = max(0, 3 - len(str(int(high))))
+        drawn = []
+        for row, signs in enumerate(grid):
+            loss = high - (high - low) * row / (height - 1)
+            named = (0, (height - 1) // 2, height - 1) if high > low else (round(0.5 * (height - 1)),)
+            label = f"{loss:.{digits}f}" if row in named else ""
+            drawn.append(f"{label:>{_LABEL - 2}} ┤" + "".join(signs).rstrip())
+        drawn.append(" " * (_LABEL - 1) + "└" + "─" * columns)
+        last = f"step {steps}"
+        drawn.append(f"{'':<{_LABEL}}{'step 1':<{columns - len(last)}}{last}")
+        legend = f"{_TRAINING} training loss" + (f"   {_HELD_OUT} held-out loss" if self.held_out else "")
+        return [*drawn, " " * _LABEL + legend]
+
+    def png(self) -> bytes:
+        """Both losses over the steps, and the step whose adapter was merged."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        steps = range(1, len(self.training) + 1)
+        few = len(self.training) < 60
+        axes.plot(steps, self.training, color="#3b6ea5", linewidth=1.2, marker="." if few else "", label="training")
+        if self.held_out:
+            checks = sorted(self.held_out)
+            losses = [self.held_out[step] for step in checks]
+            axes.plot(checks, losses, color="#c0562b", linewidth=1.8, marker="o", label="held out")
+            axes.axvline(self.kept_step, color="#777777", linestyle=":", label=f"merged: step {self.kept_step}")
+        axes.set(xlabel="optimiser step", ylabel="loss, nats per token", title="LoRA training")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})  # its version has no place in a hashed file
+        return file.getvalue()

@@ -1,4 +1,4 @@
-"""Keep the tokens a corpus uses: rows of embedding and head go, and the tokenizer with them.
+"""Stage vocabulary: keep the tokens that a corpus uses, in tokenizer, embedding and head.
 
 What stays is renumbered, not changed: the logits of the kept tokens are the original's, bit for bit in the same
 precision. The corpus falls into the same pieces as before; other text falls into smaller ones, down to bytes.
@@ -16,14 +16,13 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.headers import EDGE
 from edgepress.checkpoints.manifest import write_json
-from edgepress.checkpoints.reshape import vocabulary_tensors, with_vocabulary
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.shape import ModelShape, vocabulary_tensors, with_vocabulary
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, renumber_config, trim
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages.cost import BASE_BYTES, Cost, linked_bytes, outer_bytes
 from edgepress.stages.options import Vocabulary as Options
+from edgepress.stages.requirements import BASE_BYTES, Cost, linked_bytes, outer_bytes
 
 VERSION = 1
 GENERATION = "generation_config.json"

@@ -1,4 +1,4 @@
-"""Stage 2: zero N of every M consecutive weights of a row, the least useful first.
+"""Stage 2: zero N of every M weights of a row by WANDA, SparseGPT, magnitude or in the gates alone (`--prune`).
 
 Which those are is the method's to say (`--prune`): WANDA (Sun et al., arXiv 2306.11695) unless another of
 stages/pruning is asked for. The statistics of a block are taken from the already pruned blocks before it, so later
@@ -11,18 +11,25 @@ from typing import Any
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import NumericsError, PlanError
-from edgepress.checkpoints.nm import group_zeros
-from edgepress.checkpoints.reshape import with_pattern
+from edgepress.checkpoints.masks import group_zeros
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import LinearShape, ModelShape
-from edgepress.checkpoints.sparsity import Capped, Part, Pattern, Sparsity, Within, parse_amount
+from edgepress.checkpoints.shape import (
+    Capped,
+    LinearShape,
+    ModelShape,
+    Part,
+    Pattern,
+    Sparsity,
+    Within,
+    parse_amount,
+    with_pattern,
+)
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import BlockVisit, Walk
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages.cost import Cost, linked_bytes, walk_cost
-from edgepress.stages.dense import require_dense
 from edgepress.stages.options import Wanda as Options
 from edgepress.stages.pruning import NOTHING, method
+from edgepress.stages.requirements import Cost, linked_bytes, require_dense, walk_cost
 
 VERSION = 2
 

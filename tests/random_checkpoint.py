@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints.adapter_codes import eight_bit, unpacked
-from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.codebooks import encode
+from edgepress.checkpoints.checkpoint import Checkpoint, eight_bit, unpacked
+from edgepress.checkpoints.config import peft_config
 from edgepress.checkpoints.forms import CODEBOOKS
 from edgepress.checkpoints.manifest import Manifest, describe_files
-from edgepress.checkpoints.packing import dequantise_rows, pack_linear
-from edgepress.checkpoints.peft_config import peft_config
-from edgepress.checkpoints.sparsity import parse_sparsity
+from edgepress.checkpoints.packing import dequantise_rows, encode, pack_linear
+from edgepress.checkpoints.shape import parse_sparsity
 from edgepress.checkpoints.writer import CheckpointWriter
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -1,4 +1,4 @@
-"""The numbers behind the figures, taken from what the stages wrote into their manifests. Nothing here draws."""
+"""The numbers behind the figures, taken from the manifests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgepress.pipeline.page.study import StageRun, Study
+from edgepress.pipeline.page.read import StageRun, Study
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""OUT/report.html, one file that needs no other, and the figures beside it as PNG."""
+"""Write OUT/report.html and the figures beside it, with samples of what the checkpoints write."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from base64 import b64encode
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
@@ -12,11 +14,11 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from edgepress.checkpoints.manifest import write_bytes
-from edgepress.pipeline.page import content, overview, reproduce
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.manifest import SEAL, seal_holds, sealed, write_bytes, write_json
+from edgepress.pipeline.page import content
 from edgepress.pipeline.page.content import Chip
-from edgepress.pipeline.page.samples import Samples
-from edgepress.pipeline.page.study import Study
+from edgepress.pipeline.page.read import StageRun, Study, clean
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -35,7 +37,7 @@ def write_report(study: Study, chip: Chip, samples: Samples | None, why_none: st
     if samples is None or not samples.by_prompt:
         left_out.append(f"Generated text: {why_none}")
         samples = None
-    ways = reproduce.recipes(study)
+    ways = content.recipes(study)
     html = render(study, chip, sections, left_out, samples, ways, machine).encode()
     pictures = [picture for section in sections for picture in section.pictures]
     folder = study.out / FIGURES
@@ -45,17 +47,17 @@ def write_report(study: Study, chip: Chip, samples: Samples | None, why_none: st
         stale.unlink()
     for path, png in wanted.items():
         write_bytes(path, png)
-    reproduce.write_recipes(study.out, ways)
+    content.write_recipes(study.out, ways)
     write_bytes(study.out / PAGE, html)
     return Written(study.out / PAGE, sorted(wanted), left_out, len(html))
 
 
 def render(
     study: Study, chip: Chip, sections: list[content.Section], left_out: list[str], samples: Samples | None,
-    ways: list[reproduce.Way], machine: str,
+    ways: list[content.Way], machine: str,
 ) -> str:  # fmt: skip
     """The page. Everything but our own style and script is escaped; its policy lets it load and send nothing."""
-    headings, rows = overview.table(study, chip)
+    headings, rows = content.table(study, chip)
     script, style = _text("report.js"), _text("report.css")
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(
@@ -64,16 +66,16 @@ def render(
     return environment.from_string(_text("report.html.j2")).render(
         study=study,
         chip=chip,
-        summary=overview.summary(study, chip),
-        tiles=overview.tiles(study, chip),
+        summary=content.summary(study, chip),
+        tiles=content.tiles(study, chip),
         headings=headings,
         rows=rows,
         sections=sections,
         left_out=left_out,
         samples=samples,
         ways=ways,
-        versions=reproduce.versions(study),
-        conditions=reproduce.conditions(study),
+        versions=content.versions(study),
+        conditions=content.conditions(study),
         machine=machine,
         written=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         style=Markup(style),  # files of this package, not input
@@ -84,3 +86,102 @@ def render(
 
 def _text(name: str) -> str:
     return (resources.files("edgepress.pipeline.page") / "templates" / name).read_text(encoding="utf-8")
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+# What checkpoints make of the same prompts, greedily; kept in OUT, so that a second report costs nothing.
+
+
+PROMPTS = ("The three most important things about a good bridge are", "A small computer in a sensor can")
+FILE = "samples.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str  # of the checkpoint
+    text: str  # the continuation
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """For each prompt one sample a checkpoint, the uncompressed model first."""
+
+    by_prompt: dict[str, list[Sample]]
+    tokens: int
+
+
+def chosen(study: Study, count: int) -> list[tuple[str, StageRun]]:
+    """At most `count` checkpoints that are on this disk: the uncompressed model, then the most telling results.
+
+    Of a run its last stages, of a sweep its Pareto front before the rest. In the order of the table.
+    """
+    candidates = [c for c in study.candidates if c.run.folder is not None]
+    front = [c for c in study.front if c in candidates]
+    last = candidates[::-1] if study.kind == "run" else [*front, *candidates]
+    wanted = [c for c in candidates if c.run.position == 0][:1]
+    if not wanted and study.source.folder is not None:  # a sweep need not have the uncompressed model among its results
+        wanted = []
+        kept = {study.source.fingerprint: ("uncompressed", study.source)}
+    else:
+        kept = {c.run.fingerprint: (c.name, c.run) for c in wanted}
+    for choice in last:
+        if len(kept) < count:
+            kept.setdefault(choice.run.fingerprint, (choice.name, choice.run))
+    place = {c.run.fingerprint: i for i, c in enumerate(study.candidates)}
+    return sorted(list(kept.values())[:count], key=lambda named: place.get(named[1].fingerprint, -1))
+
+
+def generate_samples(
+    study: Study, prompts: Sequence[str], count: int, tokens: int, device: str, tell: Callable[[str], None]
+) -> Samples:
+    """Raises PlanError for an empty prompt. A checkpoint that cannot be opened is told and left out."""
+    if blank := [p for p in prompts if not p.strip()]:
+        raise PlanError(f"--prompts {blank[0]!r}: a prompt needs at least one word")
+    known = _known(study.out / FILE, tell)
+    wanted = dict(chosen(study, count))
+    by_prompt: dict[str, list[Sample]] = {clean(prompt): [] for prompt in prompts}
+    for name, run in wanted.items():
+        keys = {prompt: _key(run.fingerprint, prompt, tokens) for prompt in prompts}
+        if missing := [prompt for prompt, key in keys.items() if key not in known]:
+            tell(f"generating with {name}")
+            try:
+                known |= _generated(run, {p: keys[p] for p in missing}, tokens, device)
+            except CheckpointError as error:
+                tell(f"no samples of {name}: {error}")
+                continue
+            write_json(study.out / FILE, sealed(known))
+        for prompt, key in keys.items():
+            by_prompt[clean(prompt)].append(Sample(name, clean(known[key], 4000), run.perplexity))
+    return Samples({prompt: found for prompt, found in by_prompt.items() if found}, tokens)
+
+
+def _generated(run: StageRun, prompts: dict[str, str], tokens: int, device: str) -> dict[str, str]:
+    """Prompt -> key in, key -> continuation out."""
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.memory import release
+    from edgepress.checkpoints.runtime import choose_device
+    from edgepress.eval.generation import Decoding, continue_prompt
+
+    assert run.folder is not None
+    checkpoint, where = Checkpoint.open(run.folder), choose_device(device)
+    found = {}
+    for prompt, key in prompts.items():
+        found[key] = continue_prompt(checkpoint, prompt, Decoding(tokens), where).text
+        release()  # one model at a time in memory
+    return found
+
+
+def _key(fingerprint: str, prompt: str, tokens: int) -> str:
+    return hashlib.sha256(json.dumps([fingerprint, prompt, tokens]).encode()).hexdigest()
+
+
+def _known(path: Path, tell: Callable[[str], None]) -> dict[str, str]:
+    try:
+        data = json.loads(path.read_text()) if path.is_file() else {}
+        if seal_holds(data) is False:
+            tell(f"{path} was edited or damaged; the samples are generated again")
+            data = {}
+    except (ValueError, TypeError, RecursionError):
+        raise CheckpointError(f"{path} is damaged; remove it, and the samples are generated again") from None
+    return {key: text for key, text in dict(data).items() if key != SEAL}

@@ -1,4 +1,4 @@
-"""The ways in which the wanda stage can choose its zeros (`--prune`): one file each, and one line here.
+"""The pruning methods of the wanda stage (`--prune`): one file and one line each.
 
 stages/README.md shows how to add one. No torch here: `--help` and planning read this list.
 """
@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from edgepress.checkpoints.sparsity import Amount, Pattern, Sparsity
+from edgepress.checkpoints.shape import Amount, Pattern, Sparsity
 
 if TYPE_CHECKING:
     from edgepress.checkpoints.walk import BlockVisit

@@ -7,7 +7,7 @@ row may lose all its weights. N:M takes N of every M weights of a row, as everyw
 
 from __future__ import annotations
 
-from edgepress.checkpoints.sparsity import Amount, Sparsity, Within
+from edgepress.checkpoints.shape import Amount, Sparsity, Within
 from edgepress.stages.pruning.magnitude import NEEDS, prune
 
 __all__ = ["NEEDS", "prune", "sparsity"]

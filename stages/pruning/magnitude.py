@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgepress.checkpoints.sparsity import Amount, Pattern, Sparsity
+from edgepress.checkpoints.shape import Amount, Pattern, Sparsity
 from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.pruning import NOTHING
 from edgepress.stages.pruning.select import kept, lost_share, set_zeros

@@ -1,4 +1,4 @@
-"""The N lowest of every M scores, however many groups: what every pruning method ends with."""
+"""Choose the N lowest of every M scores, however many groups there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.sparsity import Capped, Pattern
+from edgepress.checkpoints.shape import Capped, Pattern
 
 _FEW = 32  # groups up to this size are selected by comparing lanes, wider ones by sorting
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgepress.checkpoints.errors import NumericsError
-from edgepress.checkpoints.sparsity import Amount, Capped, Pattern, Sparsity
+from edgepress.checkpoints.shape import Amount, Capped, Pattern, Sparsity
 from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from edgepress.stages.pruning import HESSIANS

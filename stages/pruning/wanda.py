@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from edgepress.checkpoints.sparsity import Amount, Pattern, Sparsity
+from edgepress.checkpoints.shape import Amount, Pattern, Sparsity
 from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.pruning import NORMS
 from edgepress.stages.pruning.select import keep_best, kept, lost_share, set_zeros

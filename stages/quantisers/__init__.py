@@ -1,4 +1,4 @@
-"""The ways in which the gptq stage can quantise (`--quant`): one file each, and one line for each name here.
+"""The quantisers of the gptq stage (`--quant`): one file and one line each.
 
 stages/README.md shows how to add one. No torch here: `--help` and planning read this list.
 """

@@ -1,4 +1,4 @@
-"""Integer codes on a grid, and the grid that a range of weights spans: what most methods of this folder end with."""
+"""Round weights to codes of a grid, and fit a grid to a range of weights."""
 
 from __future__ import annotations
 

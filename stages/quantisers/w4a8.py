@@ -2,7 +2,7 @@
 
 As QQQ (Zhang et al., arXiv 2406.09904) stores them: symmetric codes, one scale a group or a row (`--group -1`), errors
 compensated by GPTQ's solver; the inputs rounded token by token to 8 bits, simulated in every measurement
-(checkpoints/rounded_inputs.py). QQQ's smoothing of inputs before that is left out: its search needs the inputs
+(checkpoints/checkpoint.py). QQQ's smoothing of inputs before that is left out: its search needs the inputs
 themselves, block by block, twice; `awq4 --activation-bits 8` has scales folded into what precedes.
 """
 

@@ -1,4 +1,4 @@
-"""The ways in which the lora stage can recover quality (`--recover`): one file each, and one line here.
+"""The recovery methods of the lora stage (`--recover`): one file and one line each.
 
 An adapter is what is trained beside a layer. A setting changes how a low-rank adapter is scaled, where it begins, or
 on which weights it is trained. Names are joined with +: one adapter (lora where none is named) and any settings that it

@@ -66,7 +66,7 @@ def direction(layer: Any) -> Tensor:
 
 def weight_change(layer: Any) -> Tensor:
     """W' - W (out, in) float32."""
-    from edgepress.checkpoints.adapters import dora_factor
+    from edgepress.checkpoints.checkpoint import dora_factor
 
     V = direction(layer)
     # Both factors of the quotient are differentiable; the norm is not to be.

@@ -1,4 +1,4 @@
-"""peft's layers made to compute with the weight that will be stored, mask and all, instead of the adapter's own way."""
+"""Make peft's layers compute with the weight that will be stored, mask and all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers a method adapts, and what lies beside them then: from shapes alone."""
+"""The layers that a recovery method adapts and the bytes it adds, from shapes alone."""
 
 from __future__ import annotations
 

@@ -365,7 +365,7 @@ def _manifest_files(case: Case) -> None:
 
     def body() -> None:
         from edgepress.checkpoints.errors import EdgepressError
-        from edgepress.pipeline.remote import Mirror
+        from edgepress.pipeline.store import Mirror
 
         try:
             Mirror(far.as_uri(), near).fetch(stage.name, key)

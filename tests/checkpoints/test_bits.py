@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgepress.checkpoints import bits as coder
 from edgepress.checkpoints.bits import choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
 from edgepress.checkpoints.packed_sizes import MaskIndex, mask_indexes
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import Pattern
 
 pytestmark = pytest.mark.unit
 

@@ -18,18 +18,15 @@ from torch import Tensor
 
 from edgepress.checkpoints import headers
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.codebooks import decode, state_of
 from edgepress.checkpoints.errors import CheckpointError, NumericsError
 from edgepress.checkpoints.forms import CODEBOOKS, Codebook
 from edgepress.checkpoints.headers import shape_from_folder
-from edgepress.checkpoints.image import pack_checkpoint
-from edgepress.checkpoints.image_restore import unpack_checkpoint
-from edgepress.checkpoints.image_tensors import decode_linear, encode_linear
+from edgepress.checkpoints.image import decode_linear, encode_linear, pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.manifest import sealed
 from edgepress.checkpoints.packed_sizes import block_records, packed_sizes, place
-from edgepress.checkpoints.shape import BlockShape, LinearShape
-from edgepress.checkpoints.sparsity import parse_sparsity
-from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.packing import decode, state_of
+from edgepress.checkpoints.shape import BlockShape, LinearShape, parse_sparsity
+from edgepress.checkpoints.writer import verify
 from tests.random_checkpoint import DTYPES, Wanted
 
 pytestmark = pytest.mark.unit

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edgepress.checkpoints.codebooks import (
+from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.forms import CODEBOOKS, Codebook
+from edgepress.checkpoints.packing import (
     codes_of,
     decode,
     dynamic_map,
@@ -24,8 +26,6 @@ from edgepress.checkpoints.codebooks import (
     require_known,
     state_of,
 )
-from edgepress.checkpoints.errors import CheckpointError
-from edgepress.checkpoints.forms import CODEBOOKS, Codebook
 
 pytestmark = pytest.mark.unit
 

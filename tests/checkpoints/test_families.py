@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgepress.checkpoints.defaults import DEFAULTS, setting
+from edgepress.checkpoints.config import DEFAULTS, setting
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, known_families, shape_from_config
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.hardware.attention import own_window
+from edgepress.hardware.orders import own_window
 from tests.models import ALL_FAMILIES, BIASES, SWITCHES, tiny_config
 
 pytestmark = pytest.mark.unit

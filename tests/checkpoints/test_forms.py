@@ -10,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edgepress.checkpoints.codebooks import encode
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import CODEBOOKS, Grid, TensorShape
-from edgepress.checkpoints.reshape import with_form
-from edgepress.checkpoints.shape import LinearShape, ModelShape, safetensors_bytes
+from edgepress.checkpoints.packing import encode
+from edgepress.checkpoints.shape import LinearShape, ModelShape, safetensors_bytes, with_form
 
 pytestmark = pytest.mark.unit
 

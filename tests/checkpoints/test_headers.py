@@ -17,8 +17,7 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.families import shape_from_config
 from edgepress.checkpoints.headers import INDEX, block_prefix, read_config, read_header, shape_from_folder, weight_files
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import ModelShape, Pattern
 from tests.models import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.unit

@@ -18,16 +18,19 @@ from edgepress.checkpoints.bits import pack_bits
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.image import open_image, pack_checkpoint, read_block
-from edgepress.checkpoints.image_restore import unpack_checkpoint
-from edgepress.checkpoints.image_tensors import decode_linear, encode_linear
-from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.image import (
+    decode_linear,
+    encode_linear,
+    open_image,
+    pack_checkpoint,
+    read_block,
+    unpack_checkpoint,
+)
+from edgepress.checkpoints.masks import group_zeros
 from edgepress.checkpoints.packed_sizes import block_records, packed_bits, packed_sizes, place
-from edgepress.checkpoints.shape import BlockShape, LinearShape
+from edgepress.checkpoints.shape import BlockShape, LinearShape, parse_sparsity
 from edgepress.checkpoints.sources import open_source
-from edgepress.checkpoints.sparsity import parse_sparsity
-from edgepress.checkpoints.verify import verify
-from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.writer import CheckpointWriter, verify
 from tests.random_checkpoint import DTYPES, Wanted
 
 pytestmark = pytest.mark.unit

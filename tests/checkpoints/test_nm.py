@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edgepress.checkpoints.errors import NumericsError, PlanError
-from edgepress.checkpoints.nm import MaskProof, group_zeros, holds, require_finite
-from edgepress.checkpoints.sparsity import Pattern, Sparsity, Unstructured, Within
+from edgepress.checkpoints.masks import MaskProof, group_zeros, holds, require_finite
+from edgepress.checkpoints.shape import Pattern, Sparsity, Unstructured, Within
 
 pytestmark = pytest.mark.unit
 

@@ -14,8 +14,7 @@ import pytest
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.packed_sizes import mask_index, mask_indexes, packed_bits, packed_sizes
-from edgepress.checkpoints.shape import LinearShape, ModelShape
-from edgepress.checkpoints.sparsity import Pattern, Sparsity, Unstructured
+from edgepress.checkpoints.shape import LinearShape, ModelShape, Pattern, Sparsity, Unstructured
 
 pytestmark = pytest.mark.unit
 

@@ -17,17 +17,14 @@ from edgepress.checkpoints.bits import unpack_bits
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid, RealGrid
-from edgepress.checkpoints.image_tensors import decode_linear, encode_linear
+from edgepress.checkpoints.image import decode_linear, encode_linear
 from edgepress.checkpoints.packed_sizes import block_records, packed_sizes, place
 from edgepress.checkpoints.packing import pack_real, unpack_real
-from edgepress.checkpoints.reshape import with_form
-from edgepress.checkpoints.shape import BlockShape, LinearShape, safetensors_bytes
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import BlockShape, LinearShape, Pattern, safetensors_bytes, with_form
 from edgepress.hardware.check import check
-from edgepress.hardware.footprint import PACKED, tensor_table, weight_bytes
-from edgepress.hardware.matrices import linear_weights
-from edgepress.hardware.operators import forward
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.operators import forward, linear_weights
+from edgepress.hardware.placement import PACKED, tensor_table, weight_bytes
+from edgepress.hardware.soc import load_soc
 from edgepress.hardware.tiling import CORES, engine_of
 
 pytestmark = pytest.mark.unit

@@ -15,8 +15,16 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import DTYPE_BYTES, Grid, TensorShape, largest_group
 from edgepress.checkpoints.packing import pack_linear
-from edgepress.checkpoints.shape import LinearShape, ModelShape, safetensors_bytes
-from edgepress.checkpoints.sparsity import Pattern, Unstructured, Within, parse_amount, parse_sparsity
+from edgepress.checkpoints.shape import (
+    LinearShape,
+    ModelShape,
+    Pattern,
+    Unstructured,
+    Within,
+    parse_amount,
+    parse_sparsity,
+    safetensors_bytes,
+)
 
 pytestmark = pytest.mark.unit
 

@@ -14,7 +14,7 @@ from edgepress.checkpoints import sources
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, NumericsError
 from edgepress.checkpoints.sources import cache_folder, open_source, packaged_file
-from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import verify
 from tests.models import build_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit

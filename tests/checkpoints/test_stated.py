@@ -20,8 +20,8 @@ from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.headers import INDEX, shape_from_folder
-from edgepress.checkpoints.reshape import with_grid
 from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import with_grid
 from edgepress.checkpoints.sources import open_source
 from edgepress.checkpoints.walk import Walk
 from edgepress.checkpoints.writer import CheckpointWriter

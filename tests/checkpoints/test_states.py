@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.skeleton import Skeleton
-from edgepress.checkpoints.states import Scratch, States
-from edgepress.checkpoints.walk import Walk
+from edgepress.checkpoints.walk import Scratch, States, Walk
 from edgepress.stages import depth
 
 pytestmark = pytest.mark.unit

@@ -10,9 +10,8 @@ import torch
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, NumericsError
-from edgepress.checkpoints.sparsity import Pattern
-from edgepress.checkpoints.verify import prove_pattern, verify
-from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.shape import Pattern
+from edgepress.checkpoints.writer import CheckpointWriter, prove_pattern, verify
 
 pytestmark = pytest.mark.unit
 

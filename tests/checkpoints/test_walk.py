@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
 from edgepress.checkpoints.errors import CheckpointError, NumericsError
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.skeleton import Skeleton
 from edgepress.checkpoints.walk import BlockVisit, Walk
 from tests.models import FAMILIES, WINDOW, build_model
 

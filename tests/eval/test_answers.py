@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError, TextError
 from edgepress.checkpoints.runtime import Runtime, Silent
-from edgepress.eval.answers import Question, answer_all
-from edgepress.eval.decoding import greedy, padded_left
-from edgepress.eval.settings import Settings
+from edgepress.eval.answers import Question, answer_all, greedy, padded_left
 from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Settings
 
 pytestmark = pytest.mark.unit
 

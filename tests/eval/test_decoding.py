@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.eval.decoding import ENTRIES, end_tokens, greedy, padded_left, prefill
+from edgepress.eval.answers import ENTRIES, end_tokens, greedy, padded_left, prefill
 from edgepress.eval.subject import Subject
 
 pytestmark = pytest.mark.unit

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError, TextError
-from edgepress.eval.generate import Continuation, Decoding, GumbelNoise, continue_prompt, same_words
+from edgepress.eval.generation import Continuation, Decoding, GumbelNoise, continue_prompt, same_words
 
 pytestmark = pytest.mark.unit
 

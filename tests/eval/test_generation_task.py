@@ -23,10 +23,9 @@ from edgepress.eval.generation import output_kib
 from edgepress.eval.metrics import bleu, bleu_terms, f1, rouge_l
 from edgepress.eval.perplexity import Protocol, measure
 from edgepress.eval.results import Result
-from edgepress.eval.settings import Settings
 from edgepress.eval.speed import Workload, measure_speed, time_once
 from edgepress.eval.subject import Subject
-from edgepress.eval.tasks import find_tasks
+from edgepress.eval.tasks import Settings, find_tasks
 from edgepress.eval.text import load_text
 
 pytestmark = pytest.mark.unit

@@ -21,12 +21,11 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError, TextError
 from edgepress.checkpoints.runtime import Runtime, Silent
 from edgepress.eval import chat, harness_data
-from edgepress.eval.harness_model import KeptModel
+from edgepress.eval.harness import KeptModel
 from edgepress.eval.perplexity import Protocol, measure
 from edgepress.eval.results import Result
-from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
-from edgepress.eval.tasks import find_tasks
+from edgepress.eval.tasks import Settings, find_tasks
 from edgepress.eval.text import Text
 
 pytestmark = pytest.mark.pipeline

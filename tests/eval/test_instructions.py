@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from edgepress.checkpoints.errors import TextError
-from edgepress.eval import instructions
-from edgepress.eval.instructions import HUB, Instruction, load_instructions, parse_row
+from edgepress.eval import rows as instructions
+from edgepress.eval.rows import HUB, Instruction, load_instructions, parse_row
 
 pytestmark = pytest.mark.unit
 

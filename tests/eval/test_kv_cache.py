@@ -15,14 +15,20 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.kv_format import GROUP, KVFormat
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.eval.decoding import greedy, padded_left
-from edgepress.eval.generate import Decoding, continue_prompt
-from edgepress.eval.kv_cache import KVCache, on_model
-from edgepress.eval.kv_codes import decode_keys, decode_values, encode_keys, encode_values
-from edgepress.eval.kv_layer import CompressedLayer
+from edgepress.eval.answers import greedy, padded_left
+from edgepress.eval.generation import Decoding, continue_prompt
+from edgepress.eval.kv_cache import (
+    CompressedLayer,
+    KVCache,
+    decode_keys,
+    decode_values,
+    encode_keys,
+    encode_values,
+    on_model,
+)
 from edgepress.eval.perplexity import Protocol, measure, measure_passages
-from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Settings
 from edgepress.eval.text import Text
 from tests.models import FAMILIES
 

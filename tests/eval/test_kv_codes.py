@@ -8,7 +8,7 @@ import torch
 
 from edgepress.checkpoints.errors import NumericsError
 from edgepress.checkpoints.kv_format import GROUP, KVFormat
-from edgepress.eval.kv_codes import decode_keys, decode_values, encode_keys, encode_values
+from edgepress.eval.kv_cache import decode_keys, decode_values, encode_keys, encode_values
 
 pytestmark = pytest.mark.unit
 

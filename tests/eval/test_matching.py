@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from edgepress.eval.matching import inside_a_word, match, normalise
+from edgepress.eval.metrics import inside_a_word, match, normalise
 
 pytestmark = pytest.mark.unit
 
@@ -107,5 +107,5 @@ def test_hits_inside_a_longer_word_are_told_apart(answer: str, expected: list[st
 
 def test_matching_needs_no_torch() -> None:
     subprocess.run(
-        [sys.executable, "-c", "import sys, edgepress.eval.matching; assert 'torch' not in sys.modules"], check=True
+        [sys.executable, "-c", "import sys, edgepress.eval.metrics; assert 'torch' not in sys.modules"], check=True
     )

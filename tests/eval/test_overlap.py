@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from edgepress.eval.overlap import Measured, without_measured
-from edgepress.eval.text import Text, held_out_of, load_text, read_file
+from edgepress.eval.text import Measured, Text, held_out_of, load_text, read_file, without_measured
 
 pytestmark = pytest.mark.unit
 NAMES = ("for", "try", "with", "class", "function", "import", "global", "raise", "assert", "del")

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.eval.compare import compare, mcnemar
-from edgepress.eval.results import Result, Score, bootstrap, mean, proportion
+from edgepress.eval.results import Result, Score, bootstrap, compare, mcnemar, mean, proportion
 
 pytestmark = pytest.mark.unit
 

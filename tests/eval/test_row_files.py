@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgepress.checkpoints.errors import TextError
-from edgepress.eval.row_files import RowError, read_rows
+from edgepress.eval.rows import RowError, read_rows
 
 pytestmark = pytest.mark.unit
 
@@ -82,5 +82,5 @@ def test_a_file_that_holds_no_rows(tmp_path: Path, name: str, content: str, says
 
 
 def test_reading_rows_needs_no_torch() -> None:
-    code = "import sys\nfrom edgepress.eval import instructions, row_files, rows\nsys.exit('torch' in sys.modules)"
+    code = "import sys\nfrom edgepress.eval import rows\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

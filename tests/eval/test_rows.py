@@ -12,8 +12,7 @@ import pytest
 
 from edgepress.checkpoints.errors import TextError
 from edgepress.eval import text as texts
-from edgepress.eval.row_files import RowError
-from edgepress.eval.rows import chat_of, row_text
+from edgepress.eval.rows import RowError, chat_of, row_text
 from edgepress.eval.text import load_text
 
 pytestmark = pytest.mark.unit

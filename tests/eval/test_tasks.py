@@ -15,9 +15,8 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.eval.perplexity import Protocol, measure
 from edgepress.eval.results import Result
-from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
-from edgepress.eval.tasks import TASKS, find_tasks
+from edgepress.eval.tasks import TASKS, Settings, find_tasks
 from edgepress.eval.text import Text, load_text
 
 pytestmark = pytest.mark.unit

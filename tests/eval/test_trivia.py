@@ -13,8 +13,8 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError, TextError
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.eval import trivia
-from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Settings
 
 pytestmark = pytest.mark.unit
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.checkpoints.reshape import with_grid
-from edgepress.hardware.changes import levers
+from edgepress.checkpoints.shape import with_grid
+from edgepress.hardware.levers import levers
 from edgepress.hardware.needs import Request
 from edgepress.hardware.operators import CORES, forward, weights_read
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import load_soc
 from edgepress.stages.options import Lora
 from edgepress.stages.recovery.shapes import with_adapters
 

@@ -17,14 +17,11 @@ from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.kv_format import KVFormat
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sparsity import Pattern
-from edgepress.hardware.check import check
-from edgepress.hardware.footprint import weight_bytes
-from edgepress.hardware.soc import Constant, Soc
-from edgepress.hardware.soc_file import load_soc
+from edgepress.checkpoints.shape import ModelShape, Pattern
+from edgepress.hardware.check import MemoryUse, Verdict, check
+from edgepress.hardware.placement import weight_bytes
+from edgepress.hardware.soc import Constant, Soc, load_soc
 from edgepress.hardware.units import quantity_text, times_text
-from edgepress.hardware.verdict import MemoryUse, Verdict
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

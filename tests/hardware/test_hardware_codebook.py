@@ -9,15 +9,11 @@ import pytest
 
 from edgepress.checkpoints.forms import CODEBOOKS, Codebook, Grid
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.reshape import with_bits
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import ModelShape, Pattern, with_bits
 from edgepress.hardware.check import check
-from edgepress.hardware.footprint import PACKED, tensor_table, weight_bytes
-from edgepress.hardware.matrices import linear_weights
-from edgepress.hardware.operators import forward
-from edgepress.hardware.soc import Soc
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.operators import forward, linear_weights
+from edgepress.hardware.placement import PACKED, tensor_table, weight_bytes
+from edgepress.hardware.soc import Soc, load_soc
 from edgepress.hardware.tiling import ACCELERATOR, CORES, engine_of
 
 pytestmark = pytest.mark.unit

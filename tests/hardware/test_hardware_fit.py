@@ -15,11 +15,10 @@ import pytest
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.hardware import quality
+from edgepress.hardware import fit
 from edgepress.hardware.check import check
 from edgepress.hardware.fit import QUANTISATIONS, Quantisation, Settings, reshaped, search
-from edgepress.hardware.soc import Soc
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import Soc, load_soc
 
 pytestmark = pytest.mark.unit
 
@@ -29,11 +28,9 @@ SIRACUSA = load_soc("siracusa")
 def cost(shape: ModelShape) -> Any:
     def loss(s: Settings) -> tuple[float, bool]:
         how = s.quantisation
-        total = (
-            quality.quantisation_cost(how.bits, how.group, shape.hidden_size) + quality.EMBEDDINGS[how.embedding_bits]
-        )
-        total += quality.depth_cost(s.removed, len(shape.blocks)) + quality.PATTERNS.get(s.pattern, 0)
-        return total + quality.vocabulary_cost(s.vocabulary, shape.vocabulary), False
+        total = fit.quantisation_cost(how.bits, how.group, shape.hidden_size) + fit.EMBEDDINGS[how.embedding_bits]
+        total += fit.depth_cost(s.removed, len(shape.blocks)) + fit.PATTERNS.get(s.pattern, 0)
+        return total + fit.vocabulary_cost(s.vocabulary, shape.vocabulary), False
 
     return loss
 
@@ -125,26 +122,26 @@ def test_a_pattern_that_no_layer_width_divides_is_not_tried() -> None:
 
 
 def test_the_proxy_gives_back_what_was_measured_and_never_falls() -> None:
-    assert quality.depth_cost(2, 16) == pytest.approx(math.log(55.24 / 26.61), abs=1e-3)
-    assert quality.depth_cost(4, 16) == pytest.approx(math.log(230.77 / 26.61), abs=1e-3)
-    assert quality.depth_cost(2, 30) == pytest.approx(math.log(17.31 / 13.82), abs=1e-3)
-    assert quality.depth_cost(0, 6) == 0
-    depth = [quality.depth_cost(n, 24) for n in range(24)]
+    assert fit.depth_cost(2, 16) == pytest.approx(math.log(55.24 / 26.61), abs=1e-3)
+    assert fit.depth_cost(4, 16) == pytest.approx(math.log(230.77 / 26.61), abs=1e-3)
+    assert fit.depth_cost(2, 30) == pytest.approx(math.log(17.31 / 13.82), abs=1e-3)
+    assert fit.depth_cost(0, 6) == 0
+    depth = [fit.depth_cost(n, 24) for n in range(24)]
     assert depth == sorted(depth)
-    words = [quality.vocabulary_cost(2**n, 2**17) for n in range(6, 18)]
+    words = [fit.vocabulary_cost(2**n, 2**17) for n in range(6, 18)]
     assert words == sorted(words, reverse=True)
     assert words[-1] == 0 < words[-2]
-    longer = [quality.length_cost(1 + n / 10) for n in range(-1, 20)]
+    longer = [fit.length_cost(1 + n / 10) for n in range(-1, 20)]
     assert longer == sorted(longer)
     assert longer[1] == 0
-    by_bits = [quality.quantisation_cost(bits, 64, 576) for bits in (0, 8, 4, 3)]
+    by_bits = [fit.quantisation_cost(bits, 64, 576) for bits in (0, 8, 4, 3)]
     assert by_bits == sorted(by_bits)
     assert by_bits[0] == 0 < by_bits[1]
-    assert quality.quantisation_cost(4, 128, 576) == pytest.approx(math.log(22.89 / 21.34), abs=1e-3)
-    assert quality.quantisation_cost(4, 128, 576) < quality.quantisation_cost(4, -1, 576)
-    assert quality.quantisation_cost(4, 64, 576) == quality.quantisation_cost(4, -1, 64)
-    assert quality.EMBEDDINGS[0] == 0 < quality.EMBEDDINGS[8] < quality.EMBEDDINGS[4]
-    assert quality.PATTERNS["2:4"] == pytest.approx(math.log(161.10 / 26.61), abs=1e-3)
+    assert fit.quantisation_cost(4, 128, 576) == pytest.approx(math.log(22.89 / 21.34), abs=1e-3)
+    assert fit.quantisation_cost(4, 128, 576) < fit.quantisation_cost(4, -1, 576)
+    assert fit.quantisation_cost(4, 64, 576) == fit.quantisation_cost(4, -1, 64)
+    assert fit.EMBEDDINGS[0] == 0 < fit.EMBEDDINGS[8] < fit.EMBEDDINGS[4]
+    assert fit.PATTERNS["2:4"] == pytest.approx(math.log(161.10 / 26.61), abs=1e-3)
 
 
 def test_shapes_that_cannot_be() -> None:

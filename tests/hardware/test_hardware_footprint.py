@@ -10,11 +10,10 @@ import pytest
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.kv_format import KVFormat
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sparsity import Pattern
-from edgepress.hardware.attention import CacheRule, with_cache
-from edgepress.hardware.footprint import PACKED, kv_block_bytes, kv_cache_bytes, tensor_table, weight_bytes
-from edgepress.hardware.soc_file import load_soc
+from edgepress.checkpoints.shape import ModelShape, Pattern
+from edgepress.hardware.orders import CacheRule, with_cache
+from edgepress.hardware.placement import PACKED, kv_block_bytes, kv_cache_bytes, tensor_table, weight_bytes
+from edgepress.hardware.soc import load_soc
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

@@ -9,14 +9,12 @@ import pytest
 
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.kv_format import GROUP, KVFormat, value_group
-from edgepress.checkpoints.reshape import with_bits
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.hardware.attention import CacheRule, with_cache
-from edgepress.hardware.check import check
+from edgepress.checkpoints.shape import ModelShape, with_bits
+from edgepress.hardware.check import Verdict, check
 from edgepress.hardware.operators import Operator, forward
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.orders import CacheRule, with_cache
+from edgepress.hardware.soc import load_soc
 from edgepress.hardware.tiling import tile
-from edgepress.hardware.verdict import Verdict
 from edgepress.pipeline.cli_hardware import _as_if
 from tests.models import FAMILIES, WINDOW, tiny_config
 

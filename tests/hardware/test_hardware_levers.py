@@ -8,14 +8,11 @@ from itertools import pairwise
 import pytest
 
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.reshape import with_vocabulary
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sparsity import Pattern
-from edgepress.hardware.changes import levers
+from edgepress.checkpoints.shape import ModelShape, Pattern, with_vocabulary
 from edgepress.hardware.check import check
-from edgepress.hardware.levers import Levers, find_levers
+from edgepress.hardware.levers import Levers, find_levers, levers
 from edgepress.hardware.needs import Request, needs
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import load_soc
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

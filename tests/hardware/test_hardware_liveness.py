@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.hardware.liveness import AddressPlan, Lifetime, address_plan, alive_bytes, assign_addresses, lifetimes
+from edgepress.hardware.activations import AddressPlan, Lifetime, address_plan, alive_bytes, assign_addresses, lifetimes
 from edgepress.hardware.operators import Operator, forward
 from tests.models import FAMILIES, tiny_config
 

@@ -17,8 +17,8 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, known_families, shape_from_config
 from edgepress.checkpoints.forms import DTYPE_BYTES, Grid, TensorShape
 from edgepress.checkpoints.shape import LinearShape, ModelShape
-from edgepress.hardware.attention import window_of
 from edgepress.hardware.operators import ACCELERATOR, CORES, forward, weights_read
+from edgepress.hardware.orders import window_of
 from tests.models import ALL_FAMILIES, FAMILIES, SWITCHES, build_model, tiny_config
 
 pytestmark = pytest.mark.unit

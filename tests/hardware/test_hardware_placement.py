@@ -10,15 +10,12 @@ import pytest
 
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.hardware.activations import activation_pass, one_of_each_kind
-from edgepress.hardware.attention import has_rope, window_of
+from edgepress.hardware.activations import activation_pass, address_plan, alive_bytes, one_of_each_kind
 from edgepress.hardware.check import check
-from edgepress.hardware.footprint import tensor_table
-from edgepress.hardware.liveness import address_plan, alive_bytes
 from edgepress.hardware.operators import forward
-from edgepress.hardware.placement import HOMELESS, RESIDENT, STREAMED, place
-from edgepress.hardware.soc import Constant, Soc
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.orders import has_rope, window_of
+from edgepress.hardware.placement import HOMELESS, RESIDENT, STREAMED, place, tensor_table
+from edgepress.hardware.soc import Constant, Soc, load_soc
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

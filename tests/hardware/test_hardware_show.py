@@ -11,13 +11,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sparsity import Pattern
-from edgepress.hardware.check import check
+from edgepress.checkpoints.shape import ModelShape, Pattern
+from edgepress.hardware.check import Verdict, check
 from edgepress.hardware.draw import draw_verdict
 from edgepress.hardware.show import print_soc, print_verdict
-from edgepress.hardware.soc_file import load_soc, shipped_socs
-from edgepress.hardware.verdict import Verdict
+from edgepress.hardware.soc import load_soc, shipped_socs
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.hardware.soc import CONSTANT_UNITS, ENGINE_KINDS, KINDS, LINKS, OPERATORS, REQUIRED_CONSTANTS, ROLES
-from edgepress.hardware.soc_file import SHIPPED, load_soc, shipped_socs
+from edgepress.hardware.soc import (
+    CONSTANT_UNITS,
+    ENGINE_KINDS,
+    KINDS,
+    LINKS,
+    OPERATORS,
+    REQUIRED_CONSTANTS,
+    ROLES,
+    SHIPPED,
+    load_soc,
+    shipped_socs,
+)
 
 pytestmark = pytest.mark.unit
 

@@ -10,8 +10,7 @@ import pytest
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.operators import Operator, forward
-from edgepress.hardware.soc import Soc
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import Soc, load_soc
 from edgepress.hardware.tiling import Tiling, engine_of, space_of, stored_bytes, tile, tilings
 from tests.models import FAMILIES, tiny_config
 

@@ -14,12 +14,9 @@ from edgepress.checkpoints.families import PRESETS
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.operators import forward, weights_read
-from edgepress.hardware.passes import PassTime
-from edgepress.hardware.rates import CORNERS, Range, missing_constants, rates
-from edgepress.hardware.soc import Soc
-from edgepress.hardware.soc_file import load_soc
-from edgepress.hardware.steps import work_of
-from edgepress.hardware.timing import chunks, resolve, time_model
+from edgepress.hardware.rates import CORNERS, Range, missing_constants, rates, work_of
+from edgepress.hardware.soc import Soc, load_soc
+from edgepress.hardware.timing import PassTime, chunks, resolve, time_model
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]

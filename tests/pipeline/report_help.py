@@ -11,7 +11,7 @@ import pandas as pd
 from edgepress.checkpoints.manifest import Manifest
 from edgepress.pipeline.page.content import Chip
 from edgepress.pipeline.page.facts import weight_room
-from edgepress.pipeline.page.study import Study
+from edgepress.pipeline.page.read import Study
 from edgepress.pipeline.recipe import Recipe
 
 MIB = 2**20

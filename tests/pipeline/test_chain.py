@@ -14,7 +14,7 @@ import torch
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, NumericsError, PlanError, RecipeError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.checkpoints.verify import prove_pattern, verify
+from edgepress.checkpoints.writer import prove_pattern, verify
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.eval.settings import Settings
-from edgepress.eval.tasks import find_tasks
+from edgepress.eval.tasks import Settings, find_tasks
 from edgepress.pipeline.evaluate import check_request
 
 pytestmark = pytest.mark.pipeline

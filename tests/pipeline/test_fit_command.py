@@ -17,7 +17,7 @@ from edgepress.checkpoints.errors import CheckpointError, PlanError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.hardware.check import check
 from edgepress.hardware.fit import QUANTISATIONS, Settings, reshaped
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import load_soc
 from edgepress.pipeline.fit import Vocabularies, command_of, fit, read_sweep
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.pipeline.forecast import forecast, node_seconds
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.sweep_recipe import load_sweep
-from edgepress.pipeline.tree import grow, spec_fingerprints
+from edgepress.pipeline.tree import forecast, grow, node_seconds, spec_fingerprints
 from edgepress.stages.options import STAGES
 
 pytestmark = pytest.mark.unit

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from edgepress.eval.generate import Continuation, Decoding
-from edgepress.pipeline.evaluate import open_all
-from edgepress.pipeline.side_by_side import print_table
+from edgepress.eval.generation import Continuation, Decoding
+from edgepress.pipeline.evaluate import open_all, print_table
 
 pytestmark = pytest.mark.pipeline
 

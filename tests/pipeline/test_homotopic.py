@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from edgepress.checkpoints.errors import RecipeError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.checkpoints.sparsity import parse_amount
-from edgepress.pipeline.homotopic import DISTILL, amount_after, share, unrolled
+from edgepress.checkpoints.shape import parse_amount
 from edgepress.pipeline.plan import plan
-from edgepress.pipeline.recipe import build
+from edgepress.pipeline.recipe import DISTILL, amount_after, build, share, unrolled
 from edgepress.pipeline.sweep_recipe import load_sweep
 from edgepress.pipeline.tree import grow, spec_fingerprints
 from edgepress.stages.options import Depth, Lora, Wanda

@@ -13,9 +13,9 @@ import torch
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.manifest import Manifest
-from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.masks import group_zeros
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import verify
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build
 

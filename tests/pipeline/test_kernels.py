@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.quiet import quiet_import
-from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import verify
 
 pytestmark = pytest.mark.pipeline
 

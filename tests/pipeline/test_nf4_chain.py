@@ -16,7 +16,7 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import CODEBOOKS
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.verify import prove_pattern
+from edgepress.checkpoints.writer import prove_pattern
 from edgepress.stages import gptq, wanda
 from edgepress.stages.options import Gptq, Wanda
 

@@ -18,7 +18,7 @@ from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.check import check
 from edgepress.hardware.levers import find_levers
 from edgepress.hardware.needs import Request, needs
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import load_soc
 from edgepress.pipeline.fit import command_of, fit
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build

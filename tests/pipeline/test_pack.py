@@ -15,11 +15,10 @@ from typer.testing import CliRunner
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError
-from edgepress.checkpoints.image import pack_checkpoint
-from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.image import pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.manifest import Manifest
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import verify
 from edgepress.pipeline.cli import app
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build
@@ -152,7 +151,7 @@ def test_both_tables_show_the_packed_size_within_80_columns(
 
     from edgepress.checkpoints.families import PRESETS, shape_from_config
     from edgepress.hardware.check import check
-    from edgepress.hardware.soc_file import load_soc
+    from edgepress.hardware.soc import load_soc
 
     out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
     result = run_recipe(out, tiny_llama)

@@ -12,11 +12,10 @@ from typer.testing import CliRunner
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import RecipeError
-from edgepress.checkpoints.image import pack_checkpoint
-from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.image import pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.manifest import Manifest
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.verify import prove_pattern, verify
+from edgepress.checkpoints.writer import prove_pattern, verify
 from edgepress.pipeline.cli import app
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build

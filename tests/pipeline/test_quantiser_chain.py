@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from edgepress.checkpoints.forms import RealGrid
-from edgepress.checkpoints.image import pack_checkpoint
-from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.image import pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import verify
 from edgepress.eval.speed import without_kernels
 from edgepress.hardware.check import check
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import load_soc
 from edgepress.stages.options import Gptq
 from edgepress.stages.quantisers import METHODS, form
 

@@ -12,16 +12,14 @@ from typer.testing import CliRunner
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import RecipeError
-from edgepress.checkpoints.image import pack_checkpoint
-from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.image import pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.manifest import fingerprint
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.verify import prove_pattern, verify
-from edgepress.pipeline.ablation import ablation
+from edgepress.checkpoints.writer import prove_pattern, verify
 from edgepress.pipeline.cli import app
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build
-from edgepress.pipeline.sweep_recipe import load_sweep
+from edgepress.pipeline.sweep_recipe import ablation, load_sweep
 from edgepress.stages.options import Lora, decisive
 
 pytestmark = pytest.mark.pipeline

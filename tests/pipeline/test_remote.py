@@ -13,7 +13,7 @@ import pytest
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.manifest import MANIFEST, sealed, write_json
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.pipeline.remote import Mirror
+from edgepress.pipeline.store import Mirror
 
 pytestmark = pytest.mark.unit
 

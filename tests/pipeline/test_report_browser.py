@@ -150,7 +150,7 @@ def test_samples_stand_side_by_side_and_are_kept(
     def refused(*_: object) -> None:
         raise AssertionError("generated again")
 
-    monkeypatch.setattr("edgepress.eval.generate.continue_prompt", refused)
+    monkeypatch.setattr("edgepress.eval.generation.continue_prompt", refused)
     again: Callable[..., Any] = CliRunner().invoke
     told = again(app, ["report", str(pages["run"].parent), "--samples", "2", "--tokens", "5", "--prompts", "A file"])
     assert told.exit_code == 0, told.output

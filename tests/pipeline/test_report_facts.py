@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgepress.pipeline.page import facts, overview
-from edgepress.pipeline.page.read import read_study
-from edgepress.pipeline.page.study import pareto
+from edgepress.pipeline.page import content, facts
+from edgepress.pipeline.page.read import pareto, read_study
 from tests.pipeline import report_help as made
 
 pytestmark = pytest.mark.unit
@@ -73,12 +72,12 @@ def test_memory_map_leaves_out_what_holds_nothing() -> None:
 
 def test_summary_and_tiles_say_the_run_in_numbers(tmp_path: Path) -> None:
     study = read_study(made.write_run(tmp_path / "out"))
-    words = overview.summary(study, made.chip(study))
+    words = content.summary(study, made.chip(study))
     assert words == (
         "Through depth, wanda, lora, gptq and eora, tiny went from 100 MiB to 30 MiB of packed bytes and from "
         "perplexity 20.0 to 24.0 (+20.0%). It does not fit Siracusa: it needs 2.25 x the 4 MiB of MRAM."
     )
-    tiles = {tile.label: (tile.value, tile.detail) for tile in overview.tiles(study, made.chip(study))}
+    tiles = {tile.label: (tile.value, tile.detail) for tile in content.tiles(study, made.chip(study))}
     assert tiles["Packed bytes"] == ("30 MiB", "of 100 MiB, 3.33 × smaller")
     assert tiles["Siracusa"] == ("does not fit", "weights: 9 MiB of 4 MiB")
 
@@ -88,9 +87,9 @@ def test_a_sweep_is_summed_up_by_its_front(tmp_path: Path) -> None:
     assert [choice.name for choice in study.front] == ["both", "pruned", "none"]
     assert study.smallest.name == "both"
     assert study.smallest.stages == ("wanda", "gptq")
-    words = overview.summary(study, made.chip(study))
+    words = content.summary(study, made.chip(study))
     assert words.startswith("Of 4 configurations of tiny, 3 are not beaten in both quality and size. The smallest of")
-    _, rows = overview.table(study, made.chip(study))
+    _, rows = content.table(study, made.chip(study))
     assert [(row[1].text, row[2].text, row[3].text, row[-1].text) for row in rows] == [
         ("none", "20.00", "1.00", "●"),
         ("pruned", "22.00", "1.10", "●"),
@@ -111,6 +110,6 @@ def test_only_what_was_measured_alike_is_compared(tmp_path: Path) -> None:
     assert {choice.name for choice in study.comparable} == {"none", "pruned", "both", "worse"}
     assert "other" not in [choice.name for choice in study.front]
     assert any("2 ways" in note for note in study.notes)
-    table = {row[1].text: row for row in overview.table(study, made.chip(study))[1]}
+    table = {row[1].text: row for row in content.table(study, made.chip(study))[1]}
     assert table["broken"][2].text == "∞"
     assert table["other"][3].text == "–"

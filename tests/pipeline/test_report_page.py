@@ -13,12 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from edgepress.pipeline.cli import app
-from edgepress.pipeline.page import figures, pareto_figure, reproduce, stage_figures
+from edgepress.pipeline.page import content, figures
 from edgepress.pipeline.page.content import sections
-from edgepress.pipeline.page.draw import Picture
+from edgepress.pipeline.page.figures import Picture
 from edgepress.pipeline.page.read import clean, read_study
-from edgepress.pipeline.page.render import write_report
-from edgepress.pipeline.page.samples import Sample, Samples, chosen
+from edgepress.pipeline.page.render import Sample, Samples, chosen, write_report
 from edgepress.pipeline.recipe import build
 from tests.pipeline import report_help as made
 
@@ -60,7 +59,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     def named(key: str, title: str, alt: str, *_: object, **__: object) -> Picture:
         return Picture(key, title, alt, "data:,", "data:,", b"", True)
 
-    for module in (figures, pareto_figure, stage_figures):
+    for module in (figures, figures, figures):
         monkeypatch.setattr(module, "picture", named)
 
 
@@ -194,7 +193,7 @@ def test_the_recipe_beside_the_page_is_the_one_that_ran(tmp_path: Path) -> None:
     written(out)
     assert build(str(out / "recipe.yaml"), {}).to_dict() == packaged.to_dict()
     study = read_study(out)
-    assert reproduce.recipes(study)[0].command == f"compress --recipe {out / 'recipe.yaml'} -o again"
+    assert content.recipes(study)[0].command == f"compress --recipe {out / 'recipe.yaml'} -o again"
 
 
 def test_samples_come_from_the_uncompressed_model_and_the_last_stages(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.runtime import Runtime, Silent
 from edgepress.eval import speed
-from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
+from edgepress.eval.tasks import Settings
 
 pytestmark = pytest.mark.pipeline
 

@@ -21,12 +21,10 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import MANIFEST
 from edgepress.pipeline.cli_sweep import run_command
 from edgepress.pipeline.ray_workers import RayWorkers
-from edgepress.pipeline.results import COLUMNS, write_results
+from edgepress.pipeline.results import COLUMNS, open_tracker, write_results
 from edgepress.pipeline.store import Store
-from edgepress.pipeline.sweep import SweepResult, carry_out, folder_name, prepare, require_room, write_state
+from edgepress.pipeline.sweep import SweepResult, SweepView, carry_out, folder_name, prepare, require_room, write_state
 from edgepress.pipeline.sweep_recipe import Sweep, load_sweep
-from edgepress.pipeline.sweep_view import SweepView
-from edgepress.pipeline.tracking import open_tracker
 from edgepress.pipeline.workers import Here
 
 pytestmark = pytest.mark.pipeline
@@ -56,15 +54,15 @@ ASKED, DISTINCT = 8, 5
 # Runs the command in a process that kills itself at the n-th thing its view is told.
 KILLER = """
 import os, signal, sys
-import edgepress.pipeline.sweep_view
-moment, count, step = int(sys.argv[1]), 0, edgepress.pipeline.sweep_view.SweepView.step
+import edgepress.pipeline.sweep
+moment, count, step = int(sys.argv[1]), 0, edgepress.pipeline.sweep.SweepView.step
 def counted(self, *arguments):
     global count
     count += 1
     if count == moment:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, *arguments)
-edgepress.pipeline.sweep_view.SweepView.step = counted
+edgepress.pipeline.sweep.SweepView.step = counted
 from edgepress.pipeline import cli
 sys.argv = ["compress", *sys.argv[2:]]
 cli.main()

@@ -15,10 +15,10 @@ import pytest
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.manifest import MANIFEST, Manifest
-from edgepress.pipeline.remote import Mirror
+from edgepress.pipeline.store import Mirror
 from edgepress.pipeline.sweep import all_tasks, prepare
 from edgepress.pipeline.sweep_recipe import load_sweep
-from edgepress.pipeline.tasks import perform
+from edgepress.pipeline.workers import perform
 
 pytestmark = pytest.mark.pipeline
 

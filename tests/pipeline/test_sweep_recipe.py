@@ -10,9 +10,8 @@ import pytest
 
 from edgepress.checkpoints.errors import PlanError, RecipeError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.pipeline.ablation import ablation
 from edgepress.pipeline.recipe import Recipe, build
-from edgepress.pipeline.sweep_recipe import is_sweep, load_sweep
+from edgepress.pipeline.sweep_recipe import ablation, is_sweep, load_sweep
 from edgepress.pipeline.tree import Tree, grow, spec_fingerprints
 
 pytestmark = pytest.mark.unit

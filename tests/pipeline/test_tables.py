@@ -12,12 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from edgepress.eval.compare import Difference
-from edgepress.eval.results import Result, Score, mean
+from edgepress.eval.results import Difference, Result, Score, mean
 from edgepress.pipeline import results
 from edgepress.pipeline.cli_hardware import _write_csv
-from edgepress.pipeline.eval_report import print_differences, print_measured
-from edgepress.pipeline.evaluate import Measured
+from edgepress.pipeline.evaluate import Measured, print_differences, print_measured
 from edgepress.pipeline.tables import plain_cell, print_whole, read_cell
 
 pytestmark = pytest.mark.unit

@@ -11,9 +11,8 @@ import torch
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.runtime import Silent
 from edgepress.eval.results import Result
-from edgepress.eval.settings import Settings
 from edgepress.eval.subject import Subject
-from edgepress.eval.tasks import Task, find_tasks
+from edgepress.eval.tasks import Settings, Task, find_tasks
 from edgepress.pipeline.evaluate import measure_all
 
 pytestmark = pytest.mark.unit

@@ -9,8 +9,8 @@ import pytest
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.pipeline.recipe import build
-from edgepress.pipeline.tasks import Outcome
-from edgepress.pipeline.tracking import open_tracker, parameters
+from edgepress.pipeline.results import open_tracker, parameters
+from edgepress.pipeline.workers import Outcome
 from tests.pipeline.report_help import manifest
 
 pytestmark = pytest.mark.unit

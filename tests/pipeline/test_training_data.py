@@ -15,7 +15,7 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import RecipeError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.runtime import Runtime, Silent
-from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import verify
 from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build

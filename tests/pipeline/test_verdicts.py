@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-import edgepress.pipeline.verdicts
+import edgepress.pipeline.plan
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.hardware.soc_file import load_soc
-from edgepress.pipeline.verdicts import judge, to_dict
+from edgepress.hardware.soc import load_soc
+from edgepress.pipeline.plan import judge, to_dict
 
 pytestmark = pytest.mark.pipeline
 
@@ -30,7 +30,7 @@ def broken(fault: Exception) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_a_fault_becomes_words(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
-    monkeypatch.setattr(edgepress.pipeline.verdicts, "check", broken(fault))
+    monkeypatch.setattr(edgepress.pipeline.plan, "check", broken(fault))
     said = judge(shape_from_config(PRESETS["stories260k"]), load_soc("siracusa"), "stories")
     assert isinstance(said, str) and said.startswith("no verdict: ") and str(fault) in said
     assert ("report it" in said) is not isinstance(fault, PlanError)
@@ -47,7 +47,7 @@ def test_a_configuration_without_positions_is_no_fault() -> None:
 def test_the_stages_run_all_the_same(
     compress: Compress, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, quick: list[str]
 ) -> None:
-    monkeypatch.setattr(edgepress.pipeline.verdicts, "check", broken(KeyError("input_layernorm")))
+    monkeypatch.setattr(edgepress.pipeline.plan, "check", broken(KeyError("input_layernorm")))
     out = tmp_path / "out"
     done = compress("--model", tiny_llama, *quick, "--depth", 1, "--skip", "wanda,lora,gptq,eora", "-o", out)
     assert done.returncode == 0, done.stderr

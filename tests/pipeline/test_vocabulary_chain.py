@@ -13,7 +13,7 @@ import torch
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError, RecipeError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.checkpoints.verify import verify
+from edgepress.checkpoints.writer import verify
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build
 
@@ -168,7 +168,7 @@ def test_bad_input(tiny_llama: Path, run_recipe: Run, corpus: Path, tmp_path: Pa
 
 
 def test_a_corpus_shared_with_the_measured_text_gives_its_calibration_part(corpus: Path, tmp_path: Path) -> None:
-    from edgepress.pipeline.vocabulary import corpus_text
+    from edgepress.pipeline.calibration import corpus_text
 
     path = tmp_path / "stories.txt"
     path.write_text("<|endoftext|>".join(f"story number {n}" for n in range(10)))

@@ -15,10 +15,10 @@ from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.eval.perplexity import Protocol, measure
 from edgepress.eval.text import load_text
 from edgepress.hardware.check import check
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import load_soc
+from edgepress.pipeline.calibration import corpus_vocabulary
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build
-from edgepress.pipeline.vocabulary import corpus_vocabulary
 from edgepress.stages import vocabulary
 from edgepress.stages.options import Vocabulary
 

@@ -11,7 +11,7 @@ import torch
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.manifest import Manifest, describe_files
-from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.masks import group_zeros
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter

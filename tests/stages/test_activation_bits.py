@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, round_tokens, rounded_inputs
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.image import pack_checkpoint
-from edgepress.checkpoints.image_restore import unpack_checkpoint
-from edgepress.checkpoints.rounded_inputs import round_tokens, rounded_inputs
+from edgepress.checkpoints.image import pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import Walk

@@ -20,8 +20,8 @@ from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import eora, gptq
 from edgepress.stages.options import Eora, Gptq
 from edgepress.stages.quantisers import awq
+from edgepress.stages.quantisers.awq import Folding
 from edgepress.stages.quantisers.codes import fit_grid, nearest
-from edgepress.stages.quantisers.folding import Folding
 
 pytestmark = pytest.mark.unit
 

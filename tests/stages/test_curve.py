@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgepress.stages.curve import Curve
+from edgepress.stages.training import Curve
 
 pytestmark = pytest.mark.unit
 

@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edgepress.checkpoints.adapter_codes import differing, eight_bit, unpacked
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.checkpoint import Checkpoint, differing, eight_bit, unpacked
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.verify import verify
-from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.hardware.footprint import weight_bytes
+from edgepress.checkpoints.writer import CheckpointWriter, verify
 from edgepress.hardware.operators import weights_read
+from edgepress.hardware.placement import weight_bytes
 from edgepress.stages import eora, gptq
 from edgepress.stages.options import Eora, Gptq
 from tests.stages.lora_help import Watcher

@@ -16,12 +16,10 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid, RealGrid
-from edgepress.checkpoints.image import pack_checkpoint
-from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.image import pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.reshape import with_pattern
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import Pattern, with_pattern
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import eora, gptq, lora

@@ -14,7 +14,7 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages import distill, lora
+from edgepress.stages import lora, training
 from edgepress.stages.options import Lora
 from tests.stages.lora_help import Watcher, options, text, weights
 
@@ -30,7 +30,7 @@ def test_token_divergence_is_the_textbook_sum() -> None:
         for t in range(3):
             p, q = teacher[b, t].double().softmax(0), student[b, t].double().softmax(0)
             expected = sum(float(p[i]) * float(torch.log(p[i] / q[i])) for i in range(5))
-            assert float(distill.token_divergence(student, teacher)[b, t]) == pytest.approx(expected, rel=1e-5)
+            assert float(training.token_divergence(student, teacher)[b, t]) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def test_a_streamed_teacher_gives_the_held_ones_logits(masked: Checkpoint, write
     logits = {}
     for kind in ("held", "streamed"):
         chosen = options(distill=1.0, teacher=kind)
-        with distill.teacher(masked, ids, chosen, runtime, writer.work) as teacher:
+        with training.teacher(masked, ids, chosen, runtime, writer.work) as teacher:
             assert teacher is not None
             picked = torch.tensor([9, 0, 15])  # training windows out of order, and the last one held out
             logits[kind] = teacher(ids[picked], picked)
@@ -79,13 +79,13 @@ def test_a_streamed_teacher_gives_the_held_ones_logits(masked: Checkpoint, write
 
 
 def test_only_windows_that_are_read_are_streamed() -> None:
-    assert distill.visited(16, options(steps=2)) == [*range(8), *range(12, 16)]
-    assert distill.visited(16, options(steps=60)) == [*range(16)]
-    assert distill.visited(16, options(steps=3, held_out=0)) == [*range(12)]
+    assert training.visited(16, options(steps=2)) == [*range(8), *range(12, 16)]
+    assert training.visited(16, options(steps=60)) == [*range(16)]
+    assert training.visited(16, options(steps=3, held_out=0)) == [*range(12)]
 
 
 def test_without_distillation_there_is_no_teacher(masked: Checkpoint, writer: CheckpointWriter) -> None:
-    with distill.teacher(masked, text().ids, options(), RUNTIME, writer.work) as teacher:
+    with training.teacher(masked, text().ids, options(), RUNTIME, writer.work) as teacher:
         assert teacher is None
     assert not (writer.work.folder / "teacher").exists()
 
@@ -146,11 +146,11 @@ def test_the_students_memory_holds_no_second_model(
 def test_auto_streams_what_a_disk_can_take() -> None:
     small = shape_from_config(PRESETS["smollm2-135m"])
     large = shape_from_config(PRESETS["llama-3.1-8b"])
-    assert distill.teacher_kind(small, Lora(distill=0.5)) == "streamed"
-    assert distill.teacher_kind(small, Lora()) == "none"
-    assert distill.teacher_kind(small, Lora(distill=0.5, teacher="held")) == "held"
-    assert distill.teacher_kind(large, Lora(distill=0.5, samples=8192)) == "held"
-    assert distill.teacher_disk_bytes(small, Lora(distill=0.5)) == 2 * 80 * 512 * 576 * 2
+    assert training.teacher_kind(small, Lora(distill=0.5)) == "streamed"
+    assert training.teacher_kind(small, Lora()) == "none"
+    assert training.teacher_kind(small, Lora(distill=0.5, teacher="held")) == "held"
+    assert training.teacher_kind(large, Lora(distill=0.5, samples=8192)) == "held"
+    assert training.teacher_disk_bytes(small, Lora(distill=0.5)) == 2 * 80 * 512 * 576 * 2
 
 
 def test_the_memory_forecast_follows_the_teacher() -> None:

@@ -20,12 +20,10 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sparsity import Pattern, Unstructured, Within
+from edgepress.checkpoints.shape import ModelShape, Pattern, Unstructured, Within
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.verify import prove_pattern
 from edgepress.checkpoints.walk import Walk
-from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.writer import CheckpointWriter, prove_pattern
 from edgepress.stages import gptq, options, pruning, wanda
 from edgepress.stages.options import Gptq, Wanda
 from edgepress.stages.pruning import METHODS
@@ -184,7 +182,7 @@ def test_methods_that_need_no_statistics_run_no_block(run: Run, monkeypatch: pyt
     def never(*_: Any) -> None:
         raise AssertionError("a block was run")
 
-    monkeypatch.setattr("edgepress.checkpoints.skeleton.Skeleton.run", never)
+    monkeypatch.setattr("edgepress.checkpoints.checkpoint.Skeleton.run", never)
     run(pattern="2:4", method="magnitude")
     with pytest.raises(AssertionError, match="a block was run"):
         run(pattern="2:4", method="wanda")

@@ -14,10 +14,10 @@ import torch
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import NumericsError, PlanError
-from edgepress.checkpoints.nm import group_zeros
+from edgepress.checkpoints.masks import group_zeros
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.sparsity import Capped, Part, Pattern, Within, parse_sparsity
+from edgepress.checkpoints.shape import Capped, Part, Pattern, Within, parse_sparsity
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import wanda

@@ -20,18 +20,14 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import DTYPE_BYTES, Grid
 from edgepress.checkpoints.headers import read_header
-from edgepress.checkpoints.image import pack_checkpoint
-from edgepress.checkpoints.image_restore import unpack_checkpoint
+from edgepress.checkpoints.image import pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.checkpoints.reshape import with_pattern
 from edgepress.checkpoints.runtime import Runtime, Silent
-from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import ModelShape, Pattern, with_pattern
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.verify import prove_pattern
-from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.writer import CheckpointWriter, prove_pattern
 from edgepress.hardware.check import check
-from edgepress.hardware.soc_file import load_soc
+from edgepress.hardware.soc import load_soc
 from edgepress.stages import gptq, quantisers
 from edgepress.stages.options import Gptq
 from edgepress.stages.quantisers import METHODS, NOTHING
@@ -130,7 +126,7 @@ def test_only_methods_that_say_so_run_without_calibration(
     def never(*_: Any) -> None:
         raise AssertionError("a block was run")
 
-    monkeypatch.setattr("edgepress.checkpoints.skeleton.Skeleton.run", never)
+    monkeypatch.setattr("edgepress.checkpoints.checkpoint.Skeleton.run", never)
     if method in DATA_FREE:
         gptq.run(masked, writer, tokens(5), Gptq(quant=method, group=32), RUNTIME)
     else:

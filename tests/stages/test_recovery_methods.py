@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgepress.checkpoints.adapters import adapter_scale, applied
+from edgepress.checkpoints.checkpoint import adapter_scale, applied
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.stages.options import Lora
 from edgepress.stages.recovery import loftq

@@ -15,10 +15,10 @@ from torch import Tensor
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.checkpoints.nm import holds
+from edgepress.checkpoints.masks import holds
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import Pattern
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import eora, gptq, lora
 from edgepress.stages.options import Eora, Gptq, Lora

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edgepress.checkpoints.errors import NumericsError
-from edgepress.checkpoints.nm import group_zeros
-from edgepress.checkpoints.sparsity import Pattern, Unstructured
+from edgepress.checkpoints.masks import group_zeros
+from edgepress.checkpoints.shape import Pattern, Unstructured
 from edgepress.stages.hessian import output_error
 from edgepress.stages.pruning import sparsegpt
 from edgepress.stages.pruning.select import keep_best

@@ -15,9 +15,8 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError, RecipeError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.reshape import with_pattern
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import Pattern, with_pattern
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.pipeline.recipe import build

@@ -14,7 +14,7 @@ import torch
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.image_tensors import TORCH_DTYPES
+from edgepress.checkpoints.image import TORCH_DTYPES
 from edgepress.checkpoints.manifest import WORK
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Runtime

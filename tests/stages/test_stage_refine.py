@@ -18,9 +18,8 @@ from edgepress.checkpoints.manifest import Manifest
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.verify import verify
 from edgepress.checkpoints.walk import Walk
-from edgepress.checkpoints.writer import CheckpointWriter
+from edgepress.checkpoints.writer import CheckpointWriter, verify
 from edgepress.stages import gptq, refine
 from edgepress.stages.options import Gptq
 from tests.stages.lora_help import Watcher

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
-from edgepress.checkpoints.nm import holds
+from edgepress.checkpoints.masks import holds
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.sparsity import Pattern
+from edgepress.checkpoints.shape import Pattern
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import Walk
 from edgepress.checkpoints.writer import CheckpointWriter

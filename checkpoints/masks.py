@@ -1,4 +1,4 @@
-"""N:M masks: what they are, and the proof that a set of weights still holds one."""
+"""N:M masks of weights, and the proof that a model still holds one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgepress.checkpoints.errors import NumericsError, PlanError
-from edgepress.checkpoints.sparsity import Sparsity
+from edgepress.checkpoints.shape import Sparsity
 
 
 def group_zeros(weight: Tensor, m: int) -> Tensor:
