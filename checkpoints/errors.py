@@ -6,6 +6,7 @@ and exits with code 2; the Python API raises it.
 
 from __future__ import annotations
 
+import difflib
 import errno
 from collections.abc import Iterable
 
@@ -38,6 +39,12 @@ class RecipeError(PlanError):
         count = len(self.faults)
         head = "1 error in the recipe" if count == 1 else f"{count} errors in the recipe"
         super().__init__("\n".join([f"{head}:", *(f"  - {fault}" for fault in self.faults)]))
+
+
+def near(name: object, names: Iterable[str]) -> str:
+    """` (near: …)` with the names that are written much like this one, or nothing where none is."""
+    found = difflib.get_close_matches(str(name), list(names), n=3)
+    return f" (near: {', '.join(found)})" if found else ""
 
 
 # What is to be done about an error of the operating system that has a plain remedy.

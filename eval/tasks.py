@@ -6,7 +6,6 @@ the function, add a line to TASKS, and a field to Settings for each new flag.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import re
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.kv_format import KVFormat
 
 if TYPE_CHECKING:
@@ -209,8 +208,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
         elif name in (others := _harness_names()):
             found.append(Task(name, "lm-eval's", *_HARNESS))
         else:
-            close = difflib.get_close_matches(name, {*TASKS, *others}, n=3)
-            unknown.append(f"'{name}'" + (f" (near: {', '.join(close)})" if close else ""))
+            unknown.append(f"'{name}'{near(name, (*TASKS, *others))}")
     if unknown:
         raise PlanError(f"there is no task {', nor '.join(unknown)}. {_there_are()}")
     if not found:

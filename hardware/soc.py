@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.documents import RECIPE_BYTES, parse_toml, read_small
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 
 ROLES = ("weights", "tiles", "working", "staging", "off_chip")
 KINDS = ("stated", "derived", "assumed")
@@ -364,7 +364,8 @@ def _constants(data: Mapping[str, Any], faults: list[str]) -> dict[str, Constant
     stated, constants = table(data, "constants", faults), {}
     for name, entry in stated.items():
         if name not in CONSTANT_UNITS:
-            faults.append(f"constants: unknown key '{name}'; known are {', '.join(sorted(CONSTANT_UNITS))}")
+            there = f"known are {', '.join(sorted(CONSTANT_UNITS))}"
+            faults.append(f"constants: unknown key '{name}'{near(name, CONSTANT_UNITS)}; {there}")
             continue
         constants[name] = constant(f"constants.{name}", entry, {CONSTANT_UNITS[name]}, faults)
     for name in REQUIRED_CONSTANTS:
@@ -494,7 +495,8 @@ def constant(where: str, entry: Any, units: set[str], faults: list[str], positiv
 
 def check_keys(entry: Mapping[str, Any], where: str, needed: set[str], optional: set[str], faults: list[str]) -> None:
     known = needed | optional
-    faults += [f"{where}: unknown key '{k}'; known are {', '.join(sorted(known))}" for k in entry if k not in known]
+    there = f"known are {', '.join(sorted(known))}"
+    faults += [f"{where}: unknown key '{k}'{near(k, known)}; {there}" for k in entry if k not in known]
     faults += [f"{where}: '{key}' is missing" for key in sorted(needed) if key not in entry]
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from edgepress.checkpoints.documents import RECIPE_BYTES, parse_yaml, read_small
-from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.checkpoints.errors import PlanError, RecipeError, near
 from edgepress.checkpoints.shape import Part, Unstructured, parse_amount
 from edgepress.stages.options import STAGES, Depth, Eora, Lora, Options, Wanda
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 PLAIN_KEYS: dict[str, type] = {
     "model": str,
@@ -31,6 +35,10 @@ PLAIN_KEYS: dict[str, type] = {
     "spill_mib": int,
     "homotopic": int,
 }
+
+
+_ABOUT = ("sweep", "stages", "skip", "name", "about")  # keys of a recipe file besides the plain ones
+_WORDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -181,20 +189,14 @@ def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:
 
 
 def from_mapping(data: Mapping[str, Any], faults: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    plain: dict[str, Any] = {}
-    for key, value in data.items():
-        if key in PLAIN_KEYS:
-            if key == "model" and value is None:
-                continue
-            if not isinstance(value, PLAIN_KEYS[key]) or isinstance(value, bool):
-                faults.append(f"{key}: {value!r} is not {_words(PLAIN_KEYS[key])}")
-            else:
-                plain[key] = value
-        elif key == "sweep":
-            faults.append("this recipe is a sweep of several configurations: compress sweep RECIPE")
-        elif key not in ("stages", "skip", "name", "about"):
-            known = sorted([*PLAIN_KEYS, "stages", "skip", "name", "about"])
-            faults.append(f"unknown key '{key}'; there are {', '.join(known)}")
+    """The plain keys and the stages' options of a recipe file that are as they should be; the rest are faults."""
+    if "sweep" in data:
+        faults.append("this recipe is a sweep of several configurations: compress sweep RECIPE")
+    own = {key: value for key, value in data.items() if key not in _ABOUT and (key, value) != ("model", None)}
+    plain, wrong = _validated("", PLAIN_KEYS, own)
+    for key, fault in wrong:
+        there = f"there are {', '.join(sorted([*PLAIN_KEYS, *_ABOUT[1:]]))}"
+        faults.append(fault or f"unknown key '{key}'{near(key, (*PLAIN_KEYS, *_ABOUT[1:]))}; {there}")
     if "stages" not in data:
         return plain, {name: {} for name in STAGES}
     stages: dict[str, dict[str, Any]] = {}
@@ -205,7 +207,7 @@ def from_mapping(data: Mapping[str, Any], faults: list[str]) -> tuple[dict[str, 
     for entry in listed:
         name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
         if name not in STAGES:
-            faults.append(f"unknown stage '{name}'; there are {', '.join(STAGES)}")
+            faults.append(f"unknown stage '{name}'{near(name, STAGES)}; there are {', '.join(STAGES)}")
         elif name in stages:
             faults.append(f"the stage {name} is listed twice")
         else:
@@ -214,35 +216,52 @@ def from_mapping(data: Mapping[str, Any], faults: list[str]) -> tuple[dict[str, 
 
 
 def stage_values(stage: str, values: Any, faults: list[str]) -> dict[str, Any]:
-    types = get_type_hints(STAGES[stage])
+    """The options of one stage that are as they should be; the rest are faults."""
     if not isinstance(values, dict):
         faults.append(f"{stage}: options must be keys and values")
         return {}
-    good = {}
-    for key, value in values.items():
-        if key not in types:
-            faults.append(f"{stage} has no option '{key}'; there are {', '.join(types)}")
-        elif not _fits(value, types[key]):
-            faults.append(f"{stage}.{key}: {value!r} is not {_words(types[key])}")
-        else:
-            good[key] = float(value) if types[key] is float else value
+    types = get_type_hints(STAGES[stage])
+    good, wrong = _validated(f"{stage}.", types, values)
+    for key, fault in wrong:
+        faults.append(fault or f"{stage} has no option '{key}'{near(key, types)}; there are {', '.join(types)}")
     return good
 
 
-def _fits(value: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+def _validated(
+    where: str, types: Mapping[str, type], values: Mapping[Any, Any]
+) -> tuple[dict[str, Any], list[tuple[Any, str]]]:
+    """The values that have their key's type, numbers for float as float; each other key with its fault, or with
+    nothing where there is no such key."""
+    if not values:
+        return {}, []  # pydantic takes a fifth of a second to import
+    from pydantic import ValidationError
+
+    try:
+        return dict(_keys(tuple(types.items())).validate_python(dict(values))), []
+    except ValidationError as error:
+        wrong: dict[Any, str] = {}
+        for fault in error.errors(include_url=False):
+            key = fault["loc"][0]
+            known = key in types
+            wrong[key] = f"{where}{key}: {fault['input']!r} is not {_WORDS[types[str(key)]]}" if known else ""
+    kept = {key: value for key, value in values.items() if key not in wrong and str(key) not in wrong}
+    return _validated(where, types, kept)[0], list(wrong.items())
 
 
-def _words(kind: type) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+@cache
+def _keys(types: tuple[tuple[str, type], ...]) -> TypeAdapter[Any]:
+    """Of keys that may be left out; no other key, and no value of another type that would have to be converted."""
+    from pydantic import ConfigDict, TypeAdapter, with_config
+    from typing_extensions import TypedDict
+
+    keys: Any = TypedDict("keys", dict(types), total=False)  # type: ignore[misc]
+    return TypeAdapter(with_config(ConfigDict(extra="forbid", strict=True))(keys))
 
 
 def _skipped(skip: str, faults: list[str]) -> set[str]:
     names = {name.strip() for name in skip.split(",") if name.strip()}
     for name in sorted(names - set(STAGES)):
-        faults.append(f"--skip {name}: there is no such stage; there are {', '.join(STAGES)}")
+        faults.append(f"--skip {name}: there is no such stage{near(name, STAGES)}; there are {', '.join(STAGES)}")
     return names & set(STAGES)
 
 

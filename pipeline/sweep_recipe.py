@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.checkpoints.errors import PlanError, RecipeError, near
 from edgepress.pipeline.recipe import Recipe, assemble, from_mapping, load_yaml, stage_values
 from edgepress.stages.options import STAGES, Lora
 
@@ -133,7 +133,9 @@ def _drafts(spec: Any, max_runs: int, faults: list[str]) -> list[_Draft]:
         faults.append("sweep must hold a grid, a list of configurations, or both")
         return []
     for key in sorted(set(spec) - {"grid", "configurations"}, key=str):
-        faults.append(f"sweep has no key '{key}'; there are grid and configurations")
+        faults.append(
+            f"sweep has no key '{key}'{near(key, ('grid', 'configurations'))}; there are grid and configurations"
+        )
     listed = spec.get("configurations") or []
     if not isinstance(listed, list):
         faults.append("sweep.configurations must be a list")
@@ -198,7 +200,7 @@ def _checked(key: Any, value: Any, faults: list[str]) -> Any:
     if dot and stage in STAGES:
         return stage_values(stage, {option: value}, faults).get(option)
     if dot:
-        faults.append(f"unknown stage '{stage}' in {key}; there are {', '.join(STAGES)}")
+        faults.append(f"unknown stage '{stage}' in {key}{near(stage, STAGES)}; there are {', '.join(STAGES)}")
         return None
     if key in ("skip", "name", "about"):
         faults.append(f"{key} cannot be set here; `stages` says which stages run")

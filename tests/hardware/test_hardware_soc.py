@@ -304,7 +304,7 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         "layout.scale: unit 'B' is not bit",
         "layout: scale_per 'row' is not group or channel",
         "layout: 'zero_points' must be true or false",
-        "constants: unknown key 'tile_output_channel'",
+        "constants: unknown key 'tile_output_channel' (near: tile_output_channels)",
         "constants: 'tile_output_channels' is missing",
         "constants.tile_buffers: 1.5 buffers must be a whole number",
         "constants.clock: unit 'MHz' is not Hz",

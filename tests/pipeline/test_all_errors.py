@@ -40,7 +40,7 @@ WRONG: list[tuple[list[str], str]] = [
     ([], "wanda: windows of 1 tokens"),
     (["--quant", "int5"], "--quant int5: there are"),
     (["--eora-bits", "3"], "--eora-bits 3: 8 or 16"),
-    (["--skip", "loro"], "--skip loro: there is no such stage"),
+    (["--skip", "loro"], "--skip loro: there is no such stage (near: lora)"),
 ]
 
 

@@ -122,7 +122,12 @@ def test_every_fault_comes_at_once(write: Write) -> None:
         load_sweep(file, {})
     text = str(caught.value)
     for word in (
-        *("'one' is not a whole number", "unknown stage 'wonda'", "no key 'gird'", "no option 'rnak'"),
+        *(
+            "'one' is not a whole number",
+            "unknown stage 'wonda' (near: wanda)",
+            "no key 'gird' (near: grid)",
+            "no option 'rnak' (near: rank)",
+        ),
         *("2 configurations have the name 'a'", "--depth -1", "wanda is left out", "unknown stage 'foo'"),
         *("5 is not a list", "speaks of {x}", "truth values in YAML", "eora needs gptq", "configuration 7"),
     ):
