@@ -86,7 +86,7 @@ def test_with_json_the_line_is_on_standard_error(tiny_llama: Path, quick: list[s
 
 def test_a_swallowed_signal_is_raised_again() -> None:
     code = (
-        "import os, signal, sys, time\nfrom pipeline import cli\n"
+        "import os, signal, sys, time\nfrom edgepress.pipeline import cli\n"
         "def app(**_):\n"
         "    try:\n        os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
         "    except BaseException:\n        pass\n"
