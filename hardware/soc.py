@@ -17,6 +17,7 @@ ROLES = ("weights", "tiles", "working", "staging", "off_chip")
 KINDS = ("stated", "derived", "assumed")
 CAPACITY_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 ENGINE_KINDS = ("accelerator", "cores")
+ACCESSES = ("rx", "rw", "rwx")  # what the cores may do to a memory: read, write, execute
 
 # What a LLaMA-like model computes: the kinds of `edgepress.hardware.operators`, by which an engine lists what it runs.
 OPERATORS = (
@@ -88,6 +89,13 @@ class Memory:
     reserved: Constant | None = None  # code, stacks and vectors: no tensor lies there
     link: str = ""  # the constant that says how fast it is read, one of LINKS
     latency: Constant | None = None  # cycles to the first byte
+    address: Constant | None = None  # of the first byte; None where no program can be placed there
+    access: str = ""  # one of ACCESSES; empty without an address
+
+    @property
+    def first_address(self) -> int | None:
+        """Address of the first byte as the cores see it, None where the file states none."""
+        return None if self.address is None else int(self.address.value)
 
     @property
     def capacity_bytes(self) -> int:
@@ -374,13 +382,16 @@ def _constants(data: Mapping[str, Any], faults: list[str]) -> dict[str, Constant
     return constants
 
 
+_MAY_HAVE = {"note", "reserved", "latency", "address", "access"}
+
+
 def _memory(name: str, entry: Any, faults: list[str]) -> Memory:
     where = f"memories.{name}"
     if not isinstance(entry, dict):
         faults.append(f"{where} must be a table with role, capacity and link")
         entry = {}
     else:
-        check_keys(entry, where, {"role", "capacity", "link"}, {"note", "reserved", "latency"}, faults)
+        check_keys(entry, where, {"role", "capacity", "link"}, _MAY_HAVE, faults)
     role, link = text(entry, where, "role", faults), text(entry, where, "link", faults)
     if role and role not in ROLES:
         faults.append(f"{where}: unknown role '{role}'; roles are {', '.join(ROLES)}")
@@ -393,7 +404,22 @@ def _memory(name: str, entry: Any, faults: list[str]) -> Memory:
         reserved = constant(f"{where}.reserved", entry["reserved"], set(CAPACITY_UNITS), faults, positive=True)
     if "latency" in entry:
         latency = constant(f"{where}.latency", entry["latency"], {"cycles"}, faults)
-    return Memory(name, role, capacity, text(entry, where, "note", faults), reserved, link, latency)
+    address, access = _address(where, entry, faults), text(entry, where, "access", faults)
+    note = text(entry, where, "note", faults)
+    return Memory(name, role, capacity, note, reserved, link, latency, address, access)
+
+
+def _address(where: str, entry: Mapping[str, Any], faults: list[str]) -> Constant | None:
+    if ("address" in entry) != ("access" in entry):
+        faults.append(f"{where}: 'address' and 'access' go together")
+    if "access" in entry and entry["access"] not in ACCESSES:
+        faults.append(f"{where}: access {entry['access']!r} is not {' or '.join(ACCESSES)}")
+    if "address" not in entry:
+        return None
+    address = constant(f"{where}.address", entry["address"], {"address"}, faults)
+    if address.value % 4 or not 0 <= address.value < 2**32:
+        faults.append(f"{where}.address: {address.value:g} is not a multiple of 4 below 2^32")
+    return address
 
 
 def _check_roles(memories: tuple[Memory, ...], faults: list[str]) -> None:
