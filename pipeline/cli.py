@@ -155,7 +155,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Before a run": (plan, cli_hardware.check, cli_hardware.fit, cli_hardware.socs, cli_model.rank),
     "Many runs": (cli_sweep.sweep, cli_sweep.ablate, cli_model.report),
     "What a result is worth": (cli_eval.evaluate, cli_eval.compare, cli_eval.generate),
-    "A result's files": (cli_model.verify, cli_model.pack, cli_model.unpack),
+    "A result's files": (cli_model.verify, cli_model.pack, cli_model.unpack, cli_model.export, cli_model.simulate),
 }
 for panel, commands in _COMMANDS.items():
     for command in commands:

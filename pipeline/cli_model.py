@@ -1,4 +1,4 @@
-"""The commands rank, verify, pack, unpack and report."""
+"""The commands rank, verify, pack, unpack, export, simulate and report."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from edgepress.pipeline.flags import Device, Dtype, Json
 from edgepress.pipeline.recipe import build
 
 if TYPE_CHECKING:
+    from edgepress.pipeline.export import Export
     from edgepress.pipeline.page.content import Chip
     from edgepress.pipeline.page.read import StageRun, Study
 
@@ -111,6 +112,107 @@ def unpack(
     with Reporter(Console(stderr=True)) as reporter:
         restored = unpack_checkpoint(image, out, reporter)
     typer.echo(f"{out}: {len(restored.shape.blocks)} blocks, {restored.shape.file_bytes} bytes of safetensors files")
+
+
+# --- a program for the chip -------------------------------------------------------------------------------------------
+
+Soc = Annotated[str, typer.Option(help="A shipped chip or a .toml file, with addresses.")]
+Context = Annotated[int, typer.Option(help="Tokens in the KV cache, in float32.")]
+NewTokens = Annotated[int, typer.Option(help="New tokens at most.")]
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
+    to: Annotated[str, typer.Option(help="For what: rv32, plain RISC-V cores with an FPU.")] = "rv32",
+    soc: Soc = "siracusa",
+    context: Context = 256,
+    prompt: Annotated[str, typer.Option(help="What the program continues.")] = "Once upon a time",
+    tokens: NewTokens = 64,
+    force: Annotated[bool, typer.Option("--force", help="Write it although it does not fit.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("chip"),
+) -> None:
+    """Write a checkpoint as a C program for a chip.
+
+    It is linked into exactly the chip's memories, and continues the prompt greedily. Exit code 0: written; 3: it does
+    not fit, and nothing was written.
+    """
+    if to != "rv32":
+        raise PlanError(f"--to {to}: there is rv32, a program for plain RISC-V cores")
+    quiet_libraries()
+    from edgepress.pipeline.export import require_room_for
+
+    require_room_for(out)
+    planned = _planned(checkpoint, soc, context, prompt, tokens)
+    for use in planned.uses:
+        parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in use.parts.items())
+        typer.echo(f"{use.name}: {use.nbytes:,} of {use.capacity:,} bytes ({parts})")
+    _require_fit(planned, force)
+    planned.write(out)
+    typer.echo(f"{out}: make -C {out} check compiles it, runs it, and compares its tokens with Python's")
+
+
+def simulate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
+    prompt: Annotated[str, typer.Argument(help="What the model continues.")] = "Once upon a time",
+    soc: Soc = "siracusa",
+    context: Context = 256,
+    tokens: NewTokens = 64,
+) -> None:
+    """Let a checkpoint write on inside a chip's memories.
+
+    The program of the command export is compiled and runs on a simulated RISC-V core. Exit code 3: it does not fit.
+    """
+    quiet_libraries()
+    import tempfile
+
+    from edgepress.hardware.rv32.build import build, find_compiler
+    from edgepress.hardware.rv32.simulator import difference, expected_tokens, printer, require_simulator, used_bytes
+    from edgepress.hardware.rv32.simulator import simulate as run_program
+
+    require_simulator()
+    compiler = find_compiler()
+    planned = _planned(checkpoint, soc, context, prompt, tokens)
+    _require_fit(planned, force=False)
+
+    with tempfile.TemporaryDirectory(prefix="edgepress-chip-") as made:
+        folder = Path(made)
+        planned.write(folder)
+        build(folder, compiler)
+        outcome, wanted = run_program(folder, printer()), expected_tokens(folder)
+    typer.echo(f"\n\n{outcome.instructions_a_token:,.0f} instructions a token, on one core")
+    for row in used_bytes(outcome, [use.to_dict() for use in planned.uses]):
+        parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in row["parts"].items())
+        typer.echo(f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({parts})")
+    typer.echo(difference(outcome.tokens, wanted) or f"all {len(wanted)} tokens are those of Python in float32")
+
+
+def _planned(checkpoint: Path, soc: str, context: int, prompt: str, tokens: int) -> Export:
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.hardware.soc import load_soc
+    from edgepress.pipeline.export import plan_export
+
+    return plan_export(Checkpoint.open(checkpoint, hashes=True), load_soc(soc), prompt, tokens, context)
+
+
+def _require_fit(planned: Export, force: bool) -> None:
+    """End with the code 3 and the verdict of the command check where the program does not fit."""
+    from edgepress.hardware.check import check as judge
+    from edgepress.hardware.rv32.memory import does_not_fit
+    from edgepress.hardware.show import print_verdict
+    from edgepress.pipeline.cli_hardware import EXIT_DOES_NOT_FIT
+
+    missing = does_not_fit(planned.uses)
+    if not missing:
+        return
+    typer.echo(f"the program does not fit {planned.soc.label}: {missing}")
+    name, context = planned.checkpoint.name, planned.run.context
+    verdict = judge(
+        planned.checkpoint.shape, planned.soc, context=context, kv_bits=32, activation_bits=32, prefill_chunk=1,
+        name=name, levers=True,
+    )  # fmt: skip
+    print_verdict(Console(), verdict)
+    if not force:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 COMMANDS = (
     "plan", "check", "fit", "socs", "rank", "sweep", "ablate", "report",
-    "eval", "compare", "generate", "verify", "pack", "unpack",
+    "eval", "compare", "generate", "verify", "pack", "unpack", "export", "simulate",
 )  # fmt: skip
 
 

@@ -1,0 +1,192 @@
+"""Where each number of a model lies in the program's `weights.bin`, told from the shape alone. No torch.
+
+`FORMAT.md` beside this file describes the layout for those who read it. What the program cannot run is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from edgepress.checkpoints.config import has_rope, rotary_width, setting, slides, tied
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+
+FAMILIES = ("llama", "mistral", "qwen2")
+LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+NORMS = ("input_layernorm", "post_attention_layernorm")
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
+MAGIC = b"edgepress rv32 1"  # the file's first bytes: no part lies at offset 0, which the tables read as none
+_DENSE = {"F32": 4, "F16": 2, "BF16": 2}
+_ROPES = ("default", "linear", "llama3")  # angles that do not depend on how long the text is
+_FARTHEST = 12_000  # positions whose angles the program's own sine reduces without losing digits
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of bytes of `weights.bin`."""
+
+    name: str
+    offset: int
+    nbytes: int
+
+
+class Layout:
+    """The parts of `weights.bin` in their order, each at a multiple of four bytes.
+
+    pieces: bytes of all tokens' texts together.
+    """
+
+    def __init__(self, shape: ModelShape, pieces: int) -> None:
+        self.parts: dict[str, Part] = {}
+        end = len(MAGIC)
+        for name, nbytes in _parts(shape, pieces):
+            self.parts[name] = Part(name, end, nbytes)
+            end += -(-nbytes // 4) * 4
+        self.nbytes = end
+
+    def offset(self, name: str) -> int:
+        """Where a part begins; 0 where the model has none of this name."""
+        return self.parts[name].offset if name in self.parts else 0
+
+    def joined(self, contents: Mapping[str, bytes]) -> bytes:
+        """The file from the bytes of each part. A part of another size than planned is a bug: AssertionError."""
+        assert contents.keys() == self.parts.keys()
+        file = bytearray(MAGIC)
+        for name, part in self.parts.items():
+            assert len(contents[name]) == part.nbytes and len(file) == part.offset, name
+            file += contents[name] + bytes(-part.nbytes % 4)
+        return bytes(file)
+
+
+def _parts(shape: ModelShape, pieces: int) -> Iterator[tuple[str, int]]:
+    for name in matrices(shape):
+        rows, columns = shape.vocabulary, shape.hidden_size
+        if shape.embedding_bits is None:
+            yield f"{name}.codes", rows * columns * _DENSE[outer_dtype(shape, name)]
+        else:
+            yield f"{name}.codes", rows * (columns * shape.embedding_bits // 8)
+            yield f"{name}.scales", rows * 2
+            yield f"{name}.minimum", rows * 2
+    yield FINAL_NORM, 4 * shape.hidden_size
+    for index, block in enumerate(shape.blocks):
+        for name in NORMS:
+            yield f"{index}.{name}", 4 * shape.hidden_size
+        for x in block.linears:
+            for kind, nbytes in _linear_parts(x):
+                yield f"{index}.{x.name}.{kind}", nbytes
+    yield "piece_starts", 4 * (shape.vocabulary + 1)
+    yield "pieces", pieces
+
+
+def _linear_parts(x: LinearShape) -> Iterator[tuple[str, int]]:
+    if isinstance(x.grid, Grid):
+        groups = x.grid.groups(x.in_features)
+        yield "codes", x.weights * x.grid.bits // 8
+        yield "scales", 2 * x.out_features * groups
+        if not x.grid.symmetric:
+            yield "zeros", x.out_features * groups
+    else:
+        yield "codes", x.weights * _DENSE[x.dtype]
+    if x.bias:
+        yield "bias", 4 * x.out_features
+    if x.adapter_rank:
+        size = 1 if x.adapter_packed else _DENSE[x.adapter_dtype]
+        yield "a", size * x.adapter_rank * x.in_features
+        yield "b", size * x.adapter_rank * x.out_features
+        yield "rank_scales", 4 * x.adapter_rank
+
+
+def matrices(shape: ModelShape) -> tuple[str, ...]:
+    """The matrices outside the blocks that the program holds: the embedding, and the head unless that is the same."""
+    return (EMBEDDING,) if tied(shape.config) else (EMBEDDING, HEAD)
+
+
+def outer_dtype(shape: ModelShape, name: str) -> str:
+    """The precision of a matrix outside the blocks."""
+    return next(t.dtype for t in shape.outer if t.name == f"{name}.weight")
+
+
+# --- what cannot be run -----------------------------------------------------------------------------------------------
+
+
+def require_runnable(shape: ModelShape, context: int) -> None:
+    """Raise PlanError that names everything the program cannot do for this model at this context."""
+    faults = [*_family_faults(shape, context)] or [*_weight_faults(shape)]
+    if faults:
+        head = f"this {shape.family} model cannot be exported to rv32:"
+        raise PlanError("\n".join([head, *(f"  - {fault}" for fault in faults)]))
+
+
+def _family_faults(shape: ModelShape, context: int) -> Iterator[str]:
+    config, blocks = shape.config, len(shape.blocks)
+    if shape.family not in FAMILIES:
+        yield f"the family '{shape.family}': the program knows the blocks of {', '.join(FAMILIES)}"
+        return
+    if not 1 <= context <= shape.positions:
+        yield f"a context of {context} tokens: the model has positions for 1 to {shape.positions}"
+    if context > _FARTHEST:
+        yield f"a context of {context} tokens: the program's angles are exact to {_FARTHEST}"
+    if (activation := setting(config, "hidden_act")) != "silu":
+        yield f"the activation function '{activation}': silu can be run"
+    window = setting(config, "sliding_window")
+    if any(slides(config, k, blocks) for k in range(blocks)) and window < context:
+        yield f"attention over a sliding window of {window} tokens: give --context {window} or fewer"
+    if not all(has_rope(config, k, blocks) for k in range(blocks)) or rotary_width(config) != shape.head_dim:
+        yield "rotary embeddings on a part of the blocks or channels: all of them can be turned"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+    if kind not in _ROPES:
+        yield f"rotary embeddings of type '{kind}': {', '.join(_ROPES)} can be run"
+    if shape.head_dim % 2:
+        yield f"heads of {shape.head_dim} channels: rotary embeddings turn pairs"
+    if shape.activation_bits < 16:
+        yield f"inputs of {shape.activation_bits} bits: the program computes in float32"
+
+
+def _weight_faults(shape: ModelShape) -> Iterator[str]:
+    wanted = {f"{name}.weight" for name in matrices(shape)} | {f"{FINAL_NORM}.weight"}
+    # A head that is stored besides the embedding it is tied to is the same matrix, which opening it has proved.
+    names = {t.name for t in shape.outer} - ({f"{HEAD}.weight"} if tied(shape.config) else set())
+    if names != wanted:
+        yield f"tensors outside the blocks: {', '.join(sorted(names ^ wanted))}"
+    faults: dict[str, None] = {}
+    for block in shape.blocks:
+        others = {t.name for t in block.others}
+        if others != {f"{name}.weight" for name in NORMS} or tuple(x.name for x in _ordered(block.linears)) != LINEARS:
+            faults["blocks with other parts than two norms, q, k, v, o, and a gated feed-forward's three layers"] = None
+            continue
+        for x in block.linears:
+            faults |= dict.fromkeys(_linear_faults(x))
+    yield from faults
+    if shape.embedding_bits not in (None, 4, 8):
+        yield f"an embedding of {shape.embedding_bits} bits: 8 and 4 can be read, or 16 and 32 without codes"
+    if shape.embedding_bits == 4 and shape.hidden_size % 2:
+        yield f"rows of {shape.hidden_size} 4-bit codes: they must fill whole bytes"
+
+
+def _ordered(linears: tuple[LinearShape, ...]) -> list[LinearShape]:
+    return sorted(linears, key=lambda x: LINEARS.index(x.name) if x.name in LINEARS else len(LINEARS))
+
+
+def _linear_faults(x: LinearShape) -> Iterator[str]:
+    if x.adapter_vector:
+        yield f"the adapter's vectors ({x.adapter_vector}): only low-rank adapters can be run beside the weights"
+    if x.grid is None:
+        if x.dtype not in _DENSE:
+            yield f"weights in {x.dtype}: {', '.join(_DENSE)} can be read"
+    elif not isinstance(x.grid, Grid):
+        what = "real zero points" if x.grid.exact_zero is False else f"the codebook {x.grid.describe()}"
+        yield f"{what}: quantise to an integer grid instead (--quant gptq4)"
+    else:
+        group = x.in_features if x.grid.group == -1 else x.grid.group
+        unit = 32 if x.grid.bits == 3 else 32 // x.grid.bits
+        if x.in_features % group or group % unit:
+            yield (
+                f"groups of {group} in rows of {x.in_features} {x.grid.bits}-bit codes: a row must be whole groups, "
+                f"and these multiples of {unit}"
+            )

@@ -1,0 +1,144 @@
+"""What the program asks of each memory of a chip, and the linker script that holds it to them. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.memory import size_text
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.soc import Memory, Soc
+
+# Upper ends, in bytes, of what only a compiler knows. gcc 12.2 makes 6.2 KiB of code and takes 288 B of stack for the
+# README's tiny model, zig 0.17's clang 7.2 KiB and 344 B; the tests hold both to these ends.
+CODE_BYTES = 8 * 1024
+STACK_BYTES = 1024
+LINEAR_BYTES, MATRIX_BYTES = 13 * 4, 4 * 4  # of `struct linear` and `struct matrix` in runtime.h
+
+
+@dataclass(frozen=True)
+class Use:
+    """One memory: where it lies, how much it has, and what the program puts there, in bytes by name."""
+
+    name: str  # as a linker script can have it
+    address: int
+    access: str
+    capacity: int
+    parts: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def missing(self) -> int:
+        """Bytes beyond the memory's end; 0 where all fits."""
+        return max(0, self.nbytes - self.capacity)
+
+    def to_dict(self) -> dict[str, Any]:
+        where = {"name": self.name, "address": self.address, "access": self.access, "capacity": self.capacity}
+        return {**where, "parts": dict(self.parts), "bytes": self.nbytes}
+
+
+def table_bytes(shape: ModelShape, prompt: int, ends: int) -> int:
+    """Bytes of the constants in model.c for a prompt of so many tokens and so many that end a text."""
+    blocks = len(shape.blocks)
+    words = 2 * blocks + shape.head_dim // 2 + prompt + max(ends, 1)
+    return 7 * blocks * LINEAR_BYTES + 2 * MATRIX_BYTES + 4 * words
+
+
+def cache_bytes(shape: ModelShape, context: int) -> int:
+    """Bytes of float32 keys and values of `context` tokens in every block."""
+    return 4 * 2 * len(shape.blocks) * context * shape.kv_heads * shape.head_dim
+
+
+def activation_bytes(shape: ModelShape, context: int) -> int:
+    """Bytes of the vectors that runtime.c keeps, in float32."""
+    query = shape.heads * shape.head_dim
+    vectors = shape.hidden_size + max(shape.hidden_size, query) + query + 2 * inner(shape)
+    return 4 * (vectors + context + shape.head_dim + max(rank(shape), 1))
+
+
+def inner(shape: ModelShape) -> int:
+    """The widest feed-forward part."""
+    return max(x.out_features for block in shape.blocks for x in block.linears if x.name == "mlp.gate_proj")
+
+
+def rank(shape: ModelShape) -> int:
+    """The largest rank of an adapter, 0 without any."""
+    return max(x.adapter_rank for block in shape.blocks for x in block.linears)
+
+
+def memory_use(shape: ModelShape, soc: Soc, weights: int, tables: int, context: int) -> tuple[Use, Use, Use]:
+    """What lies in the memories for weights (code too), tiles and working, which are the chip's first of these roles.
+
+    weights, tables: their bytes. Raises PlanError for a chip that does not say where these memories lie.
+    """
+    held = {
+        "weights": {"code": CODE_BYTES, "tables": tables, "weights": weights},
+        "tiles": {"KV cache": cache_bytes(shape, context), "activations": activation_bytes(shape, context)},
+        "working": {"stack": STACK_BYTES},
+    }
+    memories = {role: soc.with_role(role)[0] for role in held}
+    faults = []
+    for role, may in (("weights", "x"), ("tiles", "w"), ("working", "w")):
+        memory = memories[role]
+        if memory.first_address is None:
+            faults.append(f"memories.{memory.name} has no address and access")
+        elif may not in memory.access:
+            faults.append(f"memories.{memory.name} has access '{memory.access}', without the {may} that {role} need")
+    if faults:
+        raise PlanError(
+            f"{soc.label} cannot hold a program as its file stands: {'; '.join(faults)}. Add them to a copy of the "
+            "file (hardware/socs/SCHEMA.md), or take --soc siracusa"
+        )
+    first, second, third = (_use(memories[role], parts) for role, parts in held.items())
+    return first, second, third
+
+
+def _use(memory: Memory, parts: dict[str, int]) -> Use:
+    name, address = re.sub(r"\W", "_", memory.name), memory.first_address
+    assert address is not None
+    return Use(name, address, memory.access, memory.capacity_bytes - memory.reserved_bytes, parts)
+
+
+def does_not_fit(uses: tuple[Use, ...]) -> str:
+    """What is missing where, in one line; empty where all fits."""
+    short = [
+        f"{use.name} would hold {use.nbytes:,} of {use.capacity:,} bytes, {size_text(use.missing)} too much"
+        for use in uses
+        if use.missing
+    ]
+    return "; ".join(short)
+
+
+def linker_script(uses: tuple[Use, Use, Use], chip: str) -> str:
+    """A script for GNU ld and lld that puts code, constants and weights in the first memory, and so on."""
+    regions = [f"    {u.name} ({u.access}) : ORIGIN = {u.address:#x}, LENGTH = {u.capacity}" for u in uses]
+    constant, tiles, working = (use.name for use in uses)
+    return "\n".join(
+        [
+            f"/* The memories of {chip}, from its file. What does not fit is an error of the linker. */",
+            "ENTRY(_start)",
+            "MEMORY {",
+            *regions,
+            "}",
+            "SECTIONS {",
+            f"    .text : {{ *(.text.start) *(.text .text.* .rodata .rodata.* .srodata .srodata.*) }} > {constant}",
+            f"    .tables : {{ . = ALIGN(4); *(.tables) }} > {constant}",
+            f"    .weights : {{ *(.weights) }} > {constant}",
+            f"    .kv (NOLOAD) : {{ *(.bss.kv) }} > {tiles}",
+            f"    .bss (NOLOAD) : {{ *(.bss .bss.* .sbss .sbss.* COMMON) }} > {tiles}",
+            f"    .stack (NOLOAD) : {{ . = . + {STACK_BYTES}; }} > {working}",
+            f"    __stack_top = ORIGIN({working}) + LENGTH({working});",
+            "    /* Initial values would have to be copied at the start: the program has none. */",
+            "    .data : { *(.data .data.* .sdata .sdata.*) }",
+            '    ASSERT(SIZEOF(.data) == 0, "the program has variables with initial values")',
+            "    /DISCARD/ : { *(.comment) *(.note*) *(.riscv.attributes) }",
+            "}",
+            "",
+        ]
+    )

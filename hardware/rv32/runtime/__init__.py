@@ -1,0 +1,1 @@
+"""The program's C sources, which every export copies."""

@@ -1,0 +1,29 @@
+/* The device layout of a model, and the one function that runs it. FORMAT.md beside the exporter describes weights.bin. */
+
+#ifndef RUNTIME_H
+#define RUNTIME_H
+
+/* How the numbers of a matrix lie in weights.bin. Q: codes of a grid in whole 32-bit words; the others: one by one. */
+enum format { F32, F16, BF16, I8, U8, U4, Q2, Q3, Q4, Q8 };
+
+/* A linear layer. Offsets count bytes from the start of weights.bin; 0 is none. */
+struct linear {
+    int rows, columns;
+    unsigned format;
+    int group;                            /* weights of a row that share a scale */
+    unsigned codes, scales, zeros, bias;  /* zeros: none where the middle code is zero everywhere */
+    int rank;                             /* of the adapter; 0 is none */
+    unsigned adapter_format, a, b, rank_scales;
+};
+
+/* The embedding or the head: rows of numbers, for codes with a scale and a minimum each. */
+struct matrix {
+    unsigned format, codes, scales, minimum;
+};
+
+extern const unsigned char weights[];
+
+/* Feed the token at a position. With want_next, returns the likeliest token after it, else 0. */
+int forward(int token, int position, int want_next);
+
+#endif

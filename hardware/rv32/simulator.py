@@ -1,0 +1,256 @@
+"""Run an exported program on a simulated RV32 core that has exactly the chip's memories, and measure it.
+
+`python -m edgepress.hardware.rv32.simulator FOLDER [--check]` does so for a folder that was built. No torch.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import struct
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from edgepress.checkpoints.errors import EdgepressError, PlanError
+
+INSTALL = 'pip install "edgepress[chip]", or pip install unicorn'
+PAGE = 4096  # what the simulator can map
+_FILL = b"\xa5"  # of the working memory before the start: what differs from it afterwards was written
+_WORDS = {"read": "read", "write": "written", "fetch": "executed"}
+
+
+class StoppedError(EdgepressError):
+    """The program did what its chip cannot."""
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str
+    address: int
+    nbytes: int
+    contents: bytes  # empty for what is not stored
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program did: its tokens, prompt included, and what it took."""
+
+    tokens: tuple[int, ...]
+    text: bytes
+    instructions: int
+    sections: Mapping[str, int]  # bytes as linked, by section
+    stack: int  # bytes of the working memory from its end to the lowest that was written
+
+    @property
+    def instructions_a_token(self) -> float:
+        """Of every token that was fed, the prompt's included."""
+        return self.instructions / max(1, len(self.tokens) - 1)
+
+
+def require_simulator() -> None:
+    """Raise PlanError where unicorn is missing, naming what to install."""
+    if not find_spec("unicorn"):
+        raise PlanError(f"no simulator was found: {INSTALL}")
+
+
+def read_elf(path: Path) -> tuple[int, list[Section], dict[str, int]]:
+    """The entry, the sections that take memory, and the functions' addresses of a 32-bit little-endian program."""
+    data = path.read_bytes()
+    if data[:6] != b"\x7fELF\x01\x01":
+        raise PlanError(f"{path} is no program for a 32-bit little-endian core")
+    entry, _, table = struct.unpack_from("<III", data, 24)
+    size, count, names_at = struct.unpack_from("<HHH", data, 46)
+    # name, type, flags, address, offset, size, link, info, alignment, entry size
+    headers = [struct.unpack_from("<10I", data, table + size * k) for k in range(count)]
+
+    def text(strings: int, at: int) -> str:
+        start = headers[strings][4] + at
+        return data[start : data.index(b"\0", start)].decode()
+
+    sections, functions = [], {}
+    for name, kind, flags, address, offset, nbytes, link, *_ in headers:
+        if flags & 2 and nbytes:  # takes memory
+            contents = b"" if kind == 8 else data[offset : offset + nbytes]
+            sections.append(Section(text(names_at, name), address, nbytes, contents))
+        if kind == 2:
+            for at in range(offset, offset + nbytes, 16):
+                label, value, _, info, _, _ = struct.unpack_from("<IIIBBH", data, at)
+                if info & 15 == 2:
+                    functions[text(link, label)] = value
+    return entry, sections, functions
+
+
+def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: int = 0) -> Outcome:
+    """Run FOLDER/chip.elf in the memories of FOLDER/memory.json.
+
+    show: is called with each token's text as it comes; limit: instructions after which it is stopped, 0 for none.
+    Raises StoppedError at an access that the memories do not allow, naming the address and the memory.
+    """
+    require_simulator()
+    import unicorn
+    from unicorn.riscv_const import UC_RISCV_REG_A0, UC_RISCV_REG_A1, UC_RISCV_REG_A2, UC_RISCV_REG_A7, UC_RISCV_REG_PC
+
+    memories = json.loads((folder / "memory.json").read_text())["memories"]
+    entry, sections, functions = read_elf(folder / "chip.elf")
+    core = unicorn.Uc(unicorn.UC_ARCH_RISCV, unicorn.UC_MODE_RISCV32)
+    rights = {"r": unicorn.UC_PROT_READ, "w": unicorn.UC_PROT_WRITE, "x": unicorn.UC_PROT_EXEC}
+    for memory in memories:
+        if memory["address"] % PAGE or memory["capacity"] % PAGE:
+            raise PlanError(f"{memory['name']} does not lie on multiples of {PAGE} bytes, which the simulator maps")
+        core.mem_map(memory["address"], memory["capacity"], sum(rights[letter] for letter in memory["access"]))
+    working = next(memory for memory in memories if "stack" in memory["parts"])
+    core.mem_write(working["address"], _FILL * working["capacity"])
+    for section in sections:
+        if section.contents:
+            core.mem_write(section.address, section.contents)
+
+    tokens: list[int] = []
+    written = bytearray()
+    instructions = 0
+    stopped: list[str] = []
+
+    def block(_: Any, address: int, size: int, data: Any) -> None:
+        nonlocal instructions
+        instructions += size // 4  # no compressed ones among RV32IMF's
+        if limit and instructions > limit:
+            stopped.append(f"it was not done after {limit:,} instructions")
+            core.emu_stop()
+
+    def interrupt(_: Any, number: int, data: Any) -> None:
+        kind = core.reg_read(UC_RISCV_REG_A7)
+        if number not in (8, 11) or kind not in (1, 2):  # ecall from user or machine mode, as main.c makes it
+            at = core.reg_read(UC_RISCV_REG_PC)
+            stopped.append(f"it came upon exception {number} at {at:#x}{_inside(at, functions)}")
+            core.emu_stop()
+        elif kind == 2:
+            core.emu_stop()
+        else:
+            token, piece, length = (core.reg_read(r) for r in (UC_RISCV_REG_A0, UC_RISCV_REG_A1, UC_RISCV_REG_A2))
+            tokens.append(token)
+            text = bytes(core.mem_read(piece, length)) if length else b""
+            written.extend(text)
+            if show is not None:
+                show(text)
+
+    def access(_: Any, kind: int, address: int, size: int, value: int, data: Any) -> bool:
+        at = core.reg_read(UC_RISCV_REG_PC)
+        what = "write" if kind in _kinds("WRITE") else "fetch" if kind in _kinds("FETCH") else "read"
+        where = _place(address, what, memories)
+        stopped.append(f"{size} bytes at {address:#x} were to be {_WORDS[what]}, {where}{_inside(at, functions)}")
+        return False
+
+    core.hook_add(unicorn.UC_HOOK_BLOCK, block)
+    core.hook_add(unicorn.UC_HOOK_INTR, interrupt)
+    core.hook_add(unicorn.UC_HOOK_MEM_INVALID, access)
+    try:
+        core.emu_start(entry, 0xFFFFFFFF)
+    except unicorn.UcError as error:
+        stopped = stopped or [str(error)]
+    if stopped:
+        raise StoppedError(f"the program was stopped: {stopped[0]}")
+    stack = bytes(core.mem_read(working["address"], working["capacity"])).lstrip(_FILL)
+    sizes = {section.name: section.nbytes for section in sections}
+    return Outcome(tuple(tokens), bytes(written), instructions, sizes, len(stack))
+
+
+def _kinds(which: str) -> set[int]:
+    import unicorn
+
+    return {getattr(unicorn, f"UC_MEM_{which}_{end}") for end in ("UNMAPPED", "PROT")}
+
+
+def _place(address: int, what: str, memories: Sequence[Mapping[str, Any]]) -> str:
+    for memory in memories:
+        first, end = memory["address"], memory["address"] + memory["capacity"]
+        if first <= address < end:
+            return f"but {memory['name']} is '{memory['access']}'"
+    below = [m for m in memories if m["address"] + m["capacity"] <= address]
+    if below:
+        nearest = max(below, key=lambda m: int(m["address"]))
+        end = nearest["address"] + nearest["capacity"]
+        return f"{address - end:,} bytes past the end of {nearest['name']} ({nearest['address']:#x} to {end - 1:#x})"
+    nearest = min(memories, key=lambda m: int(m["address"]))
+    return f"{nearest['address'] - address:,} bytes before {nearest['name']} ({nearest['address']:#x})"
+
+
+def _inside(at: int, functions: Mapping[str, int]) -> str:
+    before = {name: address for name, address in functions.items() if address <= at}
+    return f", by the code at {at:#x} in {max(before, key=lambda n: before[n])}" if before else ""
+
+
+def used_bytes(outcome: Outcome, memories: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a memory: its bytes as predicted and as linked, the stack as it was measured."""
+    s = outcome.sections
+    linked = {
+        "code": s.get(".text", 0),
+        "tables": s.get(".tables", 0),
+        "weights": s.get(".weights", 0),
+        "KV cache": s.get(".kv", 0),
+        "activations": s.get(".bss", 0),
+        "stack": outcome.stack,
+    }
+    return [
+        {
+            "memory": memory["name"],
+            "capacity": memory["capacity"],
+            "predicted": memory["bytes"],
+            "used": sum(linked[part] for part in memory["parts"]),
+            "parts": {part: linked[part] for part in memory["parts"]},
+        }
+        for memory in memories
+    ]
+
+
+def expected_tokens(folder: Path) -> tuple[int, ...]:
+    """The tokens in expected.txt, prompt included."""
+    return tuple(int(word) for word in (folder / "expected.txt").read_text().split())
+
+
+def printer() -> Callable[[bytes], None]:
+    """What prints a text as its bytes come; a character whose bytes are in two tokens waits for the second."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def show(text: bytes) -> None:
+        print(decode(text), end="", flush=True)
+
+    return show
+
+
+def difference(tokens: Sequence[int], wanted: Sequence[int]) -> str:
+    """Where the tokens leave Python's, in words; empty where they do not."""
+    if tuple(tokens) == tuple(wanted):
+        return ""
+    both = enumerate(zip(tokens, wanted, strict=False))
+    place = next((k for k, (own, other) in both if own != other), min(len(tokens), len(wanted)))
+    return f"the tokens are not those of Python in float32 from place {place} of {len(wanted)} on"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what FOLDER's program writes; with --check compare its tokens with expected.txt. Returns the exit code."""
+    if not arguments or not set(arguments[1:]) <= {"--check"}:
+        print("usage: python -m edgepress.hardware.rv32.simulator FOLDER [--check]", file=sys.stderr)
+        return 2
+
+    folder = Path(arguments[0])
+    try:
+        outcome = simulate(folder, printer())
+    except EdgepressError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{outcome.instructions_a_token:,.0f} instructions a token; stack of {outcome.stack:,} bytes")
+    for row in used_bytes(outcome, json.loads((folder / "memory.json").read_text())["memories"]):
+        print(f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({row['predicted']:,} predicted)")
+    if "--check" not in arguments:
+        return 0
+    wanted = expected_tokens(folder)
+    told = difference(outcome.tokens, wanted)
+    print(told or f"all {len(wanted)} tokens are those of Python in float32")
+    return 1 if told else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

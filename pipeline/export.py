@@ -1,0 +1,254 @@
+"""Write a checkpoint as a program for a chip's plain RV32 cores, and run it there in simulation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.manifest import write_bytes
+from edgepress.checkpoints.packing import dequantise_rows, group_of, unpack
+from edgepress.checkpoints.shape import LinearShape
+from edgepress.hardware.rv32.layout import FINAL_NORM, NORMS, Layout, matrices, require_runnable
+from edgepress.hardware.rv32.memory import Use, linker_script, memory_use, table_bytes
+from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
+from edgepress.hardware.soc import Soc
+
+PROMPT = "Once upon a time"
+_OURS = "memory.json"  # a folder that has it was written here, and may be written anew
+
+
+@dataclass(frozen=True)
+class Export:
+    """A program that can be made of a checkpoint, and what it asks of each memory."""
+
+    checkpoint: Checkpoint
+    soc: Soc
+    run: Run
+    pieces: list[bytes]  # the tokens' texts
+    layout: Layout
+    uses: tuple[Use, Use, Use]
+
+    def write(self, folder: Path) -> None:
+        """Write the program's files; nothing where the weights hold what the program cannot run (CheckpointError)."""
+        files = self._files()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted(files, key=lambda name: name == _OURS):  # what marks the folder as ours comes last
+            write_bytes(folder / name, files[name])
+
+    @torch.no_grad()
+    def _files(self) -> dict[str, bytes]:
+        shape, layout, run = self.checkpoint.shape, self.layout, self.run
+        model = _exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
+        weights = layout.joined(_contents(self.checkpoint, self.pieces))
+        facts = {"soc": self.soc.label, "memories": [use.to_dict() for use in self.uses]}
+        return {
+            **sources(),
+            "weights.bin": weights,
+            "model.h": model_header(shape, layout, run).encode(),
+            "model.c": model_source(shape, layout, run, model.model.rotary_emb.inv_freq.tolist()).encode(),
+            "link.ld": linker_script(self.uses, self.soc.label).encode(),
+            "Makefile": makefile().encode(),
+            "expected.txt": " ".join(map(str, _greedy(model, run))).encode() + b"\n",
+            _OURS: json.dumps(facts, indent=2).encode() + b"\n",
+        }
+
+
+def require_room_for(folder: Path) -> None:
+    """Raise PlanError where other things than an earlier export lie in the folder."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / _OURS).is_file()):
+        raise PlanError(f"{folder} is there and holds no exported program; name another folder with -o")
+
+
+def plan_export(checkpoint: Checkpoint, soc: Soc, prompt: str, new_tokens: int, context: int) -> Export:
+    """The program that continues `prompt` greedily by at most `new_tokens` tokens. No weights are read.
+
+    Raises PlanError for what the program or the chip cannot do, CheckpointError without a tokenizer.
+    """
+    shape = checkpoint.shape
+    require_runnable(shape, context)
+    tokenizer: Any = checkpoint.tokenizer()
+    ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
+    if not ids:
+        raise PlanError("the prompt gives no token to begin with: write a word")
+    if max(ids) >= shape.vocabulary:
+        raise PlanError(f"the prompt has the token {max(ids)}, and the model's vocabulary ends at {shape.vocabulary}")
+    if new_tokens < 1 or len(ids) + new_tokens > context:
+        raise PlanError(
+            f"a prompt of {len(ids)} tokens and {new_tokens} new ones: at least one must be new, and all must go into "
+            f"the context of {context}; change --tokens or --context"
+        )
+    run = Run(ids, new_tokens, _ends(checkpoint, tokenizer), context)
+    pieces = token_pieces(checkpoint.folder, shape.vocabulary)
+    layout = Layout(shape, sum(map(len, pieces)))
+    uses = memory_use(shape, soc, layout.nbytes, table_bytes(shape, len(ids), len(run.ends)), context)
+    return Export(checkpoint, soc, run, pieces, layout, uses)
+
+
+def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    found = [tokenizer.eos_token_id, checkpoint.config.get("eos_token_id")]
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        found.append(json.loads(path.read_text()).get("eos_token_id"))
+    return sorted({int(t) for item in found for t in (item if isinstance(item, list) else [item]) if t is not None})
+
+
+# --- the parts of weights.bin -----------------------------------------------------------------------------------------
+
+
+def _contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, bytes]:
+    shape, outer = checkpoint.shape, checkpoint.outer()
+    found: dict[str, bytes] = {FINAL_NORM: _raw(outer[f"{FINAL_NORM}.weight"].float())}
+    edge = checkpoint.edge()
+    for name in matrices(shape):
+        kinds = ("codes", "scales", "minimum") if edge else ()
+        found |= {f"{name}.{kind}": _raw(edge[f"{name}.{kind}"]) for kind in kinds}
+        if not edge:
+            found[f"{name}.codes"] = _raw(outer[f"{name}.weight"])
+    for index, block in enumerate(shape.blocks):
+        stored = checkpoint.stored_block(index)
+        adapter, codes = checkpoint.adapter_part(index), checkpoint.adapter_codes_part(index)
+        for name in NORMS:
+            found[f"{index}.{name}"] = _raw(stored[f"{name}.weight"].float())
+        for x in block.linears:
+            parts = _base(x, stored, f"{checkpoint.folder.name}: block {index}: {x.name}")
+            if x.adapter_rank:
+                parts |= _adapter(x, adapter, codes, checkpoint.adapter_scale)
+            found |= {f"{index}.{x.name}.{kind}": _raw(tensor) for kind, tensor in parts.items()}
+    starts = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0).to(torch.int32)
+    return found | {"piece_starts": _raw(starts), "pieces": b"".join(pieces)}
+
+
+def _base(x: LinearShape, stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = {}
+    if isinstance(x.grid, Grid):
+        if not stored[f"{x.name}.g_idx"].equal(group_of(x.in_features, x.grid.group)):
+            raise CheckpointError(
+                f"{where} has groups out of storage order (desc_act), which the program cannot run; quantise without it"
+            )
+        # In the file the words of a row run down a column; on the chip a row lies in one piece.
+        zeros = unpack(stored[f"{x.name}.qzeros"].T.contiguous(), x.grid.bits, x.out_features)
+        parts |= {"codes": stored[f"{x.name}.qweight"].T, "scales": stored[f"{x.name}.scales"].T}
+        if not x.grid.symmetric:
+            parts["zeros"] = zeros.to(torch.uint8)
+        elif bool((zeros != 2 ** (x.grid.bits - 1) - 1).any()):
+            raise CheckpointError(
+                f"{where} is said to have a symmetric grid, but has other zero points than the middle"
+            )
+    else:
+        parts["codes"] = stored[f"{x.name}.weight"]
+    if x.bias:
+        parts["bias"] = stored[f"{x.name}.bias"].float()
+    return parts
+
+
+def _adapter(
+    x: LinearShape, adapter: Mapping[str, Tensor], codes: Mapping[str, Tensor], scale: float
+) -> dict[str, Tensor]:
+    """A (rank, in), B (out, rank), and what each of the rank numbers between them is multiplied by, float32."""
+    scales = torch.full((x.adapter_rank,), scale)
+    if not x.adapter_packed:
+        return {"a": adapter[f"{x.name}.lora_A.weight"], "b": adapter[f"{x.name}.lora_B.weight"], "rank_scales": scales}
+    a, b = (codes[f"{x.name}.{side}.scales"].flatten() for side in ("lora_A", "lora_B"))
+    return {"a": codes[f"{x.name}.lora_A.codes"], "b": codes[f"{x.name}.lora_B.codes"], "rank_scales": scales * a * b}
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+# --- what the program is compared with --------------------------------------------------------------------------------
+
+
+def _exact_model(checkpoint: Checkpoint) -> Any:
+    """transformers' model in float32 with exactly the numbers that the codes stand for.
+
+    `Checkpoint.block` rounds them to the precision that the weights had before, as other libraries do; the chip does
+    not.
+    """
+    model: Any = checkpoint.model(dtype=torch.float32)
+    for index, block in enumerate(checkpoint.shape.blocks):
+        adapter, packed = checkpoint.adapter_part(index), checkpoint.adapter_codes_part(index)
+        for x in block.linears:
+            if x.grid is None and not x.adapter_rank:
+                continue
+            weight = checkpoint.base_weight(index, x).float()
+            if x.adapter_rank:
+                own = _adapter(x, adapter, packed, checkpoint.adapter_scale)
+                weight = weight + own["b"].float() * own["rank_scales"] @ own["a"].float()
+            name = f"{checkpoint.shape.block_prefix}.{index}.{x.name}"
+            model.get_submodule(name).weight.data.copy_(weight)
+    edge, bits = checkpoint.edge(), checkpoint.shape.embedding_bits
+    for name in matrices(checkpoint.shape) if bits else ():
+        codes, scales, minimum = (edge[f"{name}.{kind}"] for kind in ("codes", "scales", "minimum"))
+        rows = dequantise_rows(codes, scales, minimum, bits or 8)
+        model.get_submodule(name).weight.data.copy_(rows)
+    return model
+
+
+def _greedy(model: Any, run: Run) -> list[int]:
+    """The prompt and the likeliest tokens after it, the one that ends the text included."""
+    tokens = list(run.prompt)
+    cache, fed = None, torch.tensor([tokens])
+    for _ in range(run.new_tokens):
+        output = model(fed, past_key_values=cache, use_cache=True)
+        cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
+        tokens.append(token)
+        if token in run.ends:
+            break
+        fed = torch.tensor([[token]])
+    return tokens
+
+
+# --- the tokens' texts ------------------------------------------------------------------------------------------------
+
+
+def token_pieces(folder: Path, vocabulary: int) -> list[bytes]:
+    """The bytes that each token adds to a text; none for special tokens and for ids without a token.
+
+    From tokenizer.json: pieces of bytes written as characters (GPT-2's), or as text with SentencePiece's space and
+    byte tokens. Raises CheckpointError where there is no such file.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json, from which the texts of the tokens are read")
+    definition = json.loads(path.read_text(encoding="utf-8"))
+    listed = definition["model"]["vocab"]
+    pairs = listed.items() if isinstance(listed, dict) else ((entry[0], k) for k, entry in enumerate(listed))
+    in_bytes = '"ByteLevel"' in json.dumps([definition.get("decoder"), definition.get("pre_tokenizer")])
+    pieces = [b""] * vocabulary
+    for piece, token in pairs:
+        if token < vocabulary:
+            pieces[token] = _from_characters(piece) if in_bytes else _from_text(piece)
+    for added in definition.get("added_tokens", ()):
+        if added["id"] < vocabulary:
+            pieces[added["id"]] = b"" if added["special"] else added["content"].encode()
+    return pieces
+
+
+def _from_text(piece: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+
+
+def _from_characters(piece: str) -> bytes:
+    return b"".join(bytes([_BYTES[c]]) if c in _BYTES else c.encode() for c in piece)
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable ones of Latin-1 stand for themselves, the others from U+0100 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + k): byte for k, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()

@@ -1,0 +1,192 @@
+"""The program for RV32: what lies where, and a simulator that lets nothing outside the chip's memories pass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Grid, RealGrid
+from edgepress.hardware.rv32.build import build, find_compiler
+from edgepress.hardware.rv32.layout import MAGIC, Layout, require_runnable
+from edgepress.hardware.rv32.memory import Use, does_not_fit, linker_script, memory_use
+from edgepress.hardware.rv32.project import sources
+from edgepress.hardware.rv32.simulator import StoppedError, difference, require_simulator, simulate
+from edgepress.hardware.soc import load_soc
+from tests.hardware.conftest import Make
+
+FORM = Grid(4, 32)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> list[str]:
+    try:
+        require_simulator()
+        return find_compiler()
+    except PlanError as error:
+        pytest.skip(str(error))
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.unit
+def test_the_layouts_bytes_are_those_of_its_parts(make: Make) -> None:
+    shape = make("stories15m", grid=FORM, adapter_rank=4, adapter_packed=True)
+    layout = Layout(shape, 1001)
+    weights = sum(x.weights for block in shape.blocks for x in block.linears)
+    sides = sum(x.out_features + x.in_features for block in shape.blocks for x in block.linears)
+    layers = sum(len(block.linears) for block in shape.blocks)
+    expected = (
+        len(MAGIC)
+        + weights // 2  # codes
+        + weights // 32 * 3  # of each group a float16 and a byte
+        + 4 * sides + 16 * layers  # A and B in bytes, four float32 between them
+        + 32000 * 288 * 4 + 4 * 288 * 13  # the embedding is the head; two norms a block and the last
+        + 4 * 32001 + 1004  # where the texts begin, and these, filled to whole words
+    )  # fmt: skip
+    assert layout.nbytes == expected
+    assert all(part.offset % 4 == 0 for part in layout.parts.values())
+    ends = [0] + [part.offset + part.nbytes for part in layout.parts.values()]
+    assert all(part.offset - end in range(17) for part, end in zip(layout.parts.values(), ends, strict=False))
+
+
+@pytest.mark.unit
+def test_a_part_of_another_size_is_a_bug(make: Make) -> None:
+    layout = Layout(make("stories260k"), 0)
+    contents = {name: bytes(part.nbytes) for name, part in layout.parts.items()}
+    assert len(layout.joined(contents)) == layout.nbytes
+    with pytest.raises(AssertionError):
+        layout.joined(contents | {"model.norm": b""})
+
+
+@pytest.mark.unit
+def test_each_memorys_bytes_and_what_is_missing(make: Make) -> None:
+    shape, soc = make("stories260k"), load_soc("siracusa")
+    mram, sram, l1 = uses = memory_use(shape, soc, 1_000_000, 500, 256)
+    assert (mram.name, mram.address, mram.capacity) == ("MRAM", 0x10400000, 4 << 20)
+    assert sram.address == 0x10800000 and l1.address == 0x10000000
+    # 5 blocks, keys and values of 4 heads of 8 channels; then x, normed, query, gate, up, scores, angles and one more
+    assert sram.parts == {"KV cache": 4 * 2 * 5 * 256 * 32, "activations": 4 * (3 * 64 + 2 * 172 + 256 + 8 + 1)}
+    assert does_not_fit(uses) == ""
+    over = does_not_fit(memory_use(shape, soc, 5_000_000, 500, 256))
+    assert over.startswith("MRAM would hold 5,008,692 of 4,194,304 bytes")
+
+
+@pytest.mark.unit
+def test_a_chip_without_addresses_or_rights_is_refused(make: Make, tmp_path: Path) -> None:
+    shape = make("stories260k")
+    with pytest.raises(PlanError, match=r"memories\.MRAM has no address and access; memories\.L2 has no address"):
+        memory_use(shape, load_soc("gap9"), 1, 1, 16)
+    chip = tmp_path / "chip.toml"
+    chip.write_text('based_on = "siracusa"\nmemories.MRAM.access = "rw"\nmemories.L1.access = "rx"\n')
+    with pytest.raises(PlanError, match=r"MRAM has access 'rw', without the x.*L1 has access 'rx', without the w"):
+        memory_use(shape, load_soc(str(chip)), 1, 1, 16)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("line", "words"), [
+    ('memories.L2.access = "rw"', "memories.L2: 'address' and 'access' go together"),
+    ('memories.L1.access = "x"', "memories.L1: access 'x' is not rx or rw or rwx"),
+    ('memories.L1.address = { value = 3, unit = "address", kind = "stated", source = "a test" }', "3 is not a"),
+    ('memories.L1.address = { value = 4, unit = "B", kind = "stated", source = "a test" }', "unit 'B' is not address"),
+])  # fmt: skip
+def test_a_wrong_address_is_a_fault_of_the_chips_file(line: str, words: str, tmp_path: Path) -> None:
+    chip = tmp_path / "chip.toml"
+    chip.write_text(f'based_on = "siracusa"\n{line}\n')
+    with pytest.raises(PlanError) as error:
+        load_soc(str(chip))
+    assert words in str(error.value)
+
+
+@pytest.mark.unit
+def test_all_that_cannot_be_run_is_named_at_once(make: Make) -> None:
+    shape = make("stories260k", grid=RealGrid(4, 32))
+    with pytest.raises(PlanError, match="real zero points: quantise to an integer grid instead"):
+        require_runnable(shape, 256)
+    with pytest.raises(PlanError, match="the adapter's vectors"):
+        require_runnable(make("stories260k", adapter_vector="magnitude", adapter_rank=2), 256)
+    config = dict(shape.config) | {"hidden_act": "relu", "edgepress": {"activation_bits": 8}}
+    with pytest.raises(PlanError) as error:
+        require_runnable(replace(shape, config=config), 1000)
+    for words in ("a context of 1000 tokens", "'relu'", "inputs of 8 bits"):
+        assert words in str(error.value)
+
+
+@pytest.mark.unit
+def test_the_first_difference_is_told() -> None:
+    assert difference([1, 2, 3], (1, 2, 3)) == ""
+    assert "from place 1 of 3" in difference([1, 5, 3], [1, 2, 3])
+    assert "from place 2 of 3" in difference([1, 2], [1, 2, 3])
+
+
+# --- the simulator ----------------------------------------------------------------------------------------------------
+
+
+def program(folder: Path, body: str, working: int = 256 * 1024) -> Path:
+    """A folder like an exported one whose program does this and nothing else."""
+    uses = (
+        Use("MRAM", 0x10400000, "rx", 4 << 20, {"code": 0, "tables": 0, "weights": 0}),
+        Use("SRAM", 0x10800000, "rw", 4 << 20, {"KV cache": 0, "activations": 0}),
+        Use("L1", 0x10000000, "rw", working, {"stack": 0}),
+    )
+    for name, content in sources().items():
+        (folder / name).write_bytes(content)
+    for name in ("runtime.c", "model.c"):
+        (folder / name).write_text("typedef int nothing;\n")
+    (folder / "main.c").write_text(
+        'static void done(void) { register int a7 __asm__("a7") = 2; __asm__ volatile("ecall" :: "r"(a7)); }\n'
+        f"int main(void) {{ {body} done(); return 0; }}\n"
+    )
+    (folder / "weights.bin").write_bytes(MAGIC)
+    (folder / "link.ld").write_text(linker_script(uses, "a test"))
+    (folder / "memory.json").write_text(json.dumps({"memories": [use.to_dict() for use in uses]}))
+    return folder
+
+
+def store(address: int) -> str:
+    return f"*(volatile int *){address:#x} = 7;"
+
+
+@pytest.mark.pipeline
+def test_what_lies_inside_may_be_written(compiler: list[str], tmp_path: Path) -> None:
+    folder = program(tmp_path, " ".join(map(store, (0x10000000, 0x1003FFFC, 0x10800000, 0x10BFFFFC))))
+    build(folder, compiler)
+    outcome = simulate(folder)
+    assert outcome.tokens == () and outcome.instructions > 8
+    assert outcome.stack == 256 * 1024  # its lowest byte was written
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(("body", "words"), [
+    (store(0x10040000), "at 0x10040000 were to be written, 0 bytes past the end of L1 (0x10000000 to 0x1003ffff)"),
+    (store(0x10400100), "4 bytes at 0x10400100 were to be written, but MRAM is 'rx'"),
+    (store(0x10C00010), "were to be written, 16 bytes past the end of SRAM"),
+    (store(0x0FFFFFF0), "were to be written, 16 bytes before L1"),
+    ("(void)*(volatile int *)0x20000000;", "4 bytes at 0x20000000 were to be read"),
+    ("((void (*)(void))0x10800000)();", "were to be executed, but SRAM is 'rw'"),
+])  # fmt: skip
+def test_an_access_that_the_memories_do_not_allow_stops_it(
+    body: str, words: str, compiler: list[str], tmp_path: Path
+) -> None:
+    build(program(tmp_path, body), compiler)
+    with pytest.raises(StoppedError) as error:
+        simulate(tmp_path)
+    assert words in str(error.value)
+    assert "in main" in str(error.value) or "executed" in words
+
+
+@pytest.mark.pipeline
+def test_a_program_that_never_ends_is_stopped(compiler: list[str], tmp_path: Path) -> None:
+    build(program(tmp_path, 'for (;;) __asm__ volatile("");'), compiler)
+    with pytest.raises(StoppedError, match="not done after 1,000 instructions"):
+        simulate(tmp_path, limit=1000)
+
+
+@pytest.mark.pipeline
+def test_a_memory_cut_below_what_is_asked_of_it_fails_to_link(compiler: list[str], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"(?s)could not build.*L1"):
+        build(program(tmp_path, "", working=512), compiler)
