@@ -148,7 +148,7 @@ class Checkpoint:
         adapter = self.adapter_part(index)
         for x in linears:
             if x.grid:
-                weight = x.grid.read(codes[x.name], x.out_features, x.in_features)
+                weight = self._dense(index, x, codes[x.name])
                 dense[f"{x.name}.weight"] = weight.to(_TORCH_DTYPES[x.dtype])
             if x.adapted:
                 own = {kind: dense[f"{x.name}.{kind}"] for kind in ("weight", "bias") if f"{x.name}.{kind}" in dense}
@@ -165,7 +165,15 @@ class Checkpoint:
         if linear.grid is None:
             return self._read([f"{prefix}weight"], prefix)["weight"]
         stored = self._read([f"{prefix}{kind}" for kind in linear.grid.kinds], prefix)
-        return linear.grid.read(stored, linear.out_features, linear.in_features)
+        return self._dense(index, linear, stored)
+
+    def _dense(self, index: int, linear: LinearShape, stored: Mapping[str, Tensor]) -> Tensor:
+        assert linear.grid is not None
+        try:
+            return linear.grid.read(stored, linear.out_features, linear.in_features)
+        except CheckpointError as error:
+            layer = f"{self.shape.block_prefix}.{index}.{linear.name}"
+            raise CheckpointError(f"{self.folder}: {layer}: {error}") from None
 
     def outer(self) -> dict[str, Tensor]:
         """Everything outside the blocks by its full name; memory-mapped."""
@@ -480,6 +488,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     config = checkpoint.hf_config()
     # Nobody reads them here, and with them a model expects more of its blocks than the hidden states.
     config.output_attentions = config.output_hidden_states = False
+    config.return_dict = True  # without it some forward passes of transformers cannot read their own results
     with torch.device("meta"), readable(f"{checkpoint.folder} is not a causal language model that transformers builds"):
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, attn_implementation=attention_kernels(config), trust_remote_code=False

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.config import read_config, stated_form, tied
-from edgepress.checkpoints.documents import parse_json, read_small
+from edgepress.checkpoints.documents import CONFIG_BYTES, parse_json, read_small
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.families import known_families, shape_from_config
 from edgepress.checkpoints.forms import DTYPE_BITS, TORCH_NAMES, Form, Layer, TensorShape
@@ -189,6 +189,8 @@ def shape_of(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored])
 
 def _shape_of(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored]) -> ModelShape:
     form = stated_form(config)
+    if form is not None:
+        _require_agreement(folder, config["quantization_config"])
     count = int(config["num_hidden_layers"])
     prefix = block_prefix(list(stored), count, folder)
     members: dict[int, dict[str, TensorShape]] = defaultdict(dict)
@@ -221,6 +223,27 @@ def _shape_of(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored]
         )
     require_as_stated(shape, folder)
     return shape
+
+
+def _require_agreement(folder: Path, stated: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where the quantiser's own file tells another format than config.json, which is read here.
+
+    transformers writes config.json without the format that GPTQModel keeps in quantize_config.json.
+    """
+    path = folder / "quantize_config.json"
+    if stated.get("quant_method") != "gptq" or not path.is_file():
+        return
+    try:
+        beside = parse_json(read_small(path, CONFIG_BYTES), str(path))
+    except CheckpointError:
+        return  # nobody needs it
+    for name in ("checkpoint_format", "format"):
+        own = beside.get(name) if isinstance(beside, dict) else None
+        if own and own != "gptq":
+            raise CheckpointError(
+                f"{path} says {name} '{own}', and config.json does not; save the model again in GPTQ's version 1, "
+                "'gptq', or give the checkpoint from before quantisation"
+            )
 
 
 # --- what the files hold against what the configuration states ----------------------------------------------------

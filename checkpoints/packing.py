@@ -75,11 +75,22 @@ def group_of(columns: int, group: int) -> Tensor:
 
 
 def unpack_linear(stored: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (out, in), scales (out, groups) in float32 and zeros (out, groups), as `pack_linear` took them."""
+    """Codes (out, in), scales (out, groups) in float32 and zeros (out, groups), as `pack_linear` took them.
+
+    Raises CheckpointError for a column of a group that is not there, and for zero points that readers disagree on: of
+    one stored as the highest code some make 0, some 2^bits, and some carry into its neighbour.
+    """
     in_features = stored["g_idx"].shape[0]
-    out_features = stored["scales"].shape[1]
+    groups, out_features = stored["scales"].shape
+    if bool(((stored["g_idx"] < 0) | (stored["g_idx"] >= groups)).any()):
+        raise CheckpointError(f"g_idx puts a column in a group that is not one of its {groups}; the file is damaged")
     codes = unpack(stored["qweight"], bits, in_features).T
     zeros = unpack(stored["qzeros"].T.contiguous(), bits, out_features) + 1
+    if bool((zeros == 2**bits).any()):
+        raise CheckpointError(
+            f"qzeros holds a zero point of 0, stored as {2**bits - 1}, which readers of the format take differently; "
+            "give the checkpoint from before quantisation"
+        )
     return codes, stored["scales"].T.float(), zeros
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.packing import dequantise, pack, pack_linear, unpack, unpack_linear
 from edgepress.checkpoints.quiet import quiet_import
@@ -96,6 +96,24 @@ def test_a_code_at_its_zero_point_is_an_exact_zero(bits: int) -> None:
     codes, scales, zeros = random_layer(bits)
     codes[:, ::8] = zeros.repeat_interleave(GROUP, dim=1)[:, ::8]
     assert (dequantise(pack_linear(codes, scales, zeros, GROUP, bits), bits)[:, ::8] == 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_readers_take_differently_is_refused(bits: int) -> None:
+    codes, scales, zeros = random_layer(bits)
+    zeros[3, 1] = 0
+    stored = pack_linear(codes, scales, zeros, GROUP, bits)
+    stored["qzeros"] = pack(((zeros - 1) % 2**bits).contiguous(), bits).T.contiguous()
+    with pytest.raises(CheckpointError, match="zero point of 0"):
+        dequantise(stored, bits)
+
+
+@pytest.mark.parametrize("group", [-1, IN // GROUP])
+def test_a_column_of_a_group_that_is_not_there(group: int) -> None:
+    stored = pack_linear(*random_layer(4), GROUP, 4)
+    stored["g_idx"][5] = group
+    with pytest.raises(CheckpointError, match="not one of its 4"):
+        dequantise(stored, 4)
 
 
 # ------------------------------------------------------------------ GPTQModel

@@ -245,6 +245,23 @@ def test_codes_that_nothing_speaks_of_are_refused(tmp_path: Path) -> None:
         Checkpoint.open(folder)
 
 
+def test_the_quantisers_own_file_may_not_tell_another_format(tmp_path: Path) -> None:
+    folder = Wanted(bits=4).make(tmp_path / "m").folder
+    beside = folder / "quantize_config.json"
+    for told in ("{", json.dumps(GPTQ), json.dumps(GPTQ | {"checkpoint_format": "gptq"})):
+        beside.write_text(told)
+        assert shape_from_folder(folder).grid
+    beside.write_text(json.dumps(GPTQ | {"checkpoint_format": "gptq_v2"}))
+    with pytest.raises(CheckpointError, match=r"checkpoint_format 'gptq_v2', and config\.json does not"):
+        shape_from_folder(folder)
+
+
+def test_results_as_tuples_are_no_settings_of_ours(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m")
+    wanted = ours(folder)
+    assert torch.equal(ours(edited(folder, return_dict=False)), wanted)
+
+
 def test_a_bare_configuration_counts_the_codes_that_it_states(tmp_path: Path) -> None:
     config = dict(PRESETS["smollm2-135m"])
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": GPTQ}))
