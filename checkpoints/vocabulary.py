@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.manifest import require_name, require_own_links, write_bytes, write_json
 from edgepress.checkpoints.quiet import readable
 
@@ -62,6 +62,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _require_own_files(folder)
     with readable(f"{folder} holds no tokenizer that transformers can read"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a")  # some that can be built cannot write a letter
+    if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
+        raise CheckpointError(
+            f"{folder}: its tokenizer.json states dropout, so the same text would be other tokens each time; set it to "
+            "null there"
+        )
     return tokenizer
 
 

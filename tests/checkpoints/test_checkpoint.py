@@ -162,6 +162,21 @@ def test_tokenizer(own_model: TinyModel) -> None:
         Checkpoint.open(folder).tokenizer()
 
 
+def test_a_tokenizer_that_cannot_be_relied_on(own_model: TinyModel) -> None:
+    folder = own_model()
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text())
+    told["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="states dropout"):
+        Checkpoint.open(folder).tokenizer()
+    told["model"] = {"type": "WordPiece", "unk_token": "?", "vocab": {"words": 0}, "continuing_subword_prefix": "#",
+                     "max_input_chars_per_word": 9}  # fmt: skip
+    path.write_text(json.dumps(told | {"added_tokens": []}))
+    with pytest.raises(CheckpointError, match="holds no tokenizer that transformers can read"):
+        Checkpoint.open(folder).tokenizer()
+
+
 # ------------------------------------------------------------------ quantised, with an adapter
 
 
