@@ -6,6 +6,7 @@ import json
 import re
 import stat
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,19 @@ def read_small(path: Path, most: int, error: type[EdgepressError] = CheckpointEr
         raise error(f"{path} cannot be read: {fault.strerror or fault}") from None
 
 
-def parse_json(data: bytes, what: str, error: type[EdgepressError] = CheckpointError) -> Any:
-    """The value that JSON text in UTF-8 stands for. Raises `error` for what is not JSON, or is nested too deeply."""
+def parse_json(
+    data: bytes,
+    what: str,
+    error: type[EdgepressError] = CheckpointError,
+    fields: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """The value that JSON text in UTF-8 stands for. Raises `error` for what is not JSON, or is nested too deeply.
+
+    fields: what makes an object of its fields, or raises ValueError.
+    """
     _require_shallow(data, what, error)
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=_finite)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_finite, object_pairs_hook=fields)
     except (ValueError, RecursionError) as fault:  # neither JSON nor, perhaps, text at all
         raise error(f"{what} is not JSON: {fault}") from None
 

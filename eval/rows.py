@@ -60,9 +60,12 @@ FORMS: dict[tuple[str, ...], _Form] = {
 }
 _OPTIONAL: dict[tuple[str, ...], str] = {("instruction", "output"): "input", ("instruction", "response"): "context"}
 _CHATS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # of a turn, beside its text
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "function": "tool", "observation": "tool", "developer": "system"}
-_KNOWN = dict.fromkeys(["text", *_CHATS, "input", *(name for names in FORMS for name in names)])
+# What belongs to a row of other tools' data and is read by no form: it changes what the row says.
+_BESIDE = ("system", "history", "tools", "choices", "options")
+_KNOWN = dict.fromkeys(["text", *_CHATS, "input", *(name for names in FORMS for name in names), *_BESIDE])
 FORMS_TEXT = "text; " + "; ".join(
     ", ".join((names[0], f"({_OPTIONAL[names]},) {names[1]}") if names in _OPTIONAL else names) for names in FORMS
 )
@@ -136,7 +139,7 @@ def _with_answer(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
@@ -160,17 +163,24 @@ def _whole(text: str) -> bool:
 
 
 def chat_of(row: Any) -> str | None:
-    """A row's conversation as JSON, a list of {role, content}; None where it has none. Raises RowError."""
+    """A row's conversation as JSON, a list of {role, content}; None where it has none. Raises RowError.
+
+    A `system` beside the turns, as in ShareGPT's rows, is the first of them.
+    """
     field = next((name for name in _CHATS if isinstance(row, Mapping) and name in row), None)
     if field is None:
         return None
-    others = [name for name in _KNOWN if name != field and not _is_blank(row.get(name))]
+    others = [name for name in _KNOWN if name not in (field, "system") and not _is_blank(row.get(name))]
     if others:
         raise RowError(f"it has '{field}' and '{others[0]}', which no form reads together; keep one")
     if row[field] is None or not isinstance(row[field], list) or not row[field]:
         what = "null" if row[field] is None else "empty" if row[field] in ([], "") else "not a list of turns"
         raise RowError(f"'{field}' is {what}")
     turns = [_turn(f"{field}[{place}]", turn, *_CHATS[field]) for place, turn in enumerate(row[field])]
+    if not _is_blank(row.get("system")):
+        if turns[0]["role"] == "system":
+            raise RowError(f"it has 'system', and '{field}' begins with such a turn too; keep one")
+        turns.insert(0, {"role": "system", "content": _text(row, "system")})
     return json.dumps(turns, ensure_ascii=False)
 
 
@@ -189,8 +199,8 @@ def _turn(where: str, turn: Any, speaker: str, said: str) -> dict[str, str]:
         words = "".join(part["text"] for part in words)
     if not _text({f"{where}.{said}": words}, f"{where}.{said}").strip():
         raise RowError(f"'{where}.{said}' is empty")
-    if turn.get("tool_calls"):
-        raise RowError(f"'{where}.tool_calls' cannot be read")
+    if unread := [name for name in _UNREAD if not _is_blank(turn.get(name))]:
+        raise RowError(f"'{where}.{unread[0]}' cannot be read")
     return {"role": role, "content": str(words)}
 
 
@@ -236,6 +246,15 @@ def file_texts(path: Path) -> tuple[list[str], bool, bool]:
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# Rows and documents in formats that are not read here: as plain text their markup would be measured too.
+_FOREIGN = {
+    ".ndjson": "rename it to end in .jsonl", ".jsonlines": "rename it to end in .jsonl",
+    ".csv": "save its rows as .jsonl or .parquet", ".tsv": "save its rows as .jsonl or .parquet",
+    ".xlsx": "save its rows as .jsonl", ".xls": "save its rows as .jsonl", ".arrow": "save its rows as .parquet",
+    ".feather": "save its rows as .parquet", ".html": "save its text as .txt", ".htm": "save its text as .txt",
+    ".pdf": "save its text as .txt", ".docx": "save its text as .txt", ".epub": "save its text as .txt",
+    ".gz": "unpack it", ".bz2": "unpack it", ".xz": "unpack it", ".zst": "unpack it", ".zip": "unpack it",
+}  # fmt: skip
 _SHOWN_FAULTS = 5
 # Longest first: UTF-32's little-endian mark begins with UTF-16's.
 _MARKS = (
@@ -249,6 +268,25 @@ Row = TypeVar("Row")
 
 class RowError(ValueError):
     """What is wrong with one row; whoever knows its place adds it."""
+
+
+def require_plain(path: Path, text: str = "") -> None:
+    """Raise TextError where a file is no plain text by its name, or by its text is rows of JSON under another name."""
+    if remedy := _FOREIGN.get(path.suffix.lower()):
+        raise TextError(f"{path} is no plain text, as its name says, nor a file of rows that can be read; {remedy}")
+    if text.startswith("%PDF-"):
+        raise TextError(f"{path} is a PDF, no plain text; save its text as .txt")
+    lines = [line for line in itertools.islice(io.StringIO(text), 100) if line.strip()]
+    if len(lines) > 1 and all(_is_row(line) for line in lines):
+        raise TextError(f"{path} holds rows of JSON, not plain text; rename it to end in .jsonl")
+
+
+def _is_row(line: str) -> bool:
+    try:
+        row = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and any(name in row for name in _KNOWN)
 
 
 def read_utf8(path: Path) -> str:
@@ -323,14 +361,16 @@ def _raw_rows(path: Path) -> Iterator[Any]:
         if suffix == ".jsonl":
             yield from _json_lines(path)
         elif suffix == ".json":
-            rows = parse_json(read_utf8(path).encode(), f"{path} cannot be read as {suffix}: it", TextError)
+            rows = parse_json(read_utf8(path).encode(), f"{path} cannot be read as {suffix}: it", TextError, _once)
             if not isinstance(rows, list):
                 raise TextError(f"{path} must hold a list of rows")
             yield from rows
         elif suffix == ".parquet":
             from pyarrow import parquet
 
-            for batch in parquet.ParquetFile(path).iter_batches():
+            file = parquet.ParquetFile(path)
+            _once([(name, None) for name in file.schema_arrow.names])
+            for batch in file.iter_batches():
                 yield from batch.to_pylist()
         else:
             raise TextError(f"{path} is no file of rows; its name must end in {', '.join(SUFFIXES)}")
@@ -352,11 +392,22 @@ def _json_lines(path: Path) -> Iterator[Any]:
             yield from (RowError("empty; remove the line") for _ in range(empty))
             empty = 0
             try:
-                yield json.loads(line)
+                yield json.loads(line, object_pairs_hook=_once)
             except json.JSONDecodeError as error:
                 yield RowError(f"not JSON ({error.msg})")
+            except ValueError as error:  # a field twice, or a number of thousands of digits
+                yield RowError(f"not to be read as JSON ({str(error).partition(';')[0]})")
             except RecursionError:
                 yield RowError("not JSON (nested too deeply)")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these fields. Raises ValueError where one of them is there twice: which counts, nobody can say."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field '{next(name for name in names if names.count(name) > 1)}' is there twice")
+    return found
 
 
 def hub_rows(

@@ -11,6 +11,8 @@ import importlib
 import itertools
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from edgepress.checkpoints.errors import TextError
 from edgepress.eval.chat import in_template
-from edgepress.eval.rows import FORMS_TEXT, SUFFIXES, file_texts, hub_rows, read_utf8, usable_texts
+from edgepress.eval.rows import FORMS_TEXT, SUFFIXES, file_texts, hub_rows, read_utf8, require_plain, usable_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,10 +163,13 @@ def read_file(path: Path) -> Text:
     if path.suffix.lower() in SUFFIXES:
         texts, exchanges, chats = file_texts(path)
         return Text(path.name, tuple(texts), exchanges, chats)
+    require_plain(path)
     try:
-        parts = read_utf8(path).split(END_OF_TEXT)
+        text = read_utf8(path)
     except OSError as error:
         raise TextError(f"{path} cannot be read as text: {error}") from None
+    require_plain(path, text)
+    parts = text.split(END_OF_TEXT)
     if not any(part.strip() for part in parts):
         raise TextError(f"{path} holds no text: it is empty or has nothing but spaces")
     return Text(path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],))
@@ -254,31 +259,41 @@ def _hub(
 WINDOW, PIECE = 13, 50
 _COMMON = 10  # a window in more measured documents than this is a phrase of the form, not of a document
 _SHORTEST = 4  # words; less, such as a heading, may recur
-_WORD = re.compile(r"\w+")
+_SHORTEST_UNIT = 5  # words of a line or sentence; less may recur
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+_HIDDEN = re.compile(r"[\u00ad\u200b-\u200f\u2060\ufeff]")  # soft hyphens and the like, which nobody sees
+_UNITS = (re.compile(r"\n"), re.compile(r"[.!?]\s+"))  # ends of lines, of sentences
 _ANSWER = re.compile(r"\n(?:Answer|Response):")
 _Hashes = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the measuring text holds: hashes of its windows of words, sorted, and of its short documents."""
+    """What the measuring text holds: hashes of its windows of words, sorted, and of its short documents and units."""
 
     windows: _Hashes
     documents: frozenset[int]
+    units: tuple[frozenset[int], ...] = (frozenset(),) * len(_UNITS)  # of each kind
 
     @classmethod
     def of(cls, text: Text) -> Measured:
         documents, parts = set(), []
+        units: list[Counter[int]] = [Counter() for _ in _UNITS]
         for document in text.documents:
             words = _words(document)
+            for seen, kind in zip(units, _UNITS, strict=True):
+                seen.update({unit for unit, _ in _units(document, kind) if unit is not None})
             documents |= set(_wholes(document, words, text.exchanges))
             parts.append(np.unique(_windows(words)))
         found, counts = np.unique(np.concatenate([*parts, np.empty(0, np.uint64)]), return_counts=True)
-        return cls(found[counts <= _COMMON], frozenset(documents))
+        rare = (frozenset(unit for unit, count in seen.items() if count <= _COMMON) for seen in units)
+        return cls(found[counts <= _COMMON], frozenset(documents), tuple(rare))
 
     def shares(self, document: str, exchange: bool) -> bool:
         words = _words(document)
         if any(whole in self.documents for whole in _wholes(document, words, exchange)):
+            return True
+        if any(_half_known(document, kind, known) for kind, known in zip(_UNITS, self.units, strict=True) if known):
             return True
         hashes = _windows(words)
         if not hashes.size or not self.windows.size:
@@ -322,7 +337,28 @@ def _passages(document: str) -> Iterator[str]:
         yield "".join(lines)
 
 
+def _half_known(document: str, kind: re.Pattern[str], known: frozenset[int]) -> bool:
+    """Whether half of the words of some piece stand in units that are known."""
+    units = list(_units(document, kind))
+    if not any(unit in known for unit, _ in units):
+        return False
+    marks = np.repeat([unit in known for unit, _ in units], [count for _, count in units])
+    total = np.concatenate([[0], np.cumsum(marks)])
+    starts = np.arange(0, max(1, marks.size - PIECE + 1), PIECE // 2)
+    ends = np.minimum(starts + PIECE, marks.size)
+    return bool(np.any(2 * (total[ends] - total[starts]) >= ends - starts))
+
+
+def _units(document: str, kind: re.Pattern[str]) -> Iterator[tuple[int | None, int]]:
+    """A hash of each line or sentence, None for a short one, and its number of words."""
+    for part in kind.split(document):
+        words = _words(part)
+        yield (hash(words.tobytes()) if len(words) >= _SHORTEST_UNIT else None), len(words)
+
+
 def _words(document: str) -> _Hashes:
+    if not document.isascii():  # one spelling of what looks the same
+        document = unicodedata.normalize("NFKC", _HIDDEN.sub("", document))
     words = _WORD.findall(document.casefold())
     return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import random
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,34 @@ def test_a_copy_in_another_form_is_found(tmp_path: Path, form: str) -> None:
     (tmp_path / name).write_bytes(content.encode())
     _, left_out, of = without_measured(read_file(tmp_path / name), Measured.of(Text("measured", tuple(PROSE))))
     assert left_out >= 0.95 * of > 0
+
+
+@pytest.mark.parametrize("ends", ["\n", ". "])
+def test_a_copy_with_its_lines_or_sentences_shuffled_is_found(ends: str) -> None:
+    measured = Measured.of(Text("measured", tuple(PROSE)))
+    parts = "\n".join(PROSE).split(ends)
+    random.Random(0).shuffle(parts)
+    _, left_out, of = without_measured(Text("training", (ends.join(parts),)), measured)
+    assert left_out >= 0.9 * of > 0
+
+
+def test_a_copy_in_another_spelling_of_the_same_letters_is_found() -> None:
+    words = " ".join(PROSE).replace("e", "\u00e9")  # e with an accent, as one letter
+    for copy in (
+        unicodedata.normalize("NFD", words),
+        words.replace("r\u00e9", "r\u00ad\u00e9"),
+        words.replace(" ", " \u200b"),
+    ):
+        _, left_out, of = without_measured(Text("training", (copy,)), Measured.of(Text("measured", (words,))))
+        assert left_out >= 0.95 * of > 0
+
+
+def test_a_copy_without_spaces_between_words_is_found_in_lines_of_another_length() -> None:
+    letters = "".join(chr(0x4E00 + place * 7919 % 5000) for place in range(3000))
+    lines = {wide: "\n".join(letters[i : i + wide] for i in range(0, len(letters), wide)) for wide in (40, 60)}
+    text = Text("training", (lines[40], *PROSE))
+    kept, left_out, _ = without_measured(text, Measured.of(Text("measured", (lines[60],))))
+    assert (kept.documents, left_out) == (tuple(PROSE), 1)
 
 
 def test_what_is_shared_goes_and_the_rest_stays() -> None:

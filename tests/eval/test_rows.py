@@ -69,6 +69,9 @@ def test_every_form_of_a_row(row: Any, expected: tuple[str, bool]) -> None:
         ({"instruction": "x", "output": "y", "text": "theirs"}, "'text', 'instruction', 'output', which no form"),
         ({"text": "x", "prompt": "y"}, "'text', 'prompt'"),
         ({"instruction": "x", "input": "a", "context": "b", "output": "c"}, "'context'"),
+        ({"instruction": "x", "output": "y", "system": "Be kind."}, "'system'"),
+        ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "'history'"),
+        ({"question": "x", "choices": ["a", "b"], "answer": "b"}, "'choices'"),
     ],
 )
 def test_a_row_that_is_no_text(row: Any, says: str) -> None:
@@ -87,6 +90,10 @@ def test_a_row_that_is_no_text(row: Any, says: str) -> None:
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         ),
+        (
+            {"system": "s", "tools": "", "conversations": [{"from": "human", "value": "a"}]},
+            [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+        ),
         ({"text": "x"}, None),
     ],
 )
@@ -103,6 +110,9 @@ def test_conversations(row: Any, turns: Any) -> None:
         ({"messages": [{"role": "user", "content": None}]}, r"'messages\[0\].content' is null"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"a part that is not text \(image\)"),
         ({"messages": [{"role": "user", "content": "a"}], "text": "b"}, "'messages' and 'text'"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}, "'messages' and 'tools'"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "begins with such a turn too"),
+        ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "reasoning_content' cannot"),
     ],
 )
 def test_a_conversation_that_cannot_be_read(row: Any, says: str) -> None:
@@ -128,6 +138,41 @@ def test_what_is_no_utf8_is_named(tmp_path: Path, name: str, data: bytes, says: 
     (tmp_path / name).write_bytes(data)
     with pytest.raises(TextError, match=says):
         load_text(str(tmp_path / name), "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("t.ndjson", '{"text": "words"}', "rename it to end in .jsonl"),
+        ("t.CSV", "text\nwords", "save its rows as .jsonl"),
+        ("t.html", "<p>words</p>", "save its text as .txt"),
+        ("t.txt", "%PDF-1.4 words", "is a PDF"),
+        ("t.txt", '{"text": "words"}\n\n{"text": "more"}', "rows of JSON, not plain text"),
+        ("t.jsonl", '{"text": "one", "text": "two"}', "line 1: .*'text' is there twice"),
+        ("t.json", '[{"text": "one", "text": "two"}]', "'text' is there twice"),
+        ("t.jsonl", '{"text": "one", "id": ' + "9" * 5000 + "}", "line 1: .*4300 digits"),
+    ],
+)
+def test_rows_and_documents_of_other_formats_are_no_plain_text(tmp_path: Path, name: str, data: str, says: str) -> None:
+    (tmp_path / name).write_text(data)
+    with pytest.raises(TextError, match=says):
+        load_text(str(tmp_path / name), "whole")
+
+
+def test_json_within_prose_is_prose(tmp_path: Path) -> None:
+    for words in ('{"text": "words"}\nAnd words about it.', '{"a": 1}\n{"b": 2}'):
+        (tmp_path / "t.txt").write_text(words)
+        assert load_text(str(tmp_path / "t.txt"), "whole").documents == (words,)
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(TextError, match="'text' is there twice"):
+        load_text(str(tmp_path / "t.parquet"), "whole")
 
 
 def test_marks_line_ends_and_capital_suffixes_change_no_text(tmp_path: Path) -> None:
