@@ -304,22 +304,31 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 draft.seek(0)
                 _send(draft, path)
             return
-        temporary = path.with_name(f".{path.name}{PARTIAL}")
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        with drafted(path) as draft, draft.open("wb") as file:
+            yield file
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """The path of a draft beside `path`, which whoever enters writes, and which becomes `path` at the end.
+
+    Its bytes reach the disk before it takes the name. After an error or Ctrl-C the draft is removed.
+    """
+    draft = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def require_output(path: Path) -> None:

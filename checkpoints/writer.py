@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
 from edgepress.checkpoints.manifest import (
     MANIFEST,
-    PARTIAL,
     WORK,
     Manifest,
     check_files,
+    drafted,
     replacing,
     require_inside,
     require_own_links,
@@ -143,17 +142,8 @@ class CheckpointWriter:
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}{PARTIAL}")
-        try:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        with drafted(path) as draft:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, draft, metadata={"format": "pt"})
         self._vouch(path)
 
     def _link(self, path: Path, name: str) -> bool:

@@ -21,11 +21,11 @@ from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanEr
 from edgepress.checkpoints.manifest import (
     MANIFEST,
     MARKER,
-    PARTIAL,
     SEAL,
     WORK,
     Manifest,
     check_files,
+    drafted,
     remove_partial,
     require_inside,
     require_name,
@@ -34,7 +34,7 @@ from edgepress.checkpoints.manifest import (
     sealed,
     write_bytes,
     write_json,
-)  # fmt: skip  # fmt: skip
+)  # fmt: skip
 
 LOCKS, RESULT = ".locks", "result"
 REPORT, EARLIER_REPORT = "report.json", "report-earlier.json"
@@ -322,13 +322,8 @@ class Mirror:
                 target = self.folder / shared / name
                 if entry["type"] != "file" or name.startswith(".") or target.is_file() or target.is_symlink():
                     continue
-                draft = target.with_name(f".{name}{PARTIAL}")
-                try:
-                    with self._named(f"{shared}/{name}"):
-                        self.files.get_file(entry["name"], str(draft))
-                    draft.replace(target)
-                finally:
-                    draft.unlink(missing_ok=True)
+                with drafted(target) as draft, self._named(f"{shared}/{name}"):
+                    self.files.get_file(entry["name"], str(draft))
 
     def _put(self, path: Path, name: str) -> None:
         with self._named(name):
