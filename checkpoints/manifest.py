@@ -299,10 +299,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise CheckpointError(f"{path} cannot be written: there is no folder {path.parent}")
     try:
         if is_special(path):
-            with tempfile.TemporaryFile() as draft:
-                yield draft
-                draft.seek(0)
-                _send(draft, path)
+            with tempfile.TemporaryFile() as spool:
+                yield spool
+                spool.seek(0)
+                _send(spool, path)
             return
         with drafted(path) as draft, draft.open("wb") as file:
             yield file
