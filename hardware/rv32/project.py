@@ -130,19 +130,22 @@ def _number(value: float) -> str:
 
 
 def makefile() -> str:
-    """The targets chip.elf, run and check, for gcc; the text says how to take zig instead."""
+    """The targets chip.elf, run and check, with the compiler that `build.find_compiler` would find."""
     return "\n".join(
         [
             "# Written by `compress export`. make run prints what the program writes, make check compares its tokens.",
-            "# The compiler is Debian's gcc; for clang from PyPI:",
-            '#     make CC="python3 -m ziglang cc" CORE="' + " ".join(ZIG) + '"',
-            "CC = riscv64-unknown-elf-gcc",
-            f"CORE = {' '.join(GCC)}",
+            "# The compiler is Debian's gcc where it is installed, else clang as PyPI has it.",
+            "PYTHON = python3",
+            "ifneq ($(shell command -v riscv64-unknown-elf-gcc),)",
+            f"COMPILE = riscv64-unknown-elf-gcc {' '.join(GCC)}",
+            "else",
+            f"COMPILE = $(PYTHON) -m ziglang cc {' '.join(ZIG)}",
+            "endif",
             f"CFLAGS = {' '.join(FLAGS)}",
-            "SIMULATE = python3 -m edgepress.hardware.rv32.simulator",
+            "SIMULATE = $(PYTHON) -m edgepress.hardware.rv32.simulator",
             "",
             "chip.elf: runtime.c main.c model.c start.S model.h runtime.h weights.bin link.ld",
-            "\t$(CC) $(CORE) $(CFLAGS) -T link.ld runtime.c main.c model.c start.S -o $@",
+            "\t$(COMPILE) $(CFLAGS) -T link.ld runtime.c main.c model.c start.S -o $@",
             "",
             "run: chip.elf",
             "\t$(SIMULATE) .",

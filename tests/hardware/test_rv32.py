@@ -23,11 +23,8 @@ FORM = Grid(4, 32)
 
 @pytest.fixture(scope="module")
 def compiler() -> list[str]:
-    try:
-        require_simulator()
-        return find_compiler()
-    except PlanError as error:
-        pytest.skip(str(error))
+    require_simulator()
+    return find_compiler()
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

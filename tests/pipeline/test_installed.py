@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,17 @@ def test_the_module_is_the_command(installed: Installed, workplace: Path) -> Non
     done = installed.run("python -m edgepress plan --recipe two-minutes", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert "5 eora" in done.stdout
+
+
+def test_an_exported_program_is_compiled_and_checked_by_its_own_makefile(installed: Installed, workplace: Path) -> None:
+    exported = installed.run("compress export my-model --context 32 --tokens 4 -o chip", cwd=workplace)
+    assert exported.returncode == 0, exported.stderr
+    python = installed.binaries / "python"
+    done = subprocess.run(
+        ["make", "-C", workplace / "chip", "check", f"PYTHON={python}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokens are those of Python in float32" in done.stdout
 
 
 def test_the_readme_s_python_runs(installed: Installed, workplace: Path) -> None:
