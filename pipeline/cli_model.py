@@ -133,8 +133,8 @@ def export(
 ) -> None:
     """Write a checkpoint as a C program for a chip.
 
-    It is linked into exactly the chip's memories, and continues the prompt greedily. Exit code 0: written; 3: it does
-    not fit, and nothing was written.
+    It is linked into exactly the chip's memories, and continues the prompt greedily. README lists the families whose
+    blocks it has; others are refused by name. Exit code 0: written; 3: it does not fit, and nothing was written.
     """
     if to != "rv32":
         raise PlanError(f"--to {to}: there is rv32, a program for plain RISC-V cores")

@@ -17,8 +17,19 @@ from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.packing import dequantise_rows, group_of, unpack
-from edgepress.checkpoints.shape import LinearShape
-from edgepress.hardware.rv32.layout import FINAL_NORM, NORMS, Layout, matrices, require_runnable
+from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.hardware.rv32.families import (
+    Layer,
+    Numbers,
+    Rope,
+    family_of,
+    halves_first,
+    layers,
+    norms,
+    numbers_of,
+    rope_kinds,
+)
+from edgepress.hardware.rv32.layout import FINAL_NORM, Layout, matrices, require_runnable, shared
 from edgepress.hardware.rv32.memory import Use, linker_script, memory_use, table_bytes
 from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
 from edgepress.hardware.soc import Soc
@@ -34,6 +45,7 @@ class Export:
     checkpoint: Checkpoint
     soc: Soc
     run: Run
+    numbers: Numbers
     pieces: list[bytes]  # the tokens' texts
     layout: Layout
     uses: tuple[Use, Use, Use]
@@ -50,12 +62,13 @@ class Export:
         shape, layout, run = self.checkpoint.shape, self.layout, self.run
         model = _exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
         weights = layout.joined(_contents(self.checkpoint, self.pieces))
+        ropes = _ropes(model, shape)
         facts = {"soc": self.soc.label, "memories": [use.to_dict() for use in self.uses]}
         return {
             **sources(),
             "weights.bin": weights,
-            "model.h": model_header(shape, layout, run).encode(),
-            "model.c": model_source(shape, layout, run, model.model.rotary_emb.inv_freq.tolist()).encode(),
+            "model.h": model_header(shape, layout, run, self.numbers, ropes).encode(),
+            "model.c": model_source(shape, layout, run, ropes).encode(),
             "link.ld": linker_script(self.uses, self.soc.label).encode(),
             "Makefile": makefile().encode(),
             "expected.txt": " ".join(map(str, _greedy(model, run))).encode() + b"\n",
@@ -76,6 +89,7 @@ def plan_export(checkpoint: Checkpoint, soc: Soc, prompt: str, new_tokens: int, 
     """
     shape = checkpoint.shape
     require_runnable(shape, context)
+    numbers = numbers_of(shape, _settings(checkpoint), context)
     tokenizer: Any = checkpoint.tokenizer()
     ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
     if not ids:
@@ -90,8 +104,23 @@ def plan_export(checkpoint: Checkpoint, soc: Soc, prompt: str, new_tokens: int, 
     run = Run(ids, new_tokens, _ends(checkpoint, tokenizer), context)
     pieces = token_pieces(checkpoint.folder, shape.vocabulary)
     layout = Layout(shape, sum(map(len, pieces)))
-    uses = memory_use(shape, soc, layout.nbytes, table_bytes(shape, len(ids), len(run.ends)), context)
-    return Export(checkpoint, soc, run, pieces, layout, uses)
+    uses = memory_use(shape, soc, layout.nbytes, table_bytes(shape, len(ids), len(run.ends), context), context)
+    return Export(checkpoint, soc, run, numbers, pieces, layout, uses)
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration, and what its class fills in where it is silent."""
+    stated = {key: value for key, value in checkpoint.config.items() if value is not None}
+    return {**checkpoint.hf_config().to_dict(), **stated}
+
+
+def _ropes(model: Any, shape: ModelShape) -> list[Rope]:
+    turned = model.base_model.rotary_emb
+    names = [f"{kind}_" if kind else "" for kind in rope_kinds(shape)]
+    return [
+        Rope(getattr(turned, f"{name}inv_freq").tolist(), float(getattr(turned, f"{name}attention_scaling")))
+        for name in names
+    ]
 
 
 def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
@@ -107,7 +136,7 @@ def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
 
 def _contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, bytes]:
     shape, outer = checkpoint.shape, checkpoint.outer()
-    found: dict[str, bytes] = {FINAL_NORM: _raw(outer[f"{FINAL_NORM}.weight"].float())}
+    found: dict[str, bytes] = {FINAL_NORM: _norm(shape, outer[f"{FINAL_NORM}.weight"])}
     edge = checkpoint.edge()
     for name in matrices(shape):
         kinds = ("codes", "scales", "minimum") if edge else ()
@@ -117,15 +146,32 @@ def _contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, bytes]:
     for index, block in enumerate(shape.blocks):
         stored = checkpoint.stored_block(index)
         adapter, codes = checkpoint.adapter_part(index), checkpoint.adapter_codes_part(index)
-        for name in NORMS:
-            found[f"{index}.{name}"] = _raw(stored[f"{name}.weight"].float())
-        for x in block.linears:
+        for kind, norm in norms(shape, block).items():
+            found[f"{index}.{kind}"] = _norm(shape, stored[norm.name], of_heads=kind in ("Q_NORM", "K_NORM"))
+        for layer in layers(shape, block):
+            x = layer.source
             parts = _base(x, stored, f"{checkpoint.folder.name}: block {index}: {x.name}")
             if x.adapter_rank:
                 parts |= _adapter(x, adapter, codes, checkpoint.adapter_scale)
-            found |= {f"{index}.{x.name}.{kind}": _raw(tensor) for kind, tensor in parts.items()}
+            found |= {f"{index}.{layer.name}.{kind}": _raw(tensor) for kind, tensor in _own(layer, parts).items()}
     starts = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0).to(torch.int32)
     return found | {"piece_starts": _raw(starts), "pieces": b"".join(pieces)}
+
+
+def _norm(shape: ModelShape, weight: Tensor, of_heads: bool = False) -> bytes:
+    family, weight = family_of(shape), weight.float()
+    if of_heads and family.neighbours:
+        weight = weight.flatten()[halves_first(shape, weight.numel())]
+    return _raw(1.0 + weight if family.one_more else weight)
+
+
+def _own(layer: Layer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a linear layer's parts those of a program's layer, with its rows alone in its order."""
+    own = {kind: tensor for kind, tensor in parts.items() if kind not in shared(layer)}
+    if layer.rows is None:
+        return own
+    rows = torch.tensor(layer.rows)
+    return {kind: tensor if kind in ("a", "rank_scales") else tensor[rows] for kind, tensor in own.items()}
 
 
 def _base(x: LinearShape, stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

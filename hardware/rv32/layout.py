@@ -8,21 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from edgepress.checkpoints.config import has_rope, rotary_width, setting, slides, tied
+from edgepress.checkpoints.config import tied
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.hardware.rv32.families import Layer, faults, layers, norms
 
-FAMILIES = ("llama", "mistral", "qwen2")
-LINEARS = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
-NORMS = ("input_layernorm", "post_attention_layernorm")
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 MAGIC = b"edgepress rv32 1"  # the file's first bytes: no part lies at offset 0, which the tables read as none
 _DENSE = {"F32": 4, "F16": 2, "BF16": 2}
-_ROPES = ("default", "linear", "llama3")  # angles that do not depend on how long the text is
 _FARTHEST = 12_000  # positions whose angles the program's own sine reduces without losing digits
 
 
@@ -74,11 +68,12 @@ def _parts(shape: ModelShape, pieces: int) -> Iterator[tuple[str, int]]:
             yield f"{name}.minimum", rows * 2
     yield FINAL_NORM, 4 * shape.hidden_size
     for index, block in enumerate(shape.blocks):
-        for name in NORMS:
-            yield f"{index}.{name}", 4 * shape.hidden_size
-        for x in block.linears:
-            for kind, nbytes in _linear_parts(x):
-                yield f"{index}.{x.name}.{kind}", nbytes
+        for kind, norm in norms(shape, block).items():
+            yield f"{index}.{kind}", 4 * norm.elements
+        for layer in layers(shape, block):
+            for kind, nbytes in _linear_parts(layer.shape):
+                if kind not in shared(layer):
+                    yield f"{index}.{layer.name}.{kind}", nbytes
     yield "piece_starts", 4 * (shape.vocabulary + 1)
     yield "pieces", pieces
 
@@ -99,6 +94,11 @@ def _linear_parts(x: LinearShape) -> Iterator[tuple[str, int]]:
         yield "a", size * x.adapter_rank * x.in_features
         yield "b", size * x.adapter_rank * x.out_features
         yield "rank_scales", 4 * x.adapter_rank
+
+
+def shared(layer: Layer) -> tuple[str, ...]:
+    """The parts that a layer has from another one's: all rows of a fused layer multiply one adapter's A x."""
+    return ("a", "rank_scales") if layer.first else ()
 
 
 def matrices(shape: ModelShape) -> tuple[str, ...]:
@@ -123,27 +123,11 @@ def require_runnable(shape: ModelShape, context: int) -> None:
 
 
 def _family_faults(shape: ModelShape, context: int) -> Iterator[str]:
-    config, blocks = shape.config, len(shape.blocks)
-    if shape.family not in FAMILIES:
-        yield f"the family '{shape.family}': the program knows the blocks of {', '.join(FAMILIES)}"
-        return
     if not 1 <= context <= shape.positions:
         yield f"a context of {context} tokens: the model has positions for 1 to {shape.positions}"
     if context > _FARTHEST:
         yield f"a context of {context} tokens: the program's angles are exact to {_FARTHEST}"
-    if (activation := setting(config, "hidden_act")) != "silu":
-        yield f"the activation function '{activation}': silu can be run"
-    window = setting(config, "sliding_window")
-    if any(slides(config, k, blocks) for k in range(blocks)) and window < context:
-        yield f"attention over a sliding window of {window} tokens: give --context {window} or fewer"
-    if not all(has_rope(config, k, blocks) for k in range(blocks)) or rotary_width(config) != shape.head_dim:
-        yield "rotary embeddings on a part of the blocks or channels: all of them can be turned"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
-    if kind not in _ROPES:
-        yield f"rotary embeddings of type '{kind}': {', '.join(_ROPES)} can be run"
-    if shape.head_dim % 2:
-        yield f"heads of {shape.head_dim} channels: rotary embeddings turn pairs"
+    yield from faults(shape, context)
     if shape.activation_bits < 16:
         yield f"inputs of {shape.activation_bits} bits: the program computes in float32"
 
@@ -154,23 +138,24 @@ def _weight_faults(shape: ModelShape) -> Iterator[str]:
     names = {t.name for t in shape.outer} - ({f"{HEAD}.weight"} if tied(shape.config) else set())
     if names != wanted:
         yield f"tensors outside the blocks: {', '.join(sorted(names ^ wanted))}"
-    faults: dict[str, None] = {}
+    found: dict[str, None] = {}
     for block in shape.blocks:
-        others = {t.name for t in block.others}
-        if others != {f"{name}.weight" for name in NORMS} or tuple(x.name for x in _ordered(block.linears)) != LINEARS:
-            faults["blocks with other parts than two norms, q, k, v, o, and a gated feed-forward's three layers"] = None
+        try:
+            own = norms(shape, block)
+        except PlanError as error:  # a block that its family has no order of computing for
+            found[str(error)] = None
+            continue
+        odd = {t.name for t in block.others} - {t.name for t in own.values()}
+        if odd or own.keys() != norms(shape, shape.blocks[0]).keys():
+            found[f"blocks with {', '.join(sorted(odd)) or 'unlike norms'}"] = None
             continue
         for x in block.linears:
-            faults |= dict.fromkeys(_linear_faults(x))
-    yield from faults
+            found |= dict.fromkeys(_linear_faults(x))
+    yield from found
     if shape.embedding_bits not in (None, 4, 8):
         yield f"an embedding of {shape.embedding_bits} bits: 8 and 4 can be read, or 16 and 32 without codes"
     if shape.embedding_bits == 4 and shape.hidden_size % 2:
         yield f"rows of {shape.hidden_size} 4-bit codes: they must fill whole bytes"
-
-
-def _ordered(linears: tuple[LinearShape, ...]) -> list[LinearShape]:
-    return sorted(linears, key=lambda x: LINEARS.index(x.name) if x.name in LINEARS else len(LINEARS))
 
 
 def _linear_faults(x: LinearShape) -> Iterator[str]:

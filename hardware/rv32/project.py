@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import accumulate
 
-from edgepress.checkpoints.config import setting, tied
-from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.checkpoints.config import rotary_width, tied
+from edgepress.checkpoints.forms import Grid, TensorShape
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.orders import order_of
 from edgepress.hardware.rv32.build import FLAGS, GCC, ZIG
-from edgepress.hardware.rv32.layout import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, Layout, outer_dtype
+from edgepress.hardware.rv32.families import (
+    Layer,
+    Numbers,
+    Rope,
+    activation,
+    branches_are_buffered,
+    family_of,
+    layers,
+    norms,
+    rooms,
+    rope_sets,
+)
+from edgepress.hardware.rv32.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, outer_dtype, shared
 from edgepress.hardware.rv32.memory import inner, rank
 
 SOURCES = ("runtime.h", "runtime.c", "main.c", "start.S")
@@ -32,9 +46,12 @@ def sources() -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in SOURCES}
 
 
-def model_header(shape: ModelShape, layout: Layout, run: Run) -> str:
-    """The sizes of the model as macros, and the names of the tables in model.c."""
-    numbers = {
+def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, ropes: Sequence[Rope]) -> str:
+    """The sizes of the model as macros, and the names of the tables in model.c.
+
+    A macro for a part that the model's family has not is left out, or 0: the compiler then leaves out its code.
+    """
+    sizes = {
         "LAYERS": len(shape.blocks),
         "HIDDEN": shape.hidden_size,
         "HEADS": shape.heads,
@@ -50,8 +67,20 @@ def model_header(shape: ModelShape, layout: Layout, run: Run) -> str:
         "FINAL_NORM": f"{layout.offset(FINAL_NORM)}u",
         "PIECE_STARTS": f"{layout.offset('piece_starts')}u",
         "PIECES": f"{layout.offset('pieces')}u",
-        "EPSILON": _number(float(setting(shape.config, "rms_norm_eps"))),
+        "EPSILON": _number(numbers.epsilon),
     }
+    linears, room, turns = layers(shape, shape.blocks[0]), rooms(shape, run.context), rope_sets(shape)
+    tables = [
+        f"extern const struct linear LINEARS[LAYERS][{len(linears)}];  /* {' '.join(x.role for x in linears)} */",
+        "extern const unsigned NORMS[LAYERS][NORM_KINDS];  /* where their weights begin */",
+        "extern const struct matrix EMBEDDING, HEAD;",
+        "extern const float FREQUENCIES[ROPES][ROTARY / 2];  /* radians a position, of each rotated pair */",
+        "extern const int PROMPT[PROMPT_TOKENS], ENDS[END_TOKENS + !END_TOKENS];",
+    ]
+    if len(set(room)) > 1:
+        tables.append("extern const int ROOM_STARTS[LAYERS + 1];  /* the first position of each block's KV cache */")
+    if any(turns):
+        tables.append("extern const int ROPE_SETS[LAYERS];  /* by which angles a block turns, -1 for none */")
     return "\n".join(
         [
             "/* Written by `compress export`: the sizes of one model, and where its parts lie in weights.bin. */",
@@ -61,13 +90,13 @@ def model_header(shape: ModelShape, layout: Layout, run: Run) -> str:
             "",
             '#include "runtime.h"',
             "",
-            *(f"#define {name} {value}" for name, value in numbers.items()),
+            *(f"#define {name} {value}" for name, value in (sizes | _parts(shape, numbers, ropes)).items()),
             "",
-            "extern const struct linear LINEARS[LAYERS][7];  /* q k v o gate up down */",
-            "extern const unsigned NORMS[LAYERS][2];         /* before attention, before the feed-forward */",
-            "extern const struct matrix EMBEDDING, HEAD;",
-            "extern const float FREQUENCIES[HEAD_DIM / 2];   /* radians a position, of each rotated pair */",
-            "extern const int PROMPT[PROMPT_TOKENS], ENDS[END_TOKENS + !END_TOKENS];",
+            "/* A block's KV cache: its first position, a token's, and how many hold something then. */",
+            *_positions(room, run.context),
+            f"#define ROPE(layer) {'ROPE_SETS[layer]' if any(turns) else '0'}",
+            "",
+            *tables,
             "",
             "#endif",
             "",
@@ -75,8 +104,63 @@ def model_header(shape: ModelShape, layout: Layout, run: Run) -> str:
     )
 
 
-def model_source(shape: ModelShape, layout: Layout, run: Run, frequencies: Sequence[float]) -> str:
-    """The tables. frequencies: radians a position for each of the head_dim / 2 rotated pairs."""
+def _parts(shape: ModelShape, numbers: Numbers, ropes: Sequence[Rope]) -> dict[str, object]:
+    """Macros for what differs between families."""
+    found, family, order = norms(shape, shape.blocks[0]), family_of(shape), order_of(shape)
+    parts: dict[str, object] = {kind: place for place, kind in enumerate(found)}
+    parts |= {
+        "NORM_KINDS": len(found),
+        "CENTRED_NORMS": int(family.centred),
+        "GATED": int(any(layer.role == "gate" for layer in layers(shape, shape.blocks[0]))),
+        "PARALLEL": int(order.parallel),
+        "BRANCH": int(branches_are_buffered(shape)),
+        "ACTIVATION": f"ACT_{activation(shape.config).upper()}",
+        "ROPES": len(ropes),
+        "ROTARY": rotary_width(shape.config),
+        "ATTENTION_SCALE": _number(numbers.attention_scale),
+    }
+    if "Q_NORM" in found:
+        key = shape.kv_heads * shape.head_dim
+        parts["Q_NORM_WIDTH"] = _norm_width(found["Q_NORM"], shape.heads * shape.head_dim, shape)
+        parts["K_NORM_WIDTH"] = _norm_width(found["K_NORM"], key, shape)
+        parts["OWN_HEAD_NORMS"] = int(len(found["Q_NORM"].shape) > 1)  # each head has weights of its own
+        parts["ROPE_FIRST"] = int(order.rope_first)
+    optional = {
+        "EMBEDDING_SCALE": (numbers.embedding_scale, 1.0),
+        "RESIDUAL_SCALE": (numbers.residual_scale, 1.0),
+        "ATTENTION_CAP": (numbers.attention_cap, 0.0),
+    }
+    if any(rope.scale != 1 for rope in ropes):
+        first, *others = (_number(rope.scale) for rope in ropes)
+        parts["ROPE_SCALE(set)"] = f"((set) ? {others[0]} : {first})" if others else first
+    return parts | {name: _number(value) for name, (value, none) in optional.items() if value != none}
+
+
+def _norm_width(norm: TensorShape, channels: int, shape: ModelShape) -> int:
+    """How many channels are normed together."""
+    return channels if norm.shape == (channels,) else shape.head_dim
+
+
+def _positions(room: Sequence[int], context: int) -> list[str]:
+    """A cache with fewer positions than the context is a ring: a token takes the place of the oldest."""
+    size, start = str(room[0]), f"((layer) * {room[0]})"
+    if len(set(room)) > 1:
+        size, start = "(ROOM_STARTS[(layer) + 1] - ROOM_STARTS[layer])", "ROOM_STARTS[layer]"
+    slot, seen = "(position)", "((position) + 1)"
+    if min(room) < context:
+        slot, seen = f"((position) % {size})", f"((position) < {size} ? (position) + 1 : {size})"
+    return [
+        f"#define MOST_ROOM {max(room)}",
+        f"#define ALL_ROOM {sum(room)}",
+        f"#define ROOM_START(layer) {start}",
+        f"#define SLOT(layer, position) {slot}",
+        f"#define SEEN(layer, position) {seen}",
+    ]
+
+
+def model_source(shape: ModelShape, layout: Layout, run: Run, ropes: Sequence[Rope]) -> str:
+    """The tables; ropes: as many as `rope_kinds` has."""
+    linears = layers(shape, shape.blocks[0])
     lines = [
         "/* Written by `compress export`: the tables of one model. */",
         "",
@@ -84,38 +168,48 @@ def model_source(shape: ModelShape, layout: Layout, run: Run, frequencies: Seque
         "",
         '#define TABLE __attribute__((section(".tables")))',
         "",
-        "const struct linear LINEARS[LAYERS][7] TABLE = {",
+        f"const struct linear LINEARS[LAYERS][{len(linears)}] TABLE = {{",
     ]
     for index, block in enumerate(shape.blocks):
-        by_name = {x.name: x for x in block.linears}
         lines.append("    {")
-        lines += [f"        {_linear(by_name[name], f'{index}.{name}', layout)},  /* {name} */" for name in LINEARS]
+        lines += [f"        {_linear(x, index, layout)},  /* {x.name} */" for x in layers(shape, block)]
         lines.append("    },")
-    norms = ", ".join(
-        "{" + ", ".join(str(layout.offset(f"{k}.{name}")) for name in NORMS) + "}" for k in range(len(shape.blocks))
+    table = ", ".join(
+        "{" + ", ".join(str(layout.offset(f"{k}.{kind}")) for kind in norms(shape, block)) + "}"
+        for k, block in enumerate(shape.blocks)
     )
     head = EMBEDDING if tied(shape.config) else HEAD
+    angles = ", ".join("{" + ", ".join(map(_number, rope.frequencies)) + "}" for rope in ropes)
     lines += [
         "};",
-        f"const unsigned NORMS[LAYERS][2] TABLE = {{{norms}}};",
+        f"const unsigned NORMS[LAYERS][NORM_KINDS] TABLE = {{{table}}};",
         f"const struct matrix EMBEDDING TABLE = {_matrix(shape, EMBEDDING, layout)};",
         f"const struct matrix HEAD TABLE = {_matrix(shape, head, layout)};",
-        f"const float FREQUENCIES[HEAD_DIM / 2] TABLE = {{{', '.join(map(_number, frequencies))}}};",
+        f"const float FREQUENCIES[ROPES][ROTARY / 2] TABLE = {{{angles}}};",
         f"const int PROMPT[PROMPT_TOKENS] TABLE = {{{', '.join(map(str, run.prompt))}}};",
         f"const int ENDS[END_TOKENS + !END_TOKENS] TABLE = {{{', '.join(map(str, run.ends or [-1]))}}};",
-        "",
     ]
-    return "\n".join(lines)
+    if len(set(room := rooms(shape, run.context))) > 1:
+        starts = ", ".join(map(str, accumulate(room, initial=0)))
+        lines.append(f"const int ROOM_STARTS[LAYERS + 1] TABLE = {{{starts}}};")
+    if any(turns := rope_sets(shape)):
+        lines.append(f"const int ROPE_SETS[LAYERS] TABLE = {{{', '.join(map(str, turns))}}};")
+    return "\n".join([*lines, ""])
 
 
-def _linear(x: LinearShape, name: str, layout: Layout) -> str:
+def _linear(layer: Layer, index: int, layout: Layout) -> str:
+    x = layer.shape
     form, group = x.dtype, x.in_features
     if isinstance(x.grid, Grid):
         form = f"Q{x.grid.bits}"
         group = x.in_features if x.grid.group == -1 else x.grid.group
     adapter = ("I8" if x.adapter_packed else x.adapter_dtype) if x.adapter_rank else "F32"
-    stored = ", ".join(str(layout.offset(f"{name}.{kind}")) for kind in ("codes", "scales", "zeros", "bias"))
-    beside = ", ".join(str(layout.offset(f"{name}.{kind}")) for kind in ("a", "b", "rank_scales"))
+
+    def places(*kinds: str) -> str:
+        owner = {kind: layer.first if kind in shared(layer) else layer.name for kind in kinds}
+        return ", ".join(str(layout.offset(f"{index}.{owner[kind]}.{kind}")) for kind in kinds)
+
+    stored, beside = places("codes", "scales", "zeros", "bias"), places("a", "b", "rank_scales")
     return f"{{{x.out_features}, {x.in_features}, {form}, {group}, {stored}, {x.adapter_rank}, {adapter}, {beside}}}"
 
 

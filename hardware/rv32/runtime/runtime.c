@@ -1,5 +1,7 @@
 /* A LLaMA-like model, one token at a time, in float32. No heap, no libc: freestanding C for RV32IMF.
  *
+ * What differs between families are macros and tables of model.h: a model has no code for the parts of others.
+ *
  * Weights and tables are constant; the KV cache and the vectors below are all the memory that is written besides the
  * stack. Nothing is read before it was written, so nothing has to be cleared at the start. */
 
@@ -13,14 +15,17 @@ typedef unsigned char byte;
 #define QUERY (HEADS * HEAD_DIM)
 #define KEY (KV_HEADS * HEAD_DIM)
 
-static float cache[LAYERS][2][CONTEXT][KEY] __attribute__((section(".bss.kv")));
+static float cache[2][ALL_ROOM][KEY] __attribute__((section(".bss.kv"))); /* keys, values */
 static struct {
     float x[HIDDEN];                      /* the token's state */
     float normed[LARGER(HIDDEN, QUERY)];  /* what a layer reads: the state after a norm, or attention's result */
-    float query[QUERY];
-    float gate[INTERMEDIATE], up[INTERMEDIATE];
-    float scores[CONTEXT];
-    float cosine[HEAD_DIM / 2], sine[HEAD_DIM / 2];
+    float query[BRANCH ? LARGER(HIDDEN, QUERY) : QUERY]; /* with BRANCH also what a branch adds to the state */
+#if GATED
+    float gate[INTERMEDIATE];
+#endif
+    float up[INTERMEDIATE];
+    float scores[MOST_ROOM];
+    float cosine[ROPES][ROTARY / 2], sine[ROPES][ROTARY / 2];
     float low[LARGER(RANK, 1)]; /* between the two matrices of an adapter */
 } act;
 
@@ -57,6 +62,32 @@ static float exponential(float x) {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     return p * from_bits((word)(n + 127) << 23);
+}
+
+#ifdef ATTENTION_CAP
+static float hyperbolic_tangent(float x) {
+    float xx = x * x;
+    if (xx < 0.0625f) /* Taylor's series: the difference below would cancel */
+        return x * (1.0f + xx * (-1.0f / 3 + xx * (2.0f / 15 + xx * (-17.0f / 315 + xx * (62.0f / 2835)))));
+    return 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
+}
+#endif
+
+static float activated(float x) {
+    switch (ACTIVATION) {
+    case ACT_SILU: return x / (1.0f + exponential(-x));
+    case ACT_GELU: {
+        /* The error function by a polynomial (Abramowitz and Stegun 7.1.26), to 1.5e-7. */
+        float z = (x < 0.0f ? -x : x) * 0.707106781f;
+        float t = 1.0f / (1.0f + 0.3275911f * z);
+        float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+        float tail = 0.5f * p * exponential(-z * z); /* of the normal distribution, beyond |x| */
+        return x * (x < 0.0f ? tail : 1.0f - tail);
+    }
+    case ACT_GELU_PYTORCH_TANH: return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+    case ACT_RELU: return x > 0.0f ? x : 0.0f;
+    default: return x > 0.0f ? x * x : 0.0f;
+    }
 }
 
 /* Of an angle from 0 to 12,000: less a multiple of pi / 2 in three parts, then Taylor's series for |r| <= pi / 4. */
@@ -212,6 +243,9 @@ static void embed(int token) {
         case U4: value = (float)(row[i / 2] >> (i & 1) * 4 & 15); break;
         }
         act.x[i] = value * scale + minimum;
+#ifdef EMBEDDING_SCALE
+        act.x[i] *= EMBEDDING_SCALE;
+#endif
     }
 }
 
@@ -230,38 +264,72 @@ static int likeliest(const float *x) {
 
 /* --- a block ------------------------------------------------------------------------------------------------------ */
 
-static void norm(const float *x, unsigned weight, float *y) {
-    float sum = 0.0f;
-    for (int i = 0; i < HIDDEN; i++) sum += x[i] * x[i];
-    float factor = 1.0f / __builtin_sqrtf(sum / HIDDEN + EPSILON);
-    for (int i = 0; i < HIDDEN; i++) y[i] = floats(weight)[i] * (x[i] * factor);
+/* y = x over its root mean square, times the weights; x and y may be the same. */
+static __attribute__((noinline)) void norm(const float *x, unsigned weight, float *y, int n) {
+    float mean = 0.0f, sum = 0.0f;
+#if CENTRED_NORMS
+    for (int i = 0; i < n; i++) mean += x[i];
+    mean /= (float)n;
+#endif
+    for (int i = 0; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
+    float factor = 1.0f / __builtin_sqrtf(sum / (float)n + EPSILON);
+    for (int i = 0; i < n; i++) y[i] = floats(weight)[i] * ((x[i] - mean) * factor);
 }
 
-/* Turn the pairs (i, i + HEAD_DIM / 2) of each head by the position's angles. */
-static void rotate(float *x, int heads) {
+#ifdef Q_NORM
+/* Norm queries or keys: `width` channels together, which are a head's or all. */
+static __attribute__((noinline)) void norm_heads(float *x, int n, unsigned weight, int width) {
+    for (int i = 0; i < n; i += width) norm(x + i, weight + (OWN_HEAD_NORMS ? 4u * (unsigned)i : 0), x + i, width);
+}
+#endif
+
+/* Turn the pairs (i, i + ROTARY / 2) of each head by the position's angles. */
+static void rotate(float *x, int heads, int set) {
     for (int h = 0; h < heads; h++, x += HEAD_DIM)
-        for (int i = 0; i < HEAD_DIM / 2; i++) {
-            float a = x[i], b = x[i + HEAD_DIM / 2];
-            x[i] = a * act.cosine[i] - b * act.sine[i];
-            x[i + HEAD_DIM / 2] = b * act.cosine[i] + a * act.sine[i];
+        for (int i = 0; i < ROTARY / 2; i++) {
+            float a = x[i], b = x[i + ROTARY / 2];
+            x[i] = a * act.cosine[set][i] - b * act.sine[set][i];
+            x[i + ROTARY / 2] = b * act.cosine[set][i] + a * act.sine[set][i];
         }
 }
 
+/* Give a position's queries and keys their norm and their turn. */
+static void place(int layer, float *query, float *key) {
+#if defined Q_NORM && !ROPE_FIRST
+    norm_heads(query, QUERY, NORMS[layer][Q_NORM], Q_NORM_WIDTH);
+    norm_heads(key, KEY, NORMS[layer][K_NORM], K_NORM_WIDTH);
+#endif
+    if (ROPE(layer) >= 0) {
+        rotate(query, HEADS, ROPE(layer));
+        rotate(key, KV_HEADS, ROPE(layer));
+    }
+#if defined Q_NORM && ROPE_FIRST
+    norm_heads(query, QUERY, NORMS[layer][Q_NORM], Q_NORM_WIDTH);
+    norm_heads(key, KEY, NORMS[layer][K_NORM], K_NORM_WIDTH);
+#endif
+    (void)layer;
+}
+
 static void attention(int layer, int position) {
-    const float scale = 1.0f / __builtin_sqrtf((float)HEAD_DIM);
+    const float(*keys)[KEY] = cache[0] + ROOM_START(layer), (*values)[KEY] = cache[1] + ROOM_START(layer);
+    int seen = SEEN(layer, position);
     for (int h = 0; h < HEADS; h++) {
         const float *q = act.query + h * HEAD_DIM;
         float *out = act.normed + h * HEAD_DIM;
         int own = h / (HEADS / KV_HEADS) * HEAD_DIM;
         float top = 0.0f, sum = 0.0f;
-        for (int t = 0; t <= position; t++) {
-            act.scores[t] = scale * dot(F32, (const byte *)(cache[layer][0][t] + own), q, HEAD_DIM);
-            if (t == 0 || act.scores[t] > top) top = act.scores[t];
+        for (int t = 0; t < seen; t++) {
+            float score = ATTENTION_SCALE * dot(F32, (const byte *)(keys[t] + own), q, HEAD_DIM);
+#ifdef ATTENTION_CAP
+            score = ATTENTION_CAP * hyperbolic_tangent(score / ATTENTION_CAP);
+#endif
+            act.scores[t] = score;
+            if (t == 0 || score > top) top = score;
         }
         for (int i = 0; i < HEAD_DIM; i++) out[i] = 0.0f;
-        for (int t = 0; t <= position; t++) {
+        for (int t = 0; t < seen; t++) {
             float share = exponential(act.scores[t] - top);
-            const float *v = cache[layer][1][t] + own;
+            const float *v = values[t] + own;
             sum += share;
             for (int i = 0; i < HEAD_DIM; i++) out[i] += share * v[i];
         }
@@ -269,30 +337,84 @@ static void attention(int layer, int position) {
     }
 }
 
+#define NONE (-1)
+#ifndef ATTENTION_IN
+#define ATTENTION_IN NONE
+#endif
+#ifndef ATTENTION_OUT
+#define ATTENTION_OUT NONE
+#endif
+#ifndef MLP_IN
+#define MLP_IN NONE
+#endif
+#ifndef MLP_OUT
+#define MLP_OUT NONE
+#endif
+
+/* What a branch reads: the state, after this norm if there is one. */
+static inline const float *entering(int layer, int kind) {
+    if (kind == NONE) return act.x;
+    norm(act.x, NORMS[layer][kind], act.normed, HIDDEN);
+    return act.normed;
+}
+
+/* Add the result of a branch's last layer to the state, after this norm if there is one. */
+static inline void leave(int layer, const struct linear *last, const float *x, int kind) {
+#if BRANCH
+    linear(last, x, act.query, 0); /* nobody needs the queries any more */
+    if (kind != NONE) norm(act.query, NORMS[layer][kind], act.query, HIDDEN);
+    for (int i = 0; i < HIDDEN; i++) {
+#ifdef RESIDUAL_SCALE
+        act.query[i] *= RESIDUAL_SCALE;
+#endif
+        act.x[i] += act.query[i];
+    }
+#else
+    (void)layer, (void)kind;
+    linear(last, x, act.x, 1);
+#endif
+}
+
+static void widen(const struct linear *l, const float *x) {
+    linear(&l[UP_LAYER], x, act.up, 0);
+#if GATED
+    linear(&l[GATE_LAYER], x, act.gate, 0);
+    for (int i = 0; i < l[UP_LAYER].rows; i++) act.up[i] *= activated(act.gate[i]);
+#else
+    for (int i = 0; i < l[UP_LAYER].rows; i++) act.up[i] = activated(act.up[i]);
+#endif
+}
+
 int forward(int token, int position, int want_next) {
     embed(token);
-    for (int i = 0; i < HEAD_DIM / 2; i++) turn((float)position * FREQUENCIES[i], &act.cosine[i], &act.sine[i]);
+    for (int set = 0; set < ROPES; set++)
+        for (int i = 0; i < ROTARY / 2; i++) {
+            turn((float)position * FREQUENCIES[set][i], &act.cosine[set][i], &act.sine[set][i]);
+#ifdef ROPE_SCALE
+            act.cosine[set][i] *= ROPE_SCALE(set);
+            act.sine[set][i] *= ROPE_SCALE(set);
+#endif
+        }
     for (int layer = 0; layer < LAYERS; layer++) {
         const struct linear *l = LINEARS[layer];
-        float *key = cache[layer][0][position], *value = cache[layer][1][position];
-        norm(act.x, NORMS[layer][0], act.normed);
-        linear(&l[0], act.normed, act.query, 0);
-        linear(&l[1], act.normed, key, 0);
-        linear(&l[2], act.normed, value, 0);
-        rotate(act.query, HEADS);
-        rotate(key, KV_HEADS);
+        int slot = ROOM_START(layer) + SLOT(layer, position);
+        float *key = cache[0][slot], *value = cache[1][slot];
+        const float *x = entering(layer, ATTENTION_IN);
+        linear(&l[Q_LAYER], x, act.query, 0);
+        linear(&l[K_LAYER], x, key, 0);
+        linear(&l[V_LAYER], x, value, 0);
+#if PARALLEL
+        widen(l, x); /* both branches read the same, and attention writes where it lies */
+#endif
+        place(layer, act.query, key);
         attention(layer, position);
-        linear(&l[3], act.normed, act.x, 1);
-        norm(act.x, NORMS[layer][1], act.normed);
-        linear(&l[4], act.normed, act.gate, 0);
-        linear(&l[5], act.normed, act.up, 0);
-        for (int i = 0; i < l[4].rows; i++) {
-            float g = act.gate[i];
-            act.gate[i] = g / (1.0f + exponential(-g)) * act.up[i];
-        }
-        linear(&l[6], act.gate, act.x, 1);
+        leave(layer, &l[O_LAYER], act.normed, ATTENTION_OUT);
+#if !PARALLEL
+        widen(l, entering(layer, MLP_IN));
+#endif
+        leave(layer, &l[DOWN_LAYER], act.up, MLP_OUT);
     }
     if (!want_next) return 0;
-    norm(act.x, FINAL_NORM, act.normed);
+    norm(act.x, FINAL_NORM, act.normed, HIDDEN);
     return likeliest(act.normed);
 }

@@ -6,6 +6,12 @@
 /* How the numbers of a matrix lie in weights.bin. Q: codes of a grid in whole 32-bit words; the others: one by one. */
 enum format { F32, F16, BF16, I8, U8, U4, Q2, Q3, Q4, Q8 };
 
+/* What lies between the layers of a feed-forward part. */
+enum activation { ACT_SILU, ACT_GELU, ACT_GELU_PYTORCH_TANH, ACT_RELU, ACT_RELU2 };
+
+/* The linear layers of a block in its table; the last is there only in a gated feed-forward part. */
+enum layer { Q_LAYER, K_LAYER, V_LAYER, O_LAYER, UP_LAYER, DOWN_LAYER, GATE_LAYER };
+
 /* A linear layer. Offsets count bytes from the start of weights.bin; 0 is none. */
 struct linear {
     int rows, columns;
