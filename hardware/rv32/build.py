@@ -19,6 +19,8 @@ FLAGS = (
 # 32 bits it links those of 64 without a word.
 GCC = ("-march=rv32imf",)
 ZIG = ("-target", "riscv32-freestanding-none", "-mcpu=generic_rv32+m+f", "-fno-sanitize=undefined")
+# What is compiled and linked; model.c is written for each model.
+INPUTS = ("runtime.c", "products.c", "main.c", "model.c", "start.S")
 INSTALL = "apt-get install gcc-riscv64-unknown-elf, or pip install ziglang"
 
 
@@ -37,8 +39,7 @@ def build(folder: Path, compiler: list[str]) -> Path:
     Raises PlanError with the compiler's own words where it fails, which it does for what does not fit a memory.
     """
     program = folder / "chip.elf"
-    inputs = ("runtime.c", "main.c", "model.c", "start.S")
-    command = [*compiler, *FLAGS, "-T", "link.ld", *inputs, "-o", program.name]
+    command = [*compiler, *FLAGS, "-T", "link.ld", *INPUTS, "-o", program.name]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode or not program.is_file():
         raise PlanError(f"{compiler[0]} could not build {folder}:\n{(done.stderr or done.stdout).strip()[:2000]}")

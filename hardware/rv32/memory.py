@@ -61,7 +61,7 @@ def cache_bytes(shape: ModelShape, context: int) -> int:
 
 
 def activation_bytes(shape: ModelShape, context: int) -> int:
-    """Bytes of the vectors that runtime.c keeps, in float32."""
+    """Bytes of the vectors that runtime.c and products.c keep, in float32."""
     hidden, query = shape.hidden_size, shape.heads * shape.head_dim
     gated = "gate" in {layer.role for layer in layers(shape, shape.blocks[0])}
     vectors = hidden + max(hidden, query) + (max(hidden, query) if branches_are_buffered(shape) else query)

@@ -9,9 +9,9 @@ from itertools import accumulate
 
 from edgepress.checkpoints.config import rotary_width, tied
 from edgepress.checkpoints.forms import Grid, TensorShape
-from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.orders import order_of
-from edgepress.hardware.rv32.build import FLAGS, GCC, ZIG
+from edgepress.hardware.rv32.build import FLAGS, GCC, INPUTS, ZIG
 from edgepress.hardware.rv32.families import (
     Layer,
     Numbers,
@@ -24,10 +24,10 @@ from edgepress.hardware.rv32.families import (
     rooms,
     rope_sets,
 )
-from edgepress.hardware.rv32.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, outer_dtype, shared
+from edgepress.hardware.rv32.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, matrices, outer_dtype, shared
 from edgepress.hardware.rv32.memory import inner, rank
 
-SOURCES = ("runtime.h", "runtime.c", "main.c", "start.S")
+HEADERS = ("runtime.h", "numbers.h", "products.h")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Run:
 def sources() -> dict[str, bytes]:
     """The files that are the same for every model."""
     folder = files("edgepress.hardware.rv32.runtime")
-    return {name: (folder / name).read_bytes() for name in SOURCES}
+    return {name: (folder / name).read_bytes() for name in (*HEADERS, *INPUTS) if name != "model.c"}
 
 
 def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, ropes: Sequence[Rope]) -> str:
@@ -61,6 +61,7 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
         "VOCABULARY": shape.vocabulary,
         "CONTEXT": run.context,
         "RANK": rank(shape),
+        "FORMATS": f"({' | '.join(f'1u << {name}' for name in formats(shape))})",
         "PROMPT_TOKENS": len(run.prompt),
         "NEW_TOKENS": run.new_tokens,
         "END_TOKENS": len(run.ends),
@@ -197,13 +198,31 @@ def model_source(shape: ModelShape, layout: Layout, run: Run, ropes: Sequence[Ro
     return "\n".join([*lines, ""])
 
 
+def formats(shape: ModelShape) -> list[str]:
+    """The formats of runtime.h in which this model has a matrix."""
+    linears = [x for block in shape.blocks for x in block.linears]
+    found = {_format(x) for x in linears} | {_adapter_format(x) for x in linears if x.adapter_rank}
+    return sorted(found | {_matrix_format(shape, name) for name in matrices(shape)})
+
+
+def _format(x: LinearShape) -> str:
+    return f"Q{x.grid.bits}" if isinstance(x.grid, Grid) else x.dtype
+
+
+def _adapter_format(x: LinearShape) -> str:
+    return "I8" if x.adapter_packed else x.adapter_dtype
+
+
+def _matrix_format(shape: ModelShape, name: str) -> str:
+    return outer_dtype(shape, name) if shape.embedding_bits is None else f"U{shape.embedding_bits}"
+
+
 def _linear(layer: Layer, index: int, layout: Layout) -> str:
     x = layer.shape
-    form, group = x.dtype, x.in_features
-    if isinstance(x.grid, Grid):
-        form = f"Q{x.grid.bits}"
-        group = x.in_features if x.grid.group == -1 else x.grid.group
-    adapter = ("I8" if x.adapter_packed else x.adapter_dtype) if x.adapter_rank else "F32"
+    form, group = _format(x), x.in_features
+    if isinstance(x.grid, Grid) and x.grid.group != -1:
+        group = x.grid.group
+    adapter = _adapter_format(x) if x.adapter_rank else "F32"
 
     def places(*kinds: str) -> str:
         owner = {kind: layer.first if kind in shared(layer) else layer.name for kind in kinds}
@@ -214,8 +233,8 @@ def _linear(layer: Layer, index: int, layout: Layout) -> str:
 
 
 def _matrix(shape: ModelShape, name: str, layout: Layout) -> str:
-    form = outer_dtype(shape, name) if shape.embedding_bits is None else f"U{shape.embedding_bits}"
-    return f"{{{form}, {', '.join(str(layout.offset(f'{name}.{k}')) for k in ('codes', 'scales', 'minimum'))}}}"
+    offsets = ", ".join(str(layout.offset(f"{name}.{kind}")) for kind in ("codes", "scales", "minimum"))
+    return f"{{{_matrix_format(shape, name)}, {offsets}}}"
 
 
 def _number(value: float) -> str:
@@ -238,8 +257,8 @@ def makefile() -> str:
             f"CFLAGS = {' '.join(FLAGS)}",
             "SIMULATE = $(PYTHON) -m edgepress.hardware.rv32.simulator",
             "",
-            "chip.elf: runtime.c main.c model.c start.S model.h runtime.h weights.bin link.ld",
-            "\t$(COMPILE) $(CFLAGS) -T link.ld runtime.c main.c model.c start.S -o $@",
+            f"chip.elf: {' '.join((*INPUTS, *HEADERS))} model.h weights.bin link.ld",
+            f"\t$(COMPILE) $(CFLAGS) -T link.ld {' '.join(INPUTS)} -o $@",
             "",
             "run: chip.elf",
             "\t$(SIMULATE) .",

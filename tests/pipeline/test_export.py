@@ -54,8 +54,8 @@ def on_this_machine() -> Callable[[Path], list[int]]:
 
     def run(folder: Path) -> list[int]:
         (folder / "native.S").write_text(NATIVE_WEIGHTS)
-        command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-w", "runtime.c", "model.c", "native.S"]
-        subprocess.run([*command, "-o", "native.so"], cwd=folder, check=True)
+        command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-w", "runtime.c", "products.c", "model.c"]
+        subprocess.run([*command, "native.S", "-o", "native.so"], cwd=folder, check=True)
         program = ctypes.CDLL(str(folder / "native.so"))
         wanted = list(expected_tokens(folder))
         prompt = re.search(r"#define PROMPT_TOKENS (\d+)", (folder / "model.h").read_text())
