@@ -43,7 +43,7 @@ def native() -> Callable[[Path], list[int]]:
 
     def run(folder: Path) -> list[int]:
         (folder / "native.S").write_text(NATIVE_WEIGHTS)
-        objects = ["runtime.o", "model.o", "native.o"]
+        objects = ["runtime.o", "products.o", "model.o", "native.o"]
         for source in ("runtime.c", "products.c", "model.c", "native.S"):
             warnings = ("-Wall", "-Wextra", "-Werror") if source != "native.S" else ()
             command = [compiler, "-O1", "-std=c11", "-fPIC", "-ffreestanding", *warnings, "-c", source]
@@ -83,14 +83,14 @@ def bytes_of_objects(folder: Path) -> dict[str, int]:
     """Bytes of what an exported folder's objects have in memory, by the names in memory.json."""
     listed = "".join(
         subprocess.run(["nm", "-S", name], cwd=folder, check=True, capture_output=True, text=True).stdout
-        for name in ("runtime.o", "model.o")
+        for name in ("runtime.o", "products.o", "model.o")
     )
-    sizes = {words[3]: int(words[1], 16) for line in listed.splitlines() if len(words := line.split()) == 4}
-    tables = {name for name in sizes if name.isupper()}
+    rows = [words for line in listed.splitlines() if len(words := line.split()) == 4]  # address, size, kind, name
+    sizes = {name: int(size, 16) for _, size, _, name in rows}
     return {
         "KV cache": sizes["cache"],
-        "activations": sizes["act"],
-        "tables": sum(sizes[name] for name in tables),
+        "activations": sum(sizes[name] for _, _, kind, name in rows if kind in "bB" and name != "cache"),
+        "tables": sum(sizes[name] for name in sizes if name.isupper()),
     }
 
 
