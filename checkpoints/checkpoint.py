@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgepress.checkpoints.config import read_config
+from edgepress.checkpoints.config import hf_config, read_config
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.headers import (
     ADAPTER,
@@ -236,10 +236,7 @@ class Checkpoint:
 
     def hf_config(self) -> PreTrainedConfig:
         """The configuration as transformers reads it, without the note that weights are quantised."""
-        from transformers import AutoConfig
-
-        with readable(f"transformers does not know the model in {self.folder}"):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        config = hf_config(self.folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config

@@ -6,13 +6,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.documents import CONFIG_BYTES, parse_json, read_small
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.forms import BEFORE, Codebook, Form, Grid, RealGrid
 from edgepress.checkpoints.manifest import require_own_links
-from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.quiet import quiet_import, readable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # What a mixture of experts states, and the model types that are one where a configuration leaves the number out.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -287,6 +290,43 @@ def slides(config: Mapping[str, Any], block: int, blocks: int) -> bool:
     if family == "smollm3":
         return bool(config.get("use_sliding_window")) and not has_rope(config, block, blocks)
     return family == "ministral" or block >= int(setting(config, "max_window_layers"))
+
+
+# --- as transformers reads it ----------------------------------------------------------------------------------------
+
+
+def hf_config(folder: Path) -> PreTrainedConfig:
+    """The folder's config.json as transformers reads it. Raises CheckpointError naming the fields that it refuses."""
+    from transformers import AutoConfig
+
+    with readable(f"transformers does not know the model in {folder}, or not its config.json"):
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:
+            if not (fields := _refused_fields(folder)):
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(f"{folder / 'config.json'} states {' and '.join(fields)}: {reason}") from None
+    return config
+
+
+def _refused_fields(folder: Path) -> list[str]:
+    """The fields of config.json, each with its value, without any one of which transformers would read it."""
+    from transformers import CONFIG_MAPPING
+
+    stated = read_config(folder)
+    family = str(stated.get("model_type"))
+    if family not in CONFIG_MAPPING:
+        return []
+    found = []
+    for key in stated:
+        try:
+            with quiet_import():
+                CONFIG_MAPPING[family].from_dict({k: v for k, v in stated.items() if k != key})
+        except Exception:  # another field is wrong, or this one is needed
+            continue
+        found.append(f"{key} = {json.dumps(stated[key])[:80]}")
+    return found
 
 
 # --- adapter_config.json ----------------------------------------------------------------------------------------------

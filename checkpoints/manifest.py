@@ -59,12 +59,9 @@ class Manifest:
     quality: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
-    sealed: bool = field(default=False, compare=False)  # read with a hash of its own, which held; older ones have none
 
     def write(self, folder: Path) -> None:
-        data = asdict(self)
-        del data["sealed"]
-        write_json(folder / MANIFEST, sealed(data))
+        write_json(folder / MANIFEST, sealed(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -86,19 +83,19 @@ class Manifest:
             data = json.loads(content)
             if data["format"] != FORMAT:
                 raise CheckpointError(f"{path} has format {data['format']}; this version reads format {FORMAT}")
-            holds = seal_holds(data)
-            data.pop(SEAL, None)
-            manifest = cls(**data, sealed=bool(holds))
+            holds, stated = seal_holds(data), data.pop(SEAL, None)
+            manifest = cls(**data)
             _require_kinds(manifest)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); move the folder away to compute it again") from None
-        if holds is False:
-            raise CheckpointError(
-                f"{path} is damaged or was edited: it does not have the sha256 that it states of itself. "
-                "It was neither used nor removed; move the folder away to compute it again"
-            )
         for name in manifest.files:
             require_name(name, path)
+        if not holds:
+            why = "it does not have the sha256 that it states of itself" if stated else "it states no sha256 of itself"
+            raise CheckpointError(
+                f"{path} is damaged or was edited: {why}. "
+                "It was neither used nor removed; move the folder away to compute it again"
+            )
         return manifest
 
 
@@ -264,11 +261,9 @@ def sealed(data: Mapping[str, Any], about: str = "") -> dict[str, Any]:
     return rest | {SEAL: seal_of(rest, about)}
 
 
-def seal_holds(data: Mapping[str, Any], about: str = "") -> bool | None:
-    """Whether an object is as it was sealed; None where it carries no hash, as files of earlier versions."""
-    if SEAL not in data:
-        return None
-    return bool(sealed(data, about)[SEAL] == data[SEAL])
+def seal_holds(data: Mapping[str, Any], about: str = "") -> bool:
+    """Whether an object is as it was sealed; one whose hash is gone is not."""
+    return isinstance(data, Mapping) and SEAL in data and bool(sealed(data, about)[SEAL] == data[SEAL])
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

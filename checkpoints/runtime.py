@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.memory import size_text
 
 
@@ -63,8 +63,8 @@ class Runtime:
 
 def choose_device(wanted: str) -> torch.device:
     """`auto` takes a GPU if torch sees one. Raises PlanError for a device that is not there."""
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise PlanError(f"unknown device '{wanted}'; there are auto, cpu and cuda")
+    if wanted not in (known := ("auto", "cpu", "cuda")):
+        raise PlanError(f"unknown device '{wanted}'{near(wanted, known)}; there are auto, cpu and cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise PlanError("--device cuda: torch sees no GPU here; use --device cpu, or install torch with CUDA")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -80,7 +80,8 @@ def choose_dtype(wanted: str, device: torch.device, stored: str) -> torch.dtype:
     if wanted in named:
         return named[wanted]
     if wanted != "auto":
-        raise PlanError(f"unknown precision '{wanted}'; there are auto, {' and '.join(named)}")
+        close = near(wanted, ("auto", *named))
+        raise PlanError(f"unknown precision '{wanted}'{close}; there are auto, {' and '.join(named)}")
     if stored == "F32":
         return torch.float32
     if device.type == "cuda":

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgepress.checkpoints.config import hf_config
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.manifest import require_name, require_own_links, write_bytes, write_json
 from edgepress.checkpoints.quiet import readable
@@ -60,9 +61,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     require_own_links(folder)
     _require_own_files(folder)
-    with readable(f"{folder} holds no tokenizer that transformers can read"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("a")  # some that can be built cannot write a letter
+    try:
+        with readable(f"{folder} holds no tokenizer that transformers can read"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer("a")  # some that can be built cannot write a letter
+    except CheckpointError:
+        if (folder / "config.json").is_file():
+            hf_config(folder)  # transformers reads it for the tokenizer too, and it may be to blame
+        raise
     if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
         raise CheckpointError(
             f"{folder}: its tokenizer.json states dropout, so the same text would be other tokens each time; set it to "

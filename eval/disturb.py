@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.errors import CheckpointError, PlanError, near
 from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
 
 KINDS = ("gate-noise", "attention-mask")
@@ -40,7 +40,9 @@ class Disturbance:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise PlanError(f"unknown disturbance '{self.kind}'; there are {' and '.join(KINDS)}")
+            raise PlanError(
+                f"unknown disturbance '{self.kind}'{near(self.kind, KINDS)}; there are {' and '.join(KINDS)}"
+            )
         if self.kind == "gate-noise" and not 0 <= self.strength < float("inf"):
             raise PlanError(f"gate-noise {self.strength}: a standard deviation is 0 or more")
         if self.kind == "attention-mask" and not 0 <= self.strength <= 1:

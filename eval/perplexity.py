@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import NumericsError, PlanError, TextError
+from edgepress.checkpoints.errors import NumericsError, PlanError, TextError, near
 from edgepress.checkpoints.kv_format import PLAIN, KVFormat
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import beyond_positions, require_known
@@ -48,8 +48,8 @@ class Protocol:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.kind not in ("windows", "rows"):
-            faults.append(f"--protocol {self.kind}: there are windows and rows")
+        if self.kind not in (known := ("windows", "rows")):
+            faults.append(f"--protocol {self.kind}{near(self.kind, known)}: there are windows and rows")
         if self.window < 2:
             faults.append(f"--window {self.window}: at least 2 tokens are needed to predict one")
         if self.tokens < 0 or 0 < self.tokens < self.window:

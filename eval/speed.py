@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint, attention_kernels
-from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.errors import CheckpointError, PlanError, near
 from edgepress.checkpoints.headers import ADAPTER
 from edgepress.checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes, size_text
 from edgepress.checkpoints.quiet import quiet_import, quiet_libraries
@@ -190,7 +190,7 @@ def without_kernels(checkpoint: Checkpoint) -> str:
 
 def _require(checkpoint: Checkpoint, engine: str, workload: Workload) -> None:
     if engine not in ENGINES:
-        raise PlanError(f"unknown engine '{engine}'; there are {' and '.join(ENGINES)}")
+        raise PlanError(f"unknown engine '{engine}'{near(engine, ENGINES)}; there are {' and '.join(ENGINES)}")
     if engine == "kernels" and (missing := without_kernels(checkpoint)):
         raise PlanError(f"{checkpoint.folder}: no kernel to multiply with: {missing}")
     wanted, positions = workload.prompt + workload.tokens, checkpoint.shape.positions

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgepress.checkpoints.errors import TextError
+from edgepress.checkpoints.errors import TextError, near
 from edgepress.eval.chat import in_template
 from edgepress.eval.rows import FORMS_TEXT, SUFFIXES, file_texts, hub_rows, read_utf8, require_plain, usable_texts
 
@@ -130,7 +130,7 @@ def load_text(spec: str, use: Use) -> Text:
         return _instructions(spec, use)
     path = Path(spec).expanduser()
     if not path.is_file():
-        raise TextError(f"there is no text '{spec}': not one of {', '.join(NAMED)}, and not a file")
+        raise TextError(f"there is no text '{spec}'{near(spec, NAMED)}: not one of {', '.join(NAMED)}, and not a file")
     text = read_file(path)
     return text if use == "whole" else _part(text, use, path)
 
@@ -254,14 +254,18 @@ def _hub(
 # 13 words as in GPT-3's decontamination (Brown et al. 2020, arXiv 2005.14165, appendix C), pieces of 50 as in Lee et
 # al. 2022 (arXiv 2107.06499). A document, or what was asked in it, of less than 13 words is shared where it is there
 # as a whole.
+#
+# A number or letter at the beginning of a line ("12. ", "(b) ") may be the line's, as in a list, or the text's: a
+# document is compared both with all of them and without.
 
 
 WINDOW, PIECE = 13, 50
 _COMMON = 10  # a window in more measured documents than this is a phrase of the form, not of a document
 _SHORTEST = 4  # words; less, such as a heading, may recur
 _SHORTEST_UNIT = 5  # words of a line or sentence; less may recur
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 _HIDDEN = re.compile(r"[\u00ad\u200b-\u200f\u2060\ufeff]")  # soft hyphens and the like, which nobody sees
+_LABEL = re.compile(r"(?m)^[^\w\n]*(?:\d[\d.:,/-]*(?!\w)|(?:[a-z]|[ivxlc]+)[.):\]])[^\w\n]*", re.IGNORECASE)
 _UNITS = (re.compile(r"\n"), re.compile(r"[.!?]\s+"))  # ends of lines, of sentences
 _ANSWER = re.compile(r"\n(?:Answer|Response):")
 _Hashes = NDArray[np.uint64]
@@ -280,16 +284,19 @@ class Measured:
         documents, parts = set(), []
         units: list[Counter[int]] = [Counter() for _ in _UNITS]
         for document in text.documents:
-            words = _words(document)
+            spellings = _spellings(document)
             for seen, kind in zip(units, _UNITS, strict=True):
-                seen.update({unit for unit, _ in _units(document, kind) if unit is not None})
-            documents |= set(_wholes(document, words, text.exchanges))
-            parts.append(np.unique(_windows(words)))
+                seen.update({unit for s in spellings for unit, _ in _units(s, kind) if unit is not None})
+            documents |= {whole for s in spellings for whole in _wholes(s, _words(s), text.exchanges)}
+            parts.append(np.unique(np.concatenate([_windows(_words(s)) for s in spellings])))
         found, counts = np.unique(np.concatenate([*parts, np.empty(0, np.uint64)]), return_counts=True)
         rare = (frozenset(unit for unit, count in seen.items() if count <= _COMMON) for seen in units)
         return cls(found[counts <= _COMMON], frozenset(documents), tuple(rare))
 
     def shares(self, document: str, exchange: bool) -> bool:
+        return any(self._shares(spelling, exchange) for spelling in _spellings(document))
+
+    def _shares(self, document: str, exchange: bool) -> bool:
         words = _words(document)
         if any(whole in self.documents for whole in _wholes(document, words, exchange)):
             return True
@@ -335,6 +342,12 @@ def _passages(document: str) -> Iterator[str]:
             lines, words = [], 0
     if lines:
         yield "".join(lines)
+
+
+def _spellings(document: str) -> list[str]:
+    """The document, and it without what may number its lines, where something does."""
+    bare = _LABEL.sub("", document)
+    return [document] if bare == document else [document, bare]
 
 
 def _half_known(document: str, kind: re.Pattern[str], known: frozenset[int]) -> bool:

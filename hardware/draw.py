@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.manifest import replacing
 from edgepress.checkpoints.memory import size_text
 from edgepress.hardware.activations import Pass
@@ -48,7 +48,9 @@ def draw_verdict(verdict: Verdict, path: Path) -> None:
     known = figure.canvas.get_supported_filetypes()
     kind = path.suffix[1:].lower() or "png"
     if kind not in known:
-        raise PlanError(f"{path}: no picture format is called '{kind}'; there are {', '.join(sorted(known))}")
+        raise PlanError(
+            f"{path}: no picture format is called '{kind}'{near(kind, known)}; there are {', '.join(sorted(known))}"
+        )
     with replacing(path) as file:
         figure.savefig(file, format=kind)
 

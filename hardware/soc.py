@@ -230,7 +230,10 @@ def _read(path: Path) -> dict[str, Any]:
     if base is None:
         return data
     if not isinstance(base, str) or base.lower() not in shipped_socs() or base.lower() == path.stem:
-        raise PlanError(f"{path}: based_on {base!r} is not a chip known here; shipped are {', '.join(shipped_socs())}")
+        close = near(base, shipped_socs())
+        raise PlanError(
+            f"{path}: based_on {base!r} is not a chip known here{close}; shipped are {', '.join(shipped_socs())}"
+        )
     return _overlay(_read(_find(base)), data)
 
 
@@ -250,8 +253,9 @@ def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix != ".toml" or not path.is_file():
         what = "no such file" if path.suffix == ".toml" else "not a chip known here"
+        shipped = shipped_socs()
         raise PlanError(
-            f"'{name_or_path}': {what}; shipped are {', '.join(shipped_socs())}. "
+            f"'{name_or_path}': {what}{near(name_or_path.lower(), shipped)}; shipped are {', '.join(shipped)}. "
             "Give one of these or the path of a .toml file with your chip's memories."
         )
     return path
@@ -304,7 +308,7 @@ def _settings(data: dict[str, Any], wanted: Iterable[str], faults: list[str]) ->
     for name in asked:
         if name not in declared:
             there = "; ".join(map(str, found)) or "this file has none"
-            faults.append(f"there is no setting '{name}'. Settings: {there}")
+            faults.append(f"there is no setting '{name}'{near(name, declared)}. Settings: {there}")
     return tuple(found)
 
 
@@ -331,7 +335,7 @@ def _setting(name: str, entry: Any, asked: str | None, data: dict[str, Any], fau
         return None
     chosen = default if asked is None else asked
     if chosen not in choices:
-        faults.append(f"{where}: there is no '{chosen}'; choose {' or '.join(choices)}")
+        faults.append(f"{where}: there is no '{chosen}'{near(chosen, choices)}; choose {' or '.join(choices)}")
         chosen = default
     for path, value in choices[chosen].items() if isinstance(choices[chosen], dict) else ():
         parent, _, key = path.rpartition(".")
@@ -394,9 +398,9 @@ def _memory(name: str, entry: Any, faults: list[str]) -> Memory:
         check_keys(entry, where, {"role", "capacity", "link"}, _MAY_HAVE, faults)
     role, link = text(entry, where, "role", faults), text(entry, where, "link", faults)
     if role and role not in ROLES:
-        faults.append(f"{where}: unknown role '{role}'; roles are {', '.join(ROLES)}")
+        faults.append(f"{where}: unknown role '{role}'{near(role, ROLES)}; roles are {', '.join(ROLES)}")
     if link and link not in LINKS:
-        faults.append(f"{where}: unknown link '{link}'; links are {', '.join(LINKS)}")
+        faults.append(f"{where}: unknown link '{link}'{near(link, LINKS)}; links are {', '.join(LINKS)}")
     capacity, reserved, latency = NOTHING, None, None
     if "capacity" in entry:
         capacity = constant(f"{where}.capacity", entry["capacity"], set(CAPACITY_UNITS), faults, positive=True)
@@ -440,14 +444,16 @@ def _engine(name: str, entry: Any, faults: list[str]) -> Engine:
         check_keys(entry, where, needed, set(), faults)
     kind = text(entry, where, "kind", faults)
     if kind and kind not in ENGINE_KINDS:
-        faults.append(f"{where}: unknown kind '{kind}'; kinds are {', '.join(ENGINE_KINDS)}")
+        faults.append(f"{where}: unknown kind '{kind}'{near(kind, ENGINE_KINDS)}; kinds are {', '.join(ENGINE_KINDS)}")
     operators = entry.get("operators", [])
     if not isinstance(operators, list) or not all(isinstance(o, str) for o in operators):
         faults.append(f"{where}: 'operators' must be a list of texts")
         operators = []
     for operator in operators:
         if operator not in OPERATORS:
-            faults.append(f"{where}: unknown operator '{operator}'; known are {', '.join(OPERATORS)}")
+            faults.append(
+                f"{where}: unknown operator '{operator}'{near(operator, OPERATORS)}; known are {', '.join(OPERATORS)}"
+            )
     throughput = {}
     for bits, peak in table(entry, "throughput", faults).items():
         if not bits.isdigit() or not 1 <= int(bits) <= 32:

@@ -152,11 +152,8 @@ def _sampled_before(path: Path, note: Callable[[str], None]) -> Tensor | None:
             ids: Tensor = file.get_tensor("ids")
             stated = (file.metadata() or {}).get(SEAL)
     except (OSError, SafetensorError):
-        ids, stated = torch.empty(0), "unreadable"
+        ids, stated = torch.empty(0), None
     if stated == _digest(path.stem, ids):
-        return ids
-    if stated is None:
-        note(f"{path.name} in calibration/ carries no hash, as those of earlier versions; it is used as it is")
         return ids
     note(f"{path} is damaged or was edited; the text is sampled again")
     return None

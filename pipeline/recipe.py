@@ -172,7 +172,9 @@ def load_yaml(name: str, faults: list[str]) -> dict[str, Any]:
             text = candidate.read_bytes()
         else:
             names = sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir() if p.name.endswith(".yaml"))
-            faults.append(f"there is no recipe '{name}': no such file; shipped are {', '.join(names)}")
+            faults.append(
+                f"there is no recipe '{name}'{near(name, names)}: no such file; shipped are {', '.join(names)}"
+            )
             return {}
     else:
         text = b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgepress.checkpoints.config import read_config, stated_form
-from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.errors import CheckpointError, PlanError, near
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.headers import INDEX, shape_from_folder
 from edgepress.checkpoints.manifest import MANIFEST, Manifest, check_files, require_finished
@@ -36,7 +36,8 @@ def model_shape(model: str | None) -> ModelShape:
 
         return open_source(model).shape
     raise CheckpointError(
-        f"there is no model '{model}': no such folder or file, and not one of the presets {', '.join(PRESETS)}"
+        f"there is no model '{model}'{near(model.lower(), PRESETS)}: no such folder or file, and not one of the "
+        f"presets {', '.join(PRESETS)}"
     )
 
 

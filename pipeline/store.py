@@ -151,8 +151,7 @@ class Store:
         except (ValueError, TypeError, RecursionError):
             holds = False
         if not holds:
-            why = "carries no hash, as those of earlier versions" if holds is None else "is damaged or was edited"
-            note(f"{path} {why}; it is measured again")
+            note(f"{path} is damaged or was edited; it is measured again")
             return None
         del facts[SEAL]
         return facts

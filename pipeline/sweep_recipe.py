@@ -119,7 +119,8 @@ def choose(
     """Those whose names match a pattern of `only`, if there are any, and none of `leave_out`."""
     for pattern in (*only, *leave_out):
         if configurations and not any(fnmatchcase(c.name, pattern) for c in configurations):
-            faults.append(f"no configuration is named '{pattern}'; there are {_some([c.name for c in configurations])}")
+            names = [c.name for c in configurations]
+            faults.append(f"no configuration is named '{pattern}'{near(pattern, names)}; there are {_some(names)}")
     return [
         c
         for c in configurations

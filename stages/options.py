@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.shape import parse_amount
 from edgepress.stages import quantisers
 from edgepress.stages.pruning import METHODS
@@ -38,6 +38,10 @@ class _Faults:
     def require(self, holds: bool, message: str) -> None:
         if not holds:
             self.found.append(message)
+
+    def one_of(self, flag: str, value: str, known: tuple[str, ...]) -> None:
+        there = ", ".join(known) if len(known) > 2 else " and ".join(known)
+        self.require(value in known, f"{flag} {value}{near(value, known)}: there are {there}")
 
     def of(self, check: Callable[[], object]) -> None:
         """What a check raises."""
@@ -118,7 +122,7 @@ class Depth:
     def __post_init__(self) -> None:
         faults = _Faults()
         faults.require(self.remove >= 0, f"--depth {self.remove}: the number of blocks to remove cannot be negative")
-        faults.require(self.metric in METRICS, f"--metric {self.metric}: there are {', '.join(METRICS)}")
+        faults.one_of("--metric", self.metric, METRICS)
         faults.require(min(self.protect_first, self.protect_last) >= 0, "protected blocks cannot be negative")
         faults.of(lambda: faults.require(not self.layers or bool(self.sequence), "--layers names no block"))
         faults.windows("depth", self.samples, self.length)
@@ -158,7 +162,7 @@ class Wanda:
 
     def __post_init__(self) -> None:
         faults = _Faults()
-        faults.require(self.method in METHODS, f"--prune {self.method}: there are {', '.join(METHODS)}")
+        faults.one_of("--prune", self.method, tuple(METHODS))
         faults.require(
             not self.skipped or self.method == "wanda" or self.method not in METHODS,
             f"--prune {self.method} has nothing to prune with --wanda none; give an amount, e.g. --wanda 2:4",
@@ -225,7 +229,7 @@ class Lora:
         faults.require(self.learning_rate > 0, f"--lora-lr {self.learning_rate}: must be positive")
         faults.require(self.save_steps > 0, f"--lora-save-steps {self.save_steps}: must be positive")
         faults.require(0 <= self.distill <= 1, f"--distill {self.distill}: must be in [0, 1]")
-        faults.require(self.teacher in TEACHERS, f"--distill-teacher {self.teacher}: there are {', '.join(TEACHERS)}")
+        faults.one_of("--distill-teacher", self.teacher, TEACHERS)
         faults.require(self.held_out >= 0, f"--lora-held-out {self.held_out}: cannot be negative")
         faults.require(self.patience > 0, f"--lora-patience {self.patience}: must be positive")
         faults.windows("lora", self.samples, self.length)
@@ -283,10 +287,10 @@ class Gptq:
 
     def __post_init__(self) -> None:
         faults = _Faults()
-        faults.require(self.quant in QUANTS, f"--quant {self.quant}: there are {', '.join(QUANTS)}")
+        faults.one_of("--quant", self.quant, tuple(QUANTS))
         faults.require(self.group == -1 or self.group >= 32, f"--group {self.group}: at least 32, or -1 for whole rows")
         faults.require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
-        faults.require(self.effort in ("normal", "high"), f"--quant-effort {self.effort}: there are normal and high")
+        faults.one_of("--quant-effort", self.effort, ("normal", "high"))
         faults.require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
         bits = self.activation_bits
         faults.require(bits in (8, 16), f"--activation-bits {bits}: 8, or 16 to leave them")
@@ -320,8 +324,7 @@ class Eora:
     def __post_init__(self) -> None:
         faults = _Faults()
         faults.require(self.rank >= 0, f"--eora {self.rank}: the rank cannot be negative")
-        known = ("parent", "dense")
-        faults.require(self.against in known, f"--eora-against {self.against}: there are {' and '.join(known)}")
+        faults.one_of("--eora-against", self.against, ("parent", "dense"))
         faults.require(self.bits in (8, 16), f"--eora-bits {self.bits}: 8 or 16")
         faults.windows("eora", self.samples, self.length)
         faults.raise_all()

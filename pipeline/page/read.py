@@ -235,8 +235,10 @@ def _json(path: Path) -> dict[str, Any]:
         raise _damaged(path, error) from None
     if not isinstance(data, dict):
         raise _damaged(path, ValueError("it holds no object"))
-    if seal_holds(data) is False:
-        raise _damaged(path, ValueError("it was edited or damaged: it does not have the sha256 that it states"))
+    if not seal_holds(data):
+        raise _damaged(
+            path, ValueError("it was edited or damaged: it has not the sha256 of itself that it was written with")
+        )
     return data
 
 

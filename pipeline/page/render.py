@@ -179,7 +179,7 @@ def _key(fingerprint: str, prompt: str, tokens: int) -> str:
 def _known(path: Path, tell: Callable[[str], None]) -> dict[str, str]:
     try:
         data = json.loads(path.read_text()) if path.is_file() else {}
-        if seal_holds(data) is False:
+        if data and not seal_holds(data):
             tell(f"{path} was edited or damaged; the samples are generated again")
             data = {}
     except (ValueError, TypeError, RecursionError):

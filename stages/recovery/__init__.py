@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.shape import LinearShape
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def parse(text: str) -> Recovery:
     """Read names joined with +. Raises PlanError for unknown names and for those that do not go together."""
     names = [name.strip() for name in text.split("+")]
     if unknown := [name for name in names if name not in METHODS]:
-        raise PlanError(f"--recover {text}: '{unknown[0]}' is none of {', '.join(METHODS)}, joined with +")
+        close = near(unknown[0], METHODS)
+        raise PlanError(f"--recover {text}: '{unknown[0]}'{close} is none of {', '.join(METHODS)}, joined with +")
     if len(set(names)) < len(names):
         raise PlanError(f"--recover {text} names a method twice")
     adapters = [name for name in names if name in ADAPTERS]

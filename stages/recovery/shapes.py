@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.stages.options import Lora
 
@@ -18,7 +18,8 @@ def target_names(shape: ModelShape, options: Lora) -> list[str]:
     if set(wanted) == {"q_proj", "k_proj", "v_proj", "o_proj"} and "qkv_proj" in present:
         wanted = ["qkv_proj", "o_proj"]  # the default, on families that fuse q, k and v
     if unknown := [name for name in wanted if name not in present]:
-        raise PlanError(f"--lora-targets {','.join(unknown)}: this model's blocks have {', '.join(sorted(present))}")
+        named = ",".join(f"{name}{near(name, sorted(present))}" for name in unknown)
+        raise PlanError(f"--lora-targets {named}: this model's blocks have {', '.join(sorted(present))}")
     return wanted
 
 

@@ -162,6 +162,27 @@ def test_tokenizer(own_model: TinyModel) -> None:
         Checkpoint.open(folder).tokenizer()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("rms_norm_eps", "x", 'rms_norm_eps = "x": .*expected float, got str'),
+        ("layer_types", ["bad"], r'layer_types = \["bad"\]: '),
+        ("dtype", "float7", 'dtype = "float7"'),
+        ("id2label", 3, "id2label = 3"),
+    ],
+)
+def test_a_field_that_transformers_refuses_is_named_and_not_the_tokenizer(
+    own_model: TinyModel, field: str, value: Any, words: str
+) -> None:
+    folder = own_model()
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    checkpoint = Checkpoint.open(folder)
+    for read in (checkpoint.tokenizer, checkpoint.hf_config):
+        with pytest.raises(CheckpointError, match=f"config.json states {words}"):
+            read()
+
+
 def test_a_tokenizer_that_cannot_be_relied_on(own_model: TinyModel) -> None:
     folder = own_model()
     path = folder / "tokenizer.json"

@@ -50,7 +50,7 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == CPU
     with pytest.raises(PlanError, match="--device cuda: torch sees no GPU here; use --device cpu"):
         choose_device("cuda")
-    with pytest.raises(PlanError, match="unknown device 'tpu'; there are auto, cpu and cuda"):
+    with pytest.raises(PlanError, match=r"unknown device 'tpu' \(near: cpu\); there are auto, cpu and cuda"):
         choose_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto").type == choose_device("cuda").type == "cuda"
@@ -73,7 +73,10 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_dtype("auto", torch.device("cuda"), "BF16") == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert choose_dtype("auto", torch.device("cuda"), "BF16") == torch.bfloat16
-    with pytest.raises(PlanError, match="unknown precision 'float16'; there are auto, bfloat16 and float32"):
+    with pytest.raises(
+        PlanError,
+        match=r"unknown precision 'float16' \(near: bfloat16, float32\); there are auto, bfloat16 and float32",
+    ):
         choose_dtype("float16", CPU, "BF16")
 
 

@@ -25,7 +25,7 @@ def test_the_embedded_halves_share_nothing() -> None:
     assert kept is text and left_out == 0
 
 
-@pytest.mark.parametrize("form", ["txt", "crlf", "jsonl", "shuffled", "wrapped", "upper", "more"])
+@pytest.mark.parametrize("form", ["txt", "crlf", "jsonl", "shuffled", "wrapped", "upper", "more", "joined"])
 def test_a_copy_in_another_form_is_found(tmp_path: Path, form: str) -> None:
     rows = [json.dumps({"text": document}) for document in PROSE]
     joined = "\n\n".join(PROSE)
@@ -36,6 +36,7 @@ def test_a_copy_in_another_form_is_found(tmp_path: Path, form: str) -> None:
         "shuffled": ("a.jsonl", "\n".join(rows[::-1])),
         "wrapped": ("a.txt", "\n".join(" ".join(document.split()) for document in PROSE)),
         "upper": ("a.txt", joined.upper()),
+        "joined": ("a.txt", joined.replace(" ", "_")),
         "more": ("a.jsonl", "\n".join(json.dumps({"text": "Some words before it. " + d}) for d in PROSE)),
     }
     name, content = files[form]
@@ -51,6 +52,27 @@ def test_a_copy_with_its_lines_or_sentences_shuffled_is_found(ends: str) -> None
     random.Random(0).shuffle(parts)
     _, left_out, of = without_measured(Text("training", (ends.join(parts),)), measured)
     assert left_out >= 0.9 * of > 0
+
+
+@pytest.mark.parametrize("form", ["{} {}", "{}. {}", "[{}] {}", "  {}:\t{}", "{}.1) {}", "00:{:02}:07,5 {}"])
+def test_a_copy_with_numbered_lines_is_found_and_the_other_way_round(form: str) -> None:
+    lines = [" ".join(words[at : at + 8]) for d in PROSE if (words := d.split()) for at in range(0, len(words), 8)]
+    random.Random(0).shuffle(lines)  # so that no run of words goes on over the end of a line
+    plain = Text("plain", ("\n".join(lines),))
+    random.Random(1).shuffle(lines)
+    numbered = Text("numbered", ("\n".join(form.format(n, line) for n, line in enumerate(lines, 1)),))
+    for training, measured in ((numbered, plain), (plain, numbered)):
+        _, left_out, of = without_measured(training, Measured.of(measured))
+        assert left_out >= 0.95 * of > 0
+
+
+@pytest.mark.parametrize("label", ["(b) ", "iv. ", "C: "])
+def test_a_copy_whose_lines_begin_with_letters_is_found(label: str) -> None:
+    lines = [" ".join(words[at : at + 8]) for d in PROSE if (words := d.split()) for at in range(0, len(words), 8)]
+    measured = Measured.of(Text("measured", ("\n".join(lines),)))
+    random.Random(0).shuffle(lines)
+    _, left_out, of = without_measured(Text("training", (label + f"\n{label}".join(lines),)), measured)
+    assert left_out >= 0.95 * of > 0
 
 
 def test_a_copy_in_another_spelling_of_the_same_letters_is_found() -> None:

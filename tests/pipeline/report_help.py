@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from edgepress.checkpoints.manifest import Manifest
+from edgepress.checkpoints.manifest import Manifest, sealed, write_json
 from edgepress.pipeline.page.content import Chip
 from edgepress.pipeline.page.facts import weight_room
 from edgepress.pipeline.page.read import Study
@@ -92,7 +92,7 @@ def write_run(out: Path, stages: tuple[str, ...] = STAGES, **changes: Any) -> Pa
     }  # fmt: skip
     out.mkdir(exist_ok=True)
     (out / ".edgepress").touch()
-    (out / "report.json").write_text(json.dumps(report | changes))
+    write_json(out / "report.json", sealed(report | changes))
     return out
 
 
@@ -132,7 +132,7 @@ def write_sweep(out: Path, rows: list[dict[str, Any]], state: dict[str, Any] | N
     table.to_csv(out / "results.csv", index=False)
     table.to_parquet(out / "results.parquet", index=False)
     if state is not None:
-        (out / "sweep.json").write_text(json.dumps(state))
+        write_json(out / "sweep.json", sealed(state))
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,7 +39,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--lora-targets", "w1"], "--lora-targets w1: this model's blocks have"),
     (["--wanda-samples", "0", "--wanda-length", "1"], "wanda: 0 calibration windows"),
     ([], "wanda: windows of 1 tokens"),
-    (["--quant", "int5"], "--quant int5: there are"),
+    (["--quant", "int5"], "--quant int5 (near: int8): there are"),
     (["--eora-bits", "3"], "--eora-bits 3: 8 or 16"),
     (["--skip", "loro"], "--skip loro: there is no such stage (near: lora)"),
 ]
@@ -65,6 +66,29 @@ def test_an_unknown_model_is_said_with_the_rest(compress: Command, tmp_path: Pat
         for word in (words, "--window 1", "there is no text 'gone'"):
             assert word in done.stderr, word
         assert ("is a preset" in done.stderr) == (model == "llama-3.2-1b" and not command)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        (["plan", "--recipe", "tabel-a1"], "table-a1"),
+        (["check", "smollm2-135m", "--soc", "sirakusa"], "siracusa"),
+        (["plan", "--model", "smollm-135m"], "smollm2-135m"),
+        (["plan", "--quant", "gtpq4"], "gptq4"),
+        (["plan", "--prune", "sparsegtp"], "sparsegpt"),
+        (["plan", "--recover", "qlorra"], "qlora"),
+        (["plan", "--metric", "tailor"], "taylor"),
+        (["plan", "--protocol", "window"], "windows"),
+        (["plan", "--data", "wikitext-2"], "wikitext2"),
+        (["plan", "--device", "cud"], "cuda"),
+        (["plan", "--dtype", "float23"], "float32"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_name_that_nothing_has_is_answered_with_those_near_it(compress: Command, wrong: list[str], near: str) -> None:
+    done = compress(*wrong)
+    assert done.returncode == 2
+    assert re.search(rf"\(near: [^)]*\b{near}\b", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("command", [["plan"], []], ids=" ".join)
@@ -126,7 +150,7 @@ def test_a_stage_names_all_its_faults() -> None:
 def test_what_only_follows_from_a_refused_stage_is_not_said() -> None:
     found = draft(None, {"gptq.quant": "int5", "eora.rank": 4, "lora.rank": -1, "homotopic": 2})
     assert found.refused == {"gptq", "lora"} and found.recipe.homotopic == 0
-    assert [fault.partition(":")[0] for fault in found.faults] == ["--lora-rank -1", "--quant int5"]
+    assert [fault.partition(":")[0].partition(" (")[0] for fault in found.faults] == ["--lora-rank -1", "--quant int5"]
 
 
 def test_windows_beyond_the_positions_are_a_remark_or_an_error(tiny_llama: Path) -> None:

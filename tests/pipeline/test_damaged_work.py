@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
-from edgepress.checkpoints.manifest import MANIFEST, WORK, Manifest
+from edgepress.checkpoints.manifest import MANIFEST, WORK
 from edgepress.checkpoints.walk import Work
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import pad, vocabulary
@@ -149,12 +148,12 @@ def test_pad_and_vocabulary_resume(
     run_recipe(tmp_path / "undisturbed", model, skip=skip, **more)
     module = {"pad": pad, "vocabulary": vocabulary}[stage]
     count = [0]
-    from edgepress.checkpoints import writer
+    from edgepress.checkpoints import manifest
 
-    original = writer.sync_folder
+    original = manifest.sync_folder
 
     def stop(folder: Path) -> None:
-        count[0] += 1
+        count[0] += folder.name.startswith("1-")
         if count[0] == moment:
             raise KilledError
         original(folder)
@@ -162,7 +161,7 @@ def test_pad_and_vocabulary_resume(
     if moment == 8:  # before anything is written
         monkeypatch.setattr(module, "run", lambda *_: (_ for _ in ()).throw(KilledError()))
     else:
-        monkeypatch.setattr(writer, "sync_folder", stop)
+        monkeypatch.setattr(manifest, "sync_folder", stop)
     out = tmp_path / "out"
     with pytest.raises(KilledError):
         run_recipe(out, model, skip=skip, **more)
@@ -325,20 +324,24 @@ def test_an_edited_manifest_is_found_by_whoever_opens_it(
         run_recipe(out, tiny_llama)
 
 
-def test_a_manifest_of_before_is_read_and_its_stage_reused(
+def test_a_manifest_or_report_without_its_hash_is_refused(
     chain: Path, tiny_llama: Path, run_recipe: RunRecipe, tmp_path: Path, compress: Command
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(chain, out, symlinks=True)
-    for path in (*out.glob(f"[0-9]-*/{MANIFEST}"), out / "report.json"):
+    folder = (out / "result").resolve()
+    for path in (out / "report.json", folder / MANIFEST):
         data = json.loads(path.read_text())
         del data["sha256"]
         path.write_text(json.dumps(data, indent=2) + "\n")
-    folder = (out / "result").resolve()
-    assert not Manifest.read(folder).sealed and Checkpoint.open(chain / "result").manifest.sealed  # type: ignore[union-attr]
-    assert run_recipe(out, tiny_llama).computed == 0
-    done = compress("verify", folder)
-    assert done.returncode == 0 and "the manifest carries no hash of itself" in done.stdout
+    done = compress("report", out)
+    assert done.returncode == 2 and "report.json cannot be read (it was edited or damaged" in done.stderr
+    done = compress("eval", folder)
+    assert (
+        done.returncode == 2 and "manifest.json is damaged or was edited: it states no sha256 of itself" in done.stderr
+    )
+    with pytest.raises(CheckpointError, match="states no sha256 of itself"):
+        run_recipe(out, tiny_llama)
 
 
 def test_a_flipped_bit_of_a_finished_stage_is_neither_measured_nor_packed(

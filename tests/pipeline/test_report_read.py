@@ -114,7 +114,7 @@ def test_a_stage_that_a_report_names_is_read_in_the_store_alone(tmp_path: Path) 
     for stage in report["stages"]:
         stage["path"] = str(elsewhere / Path(stage["path"]).name)
     shutil.rmtree(next(out.glob("4-gptq-*")))
-    (out / "report.json").write_text(json.dumps(report))
+    write_json(out / "report.json", sealed(report))
     study = read_study(out)
     assert study.of_stage("gptq")[0].folder is None
     assert study.of_stage("wanda")[0].folder == next(out.glob("2-wanda-*"))
@@ -139,7 +139,7 @@ def test_mistakes_get_one_message_that_says_what_to_do(tmp_path: Path) -> None:
     broken = made.write_run(tmp_path / "broken")
     (broken / "report.json").write_text("[]")
     assert "report.json cannot be read" in message(broken)
-    (broken / "report.json").write_text(json.dumps({"model": "x"}))
+    write_json(broken / "report.json", sealed({"model": "x"}))
     assert "the key 'baseline' is missing" in message(broken)
     table = made.write_sweep(tmp_path / "table", [{"sweep": "x", "metric": "perplexity"}])
     assert "lacks the columns configurations, result_of" in message(table)
