@@ -48,11 +48,13 @@ class Layout:
         return self.parts[name].offset if name in self.parts else 0
 
     def joined(self, contents: Mapping[str, bytes]) -> bytes:
-        """The file from the bytes of each part. A part of another size than planned is a bug: AssertionError."""
-        assert contents.keys() == self.parts.keys()
+        """The file from the bytes of each part. A part of another size than planned is a bug: RuntimeError."""
+        if contents.keys() != self.parts.keys():
+            raise RuntimeError(f"parts other than planned: {sorted(contents.keys() ^ self.parts.keys())}")
         file = bytearray(MAGIC)
         for name, part in self.parts.items():
-            assert len(contents[name]) == part.nbytes and len(file) == part.offset, name
+            if len(contents[name]) != part.nbytes or len(file) != part.offset:
+                raise RuntimeError(f"{name} has {len(contents[name])} bytes at {len(file)}, planned were {part}")
             file += contents[name] + bytes(-part.nbytes % 4)
         return bytes(file)
 

@@ -39,7 +39,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--lora-targets", "w1"], "--lora-targets w1: this model's blocks have"),
     (["--wanda-samples", "0", "--wanda-length", "1"], "wanda: 0 calibration windows"),
     ([], "wanda: windows of 1 tokens"),
-    (["--quant", "int5"], "--quant int5 (near: int8): there are"),
+    (["--quant", "int5"], "--quant int5 (near: int8"),
     (["--eora-bits", "3"], "--eora-bits 3: 8 or 16"),
     (["--skip", "loro"], "--skip loro: there is no such stage (near: lora)"),
 ]
