@@ -166,7 +166,14 @@ def simulate(
     import tempfile
 
     from edgepress.hardware.rv32.build import build, find_compiler
-    from edgepress.hardware.rv32.simulator import difference, expected_tokens, printer, require_simulator, used_bytes
+    from edgepress.hardware.rv32.simulator import (
+        difference,
+        expected_tokens,
+        operator_lines,
+        printer,
+        require_simulator,
+        used_bytes,
+    )
     from edgepress.hardware.rv32.simulator import simulate as run_program
 
     require_simulator()
@@ -179,7 +186,7 @@ def simulate(
         planned.write(folder)
         build(folder, compiler)
         outcome, wanted = run_program(folder, printer()), expected_tokens(folder)
-    typer.echo(f"\n\n{outcome.instructions_a_token:,.0f} instructions a token, on one core")
+    typer.echo("\n\n" + "\n".join(operator_lines(outcome)) + "\n")
     for row in used_bytes(outcome, [use.to_dict() for use in planned.uses]):
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in row["parts"].items())
         typer.echo(f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({parts})")

@@ -30,7 +30,7 @@ from edgepress.hardware.rv32.families import (
     rope_kinds,
 )
 from edgepress.hardware.rv32.layout import FINAL_NORM, Layout, matrices, require_runnable, shared
-from edgepress.hardware.rv32.memory import Use, linker_script, memory_use, table_bytes
+from edgepress.hardware.rv32.memory import LINEAR_BYTES, Use, linker_script, memory_use, table_bytes
 from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
 from edgepress.hardware.soc import Soc
 
@@ -63,7 +63,12 @@ class Export:
         model = _exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
         weights = layout.joined(_contents(self.checkpoint, self.pieces))
         ropes = _ropes(model, shape)
-        facts = {"soc": self.soc.label, "memories": [use.to_dict() for use in self.uses]}
+        roles = [layer.role for layer in layers(shape, shape.blocks[0])]
+        facts = {
+            "soc": self.soc.label,
+            "memories": [use.to_dict() for use in self.uses],
+            "linears": {"roles": roles, "bytes": LINEAR_BYTES},  # by which the simulator names a layer
+        }
         return {
             **sources(),
             "weights.bin": weights,

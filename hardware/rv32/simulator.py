@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.errors import EdgepressError, PlanError
+from edgepress.hardware.rv32.elf import Program, read_elf
 
 INSTALL = 'pip install "edgepress[chip]", or pip install unicorn'
 PAGE = 4096  # what the simulator can map
 _FILL = b"\xa5"  # of the working memory before the start: what differs from it afterwards was written
+OTHER = "other"  # what no operator takes: calls, the sum of a branch and the state, the loop over tokens
+# What tables call the functions of runtime.c and products.c; a linear layer's is `linear` and its role.
+_OPERATORS = {
+    "embed": "embedding", "likeliest": "head", "rotate": "rotary", "angles": "rotary", "norm_heads": "norm",
+    "activate": "activation",
+}  # fmt: skip
 _WORDS = {"read": "read", "write": "written", "fetch": "executed"}
 
 
@@ -28,60 +34,65 @@ class StoppedError(EdgepressError):
 
 
 @dataclass(frozen=True)
-class Section:
-    name: str
-    address: int
-    nbytes: int
-    contents: bytes  # empty for what is not stored
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a program did: its tokens, prompt included, and what it took."""
 
     tokens: tuple[int, ...]
     text: bytes
-    instructions: int
+    operators: Mapping[str, int]  # instructions by operator, of all tokens
     sections: Mapping[str, int]  # bytes as linked, by section
     stack: int  # bytes of the working memory from its end to the lowest that was written
 
     @property
+    def instructions(self) -> int:
+        return sum(self.operators.values())
+
+    @property
+    def fed(self) -> int:
+        """Tokens that were fed, the prompt's included: all but the last."""
+        return max(1, len(self.tokens) - 1)
+
+    @property
     def instructions_a_token(self) -> float:
-        """Of every token that was fed, the prompt's included."""
-        return self.instructions / max(1, len(self.tokens) - 1)
+        """Of every token that was fed."""
+        return self.instructions / self.fed
+
+
+class _Counts:
+    """Instructions by operator, which is a function that `forward` calls, with all that it calls itself."""
+
+    def __init__(self, program: Program, facts: Mapping[str, Any]) -> None:
+        self._forward, self._main = program.symbols.get("forward"), program.symbols.get("main")
+        self._entries = {s.address: name for name, s in program.symbols.items() if s.is_function}
+        self._linears, self._layers = program.symbols.get("LINEARS"), facts.get("linears")
+        self.taken: dict[str, int] = {}
+        self.total = 0
+        self.operator = OTHER
+        self._in_forward = False
+
+    def block(self, address: int, instructions: int, argument: Callable[[], int]) -> None:
+        """A run of instructions without a jump begins; argument: gives a function's first one."""
+        if self._forward is not None and address in self._forward:
+            self.operator, self._in_forward = OTHER, True
+        elif self._in_forward:
+            self.operator, self._in_forward = self._called(address, argument), False
+        elif self._main is not None and address in self._main:
+            self.operator = OTHER
+        self.taken[self.operator] = self.taken.get(self.operator, 0) + instructions
+        self.total += instructions
+
+    def _called(self, address: int, argument: Callable[[], int]) -> str:
+        name = self._entries.get(address, OTHER)
+        if self._linears is not None and self._layers and argument() in self._linears:
+            roles, place = self._layers["roles"], argument() - self._linears.address
+            return f"linear {roles[place // self._layers['bytes'] % len(roles)]}"
+        return _OPERATORS.get(name, name)
 
 
 def require_simulator() -> None:
     """Raise PlanError where unicorn is missing, naming what to install."""
     if not find_spec("unicorn"):
         raise PlanError(f"no simulator was found: {INSTALL}")
-
-
-def read_elf(path: Path) -> tuple[int, list[Section], dict[str, int]]:
-    """The entry, the sections that take memory, and the functions' addresses of a 32-bit little-endian program."""
-    data = path.read_bytes()
-    if data[:6] != b"\x7fELF\x01\x01":
-        raise PlanError(f"{path} is no program for a 32-bit little-endian core")
-    entry, _, table = struct.unpack_from("<III", data, 24)
-    size, count, names_at = struct.unpack_from("<HHH", data, 46)
-    # name, type, flags, address, offset, size, link, info, alignment, entry size
-    headers = [struct.unpack_from("<10I", data, table + size * k) for k in range(count)]
-
-    def text(strings: int, at: int) -> str:
-        start = headers[strings][4] + at
-        return data[start : data.index(b"\0", start)].decode()
-
-    sections, functions = [], {}
-    for name, kind, flags, address, offset, nbytes, link, *_ in headers:
-        if flags & 2 and nbytes:  # takes memory
-            contents = b"" if kind == 8 else data[offset : offset + nbytes]
-            sections.append(Section(text(names_at, name), address, nbytes, contents))
-        if kind == 2:
-            for at in range(offset, offset + nbytes, 16):
-                label, value, _, info, _, _ = struct.unpack_from("<IIIBBH", data, at)
-                if info & 15 == 2:
-                    functions[text(link, label)] = value
-    return entry, sections, functions
 
 
 def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: int = 0) -> Outcome:
@@ -94,8 +105,8 @@ def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: i
     import unicorn
     from unicorn.riscv_const import UC_RISCV_REG_A0, UC_RISCV_REG_A1, UC_RISCV_REG_A2, UC_RISCV_REG_A7, UC_RISCV_REG_PC
 
-    memories = json.loads((folder / "memory.json").read_text())["memories"]
-    entry, sections, functions = read_elf(folder / "chip.elf")
+    facts = json.loads((folder / "memory.json").read_text())
+    memories, program = facts["memories"], read_elf(folder / "chip.elf")
     core = unicorn.Uc(unicorn.UC_ARCH_RISCV, unicorn.UC_MODE_RISCV32)
     rights = {"r": unicorn.UC_PROT_READ, "w": unicorn.UC_PROT_WRITE, "x": unicorn.UC_PROT_EXEC}
     for memory in memories:
@@ -104,19 +115,26 @@ def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: i
         core.mem_map(memory["address"], memory["capacity"], sum(rights[letter] for letter in memory["access"]))
     working = next(memory for memory in memories if "stack" in memory["parts"])
     core.mem_write(working["address"], _FILL * working["capacity"])
-    for section in sections:
+    for section in program.sections:
         if section.contents:
             core.mem_write(section.address, section.contents)
 
     tokens: list[int] = []
     written = bytearray()
-    instructions = 0
+    counts = _Counts(program, facts)
     stopped: list[str] = []
 
+    def argument() -> int:
+        return int(core.reg_read(UC_RISCV_REG_A0))
+
+    def inside(at: int) -> str:
+        where = program.place(at)
+        of = "" if counts.operator in (OTHER, where) else f" ({counts.operator})"
+        return f", by the code at {at:#x} in {where}{of}" if where else ""
+
     def block(_: Any, address: int, size: int, data: Any) -> None:
-        nonlocal instructions
-        instructions += size // 4  # no compressed ones among RV32IMF's
-        if limit and instructions > limit:
+        counts.block(address, size // 4, argument)  # no compressed ones among RV32IMF's
+        if limit and counts.total > limit:
             stopped.append(f"it was not done after {limit:,} instructions")
             core.emu_stop()
 
@@ -124,7 +142,7 @@ def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: i
         kind = core.reg_read(UC_RISCV_REG_A7)
         if number not in (8, 11) or kind not in (1, 2):  # ecall from user or machine mode, as main.c makes it
             at = core.reg_read(UC_RISCV_REG_PC)
-            stopped.append(f"it came upon exception {number} at {at:#x}{_inside(at, functions)}")
+            stopped.append(f"it came upon exception {number} at {at:#x}{inside(at)}")
             core.emu_stop()
         elif kind == 2:
             core.emu_stop()
@@ -140,21 +158,21 @@ def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: i
         at = core.reg_read(UC_RISCV_REG_PC)
         what = "write" if kind in _kinds("WRITE") else "fetch" if kind in _kinds("FETCH") else "read"
         where = _place(address, what, memories)
-        stopped.append(f"{size} bytes at {address:#x} were to be {_WORDS[what]}, {where}{_inside(at, functions)}")
+        stopped.append(f"{size} bytes at {address:#x} were to be {_WORDS[what]}, {where}{inside(at)}")
         return False
 
     core.hook_add(unicorn.UC_HOOK_BLOCK, block)
     core.hook_add(unicorn.UC_HOOK_INTR, interrupt)
     core.hook_add(unicorn.UC_HOOK_MEM_INVALID, access)
     try:
-        core.emu_start(entry, 0xFFFFFFFF)
+        core.emu_start(program.entry, 0xFFFFFFFF)
     except unicorn.UcError as error:
         stopped = stopped or [str(error)]
     if stopped:
         raise StoppedError(f"the program was stopped: {stopped[0]}")
     stack = bytes(core.mem_read(working["address"], working["capacity"])).lstrip(_FILL)
-    sizes = {section.name: section.nbytes for section in sections}
-    return Outcome(tuple(tokens), bytes(written), instructions, sizes, len(stack))
+    sizes = {section.name: section.nbytes for section in program.sections}
+    return Outcome(tuple(tokens), bytes(written), counts.taken, sizes, len(stack))
 
 
 def _kinds(which: str) -> set[int]:
@@ -177,9 +195,13 @@ def _place(address: int, what: str, memories: Sequence[Mapping[str, Any]]) -> st
     return f"{nearest['address'] - address:,} bytes before {nearest['name']} ({nearest['address']:#x})"
 
 
-def _inside(at: int, functions: Mapping[str, int]) -> str:
-    before = {name: address for name, address in functions.items() if address <= at}
-    return f", by the code at {at:#x} in {max(before, key=lambda n: before[n])}" if before else ""
+def operator_lines(outcome: Outcome) -> list[str]:
+    """A table for the terminal: each operator's instructions a token, largest first, and their share."""
+    rows = sorted(outcome.operators.items(), key=lambda item: -item[1])
+    lines = [f"{'operator':<16}{'instructions a token':>22}{'share':>8}"]
+    for name, taken in rows:
+        lines.append(f"{name:<16}{taken / outcome.fed:>22,.0f}{taken / outcome.instructions:>8.1%}")
+    return [*lines, f"{'all, on one core':<16}{outcome.instructions_a_token:>22,.0f}"]
 
 
 def used_bytes(outcome: Outcome, memories: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -241,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
     except EdgepressError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
-    print(f"\n{outcome.instructions_a_token:,.0f} instructions a token; stack of {outcome.stack:,} bytes")
+    print("\n", *operator_lines(outcome), sep="\n")
     for row in used_bytes(outcome, json.loads((folder / "memory.json").read_text())["memories"]):
         print(f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({row['predicted']:,} predicted)")
     if "--check" not in arguments:

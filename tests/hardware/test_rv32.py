@@ -123,7 +123,7 @@ def test_the_first_difference_is_told() -> None:
 # --- the simulator ----------------------------------------------------------------------------------------------------
 
 
-def program(folder: Path, body: str, working: int = 256 * 1024) -> Path:
+def program(folder: Path, body: str, working: int = 256 * 1024, functions: str = "") -> Path:
     """A folder like an exported one whose program does this and nothing else."""
     uses = (
         Use("MRAM", 0x10400000, "rx", 4 << 20, {"code": 0, "tables": 0, "weights": 0}),
@@ -136,11 +136,12 @@ def program(folder: Path, body: str, working: int = 256 * 1024) -> Path:
         (folder / name).write_text("typedef int nothing;\n")
     (folder / "main.c").write_text(
         'static void done(void) { register int a7 __asm__("a7") = 2; __asm__ volatile("ecall" :: "r"(a7)); }\n'
-        f"int main(void) {{ {body} done(); return 0; }}\n"
+        f"{functions}\nint main(void) {{ {body} done(); return 0; }}\n"
     )
     (folder / "weights.bin").write_bytes(MAGIC)
     (folder / "link.ld").write_text(linker_script(uses, "a test"))
-    (folder / "memory.json").write_text(json.dumps({"memories": [use.to_dict() for use in uses]}))
+    facts = {"memories": [use.to_dict() for use in uses], "linears": {"roles": ["q", "down"], "bytes": 4}}
+    (folder / "memory.json").write_text(json.dumps(facts))
     return folder
 
 
@@ -174,6 +175,38 @@ def test_an_access_that_the_memories_do_not_allow_stops_it(
         simulate(tmp_path)
     assert words in str(error.value)
     assert "in main" in str(error.value) or "executed" in words
+
+
+OPERATORS = """
+#define OPERATOR __attribute__((noinline))
+#define NOPS(n) __asm__ volatile(".rept " #n "\\n nop\\n .endr" ::: "memory")
+const int LINEARS[4] __attribute__((section(".tables"))) = {1, 2, 3, 4};
+OPERATOR void helper(void) { NOPS(7); }
+OPERATOR void linear(const int *layer) { NOPS(100); if (*layer == 4) BODY; }
+OPERATOR void norm(void) { NOPS(1000); helper(); }
+OPERATOR void forward(void) { norm(); linear(&LINEARS[1]); linear(&LINEARS[2]); linear(&LINEARS[3]); NOPS(50); norm(); }
+"""
+
+
+@pytest.mark.pipeline
+def test_instructions_are_counted_for_the_operator_that_forward_called(compiler: list[str], tmp_path: Path) -> None:
+    folder = program(tmp_path, "forward(); forward();", functions=OPERATORS.replace("BODY", "NOPS(3)"))
+    build(folder, compiler)
+    taken = simulate(folder).operators
+    assert taken.keys() == {"norm", "linear q", "linear down", "other"}
+    # Two calls of forward; a call takes a frame and some jumps on top.
+    assert 4 * 1007 < taken["norm"] <= 4 * 1007 + 4 * 24
+    assert 2 * 100 < taken["linear q"] <= 2 * 100 + 2 * 24
+    assert 2 * 203 < taken["linear down"] <= 2 * 203 + 4 * 24
+    assert 2 * 50 < taken["other"] <= 2 * 50 + 2 * 40
+
+
+@pytest.mark.pipeline
+def test_a_stop_names_the_operator(compiler: list[str], tmp_path: Path) -> None:
+    folder = program(tmp_path, "forward();", functions=OPERATORS.replace("BODY", store(0x10400100)))
+    build(folder, compiler)
+    with pytest.raises(StoppedError, match=r"but MRAM is 'rx', by the code at 0x[0-9a-f]+ in linear \(linear down\)"):
+        simulate(folder)
 
 
 @pytest.mark.pipeline

@@ -27,6 +27,7 @@ from edgepress.checkpoints.packing import dequantise_rows, encode, pack_linear
 from edgepress.checkpoints.shape import parse_sparsity
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.hardware.rv32.build import build, find_compiler
+from edgepress.hardware.rv32.families import layers
 from edgepress.hardware.rv32.memory import CODE_BYTES, STACK_BYTES
 from edgepress.hardware.rv32.simulator import expected_tokens, require_simulator, simulate, used_bytes
 from edgepress.hardware.soc import load_soc
@@ -223,6 +224,13 @@ def test_on_a_simulated_core_they_are_the_same_in_the_memory_that_was_predicted(
     build(folder, rv32)
     outcome = simulate(folder, limit=200_000_000)
     assert outcome.tokens == expected_tokens(folder)
+    shape = Checkpoint.open(model).shape
+    linears = {f"linear {layer.role}": layer.shape.weights for layer in layers(shape, shape.blocks[0])}
+    around = {"attention", "norm", "rotary", "activation", "embedding", "head", "other"}
+    assert outcome.operators.keys() == linears.keys() | around
+    # Of two blocks; a weight takes at least a multiplication and an addition.
+    assert all(2 * 2 * weights < outcome.operators[name] / outcome.fed for name, weights in linears.items())
+    assert outcome.operators["other"] < 0.01 * outcome.instructions
     memories = json.loads((folder / "memory.json").read_text())["memories"]
     predicted = {part: nbytes for memory in memories for part, nbytes in memory["parts"].items()}
     used = {part: nbytes for row in used_bytes(outcome, memories) for part, nbytes in row["parts"].items()}
@@ -321,7 +329,8 @@ def test_simulate_prints_the_text_and_what_it_took(
 ) -> None:
     done = compress("simulate", tiny_model("llama"), "for each", "--tokens", 4, "--context", 16)
     assert done.returncode == 0, done.stderr
-    for words in ("for each", "instructions a token", "MRAM: ", "stack ", "tokens are those of Python in float32"):
+    wanted = ["for each", "instructions a token", "linear down", "all, on one core", "MRAM: ", "stack "]
+    for words in [*wanted, "tokens are those of Python in float32"]:
         assert words in done.stdout
 
 

@@ -55,7 +55,7 @@ static float activated(float x) {
 /* --- a block ------------------------------------------------------------------------------------------------------ */
 
 /* y = x over its root mean square, times the weights; x and y may be the same. */
-static __attribute__((noinline)) void norm(const float *x, unsigned weight, float *y, int n) {
+static OPERATOR void norm(const float *x, unsigned weight, float *y, int n) {
     float mean = 0.0f, sum = 0.0f;
 #if CENTRED_NORMS
     for (int i = 0; i < n; i++) mean += x[i];
@@ -68,13 +68,13 @@ static __attribute__((noinline)) void norm(const float *x, unsigned weight, floa
 
 #ifdef Q_NORM
 /* Norm queries or keys: `width` channels together, which are a head's or all. */
-static __attribute__((noinline)) void norm_heads(float *x, int n, unsigned weight, int width) {
+static OPERATOR void norm_heads(float *x, int n, unsigned weight, int width) {
     for (int i = 0; i < n; i += width) norm(x + i, weight + (OWN_HEAD_NORMS ? 4u * (unsigned)i : 0), x + i, width);
 }
 #endif
 
 /* Turn the pairs (i, i + ROTARY / 2) of each head by the position's angles. */
-static void rotate(float *x, int heads, int set) {
+static OPERATOR void rotate(float *x, int heads, int set) {
     for (int h = 0; h < heads; h++, x += HEAD_DIM)
         for (int i = 0; i < ROTARY / 2; i++) {
             float a = x[i], b = x[i + ROTARY / 2];
@@ -84,7 +84,7 @@ static void rotate(float *x, int heads, int set) {
 }
 
 /* Give a position's queries and keys their norm and their turn. */
-static void place(int layer, float *query, float *key) {
+INLINED void place(int layer, float *query, float *key) {
 #if defined Q_NORM && !ROPE_FIRST
     norm_heads(query, QUERY, NORMS[layer][Q_NORM], Q_NORM_WIDTH);
     norm_heads(key, KEY, NORMS[layer][K_NORM], K_NORM_WIDTH);
@@ -100,7 +100,7 @@ static void place(int layer, float *query, float *key) {
     (void)layer;
 }
 
-static void attention(int layer, int position) {
+static OPERATOR void attention(int layer, int position) {
     const float(*keys)[KEY] = cache[0] + ROOM_START(layer), (*values)[KEY] = cache[1] + ROOM_START(layer);
     int seen = SEEN(layer, position);
     for (int h = 0; h < HEADS; h++) {
@@ -145,14 +145,14 @@ static void attention(int layer, int position) {
 #endif
 
 /* What a branch reads: the state, after this norm if there is one. */
-static inline const float *entering(int layer, int kind) {
+INLINED const float *entering(int layer, int kind) {
     if (kind == NONE) return act.x;
     norm(act.x, NORMS[layer][kind], act.normed, HIDDEN);
     return act.normed;
 }
 
 /* Add the result of a branch's last layer to the state, after this norm if there is one. */
-static inline void leave(int layer, const struct linear *last, const float *x, int kind) {
+INLINED void leave(int layer, const struct linear *last, const float *x, int kind) {
 #if BRANCH
     linear(last, x, act.query, 0); /* nobody needs the queries any more */
     if (kind != NONE) norm(act.query, NORMS[layer][kind], act.query, HIDDEN);
@@ -168,18 +168,25 @@ static inline void leave(int layer, const struct linear *last, const float *x, i
 #endif
 }
 
-static void widen(const struct linear *l, const float *x) {
-    linear(&l[UP_LAYER], x, act.up, 0);
+/* What lies between the layers of a feed-forward part of n channels. */
+static OPERATOR void activate(int n) {
 #if GATED
-    linear(&l[GATE_LAYER], x, act.gate, 0);
-    for (int i = 0; i < l[UP_LAYER].rows; i++) act.up[i] *= activated(act.gate[i]);
+    for (int i = 0; i < n; i++) act.up[i] *= activated(act.gate[i]);
 #else
-    for (int i = 0; i < l[UP_LAYER].rows; i++) act.up[i] = activated(act.up[i]);
+    for (int i = 0; i < n; i++) act.up[i] = activated(act.up[i]);
 #endif
 }
 
-int forward(int token, int position, int want_next) {
-    embed(token, act.x);
+INLINED void widen(const struct linear *l, const float *x) {
+    linear(&l[UP_LAYER], x, act.up, 0);
+#if GATED
+    linear(&l[GATE_LAYER], x, act.gate, 0);
+#endif
+    activate(l[UP_LAYER].rows);
+}
+
+/* The cosines and sines of a position's angles. */
+static OPERATOR void angles(int position) {
     for (int set = 0; set < ROPES; set++)
         for (int i = 0; i < ROTARY / 2; i++) {
             turn((float)position * FREQUENCIES[set][i], &act.cosine[set][i], &act.sine[set][i]);
@@ -188,6 +195,11 @@ int forward(int token, int position, int want_next) {
             act.sine[set][i] *= ROPE_SCALE(set);
 #endif
         }
+}
+
+int forward(int token, int position, int want_next) {
+    embed(token, act.x);
+    angles(position);
     for (int layer = 0; layer < LAYERS; layer++) {
         const struct linear *l = LINEARS[layer];
         int slot = ROOM_START(layer) + SLOT(layer, position);

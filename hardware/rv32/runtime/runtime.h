@@ -27,6 +27,15 @@ struct matrix {
     unsigned format, codes, scales, minimum;
 };
 
+/* A function that `forward` calls, and whose instructions the simulator counts: it is not inlined or cloned. What else
+ * `forward` is made of is inlined. */
+#ifdef __clang__
+#define OPERATOR __attribute__((noinline))
+#else
+#define OPERATOR __attribute__((noipa))
+#endif
+#define INLINED static inline __attribute__((always_inline))
+
 extern const unsigned char weights[];
 
 /* Feed the token at a position. With want_next, returns the likeliest token after it, else 0. */
