@@ -117,7 +117,8 @@ def unpack(
 # --- a program for the chip -------------------------------------------------------------------------------------------
 
 Soc = Annotated[str, typer.Option(help="A shipped chip or a .toml file, with addresses.")]
-Context = Annotated[int, typer.Option(help="Tokens in the KV cache, in float32.")]
+Context = Annotated[int, typer.Option(help="Tokens in the KV cache.")]
+KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value, in Python too: 32, or 8 with scales.")]
 NewTokens = Annotated[int, typer.Option(help="New tokens at most.")]
 
 
@@ -126,6 +127,7 @@ def export(
     to: Annotated[str, typer.Option(help="For what: rv32, plain RISC-V cores with an FPU.")] = "rv32",
     soc: Soc = "siracusa",
     context: Context = 256,
+    kv_bits: KvBits = 32,
     prompt: Annotated[str, typer.Option(help="What the program continues.")] = "Once upon a time",
     tokens: NewTokens = 64,
     force: Annotated[bool, typer.Option("--force", help="Write it although it does not fit.")] = False,
@@ -142,7 +144,7 @@ def export(
     from edgepress.pipeline.export import require_room_for
 
     require_room_for(out)
-    planned = _planned(checkpoint, soc, context, prompt, tokens)
+    planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits)
     for use in planned.uses:
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in use.parts.items())
         typer.echo(f"{use.name}: {use.nbytes:,} of {use.capacity:,} bytes ({parts})")
@@ -156,6 +158,7 @@ def simulate(
     prompt: Annotated[str, typer.Argument(help="What the model continues.")] = "Once upon a time",
     soc: Soc = "siracusa",
     context: Context = 256,
+    kv_bits: KvBits = 32,
     tokens: NewTokens = 64,
 ) -> None:
     """Let a checkpoint write on inside a chip's memories.
@@ -178,7 +181,7 @@ def simulate(
 
     require_simulator()
     compiler = find_compiler()
-    planned = _planned(checkpoint, soc, context, prompt, tokens)
+    planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits)
     _require_fit(planned, force=False)
 
     with tempfile.TemporaryDirectory(prefix="edgepress-chip-") as made:
@@ -193,12 +196,12 @@ def simulate(
     typer.echo(difference(outcome.tokens, wanted) or f"all {len(wanted)} tokens are those of Python in float32")
 
 
-def _planned(checkpoint: Path, soc: str, context: int, prompt: str, tokens: int) -> Export:
+def _planned(checkpoint: Path, soc: str, context: int, prompt: str, tokens: int, kv_bits: int) -> Export:
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.hardware.soc import load_soc
     from edgepress.pipeline.export import plan_export
 
-    return plan_export(Checkpoint.open(checkpoint, hashes=True), load_soc(soc), prompt, tokens, context)
+    return plan_export(Checkpoint.open(checkpoint, hashes=True), load_soc(soc), prompt, tokens, context, kv_bits)
 
 
 def _require_fit(planned: Export, force: bool) -> None:
@@ -212,10 +215,10 @@ def _require_fit(planned: Export, force: bool) -> None:
     if not missing:
         return
     typer.echo(f"the program does not fit {planned.soc.label}: {missing}")
-    name, context = planned.checkpoint.name, planned.run.context
+    name, run = planned.checkpoint.name, planned.run
     verdict = judge(
-        planned.checkpoint.shape, planned.soc, context=context, kv_bits=32, activation_bits=32, prefill_chunk=1,
-        name=name, levers=True,
+        planned.checkpoint.shape, planned.soc, context=run.context, kv_bits=run.kv_bits, activation_bits=32,
+        prefill_chunk=1, name=name, levers=True,
     )  # fmt: skip
     print_verdict(Console(), verdict)
     if not force:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
@@ -87,12 +88,16 @@ def require_room_for(folder: Path) -> None:
         raise PlanError(f"{folder} is there and holds no exported program; name another folder with -o")
 
 
-def plan_export(checkpoint: Checkpoint, soc: Soc, prompt: str, new_tokens: int, context: int) -> Export:
+def plan_export(
+    checkpoint: Checkpoint, soc: Soc, prompt: str, new_tokens: int, context: int, kv_bits: int = 32
+) -> Export:
     """The program that continues `prompt` greedily by at most `new_tokens` tokens. No weights are read.
 
     Raises PlanError for what the program or the chip cannot do, CheckpointError without a tokenizer.
     """
     shape = checkpoint.shape
+    if kv_bits not in (8, 32):
+        raise PlanError(f"--kv-bits {kv_bits}: the program keeps keys and values in 8 or 32 bits")
     require_runnable(shape, context)
     numbers = numbers_of(shape, _settings(checkpoint), context)
     tokenizer: Any = checkpoint.tokenizer()
@@ -106,10 +111,11 @@ def plan_export(checkpoint: Checkpoint, soc: Soc, prompt: str, new_tokens: int, 
             f"a prompt of {len(ids)} tokens and {new_tokens} new ones: at least one must be new, and all must go into "
             f"the context of {context}; change --tokens or --context"
         )
-    run = Run(ids, new_tokens, _ends(checkpoint, tokenizer), context)
+    run = Run(ids, new_tokens, _ends(checkpoint, tokenizer), context, kv_bits)
     pieces = token_pieces(checkpoint.folder, shape.vocabulary)
     layout = Layout(shape, sum(map(len, pieces)))
-    uses = memory_use(shape, soc, layout.nbytes, table_bytes(shape, len(ids), len(run.ends), context), context)
+    tables = table_bytes(shape, len(ids), len(run.ends), context)
+    uses = memory_use(shape, soc, layout.nbytes, tables, context, kv_bits)
     return Export(checkpoint, soc, run, numbers, pieces, layout, uses)
 
 
@@ -246,13 +252,32 @@ def _exact_model(checkpoint: Checkpoint) -> Any:
     return model
 
 
+class RoundedCache(DynamicCache):
+    """A KV cache that rounds as the program does: to codes of -127 to 127 and a scale for each token and head.
+
+    The scale is the largest magnitude / 127, rounded up to bfloat16, whose range is float32's: at most 1/128 more, at
+    half the bytes.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(_rounded(key_states), _rounded(value_states), *args, **kwargs)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """x (batch, heads, tokens, head_dim), float32, as an 8-bit cache gives it back."""
+    least = x.abs().amax(-1, keepdim=True) / 127
+    scale = ((least.view(torch.int32) + 0xFFFF) >> 16 << 16).view(torch.float32)
+    codes = torch.where(scale < 2.0**-100, 0, x * (1 / scale) + torch.where(x < 0, -0.5, 0.5)).trunc()
+    return codes * scale
+
+
 def _greedy(model: Any, run: Run) -> list[int]:
     """The prompt and the likeliest tokens after it, the one that ends the text included."""
     tokens = list(run.prompt)
-    cache, fed = None, torch.tensor([tokens])
+    cache = RoundedCache(config=model.config) if run.kv_bits == 8 else DynamicCache(config=model.config)
+    fed = torch.tensor([tokens])
     for _ in range(run.new_tokens):
-        output = model(fed, past_key_values=cache, use_cache=True)
-        cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
+        token = int(model(fed, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
         tokens.append(token)
         if token in run.ends:
             break

@@ -55,17 +55,22 @@ def table_bytes(shape: ModelShape, prompt: int, ends: int, context: int) -> int:
     return blocks * len(layers(shape, first)) * LINEAR_BYTES + 2 * MATRIX_BYTES + 4 * words
 
 
-def cache_bytes(shape: ModelShape, context: int) -> int:
-    """Bytes of float32 keys and values: of `context` tokens in every block, of a sliding window where that is less."""
-    return 4 * 2 * sum(rooms(shape, context)) * shape.kv_heads * shape.head_dim
+def cache_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
+    """Bytes of keys and values: of `context` tokens in every block, of a sliding window where that is less.
+
+    Those of 8 bits have a scale of two bytes for each token and head.
+    """
+    head = shape.head_dim + 2 if kv_bits == 8 else 4 * shape.head_dim
+    return 2 * sum(rooms(shape, context)) * shape.kv_heads * head
 
 
-def activation_bytes(shape: ModelShape, context: int) -> int:
+def activation_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
     """Bytes of the vectors that runtime.c and products.c keep, in float32."""
     hidden, query = shape.hidden_size, shape.heads * shape.head_dim
     gated = "gate" in {layer.role for layer in layers(shape, shape.blocks[0])}
     vectors = hidden + max(hidden, query) + (max(hidden, query) if branches_are_buffered(shape) else query)
     vectors += (2 if gated else 1) * inner(shape)
+    vectors += 2 * shape.kv_heads * shape.head_dim if kv_bits == 8 else 0
     angles = len(rope_kinds(shape)) * rotary_width(shape.config)
     return 4 * (vectors + max(rooms(shape, context)) + angles + max(rank(shape), 1))
 
@@ -82,14 +87,19 @@ def rank(shape: ModelShape) -> int:
     return max(x.adapter_rank for block in shape.blocks for x in block.linears)
 
 
-def memory_use(shape: ModelShape, soc: Soc, weights: int, tables: int, context: int) -> tuple[Use, Use, Use]:
+def memory_use(
+    shape: ModelShape, soc: Soc, weights: int, tables: int, context: int, kv_bits: int = 32
+) -> tuple[Use, Use, Use]:
     """What lies in the memories for weights (code too), tiles and working, which are the chip's first of these roles.
 
     weights, tables: their bytes. Raises PlanError for a chip that does not say where these memories lie.
     """
     held = {
         "weights": {"code": CODE_BYTES, "tables": tables, "weights": weights},
-        "tiles": {"KV cache": cache_bytes(shape, context), "activations": activation_bytes(shape, context)},
+        "tiles": {
+            "KV cache": cache_bytes(shape, context, kv_bits),
+            "activations": activation_bytes(shape, context, kv_bits),
+        },
         "working": {"stack": STACK_BYTES},
     }
     memories = {role: soc.with_role(role)[0] for role in held}

@@ -38,6 +38,7 @@ class Run:
     new_tokens: int
     ends: Sequence[int]  # tokens after which it stops
     context: int
+    kv_bits: int = 32  # of a number in the KV cache: 32, or 8 with a scale
 
 
 def sources() -> dict[str, bytes]:
@@ -60,6 +61,7 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
         "INTERMEDIATE": inner(shape),
         "VOCABULARY": shape.vocabulary,
         "CONTEXT": run.context,
+        "KV_BITS": run.kv_bits,
         "RANK": rank(shape),
         "FORMATS": f"({' | '.join(f'1u << {name}' for name in formats(shape))})",
         "PROMPT_TOKENS": len(run.prompt),

@@ -15,6 +15,14 @@ static inline float from_bits(word bits) {
     return u.value;
 }
 
+static inline word to_bits(float value) {
+    union {
+        float value;
+        word bits;
+    } u = {value};
+    return u.bits;
+}
+
 static inline float from_half(word h) {
     /* The exponent's bias differs by 112: multiplying by 2^112 is right for subnormal halves too. */
     float magnitude = from_bits((h & 0x7fff) << 13) * 0x1p112f;

@@ -11,7 +11,18 @@
 #define QUERY (HEADS * HEAD_DIM)
 #define KEY (KV_HEADS * HEAD_DIM)
 
-static float cache[2][ALL_ROOM][KEY] __attribute__((section(".bss.kv"))); /* keys, values */
+#if KV_BITS == 8
+typedef signed char kept;
+#else
+typedef float kept;
+#endif
+
+static struct {
+    kept numbers[2][ALL_ROOM][KEY]; /* keys, values */
+#if KV_BITS == 8
+    half scales[2][ALL_ROOM][KV_HEADS]; /* by which a head's numbers are multiplied: the upper half of a float */
+#endif
+} cache __attribute__((section(".bss.kv")));
 static struct {
     float x[HIDDEN];                      /* the token's state */
     float normed[LARGER(HIDDEN, QUERY)];  /* what a layer reads: the state after a norm, or attention's result */
@@ -21,6 +32,9 @@ static struct {
 #endif
     float up[INTERMEDIATE];
     float scores[MOST_ROOM];
+#if KV_BITS == 8
+    float fresh[2][KEY]; /* a token's key and value before they are kept */
+#endif
     float cosine[ROPES][ROTARY / 2], sine[ROPES][ROTARY / 2];
 } act;
 
@@ -100,19 +114,40 @@ INLINED void place(int layer, float *query, float *key) {
     (void)layer;
 }
 
+#if KV_BITS == 8
+/* Round a token's key or value to codes of -127 to 127 times a scale for each head, which is itself rounded up. */
+static OPERATOR void keep(const float *x, int which, int slot) {
+    for (int h = 0; h < KV_HEADS; h++, x += HEAD_DIM) {
+        float most = 0.0f;
+        for (int i = 0; i < HEAD_DIM; i++) {
+            float magnitude = x[i] < 0.0f ? -x[i] : x[i];
+            if (magnitude > most) most = magnitude;
+        }
+        word scale = (to_bits(most / 127.0f) + 0xffff) >> 16;
+        float inverse = from_brain(scale) < 0x1p-100f ? 0.0f : 1.0f / from_brain(scale);
+        cache.scales[which][slot][h] = (half)scale;
+        for (int i = 0; i < HEAD_DIM; i++)
+            cache.numbers[which][slot][h * HEAD_DIM + i] = (kept)(int)(x[i] * inverse + (x[i] < 0.0f ? -0.5f : 0.5f));
+    }
+}
+#define KEPT_SCALE(which, slot, head) from_brain(cache.scales[which][slot][head])
+#else
+#define KEPT_SCALE(which, slot, head) 1.0f
+#endif
+
 static OPERATOR void attention(int layer, int position) {
-    const float(*keys)[KEY] = cache[0] + ROOM_START(layer), (*values)[KEY] = cache[1] + ROOM_START(layer);
+    int first = ROOM_START(layer);
     int seen = SEEN(layer, position);
     for (int h = 0; h < HEADS; h++) {
         const float *q = act.query + h * HEAD_DIM;
         float *out = act.normed + h * HEAD_DIM;
-        int own = h / (HEADS / KV_HEADS) * HEAD_DIM;
+        int shared = h / (HEADS / KV_HEADS), own = shared * HEAD_DIM;
         float top = 0.0f, sum = 0.0f;
         for (int t = 0; t < seen; t++) {
-            const float *k = keys[t] + own;
+            const kept *k = cache.numbers[0][first + t] + own;
             float score = 0.0f;
-            for (int i = 0; i < HEAD_DIM; i++) score += k[i] * q[i];
-            score *= ATTENTION_SCALE;
+            for (int i = 0; i < HEAD_DIM; i++) score += (float)k[i] * q[i];
+            score *= ATTENTION_SCALE * KEPT_SCALE(0, first + t, shared);
 #ifdef ATTENTION_CAP
             score = ATTENTION_CAP * hyperbolic_tangent(score / ATTENTION_CAP);
 #endif
@@ -122,9 +157,10 @@ static OPERATOR void attention(int layer, int position) {
         for (int i = 0; i < HEAD_DIM; i++) out[i] = 0.0f;
         for (int t = 0; t < seen; t++) {
             float share = exponential(act.scores[t] - top);
-            const float *v = values[t] + own;
+            const kept *v = cache.numbers[1][first + t] + own;
             sum += share;
-            for (int i = 0; i < HEAD_DIM; i++) out[i] += share * v[i];
+            share *= KEPT_SCALE(1, first + t, shared);
+            for (int i = 0; i < HEAD_DIM; i++) out[i] += share * (float)v[i];
         }
         for (int i = 0; i < HEAD_DIM; i++) out[i] /= sum;
     }
@@ -203,7 +239,11 @@ int forward(int token, int position, int want_next) {
     for (int layer = 0; layer < LAYERS; layer++) {
         const struct linear *l = LINEARS[layer];
         int slot = ROOM_START(layer) + SLOT(layer, position);
-        float *key = cache[0][slot], *value = cache[1][slot];
+#if KV_BITS == 8
+        float *key = act.fresh[0], *value = act.fresh[1];
+#else
+        float *key = cache.numbers[0][slot], *value = cache.numbers[1][slot];
+#endif
         const float *x = entering(layer, ATTENTION_IN);
         linear(&l[Q_LAYER], x, act.query, 0);
         linear(&l[K_LAYER], x, key, 0);
@@ -212,6 +252,10 @@ int forward(int token, int position, int want_next) {
         widen(l, x); /* both branches read the same, and attention writes where it lies */
 #endif
         place(layer, act.query, key);
+#if KV_BITS == 8
+        keep(key, 0, slot);
+        keep(value, 1, slot);
+#endif
         attention(layer, position);
         leave(layer, &l[O_LAYER], act.normed, ATTENTION_OUT);
 #if !PARALLEL
