@@ -147,6 +147,8 @@ def _summary(model: str, soc: Soc, found: Needs, uses: tuple[MemoryUse, ...]) ->
     fit, over = [], []
     for role, what in words.items():
         at = [use for use in uses if use.role == role]
+        if not at:
+            continue  # a chip that stages nothing, or whose engines read every memory themselves
         # Where code lies in the same memory as tensors, it takes from the room rather than adding to the need.
         taken = 0 if role == "staging" else sum(memory.reserved_bytes for memory in soc.with_role(role))
         need, room = sum(use.peak_bytes for use in at) - taken, sum(use.capacity_bytes for use in at) - taken
@@ -254,6 +256,8 @@ class Verdict:
         words = []
         for role, name in (("weights", "weights"), ("tiles", "KV cache and activations"), ("working", "hardest tile")):
             at = [use for use in self.memories if use.role == role]
+            if not at:
+                continue
             need, room = sum(use.peak_bytes for use in at), sum(use.capacity_bytes for use in at)
             over = f" ({times_text(need, room)})" if need > room else ""
             words.append(f"{name} {size_text(need)} of {size_text(room)}{over}")

@@ -148,6 +148,6 @@ class _Chip:
 
 @lru_cache(maxsize=4096)
 def _tile(operator: Operator, chip: _Chip, direct: bool) -> Tiling:
-    room = chip.soc.with_role("working")[0]
-    working = room.capacity_bytes - room.reserved_bytes
+    room = chip.soc.working
+    working = None if room is None else room.capacity_bytes - room.reserved_bytes
     return tile(operator, chip.soc, working_bytes=working, weights_in_l1=not direct)

@@ -12,32 +12,30 @@ from dataclasses import asdict, dataclass
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import bytes_of
 from edgepress.hardware.operators import ACCELERATOR, Operator
-from edgepress.hardware.soc import Memory, Soc
+from edgepress.hardware.soc import UNKNOWN, Constant, Memory, Soc
 from edgepress.hardware.tiling import Tiling, engine_of, stored_bytes, tile
 
 LOW, DEFAULT, HIGH = "low", "default", "high"
 CORNERS = (LOW, DEFAULT, HIGH)
 
 _NEEDED = ("clock", "dma", "dma_launch_cycles", "cluster_macs", "cluster_efficiency", "cluster_operator_cycles")
+_DMA = {"dma", "dma_launch_cycles"}  # needed only where tiles are moved to a working memory
 _ACCELERATOR = ("linear_macs", "linear_pixels", "linear_block_cycles", "linear_fixed_cycles", "linear_launch_cycles")
 _LAYOUT = ("tile_output_channels", "weight_input_block")
+_COSTS = ("off_chip_bandwidth", "off_chip_energy", "active_power")
 
-# Which constants were fitted, on what, and what that leaves unproven. Shown with every estimate.
-FITS = {
-    "cluster_operator_cycles": (
-        "fitted: what 712 k cycles of Deeploy's microLlama64 (decode, GVSoC) leave after 56 accelerator jobs, over "
-        "201 kernels on the cores. Agreement with that run is no test of the model."
-    ),
-    "linear_launch_cycles": "fitted on one job: 64 to 256 channels, 2595 cycles in Deeploy's trace, 1896 modelled.",
-    "linear_block_cycles": "counted in GVSoC's source, not fitted; default without activation prefetch.",
-    "cluster_efficiency": (
-        "default assumed. low fitted, with cluster_operator_cycles at its low: the two give 28.3 M cycles for "
-        "microLlama64_parallel (prefill of 64 tokens, heads of 4)."
-    ),
-    "active_power": "from 490 uJ at 340 token/s (arXiv 2408.04413); clock and context of that run were not seen.",
-    "off_chip_energy": "assumed: the ends are recollections, the default lies between.",
-    "off_chip_bandwidth": "HyperBus by its data rate; a property of the board.",
-}
+
+def grounds(soc: Soc) -> dict[str, str]:
+    """What the constants of an estimate rest on, as far as it is no source's plain statement."""
+    needed = [x for x in soc.constants if x in (*_NEEDED, *_ACCELERATOR, *_COSTS)]
+    found = {name: soc.constants[name].fitted or _assumed(soc.constants[name]) for name in needed}
+    buses = {f"{m.name} bandwidth": m.bandwidth for m in soc.memories if m.bandwidth is not None}
+    found |= {name: bandwidth.fitted or _assumed(bandwidth) for name, bandwidth in buses.items()}
+    return {name: words for name, words in found.items() if words}
+
+
+def _assumed(constant: Constant) -> str:
+    return f"assumed: {constant.source}." if constant.kind == "assumed" else ""
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,11 @@ class Rates:
 
     corner: str
     clock: float  # Hz
-    dma: float
-    link: float | None  # weights from their own memory to the accelerator, if there is such a path
-    off_chip: float | None
+    speeds: Mapping[str, float]  # by path; operands on a path without a speed cost nothing beyond the arithmetic
+    off_chip: float | None  # of the memory from which an excess streams
     dma_launch: float
-    core_peak: float  # MAC/cycle
-    core_fits: tuple[tuple[float, float], ...]  # (cycles a kernel, MAC/cycle): each explains the measured run
+    core_peaks: tuple[tuple[int, float], ...]  # (bits of the widest operand, MAC/cycle), narrow first
+    core_fits: tuple[tuple[float, float], ...]  # (cycles a kernel, share of the peak): each explains the measured run
     linear_peak: float  # MAC/cycle
     pixels: int
     output_block: int
@@ -97,17 +94,25 @@ class Rates:
         per_output = full * (blocks + self.pixels) + (blocks + rest if rest else 0)
         return -(-out_features // self.output_block) * per_output
 
-    def core_cycles(self, work: float, kernels: int) -> float:
+    def core_peak(self, bits: int) -> float:
+        """MAC/cycle of the cores for operands of so many bits: of the narrowest width known that holds them."""
+        return next((peak for width, peak in self.core_peaks if width >= bits), self.core_peaks[-1][1])
+
+    def core_cycles(self, work: float, kernels: int, bits: int = 8) -> float:
         """Cycles of the cores for so many MACs or element operations in so many kernels: the slowest fit."""
-        return max(kernels * each + work / speed for each, speed in self.core_fits)
+        peak = self.core_peak(bits)
+        return max(kernels * each + work / (peak * share) for each, share in self.core_fits)
 
 
 def missing_constants(soc: Soc) -> list[str]:
-    """Constants without which no time can be estimated for this chip."""
-    needed = [*_NEEDED, *((*_ACCELERATOR, *_LAYOUT) if soc.accelerator else ())]
-    if soc.with_role("off_chip"):
+    """Constants without which no time can be estimated for this chip, and memories of unknown speed."""
+    needed = [name for name in _NEEDED if soc.working is not None or name not in _DMA]
+    needed += (*_ACCELERATOR, *_LAYOUT) if soc.accelerator else ()
+    if any(memory.role == "off_chip" and memory.bandwidth is None for memory in soc.memories):
         needed.append("off_chip_bandwidth")
-    return [name for name in needed if name not in soc.constants]
+    missing = [name for name in needed if name not in soc.constants]
+    unknown = [m.name for m in soc.memories if m.link == UNKNOWN and m.bandwidth is None and m.role != "staging"]
+    return missing + [f"speed of {name}" for name in unknown]
 
 
 def rates(soc: Soc, corner: str) -> Rates:
@@ -128,19 +133,27 @@ def rates(soc: Soc, corner: str) -> Rates:
     def maybe(name: str) -> float | None:
         return cost(name) if name in soc.constants else None
 
-    clock, core_peak = speed("clock"), speed("cluster_macs")
+    clock, fastest = speed("clock"), {LOW: "high", HIGH: "low"}.get(corner, "")
+    peaks = {8: speed("cluster_macs")}
+    for bits, peak in ({} if soc.cores is None else soc.cores.throughput).items():
+        peaks.setdefault(bits, at_end(peak, fastest))
+    speeds = {LINK: "weight_link", DMA: "dma", OFF_CHIP: "off_chip_bandwidth"}
+    known = {path: speed(name) for path, name in speeds.items() if name in soc.constants}
+    if OFF_CHIP in known:
+        known[OFF_CHIP] /= clock
+    buses = {bus(m): at_end(m.bandwidth, fastest) / clock for m in soc.memories if m.bandwidth is not None}
+    outside = soc.with_role("off_chip")[:1]
     energy = maybe("off_chip_energy")
     accelerated = soc.accelerator is not None
     return Rates(
         corner=corner,
         clock=clock,
-        dma=speed("dma"),
-        link=speed("weight_link") if "weight_link" in soc.constants else None,
-        off_chip=speed("off_chip_bandwidth") / clock if "off_chip_bandwidth" in soc.constants else None,
-        dma_launch=cost("dma_launch_cycles"),
-        core_peak=core_peak,
-        core_fits=_core_fits(soc, corner, core_peak),
-        linear_peak=speed("linear_macs") if accelerated else core_peak,
+        speeds={**known, **buses},
+        off_chip=next(((known | buses).get(_path(memory, soc, "")) for memory in outside), None),
+        dma_launch=cost("dma_launch_cycles") if "dma_launch_cycles" in soc.constants else 0,
+        core_peaks=tuple(sorted(peaks.items())),
+        core_fits=_core_fits(soc, corner),
+        linear_peak=speed("linear_macs") if accelerated else peaks[8],
         pixels=soc.count("linear_pixels") or 1,
         output_block=soc.count("tile_output_channels") or 1,
         input_block=soc.count("weight_input_block") or 1,
@@ -154,15 +167,15 @@ def rates(soc: Soc, corner: str) -> Rates:
     )
 
 
-def _core_fits(soc: Soc, corner: str, peak: float) -> tuple[tuple[float, float], ...]:
-    """Pairs of launch cost and speed. The same measured cycles may be many dear launches or slow arithmetic.
+def _core_fits(soc: Soc, corner: str) -> tuple[tuple[float, float], ...]:
+    """Pairs of launch cost and share of the peak.
 
-    So the high corner takes the slower of (high, default) and (low, low), never both bad ends at once: that would
-    count the measured cycles twice.
+    The same measured cycles may be many dear launches or slow arithmetic. So the high corner takes the slower of
+    (high, default) and (low, low), never both bad ends at once: that would count the measured cycles twice.
     """
 
     def pair(each: str, efficiency: str) -> tuple[float, float]:
-        return _at(soc, "cluster_operator_cycles", each), peak * _at(soc, "cluster_efficiency", efficiency)
+        return _at(soc, "cluster_operator_cycles", each), _at(soc, "cluster_efficiency", efficiency)
 
     if corner == LOW:
         return (pair("low", "high"),)
@@ -172,7 +185,11 @@ def _core_fits(soc: Soc, corner: str, peak: float) -> tuple[tuple[float, float],
 
 
 def _at(soc: Soc, name: str, end: str) -> float:
-    constant = soc.constants[name]
+    return at_end(soc.constants[name], end)
+
+
+def at_end(constant: Constant, end: str) -> float:
+    """A constant's `low` or `high`, its value where it has none or `end` is empty."""
     stated = {"low": constant.low, "high": constant.high}.get(end)
     return constant.value if stated is None else stated
 
@@ -181,7 +198,8 @@ def _at(soc: Soc, name: str, end: str) -> float:
 # One operator on one chip: what it moves over which path, and the cycles that takes.
 #
 # Paths: `weight link` (weights from their own memory straight to the accelerator), `DMA` (between the on-chip
-# memories and L1), `off-chip`. Formulas: Deeploy's tile traces and GVSoC's model of N-EUREKA, see `rates`.
+# memories and L1), `off-chip`, and a memory's own bus. Formulas: Deeploy's tile traces and GVSoC's model of N-EUREKA,
+# see `rates`.
 
 
 KV_CACHE, ACTIVATIONS = "KV cache", "activations"  # as a placement names them
@@ -194,7 +212,7 @@ class Traffic:
     """Bytes between a memory and an engine over a path."""
 
     memory: str
-    path: str  # LINK, DMA, OFF_CHIP, or empty for L1 itself
+    path: str  # LINK, DMA, OFF_CHIP, a memory's bus, or empty for what is read as fast as it is computed with
     nbytes: int
 
 
@@ -216,8 +234,15 @@ class Work:
 
     def floor_cycles(self, r: Rates) -> dict[str, float]:
         """The least cycles each resource is busy."""
-        peak = r.linear_peak if self.engine == ACCELERATOR else r.core_peak
+        peak = r.linear_peak if self.engine == ACCELERATOR else r.core_peak(self.bits)
         return {self.engine: self.operator.needed_macs / peak, **_path_cycles(self.floor, r)}
+
+    @property
+    def bits(self) -> int:
+        """Of the widest operand that is multiplied."""
+        x = self.operator
+        weights = x.weights.bits if x.weights is not None and x.kind == "linear" else 0
+        return max(x.activation_bits, weights, x.kv_bits if x.kv_read else 0)
 
     def cycles(self, r: Rates) -> float:
         """The estimate at one corner.
@@ -227,14 +252,15 @@ class Work:
         """
         parts = self.parts(r)
         busy = parts[LAUNCH] + parts[ARITHMETIC]
+        outside = [cycles for path, cycles in parts.items() if path not in (LAUNCH, ARITHMETIC, LINK, DMA)]
         if r.corner == LOW:
-            return max(busy, parts[LINK], parts[DMA], parts[OFF_CHIP])
+            return max(busy, parts[LINK], parts[DMA], *outside)
         if r.corner == DEFAULT:
             if self.engine == ACCELERATOR:
-                return parts[DMA] + max(busy, parts[LINK], parts[OFF_CHIP])
+                return parts[DMA] + max(busy, parts[LINK], sum(outside))
             # The fitted cost of a kernel holds its DMA's launches; its bytes hide behind its arithmetic.
-            return parts[LAUNCH] + max(parts[ARITHMETIC], parts[DMA], parts[OFF_CHIP])
-        return parts[DMA] + parts[OFF_CHIP] + max(busy, parts[LINK])
+            return parts[LAUNCH] + max(parts[ARITHMETIC], parts[DMA], sum(outside))
+        return parts[DMA] + sum(outside) + max(busy, parts[LINK])
 
     def parts(self, r: Rates) -> dict[str, float]:
         """Cycles by what they go to, before any of it is hidden."""
@@ -248,7 +274,7 @@ class Work:
                 arithmetic += r.core_cycles(self.corrections, 1)
             launch, dma_launches = r.launch * self.jobs, tiles
         else:
-            total = r.core_cycles(x.macs + x.element_operations, x.kernels)
+            total = r.core_cycles(x.macs + x.element_operations, x.kernels, self.bits)
             launch = min(total, min(each for each, _ in r.core_fits) * x.kernels)
             arithmetic, dma_launches = total - launch, tiles - 1
         paths[DMA] += r.dma_launch * dma_launches
@@ -285,7 +311,7 @@ def work_of(operator: Operator, soc: Soc, where: Places) -> Work:
         copied = _spread(2 * x.kv_held, cache, soc, "")
     weights, again = stored_bytes(x, soc) if x.weights is not None else 0, 0
     if x.kind == "linear":
-        weights, again = _read_again(x, soc, tiling, weights, OFF_CHIP in paths)
+        weights, again = _read_again(x, soc, tiling, weights, home)
     floor = [*floor, *_spread(x.weight_bytes, home, soc, engine)]
     moved = [*moved, *_spread(weights, home, soc, engine)]
     moved += _spread(_activation_bytes(x) + again, where[ACTIVATIONS], soc, "")
@@ -298,7 +324,7 @@ def work_of(operator: Operator, soc: Soc, where: Places) -> Work:
     return Work(x, engine, tiling, tuple(floor), tuple(moved), tuple(copied), jobs, corrections)
 
 
-def _read_again(x: Operator, soc: Soc, tiling: Tiling, weights: int, off_chip: bool) -> tuple[int, int]:
+def _read_again(x: Operator, soc: Soc, tiling: Tiling, weights: int, home: tuple[Share, ...]) -> tuple[int, int]:
     """Bytes of weights moved in all, and of inputs moved more than once.
 
     With several tiles both ways, either the weights come again for every tile of rows, or the inputs for every tile
@@ -306,9 +332,12 @@ def _read_again(x: Operator, soc: Soc, tiling: Tiling, weights: int, off_chip: b
     """
     more_weights = weights * (max(tiling.row_tiles, 1) - 1)
     inputs = sum(b.nbytes for b in x.reads) * (max(tiling.column_tiles, 1) - 1)
+    if not more_weights or not inputs:
+        return weights, 0
     constants = soc.constants
     speed = constants["dma"].value * constants["clock"].value
-    weight_speed = constants["off_chip_bandwidth"].value if off_chip else speed
+    slow = [share.memory.bandwidth or constants["off_chip_bandwidth"] for share in home if _outside(share.memory)]
+    weight_speed = min((bandwidth.value for bandwidth in slow), default=speed)
     return (weights + more_weights, 0) if more_weights / weight_speed <= inputs / speed else (weights, inputs)
 
 
@@ -330,25 +359,40 @@ def _activation_bytes(x: Operator) -> int:
     return taken + given
 
 
+def bus(memory: Memory) -> str:
+    """The path to a memory that states its own bandwidth."""
+    return f"{memory.name} bus"
+
+
+def _outside(memory: Memory) -> bool:
+    """Whether it lies beyond the chip's own memories: B/s say how fast it is read, not B/cycle."""
+    return memory.bandwidth is not None or memory.role == "off_chip" or memory.link == "off_chip_bandwidth"
+
+
 def _path(memory: Memory, soc: Soc, engine: str) -> str:
-    if memory.role == "off_chip":
-        return OFF_CHIP
-    if memory.role == "working":
+    if _outside(memory):
+        return OFF_CHIP if memory.bandwidth is None else bus(memory)
+    if memory.role == "working" or (soc.working is None and memory.link == "working_link"):
         return ""
     linked = memory.role == "weights" and engine == ACCELERATOR and "weight_link" in soc.constants
     return LINK if linked else DMA
 
 
 def _path_cycles(traffic: tuple[Traffic, ...], r: Rates) -> dict[str, float]:
-    speeds = {LINK: r.link, DMA: r.dma, OFF_CHIP: r.off_chip}
-    found = dict.fromkeys(speeds, 0.0)
+    found = dict.fromkeys((LINK, DMA, OFF_CHIP, *r.speeds), 0.0)
     for x in traffic:
-        speed = speeds.get(x.path)
+        speed = r.speeds.get(x.path)
         if speed is not None:
             found[x.path] += x.nbytes / speed
     return found
 
 
-def bytes_on(path: str, traffic: tuple[Traffic, ...]) -> int:
-    """Bytes that go over one path."""
-    return sum(x.nbytes for x in traffic if x.path == path)
+def streamed_bytes(traffic: tuple[Traffic, ...], soc: Soc) -> int:
+    """Bytes to and from the memories that only take what does not fit."""
+    off_chip = {memory.name for memory in soc.with_role("off_chip")}
+    return sum(x.nbytes for x in traffic if x.memory in off_chip)
+
+
+def outside_bytes(traffic: tuple[Traffic, ...]) -> int:
+    """Bytes that cross the chip's border."""
+    return sum(x.nbytes for x in traffic if x.path not in ("", LINK, DMA))

@@ -85,8 +85,10 @@ def _details(verdict: Verdict) -> Iterator[str]:
 
 def _tiles(verdict: Verdict) -> Iterator[str]:
     failing = [tiling for tiling in verdict.needs.tilings if not tiling.fits]
-    working = next(use for use in verdict.memories if use.role == "working")
-    if failing:
+    working = next((use for use in verdict.memories if use.role == "working"), None)
+    if working is None:
+        yield "Tiles: none are cut; the engines read weights, cache and activations where they lie."
+    elif failing:
         yield f"Operators without a tile in {working.name}, and the smallest that would do:"
         for tiling in failing:
             yield f"  {operator_name(tiling)}: {size_text(tiling.smallest_bytes)}. {tiling.reason}"
@@ -101,16 +103,22 @@ def _tiles(verdict: Verdict) -> Iterator[str]:
 def _streams(verdict: Verdict) -> Iterator[str]:
     placement = verdict.placement
     if not placement.streamed:
-        yield "Streams: nothing; every weight and the KV cache stay on the chip."
+        in_place = all(use.role != "working" for use in verdict.memories)
+        where = "lie in the memories above" if in_place else "stay on the chip"
+        yield f"Streams: nothing; every weight and the KV cache {where}."
         return
     off_chip = sorted({t.memory for t in placement.tensors if t.state == STREAMED})
+    if not off_chip:
+        size = size_text(placement.homeless_bytes)
+        yield f"Streams: {size} have no place in the memories above, and there is none to stream them from."
+        return
     blocks = placement.per_block()
     most = max(blocks, key=lambda key: blocks[key])
     where = "outside the blocks" if most == "outer" else f"in block {most}"
     away = sum(t.nbytes for t in placement.streamed)
     yield (
         f"Streams: {size_text(away)} do not stay on the chip; a token moves {size_text(placement.streamed_per_token)} "
-        f"to or from {' + '.join(off_chip) or 'nowhere'}, block by block, most {where}: {size_text(blocks[most])}."
+        f"to or from {' + '.join(off_chip)}, block by block, most {where}: {size_text(blocks[most])}."
     )
     if placement.homeless_bytes:
         yield f"Not even off-chip memory holds all: {size_text(placement.homeless_bytes)} have no place."
@@ -132,8 +140,8 @@ def _times(verdict: Verdict) -> Iterator[str]:
         )
     speed = verdict.timing.decode.tokens_per_second
     yield (
-        f"That is {speed:.3g} token/s, estimated and not measured: constants fitted on one compiled model, "
-        "see --json for which on what."
+        f"That is {speed:.3g} token/s, estimated and not measured: {verdict.timing.basis}, see --json for which on "
+        "what."
     )
 
 
@@ -162,10 +170,15 @@ def _print_levers(console: Console, levers: Levers, soc: str, model: str) -> Non
         table.add_column(column, justify="right" if column == "saves at most" else "left")
     for worth in levers.ranked:
         table.add_row(worth.lever, worth.now, worth.furthest, size_text(worth.saved_bytes), worth.enough or "no")
+    natural = console.measure(table, options=console.options.update(max_width=10 * console.width)).maximum
+    if natural > console.width and any(worth.enough for worth in levers.ranked):
+        # Options in two columns stay whole; the others break between words.
+        for options in (table.columns[2], table.columns[4]):
+            options.width = max(len(word) for cell in (options.header, *options.cells) for word in str(cell).split())
     console.print(table)
     if levers.options_for:
         console.print(f"Options of stages are for {levers.options_for}.", highlight=False)
-    then = ", ".join(f"{role} {size_text(size)}" for role, size in levers.needs_then.items())
+    then = ", ".join(f"{role} {size_text(size)}" for role, size in levers.needs_then.items() if size)
     if levers.smallest:
         console.print(f"Smallest change that fits: {', '.join(levers.smallest)}.", style="bold", highlight=False)
         console.print(f"Then it needs: {then}.", highlight=False)

@@ -36,7 +36,7 @@ OPERATORS = (
 )
 
 # Every constant a file may state, with the one unit it is read in. The first two shape the tiles of every
-# layer, so no chip can be judged without them.
+# layer, so no chip with a working memory can be judged without them.
 REQUIRED_CONSTANTS = {"tile_output_channels": "channels", "tile_buffers": "buffers"}
 CONSTANT_UNITS = {
     **REQUIRED_CONSTANTS,
@@ -63,6 +63,7 @@ CONSTANT_UNITS = {
     "off_chip_energy": "pJ/B",
 }
 LINKS = ("weight_link", "working_link", "dma", "off_chip_bandwidth")
+UNKNOWN = "unknown"  # in place of a link: no source says how fast the memory is, so nothing can be timed
 COUNTED_UNITS = {"channels", "buffers", "copies", "bit", "B"}  # units in which a fraction makes no sense
 
 
@@ -76,6 +77,7 @@ class Constant:
     source: str
     low: float | None = None
     high: float | None = None
+    fitted: str = ""  # what the value was fitted on or rests on, and what that leaves open; said with each estimate
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Memory:
     capacity: Constant
     note: str = ""
     reserved: Constant | None = None  # code, stacks and vectors: no tensor lies there
-    link: str = ""  # the constant that says how fast it is read, one of LINKS
+    link: str = ""  # the constant that says how fast it is read, one of LINKS, or UNKNOWN
+    bandwidth: Constant | None = None  # B/s of its own bus, in place of a link
     latency: Constant | None = None  # cycles to the first byte
     address: Constant | None = None  # of the first byte; None where no program can be placed there
     access: str = ""  # one of ACCESSES; empty without an address
@@ -161,11 +164,25 @@ class Soc:
     engines: tuple[Engine, ...]
     layout: Layout
     settings: tuple[Setting, ...] = ()
+    basis: str = ""  # what an estimate of time rests on, in one clause
+    prefill_note: str = ""  # said with each estimate of prefill
+    no_time: str = ""  # why no time can be estimated, where no source gives what it takes
+    no_rv32: str = ""  # why no program for RV32 cores can be made for it, where that is known
 
     @property
     def accelerator(self) -> Engine | None:
         """The engine that multiplies matrices beside the cores, if there is one."""
         return next((engine for engine in self.engines if engine.kind == "accelerator"), None)
+
+    @property
+    def cores(self) -> Engine | None:
+        """The programmable engine, if the file has one."""
+        return next((engine for engine in self.engines if engine.kind == "cores"), None)
+
+    @property
+    def working(self) -> Memory | None:
+        """Where tiles are computed; None where the engines read every memory themselves, so that nothing is cut."""
+        return next((memory for memory in self.memories if memory.role == "working"), None)
 
     def with_role(self, role: str) -> tuple[Memory, ...]:
         """The memories of one role, in the file's order."""
@@ -266,25 +283,27 @@ def _parsed(data: dict[str, Any], wanted: Iterable[str]) -> tuple[Soc, list[str]
     faults: list[str] = []
     data = copy.deepcopy(data)
     settings = _settings(data, wanted, faults)
-    check_keys(
-        data, "the file", {"name", "memories", "engines", "layout", "constants"}, {"description", "settings"}, faults
-    )
+    optional = {"description", "settings", "estimate", "no_rv32"}
+    check_keys(data, "the file", {"name", "memories", "engines", "layout", "constants"}, optional, faults)
     constants = _constants(data, faults)
     memories = tuple(_memory(name, entry, faults) for name, entry in table(data, "memories", faults).items())
     if "memories" in data:
         _check_roles(memories, faults)
     for memory in memories:
-        if memory.link in LINKS and memory.link not in constants:
+        if memory.link in LINKS and memory.link not in constants and memory.bandwidth is None:
             faults.append(f"memories.{memory.name}: its link '{memory.link}' is not among the constants")
     engines = tuple(_engine(name, entry, faults) for name, entry in table(data, "engines", faults).items())
     if "engines" in data and not any("linear" in engine.operators for engine in engines):
         faults.append("no engine lists the operator 'linear'; one must")
-    name, about = text(data, "the file", "name", faults), text(data, "the file", "description", faults)
+    name, about, no_rv32 = (text(data, "the file", key, faults) for key in ("name", "description", "no_rv32"))
+    estimate = table(data, "estimate", faults)
+    check_keys(estimate, "estimate", set(), {"basis", "prefill", "none"}, faults)
+    basis, prefill, none = (text(estimate, "estimate", key, faults) for key in ("basis", "prefill", "none"))
     layout = _layout(table(data, "layout", faults), "layout" in data, faults)
     for engine in engines:  # the peaks at 8 bit under the names that a time estimate reads
         if 8 in engine.throughput and engine.kind in _PEAKS:
             constants.setdefault(_PEAKS[engine.kind], engine.throughput[8])
-    return Soc(name, about, memories, constants, engines, layout, settings), faults
+    return Soc(name, about, memories, constants, engines, layout, settings, basis, prefill, none, no_rv32), faults
 
 
 # --- settings --------------------------------------------------------------------------------------------------
@@ -359,8 +378,8 @@ def _set_number(where: str, target: dict[str, Any], given: str, faults: list[str
     target["value"] = int(value) if value.is_integer() else value
     target["unit"] = match[2] or target.get("unit", "")
     target |= {"kind": "stated", "source": "given by the user"}
-    for bound in ("low", "high"):
-        target.pop(bound, None)
+    for of_the_old in ("low", "high", "fitted"):
+        target.pop(of_the_old, None)
 
 
 def _follow(data: Any, path: str) -> Any:
@@ -380,13 +399,15 @@ def _constants(data: Mapping[str, Any], faults: list[str]) -> dict[str, Constant
             faults.append(f"constants: unknown key '{name}'{near(name, CONSTANT_UNITS)}; {there}")
             continue
         constants[name] = constant(f"constants.{name}", entry, {CONSTANT_UNITS[name]}, faults)
-    for name in REQUIRED_CONSTANTS:
+    memories = table(data, "memories", []).values()
+    tiled = any(isinstance(entry, dict) and entry.get("role") == "working" for entry in memories)
+    for name in REQUIRED_CONSTANTS if tiled else ():
         if "constants" in data and name not in stated:
             faults.append(f"constants: '{name}' is missing")
     return constants
 
 
-_MAY_HAVE = {"note", "reserved", "latency", "address", "access"}
+_MAY_HAVE = {"note", "reserved", "latency", "address", "access", "bandwidth"}
 
 
 def _memory(name: str, entry: Any, faults: list[str]) -> Memory:
@@ -395,22 +416,26 @@ def _memory(name: str, entry: Any, faults: list[str]) -> Memory:
         faults.append(f"{where} must be a table with role, capacity and link")
         entry = {}
     else:
-        check_keys(entry, where, {"role", "capacity", "link"}, _MAY_HAVE, faults)
+        needed = {"role", "capacity"} if "bandwidth" in entry else {"role", "capacity", "link"}
+        check_keys(entry, where, needed, {*_MAY_HAVE, "link"}, faults)
     role, link = text(entry, where, "role", faults), text(entry, where, "link", faults)
     if role and role not in ROLES:
         faults.append(f"{where}: unknown role '{role}'{near(role, ROLES)}; roles are {', '.join(ROLES)}")
-    if link and link not in LINKS:
-        faults.append(f"{where}: unknown link '{link}'{near(link, LINKS)}; links are {', '.join(LINKS)}")
-    capacity, reserved, latency = NOTHING, None, None
+    if link and link not in (*LINKS, UNKNOWN):
+        there = f"links are {', '.join(LINKS)}, or {UNKNOWN}"
+        faults.append(f"{where}: unknown link '{link}'{near(link, LINKS)}; {there}")
+    capacity, reserved, latency, bandwidth = NOTHING, None, None, None
     if "capacity" in entry:
         capacity = constant(f"{where}.capacity", entry["capacity"], set(CAPACITY_UNITS), faults, positive=True)
     if "reserved" in entry:
         reserved = constant(f"{where}.reserved", entry["reserved"], set(CAPACITY_UNITS), faults, positive=True)
     if "latency" in entry:
         latency = constant(f"{where}.latency", entry["latency"], {"cycles"}, faults)
+    if "bandwidth" in entry:
+        bandwidth = constant(f"{where}.bandwidth", entry["bandwidth"], {"B/s"}, faults, positive=True)
     address, access = _address(where, entry, faults), text(entry, where, "access", faults)
     note = text(entry, where, "note", faults)
-    return Memory(name, role, capacity, note, reserved, link, latency, address, access)
+    return Memory(name, role, capacity, note, reserved, link, bandwidth, latency, address, access)
 
 
 def _address(where: str, entry: Mapping[str, Any], faults: list[str]) -> Constant | None:
@@ -427,7 +452,7 @@ def _address(where: str, entry: Mapping[str, Any], faults: list[str]) -> Constan
 
 
 def _check_roles(memories: tuple[Memory, ...], faults: list[str]) -> None:
-    for role in ("weights", "tiles", "working"):
+    for role in ("weights", "tiles"):
         if not any(memory.role == role for memory in memories):
             faults.append(f"no memory has the role '{role}'; one must")
     if sum(memory.role == "working" for memory in memories) > 1:
@@ -502,7 +527,7 @@ def constant(where: str, entry: Any, units: set[str], faults: list[str], positiv
     if not isinstance(entry, dict):
         faults.append(f"{where} must be a table: value, unit, kind and source")
         return NOTHING
-    check_keys(entry, where, {"value", "unit", "kind", "source"}, {"low", "high"}, faults)
+    check_keys(entry, where, {"value", "unit", "kind", "source"}, {"low", "high", "fitted"}, faults)
     unit, kind = text(entry, where, "unit", faults), text(entry, where, "kind", faults)
     if unit and unit not in units:
         faults.append(f"{where}: unit '{unit}' is not {' or '.join(sorted(units))}")
@@ -522,7 +547,8 @@ def constant(where: str, entry: Any, units: set[str], faults: list[str], positiv
             faults.append(f"{where}: {said} must be a whole number" + (" of bytes" if unit in CAPACITY_UNITS else ""))
         if (low is not None and low > value) or (high is not None and high < value):
             faults.append(f"{where}: value {value:g} lies outside low and high")
-    return Constant(value, unit or min(units), kind, text(entry, where, "source", faults), low, high)
+    source, fitted = text(entry, where, "source", faults), text(entry, where, "fitted", faults)
+    return Constant(value, unit or min(units), kind, source, low, high, fitted)
 
 
 def check_keys(entry: Mapping[str, Any], where: str, needed: set[str], optional: set[str], faults: list[str]) -> None:

@@ -117,14 +117,19 @@ def stored_bytes(operator: Operator, soc: Soc) -> int:
 
 
 def tile(operator: Operator, soc: Soc, *, working_bytes: int | None = None, weights_in_l1: bool = True) -> Tiling:
-    """The fewest tiles of an operator that fit the working memory.
+    """The fewest tiles of an operator that fit the working memory; all of it at once where a chip has no such memory.
 
     `working_bytes` replaces the chip's L1, for a what-if. With `weights_in_l1` False the accelerator reads its weights
     directly from where they lie, as N-EUREKA does from its own memory, and they take no L1.
     """
     buffers = soc.count("tile_buffers") or 1
-    room = soc.with_role("working")[0].capacity_bytes if working_bytes is None else working_bytes
     space, engine = space_of(operator, soc, weights_in_l1), engine_of(operator, soc)
+    if working_bytes is not None:
+        room = working_bytes
+    elif soc.working is not None:
+        room = soc.working.capacity_bytes
+    else:
+        return Tiling(operator.label, engine, space.rows, space.columns, 1, 1, 1, 1, 0, {}, 0)
     least = min(space.step, space.columns)
     candidates = list(_row_candidates(space))
     smallest_rows = min(candidates, key=lambda rows: (space.bytes(rows, least, buffers), rows))

@@ -1,8 +1,8 @@
 """Estimate time and energy per token, for decoding and for prefill.
 
 The bound is a roofline: no resource can be busy for less than its work over its peak, and all may overlap. The
-estimate adds up operators in their order, with launches and transfers as measured on Deeploy's runs; see
-`rates.FITS` for what was fitted on what. Both come with low, default and high. Times are seconds, energies joules.
+estimate adds up operators in their order, with launches and transfers as measured on Deeploy's runs; the chip's file
+says what was fitted on what. Both come with low, default and high. Times are seconds, energies joules.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from edgepress.hardware.rates import (
     ACTIVATIONS,
     CORNERS,
     DEFAULT,
-    FITS,
     KV_CACHE,
-    OFF_CHIP,
     Places,
     Range,
     Rates,
     Share,
     Work,
-    bytes_on,
+    grounds,
     kv_cache_of,
     missing_constants,
+    outside_bytes,
     rates,
+    streamed_bytes,
     work_of,
 )
 from edgepress.hardware.soc import Memory, Soc
@@ -66,8 +66,8 @@ def time_model(
     prefill = add_up("prefill", [(timer.run(tokens, end), times) for tokens, end, times in chunks(context, chunk)])
     curve = [timer.run(1, seen) for seen in _contexts(context)]
     points = tuple(Point(x.context, x.bound_seconds, x.seconds, x.joules) for x in curve)
-    fitted = {name: words for name, words in FITS.items() if name in soc.constants}
-    return Timing(curve[-1], prefill, points, fitted)
+    basis = soc.basis or "constants of its file are assumed"
+    return Timing(curve[-1], prefill, points, grounds(soc), basis)
 
 
 def resolve(shape: ModelShape, soc: Soc, placement: TimedPlacement) -> dict[str, tuple[Share, ...]]:
@@ -158,8 +158,10 @@ class _Timer:
         moved: Counter[str] = Counter()
         for row in rows:
             moved.update(row.bytes)
-        streamed = [sum(bytes_on(OFF_CHIP, work.moved_at(r)) for work in works) for r in self.corners]
-        least = sum(bytes_on(OFF_CHIP, work.floor) for work in works)
+        moves = [[work.moved_at(r) for work in works] for r in self.corners]
+        streamed = [sum(streamed_bytes(x, self.soc) for x in at) for at in moves]
+        outside = [sum(outside_bytes(x) for x in at) for at in moves]
+        least = sum(outside_bytes(work.floor) for work in works)
         needed = sum(x.needed_macs for x in operators)
         mode = "decode" if tokens == 1 else "prefill"
         return PassTime(
@@ -169,7 +171,7 @@ class _Timer:
             bound_joules=_joules([_peak_joules(r, needed) for r in self.corners], [least] * 3, self.corners),
             joules=_joules(
                 [None if r.power is None else r.power * t for r, t in zip(self.corners, seconds, strict=True)],
-                streamed, self.corners,
+                outside, self.corners,
             ),
             bytes=dict(moved), streamed_bytes=streamed[1],
             page_seconds=Range.of([n / (r.off_chip * r.clock) if r.off_chip else 0.0
@@ -199,11 +201,8 @@ class _Timer:
         return total
 
     def _notes(self, works: Sequence[Work], mode: str) -> Iterator[str]:
-        if mode == "prefill":
-            yield (
-                "The default estimate of prefill is optimistic: no constant of it was fitted on prefill, and Deeploy's "
-                "microLlama64_parallel (heads of 4) takes 28.3 M cycles in GVSoC, which only the high end meets."
-            )
+        if mode == "prefill" and self.soc.prefill_note:
+            yield self.soc.prefill_note
         homeless = sorted({w.operator.name for w in works if not w.tiling.fits})
         if homeless:
             yield f"No tile of {', '.join(homeless)} fits L1; timed as if one did."
@@ -246,10 +245,10 @@ def _peak_joules(r: Rates, macs: int) -> float | None:
     return None if r.efficiency is None else 2 * macs / r.efficiency
 
 
-def _joules(on_chip: Sequence[float | None], streamed: Sequence[int], corners: Sequence[Rates]) -> Range | None:
-    """Energy on the chip and of what comes from off-chip; None where the chip's file lacks a constant for it."""
+def _joules(on_chip: Sequence[float | None], outside: Sequence[int], corners: Sequence[Rates]) -> Range | None:
+    """Energy on the chip and of what crosses its border; None where the chip's file lacks a constant for it."""
     found = []
-    for joules, nbytes, r in zip(on_chip, streamed, corners, strict=True):
+    for joules, nbytes, r in zip(on_chip, outside, corners, strict=True):
         if joules is None or (nbytes and r.off_chip_energy is None):
             return None
         found.append(joules + nbytes * (r.off_chip_energy or 0))
@@ -344,6 +343,7 @@ class Timing:
     prefill: PassTime
     curve: tuple[Point, ...]
     fitted: Mapping[str, str]  # constant -> what it rests on
+    basis: str  # what the estimate rests on, in one clause
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -405,7 +405,8 @@ def timed(shape: ModelShape, soc: Soc, request: Request, placement: Placement) -
     """The estimate for the placement, or why there is none."""
     missing = missing_constants(soc)
     if missing:
-        return f"No time is estimated: the chip's file states no {', '.join(missing)}."
+        why = f"{soc.no_time}; " if soc.no_time else ""
+        return f"No time is estimated: {why}the chip's file states no {', '.join(missing)}."
     off_chip = soc.with_role("off_chip")
     if not off_chip and placement.homeless_bytes:
         return "No time is estimated: what does not fit on the chip has nowhere to stream from."

@@ -102,9 +102,13 @@ def memory_use(
         },
         "working": {"stack": STACK_BYTES},
     }
-    memories = {role: soc.with_role(role)[0] for role in held}
-    faults = []
+    if soc.no_rv32:
+        raise PlanError(f"{soc.label} cannot run a program for RV32 cores: {soc.no_rv32}. Take --soc siracusa")
+    memories = {role: soc.with_role(role)[0] for role in held if soc.with_role(role)}
+    faults = [f"no memory has the role {role}" for role in held if role not in memories]
     for role, may in (("weights", "x"), ("tiles", "w"), ("working", "w")):
+        if role not in memories:
+            continue
         memory = memories[role]
         if memory.first_address is None:
             faults.append(f"memories.{memory.name} has no address and access")

@@ -24,7 +24,7 @@ from edgepress.checkpoints.shape import BlockShape, LinearShape, Pattern, safete
 from edgepress.hardware.check import check
 from edgepress.hardware.operators import forward, linear_weights
 from edgepress.hardware.placement import PACKED, tensor_table, weight_bytes
-from edgepress.hardware.soc import load_soc
+from edgepress.hardware.soc import load_soc, shipped_socs
 from edgepress.hardware.tiling import CORES, engine_of
 
 pytestmark = pytest.mark.unit
@@ -137,7 +137,7 @@ def test_every_way_of_counting_comes_to_the_same(preset: str, bits: int) -> None
         assert row.file_bytes == sum(t.nbytes for t in x.stored())
 
 
-@pytest.mark.parametrize("chip", ["siracusa", "siracusa-neureka", "gap9"])
+@pytest.mark.parametrize("chip", shipped_socs())
 def test_the_cores_compute_what_has_no_whole_offset(chip: str) -> None:
     soc = load_soc(chip)
     shape = with_form(shape_from_config(PRESETS["smollm2-135m"]), RealGrid(4, 64), 8)

@@ -20,7 +20,7 @@ from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.shape import ModelShape, Pattern
 from edgepress.hardware.check import MemoryUse, Verdict, check
 from edgepress.hardware.placement import weight_bytes
-from edgepress.hardware.soc import Constant, Soc, load_soc
+from edgepress.hardware.soc import Constant, Soc, load_soc, shipped_socs
 from edgepress.hardware.units import quantity_text, times_text
 
 pytestmark = pytest.mark.unit
@@ -45,9 +45,9 @@ def _use(verdict: Verdict, role: str) -> MemoryUse:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("chip", ["siracusa", "siracusa-neureka", "siracusa:sram_role=weights", "gap9"])
+@pytest.mark.parametrize("chip", [*shipped_socs(), "siracusa:sram_role=weights", "esp32-s3:psram_role=weights"])
 def test_stories260k_fits_at_8_and_4_bits(make: Make, chip: str, bits: int) -> None:
-    verdict = check(make("stories260k", embedding_bits=bits, grid=Grid(bits, -1)), load_soc(chip))
+    verdict = check(make("stories260k", embedding_bits=bits, grid=Grid(bits, -1)), load_soc(chip), prefill_chunk=64)
     assert verdict.fits and not verdict.placement.streamed and "fits" in verdict.summary
 
 

@@ -13,7 +13,7 @@ from edgepress.checkpoints.shape import ModelShape, Pattern, with_bits
 from edgepress.hardware.check import check
 from edgepress.hardware.operators import forward, linear_weights
 from edgepress.hardware.placement import PACKED, tensor_table, weight_bytes
-from edgepress.hardware.soc import Soc, load_soc
+from edgepress.hardware.soc import Soc, load_soc, shipped_socs
 from edgepress.hardware.tiling import ACCELERATOR, CORES, engine_of
 
 pytestmark = pytest.mark.unit
@@ -49,7 +49,7 @@ def test_every_way_of_counting_comes_to_the_same(
         assert row.bits == 4 and row.part == "block_codes"
 
 
-@pytest.mark.parametrize("chip", ["siracusa", "siracusa-neureka", "gap9"])
+@pytest.mark.parametrize("chip", shipped_socs())
 def test_the_cores_compute_what_no_engine_of_integers_can(make: Make, chip: str) -> None:
     soc = load_soc(chip)
     by_grid = engines(make("smollm2-135m", grid=Grid(4, 64)), soc)
@@ -63,7 +63,7 @@ def engines(shape: ModelShape, soc: Soc) -> dict[str, str]:
     return {x.name: engine_of(x, soc) for x in found if x.weights is not None and "proj" in x.name}
 
 
-@pytest.mark.parametrize("chip", ["siracusa", "siracusa-neureka", "gap9"])
+@pytest.mark.parametrize("chip", shipped_socs())
 @pytest.mark.parametrize("codebook", [NF4, THESIS], ids=lambda book: book.name)
 def test_the_verdict_says_that_levels_are_looked_up(make: Make, chip: str, codebook: Codebook) -> None:
     soc = load_soc(chip)

@@ -12,7 +12,7 @@ from edgepress.checkpoints.shape import ModelShape, Pattern, with_vocabulary
 from edgepress.hardware.check import check
 from edgepress.hardware.levers import Levers, find_levers, levers
 from edgepress.hardware.needs import Request, needs
-from edgepress.hardware.soc import load_soc
+from edgepress.hardware.soc import load_soc, shipped_socs
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]
@@ -34,7 +34,7 @@ def test_stories15m_fits_with_its_vocabulary_cut_to_the_token(make: Make) -> Non
     assert found.ranked[0].lever == "vocabulary" and found.ranked[0].enough == step and not found.missing_then
 
 
-@pytest.mark.parametrize("chip", ["siracusa", "siracusa-neureka", "gap9"])
+@pytest.mark.parametrize("chip", shipped_socs())
 def test_worth_is_what_planning_anew_saves(make: Make, chip: str) -> None:
     shape, soc = make("smollm2-135m", adapter_rank=8), load_soc(chip)
     before = sum(needs(shape, soc, REQUEST).by_role().values())
@@ -60,7 +60,7 @@ def test_each_step_needs_no_more_than_the_one_before(make: Make) -> None:
             assert all(other[role] <= one[role] for role in one), lever.name
 
 
-@pytest.mark.parametrize("chip", ["siracusa", "siracusa:sram_role=weights", "gap9"])
+@pytest.mark.parametrize("chip", ["siracusa", "siracusa:sram_role=weights", "gap9", "esp32-s3", "ensemble-e8"])
 def test_the_change_fits_and_no_part_of_it_can_be_left_out(make: Make, chip: str) -> None:
     shape, soc = make("smollm2-135m", grid=Grid(8, 64)), load_soc(chip)
     found = find_levers(shape, soc, REQUEST)

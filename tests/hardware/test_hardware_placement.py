@@ -15,7 +15,7 @@ from edgepress.hardware.check import check
 from edgepress.hardware.operators import forward
 from edgepress.hardware.orders import has_rope, window_of
 from edgepress.hardware.placement import HOMELESS, RESIDENT, STREAMED, place, tensor_table
-from edgepress.hardware.soc import Constant, Soc, load_soc
+from edgepress.hardware.soc import Constant, Soc, load_soc, shipped_socs
 
 pytestmark = pytest.mark.unit
 Make = Callable[..., ModelShape]
@@ -34,7 +34,7 @@ def _sized(soc: Soc, **sizes: int) -> Soc:
     return replace(soc, memories=memories)
 
 
-@pytest.mark.parametrize("chip", ["siracusa", "siracusa-neureka", "siracusa:sram_role=weights", "gap9"])
+@pytest.mark.parametrize("chip", [*shipped_socs(), "siracusa:sram_role=weights", "esp32-s3:psram_role=weights"])
 @pytest.mark.parametrize("preset", ["stories260k", "stories15m", "smollm2-135m", "microllama"])
 def test_every_byte_has_one_place_and_none_overlap(make: Make, chip: str, preset: str) -> None:
     soc, shape = load_soc(chip), make(preset, grid=Grid(4, 32), adapter_rank=4)

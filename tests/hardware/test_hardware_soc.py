@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.shape import with_bits
+from edgepress.hardware.check import check
+from edgepress.hardware.rates import missing_constants
 from edgepress.hardware.soc import (
     CONSTANT_UNITS,
     ENGINE_KINDS,
@@ -16,6 +20,7 @@ from edgepress.hardware.soc import (
     REQUIRED_CONSTANTS,
     ROLES,
     SHIPPED,
+    UNKNOWN,
     load_soc,
     shipped_socs,
 )
@@ -120,15 +125,44 @@ def test_gap9_has_the_vendors_memories() -> None:
 
 
 def test_every_shipped_file_loads_and_states_only_sourced_numbers() -> None:
-    assert shipped_socs() == ["gap9", "siracusa", "siracusa-neureka"]
-    for name in shipped_socs():
+    chips = ["ensemble-e8", "esp32-s3", "gap9", "phone", "rp2350", "siracusa", "siracusa-neureka", "stm32n6"]
+    assert shipped_socs() == chips
+    for name in chips:
         soc = load_soc(name)
-        parts = [x for m in soc.memories for x in (m.capacity, m.reserved, m.latency) if x]
+        parts = [x for m in soc.memories for x in (m.capacity, m.reserved, m.latency, m.bandwidth, m.address) if x]
         numbers = [*soc.constants.values(), *parts, *(t for e in soc.engines for t in e.throughput.values())]
         assert all(number.kind in KINDS and number.source and number.unit for number in numbers)
         assert all(x.low is not None and x.high is not None for x in numbers if x.kind == "assumed")
         assert set(soc.constants) <= set(CONSTANT_UNITS)
         assert all(soc.runs(operator) for operator in OPERATORS)
+        assert f"`{name}`" in (SHIPPED / "SCHEMA.md").read_text()  # how sure each chip's numbers are
+
+
+@pytest.mark.parametrize("preset", ["stories260k", "smollm2-135m"])
+@pytest.mark.parametrize("name", shipped_socs())
+def test_every_shipped_chip_gives_a_verdict_and_a_time_or_why_there_is_none(name: str, preset: str) -> None:
+    soc, shape = load_soc(name), with_bits(shape_from_config(PRESETS[preset]), 8)
+    verdict = check(shape, soc, context=64, timing=True)
+    assert verdict.fits is not bool(verdict.needs.short(soc)) and verdict.summary.startswith("llama ")
+    if isinstance(verdict.timing, str):
+        lacks = missing_constants(soc)
+        assert verdict.timing.startswith("No time is estimated: ") and (
+            all(word in verdict.timing for word in lacks) if lacks else "nowhere to stream from" in verdict.timing
+        )
+    else:
+        decode = verdict.timing.decode
+        assert 0 < decode.bound_seconds.low <= decode.seconds.low <= decode.seconds.default <= decode.seconds.high
+
+
+def test_every_choice_of_a_shipped_chip_loads_and_has_a_verdict() -> None:
+    shape = shape_from_config(PRESETS["stories260k"])
+    for name in shipped_socs():
+        for setting in load_soc(name).settings:
+            for choice in setting.choices:
+                soc = load_soc(name, [f"{setting.name}={choice}"])
+                assert check(shape, soc, context=16).fits, soc.label
+                # what lies in a volatile memory must have been somewhere before
+                assert soc.with_role("weights") and {m.role for m in soc.memories} <= set(ROLES)
 
 
 # --- settings --------------------------------------------------------------------------------------------------
@@ -199,14 +233,14 @@ def test_a_file_based_on_a_shipped_one_holds_only_what_differs(tmp_path: Path) -
     assert soc.constants == base.constants and soc.memories[:4] == base.memories[:4]
     path.write_text('based_on = "sirakusa"\n')
     with pytest.raises(
-        PlanError, match=r"based_on 'sirakusa' is not a chip known here \(near: siracusa.*\); shipped are gap9"
+        PlanError, match=r"based_on 'sirakusa' is not a chip known here \(near: siracusa.*\); shipped are ensemble-e8"
     ):
         load_soc(str(path))
 
 
 def test_the_schema_names_what_the_reader_takes() -> None:
     text = (SHIPPED / "SCHEMA.md").read_text()
-    for word in (*OPERATORS, *ROLES, *KINDS, *ENGINE_KINDS, *LINKS, *REQUIRED_CONSTANTS):
+    for word in (*OPERATORS, *ROLES, *KINDS, *ENGINE_KINDS, *LINKS, UNKNOWN, *REQUIRED_CONSTANTS):
         assert f"`{word}`" in text, word
 
 
@@ -229,7 +263,7 @@ def test_a_small_file_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", ["sirakusa", "no/such/folder", "missing.toml", ""])
 def test_unknown_name_lists_those_shipped(asked: str) -> None:
-    with pytest.raises(PlanError, match=r"shipped are gap9, siracusa"):
+    with pytest.raises(PlanError, match=r"shipped are ensemble-e8, esp32-s3, gap9, phone"):
         load_soc(asked)
 
 

@@ -82,6 +82,10 @@ def test_a_chip_without_addresses_or_rights_is_refused(make: Make, tmp_path: Pat
     chip.write_text('based_on = "siracusa"\nmemories.MRAM.access = "rw"\nmemories.L1.access = "rx"\n')
     with pytest.raises(PlanError, match=r"MRAM has access 'rw', without the x.*L1 has access 'rx', without the w"):
         memory_use(shape, load_soc(str(chip)), 1, 1, 16)
+    with pytest.raises(PlanError, match=r"RP2350 cannot run a program for RV32 cores: its RISC-V cores, Hazard3"):
+        memory_use(shape, load_soc("rp2350"), 1, 1, 16)
+    with pytest.raises(PlanError, match="no memory has the role working"):
+        memory_use(shape, replace(load_soc("rp2350"), no_rv32=""), 1, 1, 16)
 
 
 @pytest.mark.unit

@@ -286,6 +286,8 @@ def test_weights_the_program_cannot_read_are_refused_by_name(tiny_model: TinyMod
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--to", "avr"], "--to avr: there is rv32"),
     (["--soc", "gap9"], "memories.MRAM has no address and access"),
+    (["--soc", "rp2350"], "Hazard3 (RV32IMAC), have no floating-point unit"),
+    (["--soc", "esp32-s3"], "its cores are Xtensa LX7"),
     (["--context", "512"], "the model has positions for 1 to 256"),
     (["--tokens", "60", "--context", "32"], "all must go into the context of 32"),
     (["--tokens", "0"], "at least one must be new"),

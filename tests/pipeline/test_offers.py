@@ -28,7 +28,7 @@ from tests.models import tiny_config
 pytestmark = pytest.mark.pipeline
 Command = Callable[..., Any]
 
-CHIPS = ("siracusa", "siracusa-neureka", "siracusa:sram_role=weights", "gap9")
+CHIPS = ("siracusa", "siracusa-neureka", "siracusa:sram_role=weights", "gap9", "rp2350", "stm32n6")
 ODD = tiny_config("llama", hidden_size=40, intermediate_size=90, head_dim=10)  # no side is a multiple of 32
 MODELS = {name: PRESETS[name] for name in ("stories260k", "stories15m", "smollm2-135m", "microllama")}
 MODELS |= {"llama-3.2-1b": PRESETS["llama-3.2-1b"], "odd": ODD, "gemma3": tiny_config("gemma3_text")}
