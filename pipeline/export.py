@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
@@ -99,7 +100,7 @@ def plan_export(
     if kv_bits not in (8, 32):
         raise PlanError(f"--kv-bits {kv_bits}: the program keeps keys and values in 8 or 32 bits")
     require_runnable(shape, context)
-    numbers = numbers_of(shape, _settings(checkpoint), context)
+    numbers = numbers_of(shape, checkpoint.hf_config().to_dict(), context)
     tokenizer: Any = checkpoint.tokenizer()
     ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
     if not ids:
@@ -119,19 +120,16 @@ def plan_export(
     return Export(checkpoint, soc, run, numbers, pieces, layout, uses)
 
 
-def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The configuration, and what its class fills in where it is silent."""
-    stated = {key: value for key, value in checkpoint.config.items() if value is not None}
-    return {**checkpoint.hf_config().to_dict(), **stated}
-
-
 def _ropes(model: Any, shape: ModelShape) -> list[Rope]:
     turned = model.base_model.rotary_emb
     names = [f"{kind}_" if kind else "" for kind in rope_kinds(shape)]
-    return [
+    found = [
         Rope(getattr(turned, f"{name}inv_freq").tolist(), float(getattr(turned, f"{name}attention_scaling")))
         for name in names
     ]
+    if any(2 * len(rope.frequencies) != rotary_width(shape.config) for rope in found):
+        raise RuntimeError(f"angles for other channels than the {rotary_width(shape.config)} planned")
+    return found
 
 
 def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:

@@ -24,6 +24,7 @@ class Family:
     one_more: bool = False  # norms multiply by one more than their weights
     centred: bool = False  # norms subtract the mean
     neighbours: bool = False  # rotary embeddings turn the channels 2i and 2i + 1, where Llama turns i and i + half
+    partial: bool = False  # rotary embeddings may turn a head's first channels alone
     two_ropes: bool = False  # blocks whose attention slides have rotary angles of their own
     capped: bool = False  # attention's scores may be capped by a tanh
     embedding: str = ""  # the setting by which the embedding is multiplied; root: the hidden size's square root
@@ -44,9 +45,11 @@ _COHERE = Family(centred=True, neighbours=True, logits="logit_scale", epsilon="l
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ("arcee", "cwm", "exaone4", "hunyuan_v1_dense", "internlm3", "iquestcoder", "llama", "ministral", "ministral3",
-         "mistral", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3"), Family(),
+         "mistral", "olmo2", "qwen2", "qwen3", "seed_oss", "smollm3"), Family(),
     ),
-    **dict.fromkeys(("ernie4_5", "glm", "glm4", "helium"), _NEIGHBOURS),
+    **dict.fromkeys(("ernie4_5", "helium"), _NEIGHBOURS),
+    **dict.fromkeys(("glm", "glm4"), replace(_NEIGHBOURS, partial=True)),
+    "phi3": Family(partial=True),
     **dict.fromkeys(("cohere", "cohere2"), _COHERE),
     **dict.fromkeys(("granite", "hyperclovax"), _MULTIPLIED),
     "gemma": _GEMMA,
@@ -213,7 +216,7 @@ class Numbers:
 
 
 def numbers_of(shape: ModelShape, settings: Mapping[str, Any], context: int) -> Numbers:
-    """settings: the configuration with what its class fills in.
+    """settings: the configuration as transformers' class has it, with all that it fills in.
 
     Raises PlanError for one by which another token than the head's largest would be the likeliest, and for queries
     that are scaled by their position within the context.
@@ -222,9 +225,13 @@ def numbers_of(shape: ModelShape, settings: Mapping[str, Any], context: int) -> 
     if family.logits and not float(settings[family.logits]) > 0:
         raise PlanError(f"{family.logits} is {settings[family.logits]}: the program takes the head's largest number")
     rope = settings.get("rope_parameters") or {}
-    reach = rope.get("original_max_position_embeddings")
-    if rope.get("llama_4_scaling_beta") and reach and context > int(reach):
-        raise PlanError(f"queries are scaled by their position from {reach} on: give --context {reach} or fewer")
+    for part in (rope, *(inner for inner in rope.values() if isinstance(inner, Mapping))):
+        reach = int(part.get("original_max_position_embeddings") or context)
+        if context > reach and (part.get("llama_4_scaling_beta") or part.get("rope_type") == "longrope"):
+            raise PlanError(
+                f"a context of {context} tokens: queries or angles are made otherwise in texts of more than {reach} "
+                f"tokens; give --context {reach} or fewer"
+            )
     scale, embedding = float(shape.head_dim) ** -0.5, 1.0
     if family.attention:
         how, _, key = family.attention.rpartition(" ")
@@ -248,9 +255,13 @@ def faults(shape: ModelShape, context: int) -> Iterator[str]:
     config = shape.config
     if (name := activation(config)) not in ACTIVATIONS:
         yield f"the activation function '{name}': {', '.join(ACTIVATIONS)} can be run"
-    allowed = {"default", "linear", "llama3", "yarn"}  # angles that do not depend on how long the text is
+    # Their angles do not depend on how long the text is, as long as the model has positions for it; of longrope
+    # `numbers_of` tells how long that is.
+    allowed = {"default", "dynamic", "linear", "llama3", "longrope", "yarn"}
     for kind in sorted(rope_types(config) - allowed):
         yield f"rotary embeddings of type '{kind}': {', '.join(sorted(allowed))} can be run"
+    if rotary_width(config) != shape.head_dim and not family_of(shape).partial:
+        yield "rotary embeddings on a part of a head's channels, which this family has not"
     if rotary_width(config) % 2:
         yield f"rotary embeddings of {rotary_width(config)} channels: they turn pairs"
     if config.get("use_bidirectional_attention"):

@@ -110,10 +110,11 @@ def test_all_that_cannot_be_run_is_named_at_once(make: Make) -> None:
         require_runnable(shape, 256)
     with pytest.raises(PlanError, match="the adapter's vectors"):
         require_runnable(make("stories260k", adapter_vector="magnitude", adapter_rank=2), 256)
-    config = dict(shape.config) | {"hidden_act": "gelu_new", "edgepress": {"activation_bits": 8}}
+    rope = {"rope_scaling": {"type": "su", "factor": 2.0}}
+    config = dict(shape.config) | rope | {"hidden_act": "gelu_new", "edgepress": {"activation_bits": 8}}
     with pytest.raises(PlanError) as error:
         require_runnable(replace(shape, config=config), 1000)
-    for words in ("a context of 1000 tokens", "'gelu_new'", "inputs of 8 bits"):
+    for words in ("a context of 1000 tokens", "'gelu_new'", "of type 'su'", "inputs of 8 bits"):
         assert words in str(error.value)
 
 

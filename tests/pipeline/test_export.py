@@ -253,7 +253,7 @@ def test_the_printed_text_is_the_tokens_text(tiny_model: TinyModel) -> None:
 
 @pytest.mark.parametrize(("family", "overrides", "words"), [
     ("stablelm", {}, "the family 'stablelm': the program knows the blocks of arcee, cohere,"),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "of type 'dynamic'"),
+    ("llama", {"partial_rotary_factor": 0.5}, "rotary embeddings on a part of a head's channels"),
     ("llama", {"hidden_act": "gelu_new"}, "the activation function 'gelu_new'"),
 ])  # fmt: skip
 def test_a_model_the_program_cannot_run_is_refused_by_name(

@@ -137,7 +137,15 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 6}),
     ("hyperclovax", {"use_post_norm": False, "attention_bias": True}),
     ("mistral", {"sliding_window": CONTEXT}),
-]
+    ("phi3", {"original_max_position_embeddings": CONTEXT, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0] * 2,
+        "long_factor": [4.0] * 8,
+    }}),
+    ("internlm3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ("hunyuan_v1_dense", {"rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 100.0,
+    }}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "overrides"), OTHERS)
@@ -208,10 +216,10 @@ def test_a_sliding_window_shrinks_the_cache(tiny_model: TinyModel) -> None:
     ("granite", {"logits_scaling": -2.0}, "logits_scaling is -2.0"),
     ("llama", {"hidden_act": "gelu_new"}, "the activation function 'gelu_new': silu, gelu,"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "attention to later tokens"),
-    ("gemma3_text", {"rope_parameters": {
-        "full_attention": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }}, "of type 'dynamic': default, linear, llama3, yarn can be run"),
+    ("llama", {"partial_rotary_factor": 0.5}, "rotary embeddings on a part of a head's channels"),
+    ("phi3", {"original_max_position_embeddings": 32, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    }}, "give --context 32 or fewer"),
     ("ministral3", {"rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16,
         "llama_4_scaling_beta": 0.1,
