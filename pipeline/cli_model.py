@@ -124,23 +124,35 @@ NewTokens = Annotated[int, typer.Option(help="New tokens at most.")]
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
-    to: Annotated[str, typer.Option(help="For what: rv32, plain RISC-V cores with an FPU.")] = "rv32",
+    to: Annotated[str, typer.Option(help="For what: rv32, plain RISC-V cores with an FPU; deeploy.")] = "rv32",
     soc: Soc = "siracusa",
     context: Context = 256,
     kv_bits: KvBits = 32,
     prompt: Annotated[str, typer.Option(help="What the program continues.")] = "Once upon a time",
     tokens: NewTokens = 64,
+    text: Annotated[str, typer.Option(help="deeploy: chooses scales with its first part, measures on the rest.")] = "",
+    deeploy: Annotated[str, typer.Option(help="deeploy: a Python that has deeploy-pulp.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Write it although it does not fit.")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("chip"),
 ) -> None:
-    """Write a checkpoint as a C program for a chip.
+    """Write a checkpoint as a C program for a chip, or for Deeploy.
 
-    It is linked into exactly the chip's memories, and continues the prompt greedily. README lists the families whose
-    blocks it has; others are refused by name. Exit code 0: written; 3: it does not fit, and nothing was written.
+    The program is linked into exactly the chip's memories, and continues the prompt greedily. README lists the families
+    whose blocks it has; others are refused by name. The graph is one decode step in 8-bit integers, whose perplexity is
+    measured. Exit code 0: written; 3: it does not fit, and nothing was written.
     """
-    if to != "rv32":
-        raise PlanError(f"--to {to}: there is rv32, a program for plain RISC-V cores")
+    if to not in ("rv32", "deeploy"):
+        raise PlanError(f"--to {to}: there is rv32, a program for RISC-V cores, and deeploy, a graph for Siracusa")
+    if to == "rv32" and (text or deeploy):
+        raise PlanError("--text and --deeploy go with --to deeploy")
+    if to == "deeploy" and kv_bits not in (8, 32):
+        raise PlanError(f"--kv-bits {kv_bits}: Deeploy's graph has eight bits throughout")
     quiet_libraries()
+    if to == "deeploy":
+        from edgepress.pipeline.cli_deeploy import export_to_deeploy
+
+        export_to_deeploy(checkpoint, soc, context, prompt, tokens, text or "embedded", deeploy, force, out)
+        return
     from edgepress.pipeline.export import require_room_for
 
     require_room_for(out)

@@ -112,7 +112,7 @@ def plan_export(
             f"a prompt of {len(ids)} tokens and {new_tokens} new ones: at least one must be new, and all must go into "
             f"the context of {context}; change --tokens or --context"
         )
-    run = Run(ids, new_tokens, _ends(checkpoint, tokenizer), context, kv_bits)
+    run = Run(ids, new_tokens, ends_of(checkpoint, tokenizer), context, kv_bits)
     pieces = token_pieces(checkpoint.folder, shape.vocabulary)
     layout = Layout(shape, sum(map(len, pieces)))
     tables = table_bytes(shape, len(ids), len(run.ends), context)
@@ -132,7 +132,8 @@ def _ropes(model: Any, shape: ModelShape) -> list[Rope]:
     return found
 
 
-def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+def ends_of(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    """The tokens that end a text, by the tokenizer and both of the checkpoint's configurations."""
     found = [tokenizer.eos_token_id, checkpoint.config.get("eos_token_id")]
     path = checkpoint.folder / "generation_config.json"
     if path.is_file():
