@@ -254,16 +254,36 @@ def _llama(
     }
 
 
-# Configurations as published with the models: meta-llama's, HuggingFaceTB/SmolLM2-135M, karpathy/tinyllamas;
-# microllama is the blocks of Deeploy's test model (DeeployTest/Tests/Models/microLlama), which has neither embedding
-# nor head. Enough to plan without downloading anything.
+# Configurations as published with the models: meta-llama's, HuggingFaceTB's SmolLM2, TinyLlama's, Qwen's, google's
+# Gemma 3, karpathy/tinyllamas; microllama is the blocks of Deeploy's test model
+# (DeeployTest/Tests/Models/microLlama), which has neither embedding nor head. Enough to plan without downloading
+# anything. A model tuned for chats has the shape of its base.
+_LLAMA_3: dict[str, Any] = {"max_position_embeddings": 131072, "rope_theta": 500000.0}
+_QWEN_2: dict[str, Any] = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1000000.0}
+_QWEN_3: dict[str, Any] = {**_QWEN_2, "model_type": "qwen3", "max_position_embeddings": 40960, "head_dim": 128}
+_GEMMA_3: dict[str, Any] = {
+    "model_type": "gemma3_text", "max_position_embeddings": 32768, "head_dim": 256, "query_pre_attn_scalar": 256,
+    "sliding_window": 512, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, max_position_embeddings=131072),
+    "llama-3.2-3b": _llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, **_LLAMA_3),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=131072, tie_word_embeddings=False),
     "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=8192, tie_word_embeddings=False),
     "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=4096, tie_word_embeddings=False),
     "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000, max_position_embeddings=4096, tie_word_embeddings=False),
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, max_position_embeddings=8192),
+    "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49152, max_position_embeddings=8192),
+    "smollm2-1.7b": _llama(2048, 8192, 24, 32, 32, 49152, max_position_embeddings=8192),
+    "tinyllama-1.1b": _llama(2048, 5632, 22, 32, 4, 32000, max_position_embeddings=2048, tie_word_embeddings=False),
+    "qwen2.5-0.5b": _llama(896, 4864, 24, 14, 2, 151936, **_QWEN_2),
+    "qwen2.5-1.5b": _llama(1536, 8960, 28, 12, 2, 151936, **_QWEN_2),
+    "qwen2.5-3b": _llama(2048, 11008, 36, 16, 2, 151936, **_QWEN_2),
+    "qwen3-0.6b": _llama(1024, 3072, 28, 16, 8, 151936, **_QWEN_3),
+    "qwen3-1.7b": _llama(2048, 6144, 28, 16, 8, 151936, **_QWEN_3),
+    "qwen3-4b": _llama(2560, 9728, 36, 32, 8, 151936, **_QWEN_3),
+    "gemma-3-270m": _llama(640, 2048, 18, 4, 1, 262144, **_GEMMA_3),
+    "gemma-3-1b": _llama(1152, 6912, 26, 4, 1, 262144, **_GEMMA_3),
     "stories15m": _llama(288, 768, 6, 6, 6, 32000, max_position_embeddings=256, dtype="float32"),
     "stories260k": _llama(64, 172, 5, 8, 4, 512, max_position_embeddings=512, dtype="float32"),
     "microllama": _llama(64, 256, 8, 16, 16, 0, max_position_embeddings=256, dtype="float32"),

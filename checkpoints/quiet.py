@@ -69,14 +69,28 @@ def readable(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {reason[0] if reason else type(error).__name__}") from None
 
 
+_VERBOSITY = "EDGEPRESS_VERBOSITY"  # in the environment, so that workers have it too
+
+
+def verbosity() -> int:
+    """How much is told: -1 results alone (--quiet), 0 progress as well, 1 libraries' warnings and every step too."""
+    return {"-1": -1, "1": 1}.get(os.environ.get(_VERBOSITY, ""), 0)
+
+
+def set_verbosity(level: int) -> None:
+    os.environ[_VERBOSITY] = str(level)
+
+
 def quiet_libraries() -> None:
-    """Their warnings and bars would run through ours; errors still come through."""
+    """Their warnings and bars would run through ours; errors still come through. With --verbose all come through."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _keep_hub_cache()
+    if verbosity() > 0:
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    _keep_hub_cache()
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -61,7 +61,7 @@ def open_source(model: str | None) -> Checkpoint:
             f"'{model}' is a preset: its shape is known, its weights are not here. `compress plan` can use it; "
             "to compress, give a folder, a hub id or a .gguf file with --model"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         return _from_hub(model)
     raise CheckpointError(
         f"there is no model '{model}': no such folder or file, and not a hub id (owner/name). Without --model the "

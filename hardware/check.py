@@ -264,8 +264,11 @@ class Verdict:
         return f"{'fits' if self.fits else 'does not fit'} {self.soc}: {', '.join(words)}"
 
     def to_dict(self, tensors: bool = False) -> dict[str, Any]:
-        """The verdict for JSON: sizes in bytes, headroom negative where over."""
-        placement = self.placement.to_dict()
+        """The verdict for JSON: sizes in bytes, headroom negative where over.
+
+        tensors: with a row for each tensor, and for each operator of both passes.
+        """
+        placement, timing = self.placement.to_dict(), self.timing
         if not tensors:
             del placement["tensors"]
         return {
@@ -295,7 +298,7 @@ class Verdict:
                 "without_a_tile": [x.to_dict() for x in self.needs.tilings if not x.fits],
             },
             "placement": placement,
-            "timing": self.timing if self.timing is None or isinstance(self.timing, str) else self.timing.to_dict(),
+            "timing": timing if timing is None or isinstance(timing, str) else timing.to_dict(operators=tensors),
             "levers": None if self.levers is None else self.levers.to_dict(),
             "notes": list(self.notes),
         }

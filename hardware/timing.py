@@ -307,14 +307,15 @@ class PassTime:
         """At the estimate's default."""
         return self.tokens / self.seconds.default
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, operators: bool = True) -> dict[str, Any]:
         ranges = ("bound_seconds", "seconds", "cycles", "page_seconds", "bound_joules", "joules")
         found = {name: getattr(self, name) for name in ranges}
+        rows = {"operators": [x.to_dict() for x in self.operators]} if operators else {}
         return {
             "mode": self.mode, "tokens": self.tokens, "context": self.context, "macs": self.macs,
             "bound_by": self.bound_by, "tokens_per_second": self.tokens_per_second, "bytes": dict(self.bytes),
             "streamed_bytes": self.streamed_bytes, **{k: None if v is None else v.to_dict() for k, v in found.items()},
-            "operators": [x.to_dict() for x in self.operators], "notes": list(self.notes),
+            **rows, "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -345,9 +346,10 @@ class Timing:
     fitted: Mapping[str, str]  # constant -> what it rests on
     basis: str  # what the estimate rests on, in one clause
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, operators: bool = True) -> dict[str, Any]:
+        """For JSON. operators: with a row for each of them in both passes."""
         return {
-            "decode": self.decode.to_dict(), "prefill": self.prefill.to_dict(),
+            "decode": self.decode.to_dict(operators), "prefill": self.prefill.to_dict(operators),
             "curve": [x.to_dict() for x in self.curve], "fitted": dict(self.fitted),
         }  # fmt: skip
 

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +26,17 @@ from rich.console import Console
 from edgepress.checkpoints.errors import PlanError, in_words
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.pipeline import cli_eval, cli_hardware, cli_model, cli_sweep
-from edgepress.pipeline.flags import Json, Out, PlainCommand, PlainGroup, RecipeFile, Skip, recipe_flags
+from edgepress.pipeline.flags import (
+    Json,
+    Out,
+    PlainCommand,
+    PlainGroup,
+    RecipeFile,
+    Skip,
+    recipe_flags,
+    with_model_argument,
+    with_verbosity,
+)
 from edgepress.pipeline.recipe import Recipe, draft
 from edgepress.pipeline.sweep_recipe import is_sweep
 
@@ -33,14 +44,24 @@ EXIT_BUG, EXIT_ERROR, EXIT_PIPE = 1, 2, 141
 
 app = typer.Typer(
     cls=PlainGroup,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     rich_markup_mode="rich",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
 )
 
 
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Forecast only, as the command plan does.")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgepress {version('edgepress')}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
+@with_verbosity
 @recipe_flags
 def compress(
     ctx: typer.Context,
@@ -48,8 +69,11 @@ def compress(
     recipe: RecipeFile = "",
     skip: Skip = "",
     out: Out = Path("out"),
-    plan_only: Annotated[bool, typer.Option("--plan", help="Forecast only, as the command plan does.")] = False,
+    plan_only: PlanOnly = False,
     as_json: Json = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True, callback=_say_version)
+    ] = False,
 ) -> None:
     """Turn a LLaMA-like language model into something that fits a tiny chip, honestly measured.
 
@@ -61,27 +85,45 @@ def compress(
         if given := [key for key, value in flags.items() if value is not None]:
             raise PlanError(f"options go behind the command: compress {ctx.invoked_subcommand} … ({', '.join(given)})")
         return
+    _run(flags, recipe, skip, out, plan_only, as_json)
+
+
+@with_model_argument
+@recipe_flags
+def run(
+    flags: dict[str, Any],
+    recipe: RecipeFile = "",
+    skip: Skip = "",
+    out: Out = Path("out"),
+    plan_only: PlanOnly = False,
+    as_json: Json = False,
+) -> None:
+    """Send a model through the stages, as compress does without a command."""
+    _run(flags, recipe, skip, out, plan_only, as_json)
+
+
+def _run(flags: dict[str, Any], recipe: str, skip: str, out: Path, plan_only: bool, as_json: bool) -> None:
     if plan_only:
         _plan(flags, recipe, skip, as_json)
         return
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
-    from edgepress.checkpoints.sources import open_source
     from edgepress.pipeline.calibration import corpus_fault
     from edgepress.pipeline.plan import examined
     from edgepress.pipeline.progress import Reporter
     from edgepress.pipeline.report import print_summary
-    from edgepress.pipeline.run import run
-    from edgepress.pipeline.store import Store
+    from edgepress.pipeline.run import run as run_stages
+    from edgepress.pipeline.store import Store, open_model, require_apart
 
+    require_apart(drafted.recipe.model, out)
     if fault := corpus_fault(drafted.recipe):
         drafted = replace(drafted, faults=(*drafted.faults, fault))
-    examined(drafted, lambda recipe: open_source(recipe.model).shape)
+    examined(drafted, lambda recipe: open_model(recipe.model).shape)
     wanted, console = drafted.recipe, Console(stderr=as_json)
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         try:
             with interrupts.gently(reporter.interrupt):
-                result = run(wanted, out, reporter)
+                result = run_stages(wanted, out, reporter)
         except KeyboardInterrupt:
             interrupts.caught(None if as_json else reporter.say)  # quiet, it would say it to the log alone
             raise
@@ -91,6 +133,7 @@ def compress(
         print_summary(console, result, out)
 
 
+@with_model_argument
 @recipe_flags
 def plan(flags: dict[str, Any], recipe: RecipeFile = "", skip: Skip = "", as_json: Json = False) -> None:
     """Forecast what each stage leaves, needs and fits.
@@ -152,6 +195,7 @@ def _model_name(recipe: Recipe) -> str:
 
 # In the order of use: what would come out, then what a result is worth, then its files.
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "A run": (run,),
     "Before a run": (plan, cli_hardware.check, cli_hardware.fit, cli_hardware.socs, cli_model.rank),
     "Many runs": (cli_sweep.sweep, cli_sweep.ablate, cli_model.report),
     "What a result is worth": (cli_eval.evaluate, cli_eval.compare, cli_eval.generate),
@@ -160,7 +204,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
 for panel, commands in _COMMANDS.items():
     for command in commands:
         name = {"evaluate": "eval"}.get(command.__name__, command.__name__)
-        app.command(name=name, cls=PlainCommand, rich_help_panel=panel)(command)
+        app.command(name=name, cls=PlainCommand, rich_help_panel=panel)(with_verbosity(command))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.eval.tasks import TASKS, Settings, find_tasks
 from edgepress.pipeline import interrupts
-from edgepress.pipeline.flags import Device, Json, settings_flags
+from edgepress.pipeline.flags import Device, Json, settings_flags, with_model
 
 if TYPE_CHECKING:
     from edgepress.pipeline.progress import Reporter
@@ -29,6 +29,7 @@ ReportFile = Annotated[
 ]
 
 
+@with_model("checkpoints")
 @settings_flags
 def evaluate(
     settings: Settings,
@@ -54,7 +55,7 @@ def evaluate(
     from edgepress.pipeline.evaluate import (
         check_request,
         draw,
-        is_store,
+        intention,
         keeping_answers,
         measure_all,
         open_all,
@@ -62,19 +63,22 @@ def evaluate(
         report,
         write_report,
     )
+    from edgepress.pipeline.store import is_store
 
     special = bool(out) and is_special(Path(out))  # a device or pipe has no folder to keep answers and figures in
-    home = Path(checkpoints[0]) if not out and checkpoints and is_store(checkpoints[0]) else Path()
+    home = Path(checkpoints[0]) if not out and checkpoints and is_store(Path(checkpoints[0]).expanduser()) else Path()
     if out and not special:
         require_output(Path(out))
         home = Path(out).parent
     settings = keeping_answers(settings, home)
     check_request(tasks, settings)
     named = open_all(checkpoints)
+    intended = intention(named, tasks, settings, device, dtype)
     if len(named) == 1 and not (task or out or settings.limit or settings.sources):
-        _perplexity_alone(named[0][1], settings, device, dtype, as_json)
+        _perplexity_alone(named[0][1], settings, device, dtype, as_json, intended)
         return
     with _reporter(as_json) as reporter:
+        reporter.say(intended)
         measured = measure_all(named, tasks, settings, device, dtype, reporter)
     path = Path(out) if out else home / "evaluation.json" if len(named) > 1 else None
     if path:
@@ -92,7 +96,7 @@ def evaluate(
         console.print(f"report: {path}{figure}", highlight=False, soft_wrap=True)
 
 
-def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, as_json: bool) -> None:
+def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, as_json: bool, intended: str) -> None:
     """One checkpoint, no task named: its perplexity on one line."""
     from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
     from edgepress.eval.perplexity import measure, protocol_of, text_of
@@ -101,6 +105,7 @@ def _perplexity_alone(model: Any, settings: Settings, device: str, dtype: str, a
     where = choose_device(device)
     precision = choose_dtype(dtype, where, model.shape.dense_dtype)
     with _reporter(as_json) as reporter:
+        reporter.say(intended)
         result = measure(model, data, how, Runtime(where, precision, progress=reporter), kv=settings.kv)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
@@ -179,6 +184,7 @@ def _reporter(quiet: bool) -> Iterator[Reporter]:
             raise
 
 
+@with_model("checkpoints")
 def generate(
     checkpoints: Annotated[
         list[str], typer.Argument(help="Checkpoints of any stage, models, or an output folder for all its stages.")

@@ -12,7 +12,7 @@ import typer
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.pipeline.flags import Json
+from edgepress.pipeline.flags import Json, with_model
 
 if TYPE_CHECKING:
     from edgepress.hardware.soc import Soc
@@ -28,6 +28,7 @@ KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value.")]
 ActivationBits = Annotated[int, typer.Option(help="Bits of an activation.")]
 
 
+@with_model("checkpoint")
 def check(
     checkpoint: Model = "",
     soc: Chip = "siracusa",
@@ -51,6 +52,7 @@ def check(
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the memories, and address x time of the tile memory.")] = None,
     as_json: Json = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="With --json: every tensor and operator too.")] = False,
 ) -> None:
     """Judge whether a model fits a chip's memories.
 
@@ -65,6 +67,8 @@ def check(
         for path in (csv, operators, png)
         if path and not path.parent.is_dir()
     ]
+    if tensors and not as_json:
+        faults.append("--tensors belongs to --json; --csv writes the same as a table")
     if faults:
         raise PlanError("\n".join(faults))
     shape = model_shape(checkpoint or None)
@@ -95,7 +99,7 @@ def check(
 
         draw_verdict(verdict, png)
     if as_json:
-        typer.echo(json.dumps(verdict.to_dict(tensors=True), indent=2))
+        typer.echo(json.dumps(verdict.to_dict(tensors=tensors), indent=2))
     else:
         from rich.console import Console
 
@@ -105,6 +109,7 @@ def check(
     raise typer.Exit(0 if verdict.fits else EXIT_DOES_NOT_FIT)
 
 
+@with_model("model")
 def fit(
     model: Model = "",
     soc: Chip = "siracusa",
@@ -145,7 +150,9 @@ def fit(
         typer.echo(json.dumps({"soc": chip.name, **parts, "verdicts": found.verdicts, "notes": notes}, indent=2))
     else:
         name = model or PACKAGED_PRESET
-        title = f"{name} fits {chip.name} with" if found.fitting else f"{name} fits {chip.name} with nothing; closest:"
+        title = f"{name} fits {chip.name} with"
+        if not found.fitting:
+            title = f"No setting of the stages makes {name} fit {chip.name}. These come closest:"
         print_fit(Console(), title, found, commands, notes)
     raise typer.Exit(0 if found.fitting else EXIT_DOES_NOT_FIT)
 

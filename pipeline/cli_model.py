@@ -11,7 +11,7 @@ from rich.console import Console
 
 from edgepress.checkpoints.errors import EdgepressError, PlanError
 from edgepress.checkpoints.quiet import quiet_libraries
-from edgepress.pipeline.flags import Device, Dtype, Json
+from edgepress.pipeline.flags import Device, Dtype, Json, with_model
 from edgepress.pipeline.recipe import build
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgepress.pipeline.page.read import StageRun, Study
 
 
+@with_model("model")
 def rank(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf or .bin; default: the packaged model.")] = "",
     metric: Annotated[str, typer.Option(help="perplexity, taylor, magnitude or influence.")] = "perplexity",
@@ -59,6 +60,7 @@ def rank(
         print_ranking(Console(), ranking, out)
 
 
+@with_model("checkpoint")
 def verify(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
     """Prove a checkpoint: hashes, zeros, finiteness, sizes.
 
@@ -67,29 +69,35 @@ def verify(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.
     quiet_libraries()
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.checkpoints.writer import verify as prove
+    from edgepress.pipeline.store import checkpoint_folder
 
-    for line in prove(Checkpoint.open(checkpoint)):
+    for line in prove(Checkpoint.open(checkpoint_folder(checkpoint))):
         typer.echo(line)
 
 
+@with_model("checkpoint")
 def pack(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("model.bin"),
     tokenizer: Annotated[bool, typer.Option("--tokenizer", help="Take the tokenizer's files along.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over a packed file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as one packed file for a chip.
 
     It holds the kept weights at their bit width and the index of the zeros.
     """
+    if out.is_file() and not force:
+        raise PlanError(f"{out} is there already; write over it with --force, or choose another with -o")
     quiet_libraries()
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.checkpoints.image import pack_checkpoint
     from edgepress.checkpoints.packed_sizes import packed_sizes
     from edgepress.pipeline.progress import Reporter
     from edgepress.pipeline.report import print_packed
+    from edgepress.pipeline.store import checkpoint_folder
 
-    source = Checkpoint.open(checkpoint, hashes=True)
+    source = Checkpoint.open(checkpoint_folder(checkpoint), hashes=True)
     with Reporter(Console(stderr=True), quiet=as_json) as reporter:
         image = pack_checkpoint(source, out, tokenizer, reporter)
     sizes = packed_sizes(source.shape)
@@ -122,6 +130,7 @@ KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value, in Pyt
 NewTokens = Annotated[int, typer.Option(help="New tokens at most.")]
 
 
+@with_model("checkpoint")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
     to: Annotated[str, typer.Option(help="For what: rv32, plain RISC-V cores with an FPU; deeploy.")] = "rv32",
@@ -165,6 +174,7 @@ def export(
     typer.echo(f"{out}: make -C {out} check compiles it, runs it, and compares its tokens with Python's")
 
 
+@with_model("checkpoint")
 def simulate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
     prompt: Annotated[str, typer.Argument(help="What the model continues.")] = "Once upon a time",
@@ -212,8 +222,10 @@ def _planned(checkpoint: Path, soc: str, context: int, prompt: str, tokens: int,
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.hardware.soc import load_soc
     from edgepress.pipeline.export import plan_export
+    from edgepress.pipeline.store import checkpoint_folder
 
-    return plan_export(Checkpoint.open(checkpoint, hashes=True), load_soc(soc), prompt, tokens, context, kv_bits)
+    source = Checkpoint.open(checkpoint_folder(checkpoint), hashes=True)
+    return plan_export(source, load_soc(soc), prompt, tokens, context, kv_bits)
 
 
 def _require_fit(planned: Export, force: bool) -> None:
@@ -272,6 +284,8 @@ def report(
     for note in study.notes:
         tell(f"! {note}")
     chip = chip_of(study, soc)
+    writers = min(samples, len(chosen(study, samples))) if samples else 0
+    tell(f"writing {out / 'report.html'}" + (f", with samples of text from {writers} checkpoints" if writers else ""))
     found, why_none = None, "switched off by --samples 0."
     if samples and not chosen(study, samples):
         why_none = "no checkpoint is on this disk."

@@ -14,7 +14,7 @@ from edgepress.checkpoints.errors import PlanError, RecipeError
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.pipeline import interrupts
-from edgepress.pipeline.flags import Out, RecipeFile, Skip, recipe_flags
+from edgepress.pipeline.flags import Out, RecipeFile, Skip, recipe_flags, with_model_argument
 from edgepress.pipeline.recipe import build
 from edgepress.pipeline.sweep_recipe import MAX_RUNS, Sweep, draft_sweep
 
@@ -64,6 +64,7 @@ def sweep(
     run_command(wanted, out, jobs, ray, store, track)
 
 
+@with_model_argument
 @recipe_flags
 def ablate(
     flags: dict[str, Any],

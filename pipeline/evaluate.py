@@ -17,7 +17,7 @@ from rich.text import Text as Words
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError
-from edgepress.checkpoints.manifest import MARKER, check_files, is_special, replacing, seal_holds, sealed, write_json
+from edgepress.checkpoints.manifest import check_files, is_special, replacing, seal_holds, sealed, write_json
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
 from edgepress.checkpoints.sources import open_source
@@ -25,8 +25,9 @@ from edgepress.eval.generation import Continuation, Decoding, same_words
 from edgepress.eval.results import Difference, Result, Score
 from edgepress.eval.subject import Subject
 from edgepress.eval.tasks import TASKS, Settings, Task
-from edgepress.pipeline.store import Store, require_own
+from edgepress.pipeline.store import finished_result, is_store
 from edgepress.pipeline.tables import print_whole
+from edgepress.pipeline.tree import duration_text, measuring_seconds
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,6 @@ class Measured:
         return cls(**(data | {"results": results}))
 
 
-def is_store(name: str) -> bool:
-    return (Path(name).expanduser() / MARKER).is_file()
-
-
 def open_all(names: Sequence[str]) -> list[tuple[str, Checkpoint]]:
     """The checkpoints that a user names, each with a label of its own; an output folder means all its stages.
 
@@ -64,7 +61,11 @@ def open_all(names: Sequence[str]) -> list[tuple[str, Checkpoint]]:
     faults = []
     for name in names or [""]:
         try:
-            opened += _stages(Path(name).expanduser()) if name and is_store(name) else [open_source(name or None)]
+            opened += (
+                _stages(Path(name).expanduser())
+                if name and is_store(Path(name).expanduser())
+                else [open_source(name or None)]
+            )
         except EdgepressError as error:
             faults.append(str(error))
     if faults:
@@ -84,14 +85,7 @@ def open_all(names: Sequence[str]) -> list[tuple[str, Checkpoint]]:
 
 def _stages(store: Path) -> list[Checkpoint]:
     """The last run's checkpoints of an output folder, the uncompressed model first."""
-    require_own(store)
-    result = Store(store).result()
-    if result is None:
-        raise CheckpointError(
-            f"{store} has no result yet: its run is not finished. Run its command again to finish it, or name a "
-            "stage's folder in it"
-        )
-    line = list(Checkpoint.open(result).ancestors())[::-1]
+    line = list(Checkpoint.open(finished_result(store)).ancestors())[::-1]
     for checkpoint in line:
         if checkpoint.manifest is not None:
             check_files(checkpoint.folder, checkpoint.manifest, hashes=True)
@@ -158,6 +152,19 @@ def _precisions(
     exact = usual if dtype != "auto" else torch.float32
     measured = {t.name: TASKS.get(settings.robust_task, t) if t.name == "robustness" else t for t in tasks}
     return {name: exact if task.answers else usual for name, task in measured.items()}
+
+
+def intention(
+    named: Sequence[tuple[str, Checkpoint]], tasks: Sequence[Task], settings: Settings, device: str, dtype: str
+) -> str:
+    """What is about to be measured, and how long it takes here where that can be told: of perplexity alone."""
+    subjects = named[0][0] if len(named) == 1 else f"{len(named)} checkpoints"
+    found = f"measuring {', '.join(task.name for task in tasks)} of {subjects}"
+    if {task.name for task in tasks} != {"perplexity"}:
+        return found
+    seconds = measuring_seconds(settings.tokens, [checkpoint.shape for _, checkpoint in named], device, dtype)
+    tokens = f"{settings.tokens:,} tokens" if settings.tokens else "all tokens"
+    return f"{found} on {tokens} of {settings.text}: about {duration_text(max(seconds, 1))} here"
 
 
 def keeping_answers(settings: Settings, home: Path) -> Settings:

@@ -300,7 +300,7 @@ def print_fit(console: Console, title: str, found: Found, commands: list[str], n
         )
     print_whole(console, table)
     if not found.fitting:
-        console.print(shown[0].verdict.summary, highlight=False, emoji=False)
+        console.print(f"The closest one: {shown[0].verdict.summary}", highlight=False, emoji=False)
     for number, command in enumerate(commands, 1):
         console.print(f"{number}  {command}", highlight=False, soft_wrap=True, emoji=False)
     for note in notes:

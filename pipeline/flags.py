@@ -12,6 +12,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.quiet import set_verbosity
 from edgepress.eval.tasks import Settings
 from edgepress.pipeline.recipe import Recipe
 from edgepress.stages.options import STAGES
@@ -119,6 +121,86 @@ def settings_flags(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+# --- flags of every command -------------------------------------------------------------------------------------------
+
+
+_QUIET = typer.Option("--quiet", "-q", help="Results and warnings only.", show_default=False)
+_VERBOSE = typer.Option("--verbose", "-v", help="Every step, and what libraries say.", show_default=False)
+
+
+def with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command --quiet and --verbose, which hold for all that it calls, and over those before the command."""
+
+    def wrapper(quiet: bool, verbose: bool, **given: Any) -> None:
+        if quiet and verbose:
+            raise PlanError("--quiet and --verbose exclude each other")
+        if quiet or verbose or "ctx" in given:  # the group: it comes first, and begins anew
+            set_verbosity(verbose - quiet)
+        command(**given)
+
+    declared = (("quiet", Annotated[bool, _QUIET]), ("verbose", Annotated[bool, _VERBOSE]))
+    return _extended(wrapper, command, [_keyword(name, kind, False) for name, kind in declared])
+
+
+def with_model(parameter: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let the command's argument `parameter`, a model or a list of them, be given with --model as well."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        declared = inspect.signature(command, eval_str=True).parameters[parameter]
+        many = declared.annotation.__origin__ == list[str]
+        required = declared.default is inspect.Parameter.empty
+
+        def wrapper(model_option: Any, **given: Any) -> None:
+            if model_option and given[parameter]:
+                raise PlanError("the model is given twice, as an argument and with --model; once is enough")
+            given[parameter] = model_option or given[parameter]
+            if required and not given[parameter]:
+                raise PlanError(f"a {parameter.removesuffix('s')} must be named: its folder, as the argument")
+            command(**given)
+
+        kind: Any = list[str] | None if many else declared.annotation.__origin__ | None
+        option: Any = Annotated[kind, typer.Option("--model", help="The same as the argument.", show_default=False)]
+        extended = _extended(wrapper, command, [_keyword("model_option", option, None)])
+        signature = inspect.signature(extended)
+        optional = [
+            p.replace(default=[] if many else None) if p.name == parameter and required else p
+            for p in signature.parameters.values()
+        ]
+        extended.__signature__ = signature.replace(parameters=optional)  # type: ignore[attr-defined]
+        return extended
+
+    return decorate
+
+
+def with_model_argument(command: Callable[..., None]) -> Callable[..., None]:
+    """Let the model of a command made by `recipe_flags` be given as an argument as well."""
+
+    def wrapper(model_argument: str, **given: Any) -> None:
+        if model_argument and given["model"]:
+            raise PlanError("the model is given twice, as an argument and with --model; once is enough")
+        command(**given | {"model": model_argument or given["model"]})
+
+    text = "The same as --model."
+    argument = Annotated[str, typer.Argument(metavar="MODEL", help=text, show_default=False)]
+    return _extended(wrapper, command, [_keyword("model_argument", argument, "")])
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _extended(
+    wrapper: Callable[..., None], command: Callable[..., None], more: list[inspect.Parameter]
+) -> Callable[..., None]:
+    """The wrapper with the command's name, text and parameters, and these more."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *more)]
+    wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
 # --- --help -----------------------------------------------------------------------------------------------------------
 # What `--help` shows: short words for the kinds of values, none for switches, and paragraphs that fill the line.
 
@@ -141,6 +223,18 @@ def _plain(params: list[Any]) -> list[Any]:
     return params
 
 
+def _require_one_output(command: Any, ctx: Any, args: list[str]) -> None:
+    """Fail where an output is named twice: a result would lie elsewhere than one of them says.
+
+    Of other options the last one counts, so that a script's usual ones can be followed by others.
+    """
+    if ctx.resilient_parsing:  # a shell completes a line that is not finished
+        return
+    given = [param for param in command.make_parser(ctx).parse_args(args=list(args))[2] if param.name == "out"]
+    if len(given) > 1 and given[0].param_type_name == "option":
+        ctx.fail(f"{' / '.join(given[0].opts)} is given twice; there is one output")
+
+
 class PlainCommand(TyperCommand):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -148,6 +242,10 @@ class PlainCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _require_one_output(self, ctx, args)
+        return super().parse_args(ctx, args)
 
 
 class PlainGroup(TyperGroup):
@@ -157,3 +255,7 @@ class PlainGroup(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _require_one_output(self, ctx, args)
+        return super().parse_args(ctx, args)

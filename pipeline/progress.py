@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import is_special
 from edgepress.checkpoints.memory import resident_bytes, size_text
+from edgepress.checkpoints.quiet import verbosity
 
 _PLAIN_EVERY = 15.0  # seconds between lines where no bar can be drawn
 
@@ -29,7 +30,8 @@ class Reporter:
     """edgepress.checkpoints.runtime.Progress, on a console and in a log file."""
 
     def __init__(self, console: Console, log: Path | None = None, quiet: bool = False) -> None:
-        self.console, self.quiet = console, quiet
+        self.console, self.quiet, self._brief = console, quiet, verbosity() < 0
+        self._every = 0.0 if verbosity() > 0 else _PLAIN_EVERY
         self._log = open_log(log) if log else None
         self._bars: Progress | None = None
         self._task: TaskID | None = None
@@ -37,7 +39,7 @@ class Reporter:
         self._interrupted = False
 
     def __enter__(self) -> Reporter:
-        if self.console.is_terminal and not self.quiet:
+        if self.console.is_terminal and not self.quiet and verbosity() == 0:
             self._bars = Progress(
                 TextColumn("  {task.description:<16}"),
                 BarColumn(bar_width=30),
@@ -77,18 +79,19 @@ class Reporter:
         if self._bars and self._task is not None:
             self._bars.update(self._task, advance=1, numbers=words)
         now = time.monotonic()
-        if not self._bars and not self.quiet and now - self._spoken > _PLAIN_EVERY:
+        if not self._bars and not self.quiet and not self._brief and now - self._spoken > self._every:
             self._spoken = now
             left = (now - self._began) / self._done * (self._steps - self._done)
             line = f"  {self._name} {self._done}/{self._steps}  {words}  {left:.0f} s left"
             self.console.print(line, highlight=False)
 
     def note(self, message: str) -> None:
-        self.say(f"  ! {message}", style="yellow")
+        """A warning, which --quiet leaves in place."""
+        self.say(f"  ! {message}", style="yellow", warning=True)
 
-    def say(self, message: str, style: str | None = None) -> None:
+    def say(self, message: str, style: str | None = None, warning: bool = False) -> None:
         """A line for the person and the log."""
-        if not self.quiet:
+        if not self.quiet and (warning or not self._brief):
             self.console.print(message, style=style, highlight=False, markup=False, soft_wrap=True)
         if self._log:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {message}\n")

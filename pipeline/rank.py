@@ -13,11 +13,12 @@ from rich.table import Table
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import is_special, replacing, sealed, write_json
 from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
-from edgepress.checkpoints.sources import open_source
 from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.progress import Reporter
 from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.store import open_model
+from edgepress.pipeline.tree import duration_text, measured_speed
 from edgepress.stages.depth import choose
 from edgepress.stages.options import Depth
 
@@ -34,11 +35,16 @@ def rank_blocks(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     options = next((o for _, o in recipe.stages if isinstance(o, Depth)), None)
     if options is None:
         raise PlanError("the recipe has no depth stage to rank for")
-    source = open_source(recipe.model)
-    plan(Recipe(model=recipe.model, stages=(("depth", options),)), source.shape)
+    source = open_model(recipe.model)
+    (planned,) = plan(Recipe(model=recipe.model, stages=(("depth", options),)), source.shape)
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, device, source.shape.dense_dtype)
     runtime = Runtime(device, dtype, recipe.seed, reporter, spill_bytes=recipe.spill_mib * 2**20)
+    seconds = planned.cost.seconds(measured_speed(recipe.device, recipe.dtype))
+    reporter.say(
+        f"ranking {len(source.shape.blocks)} blocks of {source.name} by {options.metric} on {options.samples} windows "
+        f"of {options.length} tokens: about {duration_text(seconds)} here"
+    )
     windows = Calibration(recipe, source, Path(), runtime).windows("depth", options)
     scores = {int(i): s for i, s in choose(source, windows, options, runtime)["ranking"][0].items()}
     return {

@@ -20,7 +20,7 @@ from edgepress.hardware.check import Verdict
 from edgepress.pipeline.plan import StagePlan
 from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.tables import print_whole
-from edgepress.pipeline.tree import measured_speed
+from edgepress.pipeline.tree import duration_text, measured_speed
 from edgepress.stages.options import Lora
 from edgepress.stages.recovery.shapes import adapters
 
@@ -155,7 +155,7 @@ class RecoveryForecast:
             f"lora ({self.method}): trains {self.trainable_parameters:,} parameters, "
             f"{100 * self.trainable_share:.3g} % of the weights; {where}; "
             f"peak memory about {size_text(self.peak_memory_bytes, 'MiB', 0)}"
-            + ("" if self.seconds is None else f"; about {_duration(self.seconds)} here")
+            + ("" if self.seconds is None else f"; about {duration_text(self.seconds)} here")
         )
 
 
@@ -189,13 +189,3 @@ def _seconds(recipe: Recipe, step: StagePlan) -> float | None:
     except PlanError:  # a plan may be made for another machine
         return None
     return step.cost.seconds(speed)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 600
-        else f"{seconds / 60:.0f} min"
-        if seconds < 36000
-        else f"{seconds / 3600:.0f} h"
-    )

@@ -17,7 +17,6 @@ from edgepress.checkpoints.memory import available_bytes, peak_bytes, reset_peak
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype, machine
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.checkpoints.sources import open_source
 from edgepress.checkpoints.writer import CheckpointWriter, prove_pattern
 from edgepress.eval.perplexity import Protocol, measure, measurement_key
 from edgepress.hardware.soc import load_soc
@@ -25,7 +24,7 @@ from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import StagePlan, judge, plan, say_measured, say_planned, to_dict
 from edgepress.pipeline.progress import Reporter
 from edgepress.pipeline.recipe import Recipe
-from edgepress.pipeline.store import REPORT, Store
+from edgepress.pipeline.store import REPORT, Store, open_model
 from edgepress.stages.options import Options, decisive
 
 _PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")
@@ -93,7 +92,7 @@ class Conditions:
     def prepare(cls, recipe: Recipe, out: Path, progress: Progress) -> Conditions:
         device = choose_device(recipe.device)
         protocol = Protocol(recipe.protocol, recipe.window, recipe.tokens)
-        source = open_source(recipe.model)
+        source = open_model(recipe.model)
         dtype = choose_dtype(recipe.dtype, device, source.shape.dense_dtype)
         runtime = Runtime(device, dtype, recipe.seed, progress, spill_bytes=recipe.spill_mib * 2**20)
         return cls(recipe, source, Calibration(recipe, source, out, runtime), protocol, runtime, Store(out))

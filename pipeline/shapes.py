@@ -8,7 +8,7 @@ from edgepress.checkpoints.config import read_config, stated_form
 from edgepress.checkpoints.errors import CheckpointError, PlanError, near
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.headers import INDEX, shape_from_folder
-from edgepress.checkpoints.manifest import MANIFEST, Manifest, check_files, require_finished
+from edgepress.checkpoints.manifest import MANIFEST, MARKER, Manifest, check_files, require_finished
 from edgepress.checkpoints.shape import ModelShape, with_form
 
 PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
@@ -17,12 +17,12 @@ PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
 def model_shape(model: str | None) -> ModelShape:
     """From a preset, a config.json, or the headers of a folder's files; no weights are read.
 
-    A .gguf or .bin file or a hub id is opened as a source. Raises CheckpointError or PlanError saying what was
-    looked for.
+    An output folder stands for its result. A .gguf or .bin file or a hub id is opened as a source. Raises
+    CheckpointError or PlanError saying what was looked for.
     """
     if model is None:
         return shape_from_config(PRESETS[PACKAGED_PRESET])
-    path = Path(model).expanduser()
+    path = _folder(model)
     if path.is_dir():
         require_finished(path)
         has_weights = (path / INDEX).is_file() or (path / "model.safetensors").is_file()
@@ -53,7 +53,7 @@ def stated_shape(folder: Path) -> ModelShape:
 
 def tokenizer_folder(model: str | None) -> Path:
     """The folder where the tokenizer of the model a user names lies. Raises PlanError for a preset, which has none."""
-    path = Path(model or "").expanduser()
+    path = _folder(model or "")
     if model and path.is_dir():
         return path.resolve()
     if path.is_file() and path.name == "config.json":
@@ -70,7 +70,7 @@ def tokenizer_folder(model: str | None) -> Path:
 
 def measured_bytes(model: str | None) -> int | None:
     """Bytes of the safetensors files of a folder with weights, as they lie on the disk; None for anything else."""
-    folder = Path(model).expanduser() if model else None
+    folder = _folder(model) if model else None
     if folder is None or not folder.is_dir():
         return None
     sizes = [path.stat().st_size for path in folder.rglob("*.safetensors") if not _hidden(path, folder)]
@@ -82,7 +82,7 @@ def require_consistent(model: str | None, shape: ModelShape) -> None:
 
     Sizes and counts are compared, which takes no time; `compress verify` compares every hash as well.
     """
-    folder = Path(model).expanduser() if model else None
+    folder = _folder(model) if model else None
     if folder is None or not (folder / MANIFEST).is_file():
         return
     manifest = Manifest.read(folder)
@@ -104,6 +104,16 @@ def require_consistent(model: str | None, shape: ModelShape) -> None:
         faults.append(f"{folder}: the manifest does not list {', '.join(strays[:5])}")
     if faults:
         raise CheckpointError("\n".join(faults))
+
+
+def _folder(model: str) -> Path:
+    """The path that a user names; of an output folder, the folder of its result."""
+    path = Path(model).expanduser()
+    if (path / MARKER).is_file():
+        from edgepress.pipeline.store import checkpoint_folder  # needs torch
+
+        return checkpoint_folder(path)
+    return path
 
 
 def _hidden(path: Path, folder: Path) -> bool:

@@ -35,6 +35,7 @@ from edgepress.checkpoints.manifest import (
     write_bytes,
     write_json,
 )  # fmt: skip
+from edgepress.checkpoints.sources import open_source
 
 LOCKS, RESULT = ".locks", "result"
 REPORT, EARLIER_REPORT = "report.json", "report-earlier.json"
@@ -172,6 +173,44 @@ def require_own(folder: Path) -> None:
     """Raise CheckpointError where something in an output folder is a link out of it, through which we would write."""
     if folder.is_dir():
         require_inside(folder, [p.name for p in folder.iterdir() if p.is_symlink() and p.name != RESULT], str(folder))
+
+
+def is_store(folder: Path) -> bool:
+    return (folder / MARKER).is_file()
+
+
+def checkpoint_folder(named: str | Path) -> Path:
+    """The folder that a user names; of an output folder, that of its last run's result.
+
+    Raises CheckpointError where there is no such folder, or its run is not finished.
+    """
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"{folder}: {what}")
+    return finished_result(folder) if is_store(folder) else folder
+
+
+def finished_result(store: Path) -> Path:
+    """The folder of the last run's result. Raises CheckpointError where that run is not finished."""
+    require_own(store)
+    if (result := Store(store).result()) is None:
+        raise CheckpointError(
+            f"{store} has no result yet: its run is not finished. Run its command again to finish it, or name a "
+            "stage's folder in it"
+        )
+    return result
+
+
+def open_model(named: str | None) -> Checkpoint:
+    """The model that a user names: what `open_source` takes, or an output folder, which stands for its result."""
+    return open_source(str(checkpoint_folder(named)) if named and is_store(Path(named).expanduser()) else named)
+
+
+def require_apart(model: str | None, out: Path) -> None:
+    """Raise PlanError where a run's output folder is its model too: each run would start from the last one's result."""
+    if model and is_store(folder := Path(model).expanduser()) and folder.resolve() == out.resolve():
+        raise PlanError(f"--model {model} is the output folder itself; choose another -o, or name a stage's folder")
 
 
 # --- a store behind a URL ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from rich.text import Text
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import MANIFEST, sealed, sha256_file, write_json
 from edgepress.checkpoints.memory import available_bytes, size_text
+from edgepress.checkpoints.quiet import verbosity
 from edgepress.checkpoints.runtime import machine
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.pipeline.plan import StagePlan
@@ -221,7 +222,7 @@ _LAST = 6  # finished stage runs that stay in sight
 
 class SweepView:
     def __init__(self, console: Console, log: Path, quiet: bool = False) -> None:
-        self.console, self.quiet = console, quiet
+        self.console, self.quiet = console, quiet or verbosity() < 0
         self.result: SweepResult | None = None
         self._log = open_log(log)
         self._running: dict[str, tuple[Node, float, str]] = {}  # since when, and what it does

@@ -148,6 +148,7 @@ def _more(names: list[str]) -> str:
 _MEASURING_SLOWDOWN = 4.0  # as stages.cost.Cost.slowdown
 _DISK_BYTES_PER_SECOND = 400e6  # a stage's files are written, hashed, and read again by its check
 _TRIAL_SECONDS = 0.5  # long enough that a busy machine is idle for once
+_SOON = 1e10  # multiply-adds
 _ROWS_TEXT_TOKENS = 290_000  # WikiText-2's test split, which `tokens: 0` measures whole
 
 
@@ -188,16 +189,30 @@ def forecast(tree: Tree) -> Forecast:
 def node_seconds(node: Node, speed: float) -> float:
     """speed: multiply-adds per second, from measured_speed."""
     shape = node.step.shape if node.step else node.before
-    seconds = measuring_operations(node.recipe, shape) / speed * _MEASURING_SLOWDOWN
+    seconds = measuring_operations(node.recipe.tokens, shape) / speed * _MEASURING_SLOWDOWN
     if node.step is None:
         return seconds
     return seconds + node.step.cost.seconds(speed) + shape.file_bytes / _DISK_BYTES_PER_SECOND
 
 
-def measuring_operations(recipe: Recipe, shape: ModelShape) -> float:
-    """Multiply-adds of one measurement of perplexity."""
+def measuring_operations(tokens: int, shape: ModelShape) -> float:
+    """Multiply-adds of one measurement of perplexity on so many tokens; 0: of all of a text like WikiText-2's."""
     weights = sum(sum(x.weights for x in b.linears) for b in shape.blocks) + shape.vocabulary * shape.hidden_size
-    return float((recipe.tokens or _ROWS_TEXT_TOKENS) * weights)
+    return float((tokens or _ROWS_TEXT_TOKENS) * weights)
+
+
+def measuring_seconds(tokens: int, shapes: Iterable[ModelShape], device: str, dtype: str) -> float:
+    """How long perplexities on so many tokens take here. Raises PlanError for a device that is not here."""
+    operations = sum(measuring_operations(tokens, shape) for shape in shapes)
+    if operations < _SOON:  # seconds on any processor: no need to measure this one
+        return 0.0
+    return operations / measured_speed(device, dtype) * _MEASURING_SLOWDOWN
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 36000 else f"{seconds / 3600:.0f} h"
 
 
 def measured_speed(device: str, dtype: str) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,98 @@ def test_eval_json_has_the_documented_keys_and_agrees_with_the_report(compress: 
     report = json.loads((chain / "report.json").read_text())
     assert result["perplexity"] == report["stages"][-1]["perplexity"]["after"]
     assert result["tokens"] == 1024
+
+
+def test_version_and_short_help(compress: Command) -> None:
+    assert compress("--version").stdout == f"edgepress {version('edgepress')}\n"
+    for command in ([], ["eval"], ["run"], ["socs"]):
+        assert compress(*command, "-h").stdout == compress(*command, "--help").stdout != ""
+
+
+def test_run_is_the_plain_command(compress: Command, chain: Path) -> None:
+    """Told so by its help: the same options, and the model as an argument."""
+    plain, named = compress("--help").stdout, compress("run", "--help").stdout
+    flags = set(re.findall(r"--[a-z-]+", plain)) - {"--version", "--install-completion", "--show-completion"}
+    assert flags == set(re.findall(r"--[a-z-]+", named))
+    assert compress("run", "nowhere", "--plan").stderr == compress("--plan", "--model", "nowhere").stderr != ""
+
+
+@pytest.mark.parametrize("command", ["plan", "run --plan", "check", "fit"])
+def test_a_model_is_an_argument_or_an_option_and_not_both(compress: Command, command: str) -> None:
+    argument = compress(*command.split(), "stories15m")
+    option = compress(*command.split(), "--model", "stories15m")
+    both = compress(*command.split(), "stories260k", "--model", "stories15m")
+    assert argument.returncode == option.returncode and argument.stderr == option.stderr
+    assert _without_times(argument.stdout) == _without_times(option.stdout) and argument.stdout + argument.stderr
+    assert both.returncode == 2 and "given twice" in both.stderr
+
+
+def _without_times(text: str) -> str:
+    return re.sub(r"about \S+ \w+ here", "", text)
+
+
+@pytest.mark.parametrize("command", ["verify", "pack", "export", "simulate", "generate"])
+def test_a_checkpoint_must_be_named(compress: Command, command: str) -> None:
+    done = compress(command, *(["hello"] if command == "generate" else []))
+    assert done.returncode == 2 and "must be named" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-o", "a", "-o", "b"], ["--out", "a", "-o", "b"], ["--out=a", "-ob"]])
+def test_an_output_is_named_once(compress: Command, arguments: list[str]) -> None:
+    for command in ([], ["run"], ["ablate"], ["eval"], ["pack", "model"]):
+        done = compress(*command, *arguments)
+        assert done.returncode == 2 and "is given twice" in done.stderr
+
+
+def test_an_output_folder_stands_for_its_result(compress: Command, chain: Path, tmp_path: Path) -> None:
+    result = chain / "result"
+    judged, of_result = (" ".join(compress("check", named).stdout.split()) for named in (chain, result))
+    assert judged.replace(str(chain), "") == of_result.replace(str(result), "") != ""
+    assert compress("rank", chain, "--samples", 2, "--length", 32, "--json").returncode == 2  # quantised: not ranked
+    assert compress("verify", chain).stdout == compress("verify", result).stdout != ""
+    packed = [compress("pack", named, "-o", tmp_path / f"{k}.bin", "--json") for k, named in enumerate((chain, result))]
+    assert json.loads(packed[0].stdout)["sha256"] == json.loads(packed[1].stdout)["sha256"]
+    plans = [compress("plan", named, "--skip", "depth,wanda,lora,gptq", "--json") for named in (chain, result)]
+    assert plans[0].returncode == plans[1].returncode and plans[0].stderr == plans[1].stderr
+    done = compress("run", chain, "-o", chain)
+    assert done.returncode == 2 and "the output folder itself" in done.stderr
+
+
+def test_pack_writes_over_a_file_only_when_told(compress: Command, chain: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "model.bin"
+    assert compress("pack", chain, "-o", taken).returncode == 0
+    before = taken.read_bytes()
+    taken.write_bytes(before[:-1])
+    done = compress("pack", chain, "-o", taken)
+    assert done.returncode == 2 and "--force" in done.stderr and taken.read_bytes() == before[:-1]
+    assert compress("pack", chain, "-o", taken, "--force").returncode == 0 and taken.read_bytes() == before
+    taken.write_text("mine")  # which --force does not cover
+    assert compress("pack", chain, "-o", taken, "--force").returncode == 2 and taken.read_text() == "mine"
+
+
+def test_check_names_tensors_in_json_only_when_asked(compress: Command, chain: Path) -> None:
+    short, whole = (json.loads(compress("check", chain, "--json", *more).stdout) for more in ([], ["--tensors"]))
+    assert "tensors" not in short["placement"] and whole["placement"]["tensors"]
+    assert len(json.dumps(short)) < len(json.dumps(whole)) / 2
+    assert compress("check", chain, "--tensors").returncode == 2
+
+
+def test_quiet_and_verbose(compress: Command, chain: Path) -> None:
+    def told(*arguments: str) -> tuple[str, str]:
+        done = compress("eval", chain / "result", "--window", 64, "--tokens", 1024, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    usual, quiet, verbose = told(), told("-q"), told("--verbose")
+    assert usual[0] == quiet[0] == verbose[0] and usual[0].startswith("perplexity ")
+    assert quiet[1] == "" and "measuring perplexity of" in usual[1]
+    assert len(verbose[1].splitlines()) > len(usual[1].splitlines())
+    assert compress("eval", "-q", "-v").returncode == 2
+
+
+def test_fit_says_so_where_nothing_fits(compress: Command) -> None:
+    done = compress("fit", "llama-2-7b")
+    assert done.returncode == 3 and "No setting of the stages makes llama-2-7b fit" in done.stdout
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_llama: Path, quick: list[str], tmp_path: Path) -> None:
