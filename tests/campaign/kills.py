@@ -97,7 +97,7 @@ def pack_killed(case: Case) -> None:
     if old:
         case.work_copy(case.world.image, "image.bin")
     for _ in range(3):
-        argv = ["pack", case.world.last("five"), "--tokenizer", "-o", image]
+        argv = ["pack", case.world.last("five"), "--tokenizer", "--force", "-o", image]
         done = case.compress(*argv, stop=_moment(case, 0.35, 12))
         case.kills += done.stopped
         if digest(image) not in ({expected} if old else {expected, "none"}):
