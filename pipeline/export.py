@@ -18,7 +18,7 @@ from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
-from edgepress.checkpoints.packing import dequantise_rows, group_of, unpack
+from edgepress.checkpoints.packing import dequantise_rows, group_of, pack, unpack
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.rv32.families import (
     Layer,
@@ -31,7 +31,7 @@ from edgepress.hardware.rv32.families import (
     numbers_of,
     rope_kinds,
 )
-from edgepress.hardware.rv32.layout import FINAL_NORM, Layout, matrices, require_runnable, shared
+from edgepress.hardware.rv32.layout import FINAL_NORM, Layout, is_ordered, matrices, require_runnable, shared
 from edgepress.hardware.rv32.memory import LINEAR_BYTES, Use, linker_script, memory_use, table_bytes
 from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
 from edgepress.hardware.soc import Soc
@@ -159,10 +159,13 @@ def _contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, bytes]:
         for kind, norm in norms(shape, block).items():
             found[f"{index}.{kind}"] = _norm(shape, stored[norm.name], of_heads=kind in ("Q_NORM", "K_NORM"))
         for layer in layers(shape, block):
-            x = layer.source
-            parts = _base(x, stored, f"{checkpoint.folder.name}: block {index}: {x.name}")
+            x, where = layer.source, f"{checkpoint.folder.name}: block {index}: {layer.source.name}"
+            order = _order(x, stored, where) if is_ordered(shape, x) else None
+            parts = _base(x, stored if order is None else _arranged(x, stored, order), where)
             if x.adapter_rank:
                 parts |= _adapter(x, adapter, codes, checkpoint.adapter_scale)
+            if order is not None:
+                parts |= {"order": order.to(torch.uint16)} | ({"a": parts["a"][:, order]} if x.adapter_rank else {})
             found |= {f"{index}.{layer.name}.{kind}": _raw(tensor) for kind, tensor in _own(layer, parts).items()}
     starts = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0).to(torch.int32)
     return found | {"piece_starts": _raw(starts), "pieces": b"".join(pieces)}
@@ -181,16 +184,31 @@ def _own(layer: Layer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if layer.rows is None:
         return own
     rows = torch.tensor(layer.rows)
-    return {kind: tensor if kind in ("a", "rank_scales") else tensor[rows] for kind, tensor in own.items()}
+    return {kind: tensor if kind in ("a", "rank_scales", "order") else tensor[rows] for kind, tensor in own.items()}
+
+
+def _order(x: LinearShape, stored: Mapping[str, Tensor], where: str) -> Tensor:
+    """The layer's inputs (in,) group by group, those of a group as they were."""
+    groups = stored[f"{x.name}.g_idx"]
+    order = groups.argsort(stable=True)
+    if x.grid is None or not groups[order].equal(group_of(x.in_features, x.grid.group)):
+        raise CheckpointError(f"{where} has groups of unlike sizes (g_idx), which the program cannot run")
+    return order
+
+
+def _arranged(x: LinearShape, stored: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    """The stored tensors with one layer's columns in this order, in which its groups are those of storage order."""
+    words, groups = stored[f"{x.name}.qweight"], stored[f"{x.name}.g_idx"]
+    bits = 32 * len(words) // x.in_features
+    codes = pack(unpack(words, bits, x.in_features)[order], bits)
+    return {**stored, f"{x.name}.qweight": codes, f"{x.name}.g_idx": groups[order]}
 
 
 def _base(x: LinearShape, stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     if isinstance(x.grid, Grid):
         if not stored[f"{x.name}.g_idx"].equal(group_of(x.in_features, x.grid.group)):
-            raise CheckpointError(
-                f"{where} has groups out of storage order (desc_act), which the program cannot run; quantise without it"
-            )
+            raise CheckpointError(f"{where} has groups out of storage order, though config.json says desc_act is false")
         # In the file the words of a row run down a column; on the chip a row lies in one piece.
         zeros = unpack(stored[f"{x.name}.qzeros"].T.contiguous(), x.grid.bits, x.out_features)
         parts |= {"codes": stored[f"{x.name}.qweight"].T, "scales": stored[f"{x.name}.scales"].T}

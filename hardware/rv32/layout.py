@@ -76,6 +76,8 @@ def _parts(shape: ModelShape, pieces: int) -> Iterator[tuple[str, int]]:
             for kind, nbytes in _linear_parts(layer.shape):
                 if kind not in shared(layer):
                     yield f"{index}.{layer.name}.{kind}", nbytes
+            if is_ordered(shape, layer.shape) and not layer.first:
+                yield f"{index}.{layer.name}.order", 2 * layer.shape.in_features
     yield "piece_starts", 4 * (shape.vocabulary + 1)
     yield "pieces", pieces
 
@@ -100,7 +102,18 @@ def _linear_parts(x: LinearShape) -> Iterator[tuple[str, int]]:
 
 def shared(layer: Layer) -> tuple[str, ...]:
     """The parts that a layer has from another one's: all rows of a fused layer multiply one adapter's A x."""
-    return ("a", "rank_scales") if layer.first else ()
+    return ("a", "rank_scales", "order") if layer.first else ()
+
+
+def is_ordered(shape: ModelShape, x: LinearShape) -> bool:
+    """Whether a layer's groups may lie out of storage order (GPTQ's desc_act), so that its inputs are rearranged."""
+    stated = shape.config.get("quantization_config") or {}
+    return isinstance(x.grid, Grid) and bool(stated.get("desc_act", False))
+
+
+def most_ordered(shape: ModelShape) -> int:
+    """Inputs of the widest layer that has them rearranged; 0 without any."""
+    return max(x.in_features if is_ordered(shape, x) else 0 for block in shape.blocks for x in block.linears)
 
 
 def matrices(shape: ModelShape) -> tuple[str, ...]:
@@ -153,6 +166,8 @@ def _weight_faults(shape: ModelShape) -> Iterator[str]:
             continue
         for x in block.linears:
             found |= dict.fromkeys(_linear_faults(x))
+            if is_ordered(shape, x) and x.in_features > 2**16:
+                found[f"the order of {x.in_features} inputs (desc_act): {2**16} can be told apart"] = None
     yield from found
     if shape.embedding_bits not in (None, 4, 8):
         yield f"an embedding of {shape.embedding_bits} bits: 8 and 4 can be read, or 16 and 32 without codes"

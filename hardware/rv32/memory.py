@@ -12,6 +12,7 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.rv32.families import branches_are_buffered, layers, norms, rooms, rope_kinds, rope_sets
+from edgepress.hardware.rv32.layout import most_ordered
 from edgepress.hardware.soc import Memory, Soc
 
 # Upper ends, in bytes, of what only a compiler knows. Of 4-bit codes with an adapter zig 0.17's clang makes 8.0 KiB of
@@ -51,6 +52,7 @@ def table_bytes(shape: ModelShape, prompt: int, ends: int, context: int) -> int:
     words = blocks * len(norms(shape, first)) + prompt + max(ends, 1)
     words += len(rope_kinds(shape)) * rotary_width(shape.config) // 2
     words += blocks if any(rope_sets(shape)) else 0
+    words += blocks * len(layers(shape, first)) if most_ordered(shape) else 0
     words += blocks + 1 if len(set(rooms(shape, context))) > 1 else 0
     return blocks * len(layers(shape, first)) * LINEAR_BYTES + 2 * MATRIX_BYTES + 4 * words
 
@@ -71,6 +73,7 @@ def activation_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
     vectors = hidden + max(hidden, query) + (max(hidden, query) if branches_are_buffered(shape) else query)
     vectors += (2 if gated else 1) * inner(shape)
     vectors += 2 * shape.kv_heads * shape.head_dim if kv_bits == 8 else 0
+    vectors += most_ordered(shape)
     angles = len(rope_kinds(shape)) * rotary_width(shape.config)
     return 4 * (vectors + max(rooms(shape, context)) + angles + max(rank(shape), 1))
 

@@ -24,7 +24,16 @@ from edgepress.hardware.rv32.families import (
     rooms,
     rope_sets,
 )
-from edgepress.hardware.rv32.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, matrices, outer_dtype, shared
+from edgepress.hardware.rv32.layout import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Layout,
+    matrices,
+    most_ordered,
+    outer_dtype,
+    shared,
+)
 from edgepress.hardware.rv32.memory import inner, rank
 
 HEADERS = ("runtime.h", "numbers.h", "products.h")
@@ -82,6 +91,9 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
     ]
     if len(set(room)) > 1:
         tables.append("extern const int ROOM_STARTS[LAYERS + 1];  /* the first position of each block's KV cache */")
+    if ordered := most_ordered(shape):
+        sizes["ORDERED"] = ordered
+        tables.append(f"extern const unsigned ORDERS[LAYERS][{len(linears)}];  /* where the inputs' places lie */")
     if any(turns):
         tables.append("extern const int ROPE_SETS[LAYERS];  /* by which angles a block turns, -1 for none */")
     return "\n".join(
@@ -195,6 +207,13 @@ def model_source(shape: ModelShape, layout: Layout, run: Run, ropes: Sequence[Ro
     if len(set(room := rooms(shape, run.context))) > 1:
         starts = ", ".join(map(str, accumulate(room, initial=0)))
         lines.append(f"const int ROOM_STARTS[LAYERS + 1] TABLE = {{{starts}}};")
+    if most_ordered(shape):
+        orders = [
+            [_place(x, index, "order", layout) for x in layers(shape, block)]
+            for index, block in enumerate(shape.blocks)
+        ]
+        table = ", ".join("{" + ", ".join(map(str, row)) + "}" for row in orders)
+        lines.append(f"const unsigned ORDERS[LAYERS][{len(linears)}] TABLE = {{{table}}};")
     if any(turns := rope_sets(shape)):
         lines.append(f"const int ROPE_SETS[LAYERS] TABLE = {{{', '.join(map(str, turns))}}};")
     return "\n".join([*lines, ""])
@@ -227,11 +246,15 @@ def _linear(layer: Layer, index: int, layout: Layout) -> str:
     adapter = _adapter_format(x) if x.adapter_rank else "F32"
 
     def places(*kinds: str) -> str:
-        owner = {kind: layer.first if kind in shared(layer) else layer.name for kind in kinds}
-        return ", ".join(str(layout.offset(f"{index}.{owner[kind]}.{kind}")) for kind in kinds)
+        return ", ".join(str(_place(layer, index, kind, layout)) for kind in kinds)
 
     stored, beside = places("codes", "scales", "zeros", "bias"), places("a", "b", "rank_scales")
     return f"{{{x.out_features}, {x.in_features}, {form}, {group}, {stored}, {x.adapter_rank}, {adapter}, {beside}}}"
+
+
+def _place(layer: Layer, index: int, kind: str, layout: Layout) -> int:
+    """Where a part of a block's linear layer begins; 0 where it has none."""
+    return layout.offset(f"{index}.{layer.first if kind in shared(layer) else layer.name}.{kind}")
 
 
 def _matrix(shape: ModelShape, name: str, layout: Layout) -> str:

@@ -80,7 +80,8 @@ def rv32() -> list[str]:
 def compressed(folder: Path, model: Path, pattern: str | None, bits: int | None, rank: int = 0, **how: Any) -> Path:
     """A model's weights rounded to the nearest code, with zeros of a pattern and a random adapter beside them.
 
-    how: group, symmetric, adapter_bits (16 or 8), edge_bits (8 or 4), codebook, order (groups shuffled).
+    how: group, symmetric, adapter_bits (16 or 8), edge_bits (8 or 4), codebook, order (columns in any group), unlike
+    (a group has one column more than another).
     """
     source, writer = Checkpoint.open(model), CheckpointWriter(folder)
     g = torch.Generator().manual_seed(3)
@@ -93,7 +94,9 @@ def compressed(folder: Path, model: Path, pattern: str | None, bits: int | None,
             if bits:
                 parts = codes(weight, bits, how.get("group", 32), how.get("symmetric", False))
             if how.get("order"):
-                parts["g_idx"] = parts["g_idx"].flip(0).contiguous()
+                parts["g_idx"] = parts["g_idx"][torch.randperm(x.in_features, generator=g)]
+            if how.get("unlike"):
+                parts["g_idx"][0] = 1
             if how.get("codebook"):
                 parts = encode(weight, CODEBOOKS[how["codebook"]], dtype)
             tensors |= {f"{x.name}.{kind}": tensor for kind, tensor in parts.items()}
@@ -123,7 +126,7 @@ def compressed(folder: Path, model: Path, pattern: str | None, bits: int | None,
     config = dict(source.config)
     if bits:
         config["quantization_config"] = Grid(bits, how.get("group", 32), how.get("symmetric", False)).config("F32")
-        config["quantization_config"]["desc_act"] = bool(how.get("order"))
+        config["quantization_config"]["desc_act"] = bool(how.get("order") or how.get("unlike"))
     if how.get("codebook"):
         config["quantization_config"] = CODEBOOKS[how["codebook"]].config("F32")
     writer.finish(config, source)
@@ -277,9 +280,9 @@ def test_weights_the_program_cannot_read_are_refused_by_name(tiny_model: TinyMod
     small = compressed(tmp_path / "small", model, None, 3, group=16)
     with pytest.raises(PlanError, match="groups of 16 in rows of 64 3-bit codes"):
         exported(small, tmp_path / "chip")
-    shuffled = compressed(tmp_path / "order", model, None, 4, order=True)
-    with pytest.raises(CheckpointError, match="groups out of storage order"):
-        exported(shuffled, tmp_path / "chip")
+    unlike = compressed(tmp_path / "unlike", model, None, 4, unlike=True)
+    with pytest.raises(CheckpointError, match="groups of unlike sizes"):
+        exported(unlike, tmp_path / "chip")
     assert not (tmp_path / "chip").exists()
 
 

@@ -94,6 +94,14 @@ def bytes_of_objects(folder: Path) -> dict[str, int]:
     }
 
 
+def require_planned(folder: Path) -> None:
+    """What the objects have in memory is what memory.json says."""
+    memories = json.loads((folder / "memory.json").read_text())["memories"]
+    predicted = {part: nbytes for memory in memories for part, nbytes in memory["parts"].items()}
+    found = bytes_of_objects(folder)
+    assert found == {part: predicted[part] for part in found}
+
+
 # What makes some of them what they are, where the tiny models' settings do not.
 SETTINGS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0},
@@ -123,10 +131,7 @@ def test_the_programs_tokens_are_transformers(
     tokens = native(folder)
     require_clear(model, tokens)
     assert tokens == list(expected_tokens(folder)) and len(set(tokens)) > 10
-    memories = json.loads((folder / "memory.json").read_text())["memories"]
-    predicted = {part: nbytes for memory in memories for part, nbytes in memory["parts"].items()}
-    found = bytes_of_objects(folder)
-    assert found == {part: predicted[part] for part in found}
+    require_planned(folder)
 
 
 OTHERS: list[tuple[str, dict[str, Any]]] = [
@@ -160,13 +165,18 @@ def test_other_settings(
     assert tokens == list(expected_tokens(folder))
 
 
-@pytest.mark.parametrize(("family", "rank"), [("gemma3_text", 0), ("phi3", 4), ("glm4", 4), ("cohere2", 4)])
-def test_codes_and_adapters_of_fused_and_reordered_rows(
-    family: str, rank: int, tiny_model: TinyModel, tmp_path: Path, native: Callable[[Path], list[int]]
-) -> None:
-    made = compressed(tmp_path / "model", tiny_model(family), None, 4, rank, adapter_bits=8)
-    folder = exported(made, tmp_path / "chip")
+@pytest.mark.parametrize(("family", "bits", "rank", "how"), [
+    ("gemma3_text", 4, 0, {}), ("phi3", 4, 4, {}), ("glm4", 4, 4, {"adapter_bits": 8}), ("cohere2", 4, 4, {}),
+    ("llama", 3, 4, {"order": True}), ("phi3", 4, 4, {"order": True, "adapter_bits": 8}),
+    ("glm4", 8, 0, {"order": True, "symmetric": True}),
+])  # fmt: skip
+def test_codes_and_adapters_of_fused_and_reordered_rows_and_columns(
+    family: str, bits: int, rank: int, how: dict[str, Any], tiny_model: TinyModel, tmp_path: Path,
+    native: Callable[[Path], list[int]],
+) -> None:  # fmt: skip
+    folder = exported(compressed(tmp_path / "model", tiny_model(family), None, bits, rank, **how), tmp_path / "chip")
     assert native(folder) == list(expected_tokens(folder))
+    require_planned(folder)
 
 
 def test_readme_lists_the_families() -> None:

@@ -35,6 +35,9 @@ static struct {
 #if KV_BITS == 8
     float fresh[2][KEY]; /* a token's key and value before they are kept */
 #endif
+#ifdef ORDERED
+    float ordered[ORDERED];
+#endif
     float cosine[ROPES][ROTARY / 2], sine[ROPES][ROTARY / 2];
 } act;
 
@@ -180,6 +183,23 @@ static OPERATOR void attention(int layer, int position) {
 #define MLP_OUT NONE
 #endif
 
+#ifdef ORDERED
+/* A layer's input with its numbers group by group, where the groups of its weights do not lie in their order. */
+static OPERATOR const float *arrange(const float *x, unsigned order, int n) {
+    const half *places = (const half *)(weights + order);
+    if (!order) return x;
+    for (int i = 0; i < n; i++) act.ordered[i] = x[places[i]];
+    return act.ordered;
+}
+#define ARRANGED(x, layer, role) arrange(x, ORDERS[layer][role], LINEARS[layer][role].columns)
+#else
+#define ARRANGED(x, layer, role) (x)
+#endif
+
+INLINED void apply(int layer, int role, const float *x, float *y, int add) {
+    linear(&LINEARS[layer][role], ARRANGED(x, layer, role), y, add);
+}
+
 /* What a branch reads: the state, after this norm if there is one. */
 INLINED const float *entering(int layer, int kind) {
     if (kind == NONE) return act.x;
@@ -188,9 +208,9 @@ INLINED const float *entering(int layer, int kind) {
 }
 
 /* Add the result of a branch's last layer to the state, after this norm if there is one. */
-INLINED void leave(int layer, const struct linear *last, const float *x, int kind) {
+INLINED void leave(int layer, int role, const float *x, int kind) {
 #if BRANCH
-    linear(last, x, act.query, 0); /* nobody needs the queries any more */
+    apply(layer, role, x, act.query, 0); /* nobody needs the queries any more */
     if (kind != NONE) norm(act.query, NORMS[layer][kind], act.query, HIDDEN);
     for (int i = 0; i < HIDDEN; i++) {
 #ifdef RESIDUAL_SCALE
@@ -199,8 +219,8 @@ INLINED void leave(int layer, const struct linear *last, const float *x, int kin
         act.x[i] += act.query[i];
     }
 #else
-    (void)layer, (void)kind;
-    linear(last, x, act.x, 1);
+    (void)kind;
+    apply(layer, role, x, act.x, 1);
 #endif
 }
 
@@ -213,12 +233,12 @@ static OPERATOR void activate(int n) {
 #endif
 }
 
-INLINED void widen(const struct linear *l, const float *x) {
-    linear(&l[UP_LAYER], x, act.up, 0);
+INLINED void widen(int layer, const float *x) {
+    apply(layer, UP_LAYER, x, act.up, 0);
 #if GATED
-    linear(&l[GATE_LAYER], x, act.gate, 0);
+    apply(layer, GATE_LAYER, x, act.gate, 0);
 #endif
-    activate(l[UP_LAYER].rows);
+    activate(LINEARS[layer][UP_LAYER].rows);
 }
 
 /* The cosines and sines of a position's angles. */
@@ -237,7 +257,6 @@ int forward(int token, int position, int want_next) {
     embed(token, act.x);
     angles(position);
     for (int layer = 0; layer < LAYERS; layer++) {
-        const struct linear *l = LINEARS[layer];
         int slot = ROOM_START(layer) + SLOT(layer, position);
 #if KV_BITS == 8
         float *key = act.fresh[0], *value = act.fresh[1];
@@ -245,11 +264,11 @@ int forward(int token, int position, int want_next) {
         float *key = cache.numbers[0][slot], *value = cache.numbers[1][slot];
 #endif
         const float *x = entering(layer, ATTENTION_IN);
-        linear(&l[Q_LAYER], x, act.query, 0);
-        linear(&l[K_LAYER], x, key, 0);
-        linear(&l[V_LAYER], x, value, 0);
+        apply(layer, Q_LAYER, x, act.query, 0);
+        apply(layer, K_LAYER, x, key, 0);
+        apply(layer, V_LAYER, x, value, 0);
 #if PARALLEL
-        widen(l, x); /* both branches read the same, and attention writes where it lies */
+        widen(layer, x); /* both branches read the same, and attention writes where it lies */
 #endif
         place(layer, act.query, key);
 #if KV_BITS == 8
@@ -257,11 +276,11 @@ int forward(int token, int position, int want_next) {
         keep(value, 1, slot);
 #endif
         attention(layer, position);
-        leave(layer, &l[O_LAYER], act.normed, ATTENTION_OUT);
+        leave(layer, O_LAYER, act.normed, ATTENTION_OUT);
 #if !PARALLEL
-        widen(l, entering(layer, MLP_IN));
+        widen(layer, entering(layer, MLP_IN));
 #endif
-        leave(layer, &l[DOWN_LAYER], act.up, MLP_OUT);
+        leave(layer, DOWN_LAYER, act.up, MLP_OUT);
     }
     if (!want_next) return 0;
     norm(act.x, FINAL_NORM, act.normed, HIDDEN);
