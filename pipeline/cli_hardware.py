@@ -26,6 +26,7 @@ Chip = Annotated[str, typer.Option(help="A shipped chip or a .toml file.")]
 Context = Annotated[int, typer.Option(help="Tokens in the KV cache.")]
 KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value.")]
 ActivationBits = Annotated[int, typer.Option(help="Bits of an activation.")]
+Chunk = Annotated[int, typer.Option(help="Prompt tokens that pass at once; 0 is the whole context.")]
 
 
 @with_model("checkpoint")
@@ -43,7 +44,7 @@ def check(
         bool, typer.Option("--kv-groups", help="Count the KV cache's scales and zero points, as eval --kv-bits has it.")
     ] = False,
     activation_bits: ActivationBits = 8,
-    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens that pass at once; 0 is the whole context.")] = 0,
+    prefill_chunk: Chunk = 0,
     bits: Annotated[int, typer.Option(help="Judge as if the stage gptq had left 8, 4 or 3 bits; 0: as it is.")] = 0,
     embedding_bits: Annotated[int, typer.Option(help="As if embedding and head had 8 or 4 bits; 0: as it is.")] = 0,
     csv: Annotated[Path | None, typer.Option(help="Write every tensor's bytes and place.")] = None,
@@ -116,6 +117,7 @@ def fit(
     context: Context = 256,
     kv_bits: KvBits = 8,
     activation_bits: ActivationBits = 8,
+    prefill_chunk: Chunk = 0,
     corpus: Annotated[str, typer.Option("--trim-vocabulary", help="Text the vocabulary may be trimmed to.")] = "",
     sweep: Annotated[
         Path | None, typer.Option(help="Output folder of earlier runs; what they measured counts.")
@@ -140,7 +142,7 @@ def fit(
     shape, chip, protect = model_shape(model or None), load_soc(soc), (protect_first, protect_last)
     found, notes = find(
         model, shape, chip, corpus=corpus, sweep=sweep, protect=protect, best=best,
-        context=context, kv_bits=kv_bits, activation_bits=activation_bits,
+        context=context, kv_bits=kv_bits, activation_bits=activation_bits, prefill_chunk=prefill_chunk or None,
     )  # fmt: skip
     shown = found.fitting or found.closest
     commands = [command_of(model, shape, c.settings, corpus, protect) for c in shown]

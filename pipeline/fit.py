@@ -191,7 +191,7 @@ def _resolved_group(shape: ModelShape, options: Mapping[str, Any]) -> int:
 
 def fit(
     model: str, shape: ModelShape, soc: Soc, *, corpus: str, sweep: Path | None, protect: tuple[int, int], best: int,
-    context: int, kv_bits: int, activation_bits: int,
+    context: int, kv_bits: int, activation_bits: int, prefill_chunk: int | None = None,
 ) -> tuple[Found, list[str]]:  # fmt: skip
     """Search, and what should be said of it. Raises PlanError, TextError or CheckpointError for bad input."""
     from edgepress.pipeline.shapes import tokenizer_folder
@@ -212,6 +212,7 @@ def fit(
         context=context,
         kv_bits=kv_bits,
         activation_bits=activation_bits,
+        prefill_chunk=prefill_chunk,
         name=model,
     )
     return found, list(_notes(found, model, shape, soc, corpus, measured))

@@ -96,6 +96,42 @@ def test_a_memory_of_unknown_speed_has_no_time(tmp_path: Path) -> None:
     assert str(verdict.timing) == "No time is estimated: nobody tells; the chip's file states no speed of flash."
 
 
+# Runs of others, whose sources and figures are in SCHEMA.md, and what it says of ours: theirs, low, default, high.
+FLOAT = {"kv_bits": 32, "activation_bits": 32}
+LLAMA4 = {"bits": 4, "embedding_bits": 8}
+RUNS: list[tuple[str, str, list[str], dict[str, int], tuple[float, float, float, float]]] = [
+    ("stories260k", "esp32-s3", ["psram_role=weights", "psram_bandwidth=20e6"], FLOAT, (19.13, 10.8, 18.6, 19.1)),
+    ("stories260k", "esp32-s3", ["psram_role=weights", "psram_bandwidth=40e6"], FLOAT, (19.13, 15.0, 36.2, 38.0)),
+    ("stories260k", "esp32-s3", ["psram_role=weights"], FLOAT, (25.3, 15.0, 68.3, 147)),
+    ("stories15m", "esp32-s3", [], {"bits": 4, "embedding_bits": 4}, (1.4, 1.51, 3.62, 4.85)),
+    ("stories260k", "rp2350", ["psram_role=weights"], FLOAT, (19, 7.58, 18.3, 35.5)),
+    ("llama-3.2-1b", "phone", [], {"kv_bits": 16, "activation_bits": 16}, (19.2, 4.91, 18.5, 30.9)),
+    ("llama-3.2-1b", "phone", [], LLAMA4, (50.2, 10.7, 52.1, 91.8)),
+    ("llama-3.2-1b", "phone", [], LLAMA4 | {"prompt": 64}, (260.5, 22.5, 328, 1368)),
+    ("llama-3.2-1b", "phone", [], {"kv_bits": 16, "activation_bits": 16, "prompt": 64}, (60.3, 11.2, 165, 685)),
+]
+
+
+@pytest.mark.parametrize(("preset", "chip", "settings", "how", "figures"), RUNS)
+def test_runs_of_others_against_the_estimate(
+    preset: str, chip: str, settings: list[str], how: dict[str, int], figures: tuple[float, float, float, float]
+) -> None:
+    how = dict(how)
+    shape, prompt = shape_from_config(PRESETS[preset]), how.pop("prompt", 0)
+    if bits := how.pop("bits", 0):
+        shape = replace(with_bits(shape, bits, 32), embedding_bits=how.pop("embedding_bits"))
+    verdict = check(
+        shape, load_soc(chip, settings), context=prompt or 128, prefill_chunk=prompt or 1, timing=True,
+        kv_bits=how.get("kv_bits", 8), activation_bits=how.get("activation_bits", 8),
+    )  # fmt: skip
+    assert verdict.fits and not isinstance(verdict.timing, str)
+    run = verdict.timing.prefill if prompt else verdict.timing.decode
+    theirs, *ours = figures
+    found = [run.tokens / seconds for seconds in (run.seconds.high, run.seconds.default, run.seconds.low)]
+    assert found == pytest.approx(ours, rel=0.01)
+    assert run.tokens / run.bound_seconds.low > theirs  # no run beats what the estimate says nothing can beat
+
+
 @pytest.mark.parametrize(("old", "new", "fault"), [
     ('link = "working_link"', "", "'link' is missing"),
     ('link = "working_link"', 'bandwidth = { value = 0, unit = "B/s", kind = "stated", source = "x" }', "must be"),

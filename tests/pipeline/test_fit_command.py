@@ -95,6 +95,12 @@ def test_what_does_not_fit_exits_with_3_and_shows_the_closest(compress: Callable
     assert "does not fit Siracusa" in said["closest"][0]["summary"]
 
 
+def test_prompts_in_pieces_fit_where_a_whole_one_does_not(compress: Callable[..., Any]) -> None:
+    asked = ("fit", "stories15m", "--soc", "rp2350", "--context", 112, "--best", 1)
+    assert compress(*asked).returncode == 3
+    assert compress(*asked, "--prefill-chunk", 8).returncode == 0
+
+
 def test_a_context_too_long_for_the_model_is_one_message(compress: Callable[..., Any]) -> None:
     done = compress("fit", "stories15m", "--context", "300")
     assert done.returncode == 2
