@@ -287,7 +287,13 @@ class Gptq:
 
     def __post_init__(self) -> None:
         faults = _Faults()
-        faults.one_of("--quant", self.quant, tuple(QUANTS))
+        method, _, size = self.quant.rpartition("-g")  # as others name a group's size
+        if method in QUANTS and size.isdecimal():
+            faults.require(
+                False, f"--quant {self.quant}: the group has a flag of its own: --quant {method} --group {size}"
+            )
+        else:
+            faults.one_of("--quant", self.quant, tuple(QUANTS))
         faults.require(self.group == -1 or self.group >= 32, f"--group {self.group}: at least 32, or -1 for whole rows")
         faults.require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
         faults.one_of("--quant-effort", self.effort, ("normal", "high"))

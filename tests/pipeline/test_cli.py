@@ -47,6 +47,8 @@ def test_help_answers_without_importing_torch() -> None:
         (["--metric", "luck"], "perplexity, taylor, magnitude, influence"),
         (["--skip", "lora,loro"], "no such stage"),
         (["--quant", "int5"], "gptq4, gptq3, gptq8"),
+        (["--quant", "awq"], "(near: awq4)"),
+        (["--quant", "int4-g64"], "--quant int4 --group 64"),
         (["--lora-targets", "w1"], "blocks have"),
         (["--eora", "64"], "the smallest quantised layer has rank 32"),
         (["--data", "no-such.txt"], "there is no text"),
