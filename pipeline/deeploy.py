@@ -34,6 +34,7 @@ from edgepress.hardware.deeploy.model import (
     continued,
     eight_bit_rotations,
     eight_bit_rows,
+    in_even_parts,
     require_expressible,
     texts,
 )
@@ -204,7 +205,7 @@ def read_model(checkpoint: Checkpoint) -> tuple[Model, int, float]:
             lost = weights.codes * weights.scales[:, None] - weights.real
             errors += np.sum(lost**2), np.sum(weights.real**2)
         before, between = (_array(dense[f"{name}_layernorm.weight"]) for name in ("input", "post_attention"))
-        blocks.append(Block(before, between, linears))
+        blocks.append(Block(before, between, in_even_parts(linears)))
     frequencies = _array(checkpoint.model(dtype=torch.float32).model.rotary_emb.inv_freq)
     model = Model(
         shape.heads, shape.kv_heads, shape.head_dim, float(config.rms_norm_eps), frequencies, tuple(blocks),

@@ -11,12 +11,14 @@ from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.deeploy.model import EVEN
 from edgepress.hardware.rv32.memory import Use, inner
 from edgepress.hardware.soc import Memory, Soc
 
 INSTALL = "python3 -m venv deeploy-venv && deeploy-venv/bin/pip install deeploy-pulp==0.2.1"
 WEIGHTS, SHARED, TILES = "SRAM", "L2", "L1"  # Siracusa's memories as Deeploy uses them
 LEVELS = {WEIGHTS: "WeightMemory_SRAM", SHARED: "L2", TILES: "L1"}
+WIDENED = ("mlp.gate_proj", "mlp.up_proj")  # by rows of zeros, where their number is not even for the kernels
 BLOCK = 32  # input channels that N-EUREKA reads at once; rows of weights are filled up to it
 RESHAPES = 1856  # bytes of a block's constants that Deeploy 0.2.1 itself adds, counted on its output
 
@@ -35,7 +37,11 @@ def memory_use(shape: ModelShape, soc: Soc, context: int) -> tuple[Use, Use, Use
         )
     width, heads, kv, head = shape.hidden_size, shape.heads, shape.kv_heads, shape.head_dim
     blocks, linears = len(shape.blocks), [x for block in shape.blocks for x in block.linears]
-    matrices = [(x.out_features, x.in_features) for x in linears] + [(shape.vocabulary, width)]
+    matrices = [
+        (_even(x.out_features), x.in_features) if x.name in WIDENED else (x.out_features, x.in_features)
+        for x in linears
+    ]
+    matrices.append((shape.vocabulary, width))
     weights = sum(rows * -(-columns // BLOCK) * BLOCK for rows, columns in matrices)
     rounding = 8 * sum(rows for rows, _ in matrices) + 8 * blocks * (3 * head + context)
     norms = 4 * width * (2 * blocks + 1) + 2 * width * blocks
@@ -50,11 +56,15 @@ def memory_use(shape: ModelShape, soc: Soc, context: int) -> tuple[Use, Use, Use
                 "scales and norms": rounding + norms + RESHAPES * blocks,
                 "KV cache": 2 * cache,  # as it comes in, and with the new token behind it
                 "inputs and outputs": asked,
-                "activations": 4 * inner(shape),
+                "activations": 4 * _even(inner(shape)),
             },
         ),
         _use(found[TILES], {"smallest tiles": tile}),
     )
+
+
+def _even(size: int) -> int:
+    return -(-size // EVEN) * EVEN
 
 
 def _use(memory: Memory, parts: dict[str, int]) -> Use:

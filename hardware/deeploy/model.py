@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ LINEARS = {
 }  # fmt: skip
 NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
 ROPES = ("default", "linear", "llama3")  # angles that do not depend on how long the text is
+# UniformRequantShift and iRMSnorm write past the end of what eight cores cannot share in even parts.
+EVEN = 16
 RESIDUAL_STEPS = 2.0**14  # that the largest number of the embedding counts; the sums of all layers stay below 2^24
 
 
@@ -51,6 +54,24 @@ class Model:
     steps: Array
     unit: float
     head: Weights
+
+
+def in_even_parts(linears: Mapping[str, Weights]) -> dict[str, Weights]:
+    """The linear layers of a block, the feed-forward part widened by zeros to what the kernels can share."""
+    extra = -len(linears["up"].codes) % EVEN
+    below = {name: widened(linears[name], extra, 0) for name in ("gate", "up")}
+    return {**linears, **below, "down": widened(linears["down"], 0, extra)}
+
+
+def widened(weights: Weights, rows: int, columns: int) -> Weights:
+    """The same layer with so many outputs more, which are zero, and inputs, which count nothing."""
+
+    def padded(values: Array) -> Array:
+        return np.pad(values, [(0, rows), (0, columns)][: values.ndim])
+
+    bias = None if weights.bias is None else padded(weights.bias)
+    scales = np.pad(weights.scales, (0, rows), constant_values=float(weights.scales.max()))
+    return Weights(padded(weights.codes), scales, padded(weights.real), bias)
 
 
 def eight_bit_rows(rows: Array) -> tuple[Array, Array, float]:
@@ -213,6 +234,11 @@ def _faults(shape: ModelShape, context: int) -> Iterator[str]:
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
     if kind not in ROPES:
         yield f"rotary embeddings of type '{kind}': {', '.join(ROPES)} can be expressed"
+    if shape.hidden_size % EVEN:
+        yield f"a width of {shape.hidden_size}: Deeploy's kernels need multiples of {EVEN}"
+    if shape.heads * context % EVEN:
+        unit = EVEN // math.gcd(EVEN, shape.heads)
+        yield f"a context of {context} tokens for {shape.heads} heads: Deeploy's kernels need multiples of {unit}"
     if shape.heads % shape.kv_heads or shape.head_dim % 2:
         yield f"{shape.heads} heads of {shape.head_dim} channels over {shape.kv_heads} key-value heads"
     for block in shape.blocks:

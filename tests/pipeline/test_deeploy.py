@@ -33,7 +33,7 @@ CONTEXT, PROMPT, NEW = 32, "for every value", 8
 TWO: dict[str, Any] = {"num_hidden_layers": 2}
 # Without attention windows shorter than the context, which the graph has not.
 FULL: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
+    "llama": {"tie_word_embeddings": False, "intermediate_size": 100},
     "mistral": {"sliding_window": 64},
     "qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
 }
@@ -176,7 +176,7 @@ def test_symmetric_codes_of_eight_bits_go_in_unchanged(tiny_model: TinyModel, tm
 def test_what_deeploy_puts_into_its_weight_memory_is_predicted(
     tiny_model: TinyModel, tmp_path: Path, onnx: Any
 ) -> None:
-    exported(tiny_model("llama", **TWO), tmp_path / "out", new=2)
+    exported(tiny_model("llama", **TWO | FULL["llama"]), tmp_path / "out", new=2)
     graph = onnx.load(tmp_path / "out" / "network.onnx").graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     weights = [shapes[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in shapes]
@@ -230,6 +230,8 @@ def test_deeploy_compiles_a_block_and_the_head(tiny_model: TinyModel, tmp_path: 
 @pytest.mark.parametrize(("family", "overrides", "words"), [
     ("gemma2", {}, "the family 'gemma2': the graph knows the blocks of llama, mistral, qwen2"),
     ("mistral", {}, "attention over a sliding window of 8 tokens: give --context 8 or fewer"),
+    ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, "need multiples of 16"),
+    ("llama", {"hidden_size": 72}, "a width of 72: Deeploy's kernels need multiples of 16"),
     ("llama", {"hidden_act": "gelu"}, "the activation function 'gelu'"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "of type 'dynamic'"),
 ])  # fmt: skip
@@ -237,7 +239,7 @@ def test_a_model_that_the_graph_cannot_express_is_refused_by_name(
     family: str, overrides: dict[str, Any], words: str, tiny_model: TinyModel, onnx: Any
 ) -> None:
     with pytest.raises(PlanError) as error:
-        plan_export(Checkpoint.open(tiny_model(family, **overrides)), load_soc("siracusa"), "a", 2, 32, "embedded")
+        plan_export(Checkpoint.open(tiny_model(family, **overrides)), load_soc("siracusa"), "a", 2, 34, "embedded")
     assert words in str(error.value)
 
 
