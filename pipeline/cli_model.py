@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,6 +82,9 @@ def pack(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("model.bin"),
     tokenizer: Annotated[bool, typer.Option("--tokenizer", help="Take the tokenizer's files along.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over a packed file that is there.")] = False,
+    layout: Annotated[
+        str, typer.Option(help="packed: fewest bytes; rv32: as export's program reads it, and what unpack needs.")
+    ] = "packed",
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as one packed file for a chip.
@@ -97,7 +101,20 @@ def pack(
     from edgepress.pipeline.report import print_packed
     from edgepress.pipeline.store import checkpoint_folder
 
+    if layout not in ("packed", "rv32"):
+        raise PlanError(f"--layout {layout}: there are packed and rv32")
     source = Checkpoint.open(checkpoint_folder(checkpoint), hashes=True)
+    if layout == "rv32":
+        from edgepress.pipeline.device_image import pack_device
+
+        written = pack_device(source, out, tokenizer)
+        if as_json:
+            typer.echo(json.dumps({"path": str(out), **asdict(written)}, indent=2))
+        else:
+            typer.echo(
+                f"{out}: {written.nbytes:,} bytes; the first {written.program_bytes:,} are the program's weights.bin"
+            )
+        return
     with Reporter(Console(stderr=True), quiet=as_json) as reporter:
         image = pack_checkpoint(source, out, tokenizer, reporter)
     sizes = packed_sizes(source.shape)
@@ -115,10 +132,12 @@ def unpack(
     """Restore a packed file's checkpoint folder, bit for bit."""
     quiet_libraries()
     from edgepress.checkpoints.image import unpack_checkpoint
+    from edgepress.pipeline.device_image import is_device_image, unpack_device
     from edgepress.pipeline.progress import Reporter
 
     with Reporter(Console(stderr=True)) as reporter:
-        restored = unpack_checkpoint(image, out, reporter)
+        read = unpack_device if image.is_file() and is_device_image(image) else unpack_checkpoint
+        restored = read(image, out, reporter)
     typer.echo(f"{out}: {len(restored.shape.blocks)} blocks, {restored.shape.file_bytes} bytes of safetensors files")
 
 
@@ -191,6 +210,7 @@ def simulate(
     import tempfile
 
     from edgepress.hardware.rv32.build import build, find_compiler
+    from edgepress.hardware.rv32.cost import instructions
     from edgepress.hardware.rv32.simulator import (
         difference,
         expected_tokens,
@@ -211,10 +231,13 @@ def simulate(
         planned.write(folder)
         build(folder, compiler)
         outcome, wanted = run_program(folder, printer()), expected_tokens(folder)
-    typer.echo("\n\n" + "\n".join(operator_lines(outcome)) + "\n")
+    guess = instructions(planned.checkpoint.shape, planned.run)
+    typer.echo("\n\n" + "\n".join(operator_lines(outcome, guess)) + "\n")
     for row in used_bytes(outcome, [use.to_dict() for use in planned.uses]):
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in row["parts"].items())
-        typer.echo(f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({parts})")
+        typer.echo(
+            f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({parts}); predicted {row['predicted']:,}"
+        )
     typer.echo(difference(outcome.tokens, wanted) or f"all {len(wanted)} tokens are those of Python in float32")
 
 
@@ -231,11 +254,11 @@ def _planned(checkpoint: Path, soc: str, context: int, prompt: str, tokens: int,
 def _require_fit(planned: Export, force: bool) -> None:
     """End with the code 3 and the verdict of the command check where the program does not fit."""
     from edgepress.hardware.check import check as judge
-    from edgepress.hardware.rv32.memory import does_not_fit
+    from edgepress.hardware.rv32.predict import misfit
     from edgepress.hardware.show import print_verdict
     from edgepress.pipeline.cli_hardware import EXIT_DOES_NOT_FIT
 
-    missing = does_not_fit(planned.uses)
+    missing = misfit(planned.checkpoint.shape, planned.run, planned.uses)
     if not missing:
         return
     typer.echo(f"the program does not fit {planned.soc.label}: {missing}")

@@ -20,6 +20,7 @@ from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.packing import dequantise_rows, group_of, pack, unpack
 from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.hardware.rv32.cost import code_bytes
 from edgepress.hardware.rv32.families import (
     Layer,
     Numbers,
@@ -33,10 +34,12 @@ from edgepress.hardware.rv32.families import (
 )
 from edgepress.hardware.rv32.layout import FINAL_NORM, Layout, is_ordered, matrices, require_runnable, shared
 from edgepress.hardware.rv32.memory import LINEAR_BYTES, Use, linker_script, memory_use, table_bytes
+from edgepress.hardware.rv32.predict import Prediction, predict, require_kv_bits
 from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
 from edgepress.hardware.soc import Soc
 
 PROMPT = "Once upon a time"
+_PIECE = 6  # bytes of a token's text where there is no tokenizer to tell
 _OURS = "memory.json"  # a folder that has it was written here, and may be written anew
 
 
@@ -63,7 +66,7 @@ class Export:
     def _files(self) -> dict[str, bytes]:
         shape, layout, run = self.checkpoint.shape, self.layout, self.run
         model = _exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
-        weights = layout.joined(_contents(self.checkpoint, self.pieces))
+        weights = layout.joined(program_contents(self.checkpoint, self.pieces))
         ropes = _ropes(model, shape)
         roles = [layer.role for layer in layers(shape, shape.blocks[0])]
         facts = {
@@ -97,12 +100,22 @@ def plan_export(
     Raises PlanError for what the program or the chip cannot do, CheckpointError without a tokenizer.
     """
     shape = checkpoint.shape
-    if kv_bits not in (8, 32):
-        raise PlanError(f"--kv-bits {kv_bits}: the program keeps keys and values in 8 or 32 bits")
+    require_kv_bits(kv_bits)
     require_runnable(shape, context)
     numbers = numbers_of(shape, checkpoint.hf_config().to_dict(), context)
-    tokenizer: Any = checkpoint.tokenizer()
+    run = plan_run(checkpoint, prompt, new_tokens, context, kv_bits)
+    pieces = token_pieces(checkpoint.folder, shape.vocabulary)
+    layout = Layout(shape, sum(map(len, pieces)))
+    tables = table_bytes(shape, len(run.prompt), len(run.ends), context)
+    uses = memory_use(shape, soc, layout.nbytes, tables, context, kv_bits, code_bytes(shape, run))
+    return Export(checkpoint, soc, run, numbers, pieces, layout, uses)
+
+
+def plan_run(checkpoint: Checkpoint, prompt: str, new_tokens: int | None, context: int, kv_bits: int) -> Run:
+    """The prompt in tokens, and what ends the text. new_tokens: None for as many as the context holds."""
+    shape, tokenizer = checkpoint.shape, checkpoint.tokenizer()
     ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
+    new_tokens = context - len(ids) if new_tokens is None else new_tokens
     if not ids:
         raise PlanError("the prompt gives no token to begin with: write a word")
     if max(ids) >= shape.vocabulary:
@@ -112,12 +125,23 @@ def plan_export(
             f"a prompt of {len(ids)} tokens and {new_tokens} new ones: at least one must be new, and all must go into "
             f"the context of {context}; change --tokens or --context"
         )
-    run = Run(ids, new_tokens, ends_of(checkpoint, tokenizer), context, kv_bits)
-    pieces = token_pieces(checkpoint.folder, shape.vocabulary)
-    layout = Layout(shape, sum(map(len, pieces)))
-    tables = table_bytes(shape, len(ids), len(run.ends), context)
-    uses = memory_use(shape, soc, layout.nbytes, tables, context, kv_bits)
-    return Export(checkpoint, soc, run, numbers, pieces, layout, uses)
+    return Run(ids, new_tokens, ends_of(checkpoint, tokenizer), context, kv_bits)
+
+
+def predict_program(source: str, shape: ModelShape, soc: Soc, context: int, kv_bits: int, name: str) -> Prediction:
+    """What the program of a model asks of a chip, told before anything is written.
+
+    source: what the shape was read from. Of a folder with a tokenizer the bytes are exactly an export's with its own
+    prompt; of a shape alone the tokens' texts are assumed.
+    """
+    folder = Path(source)
+    if source and (folder / "tokenizer.json").is_file():
+        run = plan_run(Checkpoint.open(folder), PROMPT, None, context, kv_bits)
+        pieces = sum(map(len, token_pieces(folder, shape.vocabulary)))
+        return predict(shape, soc, run, pieces, name)
+    run = Run(range(5), max(1, context - 5), [2], context, kv_bits)
+    note = f"Assumed, as there is no tokenizer.json: {_PIECE} bytes of text a token, a prompt of 5 tokens."
+    return predict(shape, soc, run, _PIECE * shape.vocabulary, name, (note,))
 
 
 def _ropes(model: Any, shape: ModelShape) -> list[Rope]:
@@ -144,7 +168,8 @@ def ends_of(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
 # --- the parts of weights.bin -----------------------------------------------------------------------------------------
 
 
-def _contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, bytes]:
+def program_contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, bytes]:
+    """The parts of weights.bin by name. Raises CheckpointError for weights that the program cannot read."""
     shape, outer = checkpoint.shape, checkpoint.outer()
     found: dict[str, bytes] = {FINAL_NORM: _norm(shape, outer[f"{FINAL_NORM}.weight"])}
     edge = checkpoint.edge()

@@ -91,14 +91,14 @@ def rank(shape: ModelShape) -> int:
 
 
 def memory_use(
-    shape: ModelShape, soc: Soc, weights: int, tables: int, context: int, kv_bits: int = 32
+    shape: ModelShape, soc: Soc, weights: int, tables: int, context: int, kv_bits: int = 32, code: int = CODE_BYTES
 ) -> tuple[Use, Use, Use]:
     """What lies in the memories for weights (code too), tiles and working, which are the chip's first of these roles.
 
-    weights, tables: their bytes. Raises PlanError for a chip that does not say where these memories lie.
+    weights, tables, code: their bytes. Raises PlanError for a chip that does not say where these memories lie.
     """
     held = {
-        "weights": {"code": CODE_BYTES, "tables": tables, "weights": weights},
+        "weights": {"code": code, "tables": tables, "weights": weights},
         "tiles": {
             "KV cache": cache_bytes(shape, context, kv_bits),
             "activations": activation_bytes(shape, context, kv_bits),

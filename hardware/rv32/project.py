@@ -222,28 +222,28 @@ def model_source(shape: ModelShape, layout: Layout, run: Run, ropes: Sequence[Ro
 def formats(shape: ModelShape) -> list[str]:
     """The formats of runtime.h in which this model has a matrix."""
     linears = [x for block in shape.blocks for x in block.linears]
-    found = {_format(x) for x in linears} | {_adapter_format(x) for x in linears if x.adapter_rank}
-    return sorted(found | {_matrix_format(shape, name) for name in matrices(shape)})
+    found = {linear_format(x) for x in linears} | {adapter_format(x) for x in linears if x.adapter_rank}
+    return sorted(found | {matrix_format(shape, name) for name in matrices(shape)})
 
 
-def _format(x: LinearShape) -> str:
+def linear_format(x: LinearShape) -> str:
     return f"Q{x.grid.bits}" if isinstance(x.grid, Grid) else x.dtype
 
 
-def _adapter_format(x: LinearShape) -> str:
+def adapter_format(x: LinearShape) -> str:
     return "I8" if x.adapter_packed else x.adapter_dtype
 
 
-def _matrix_format(shape: ModelShape, name: str) -> str:
+def matrix_format(shape: ModelShape, name: str) -> str:
     return outer_dtype(shape, name) if shape.embedding_bits is None else f"U{shape.embedding_bits}"
 
 
 def _linear(layer: Layer, index: int, layout: Layout) -> str:
     x = layer.shape
-    form, group = _format(x), x.in_features
+    form, group = linear_format(x), x.in_features
     if isinstance(x.grid, Grid) and x.grid.group != -1:
         group = x.grid.group
-    adapter = _adapter_format(x) if x.adapter_rank else "F32"
+    adapter = adapter_format(x) if x.adapter_rank else "F32"
 
     def places(*kinds: str) -> str:
         return ", ".join(str(_place(layer, index, kind, layout)) for kind in kinds)
@@ -259,7 +259,7 @@ def _place(layer: Layer, index: int, kind: str, layout: Layout) -> int:
 
 def _matrix(shape: ModelShape, name: str, layout: Layout) -> str:
     offsets = ", ".join(str(layout.offset(f"{name}.{kind}")) for kind in ("codes", "scales", "minimum"))
-    return f"{{{_matrix_format(shape, name)}, {offsets}}}"
+    return f"{{{matrix_format(shape, name)}, {offsets}}}"
 
 
 def _number(value: float) -> str:

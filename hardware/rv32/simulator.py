@@ -24,7 +24,7 @@ OTHER = "other"  # what no operator takes: calls, the sum of a branch and the st
 # What tables call the functions of runtime.c and products.c; a linear layer's is `linear` and its role.
 _OPERATORS = {
     "embed": "embedding", "likeliest": "head", "rotate": "rotary", "angles": "rotary", "norm_heads": "norm",
-    "activate": "activation",
+    "activate": "activation", "keep": "KV cache", "arrange": "order of inputs",
 }  # fmt: skip
 _WORDS = {"read": "read", "write": "written", "fetch": "executed"}
 
@@ -195,13 +195,16 @@ def _place(address: int, what: str, memories: Sequence[Mapping[str, Any]]) -> st
     return f"{nearest['address'] - address:,} bytes before {nearest['name']} ({nearest['address']:#x})"
 
 
-def operator_lines(outcome: Outcome) -> list[str]:
-    """A table for the terminal: each operator's instructions a token, largest first, and their share."""
+def operator_lines(outcome: Outcome, estimate: Mapping[str, float] | None = None) -> list[str]:
+    """A table for the terminal: each operator's instructions a token, largest first, their share, and the estimate."""
     rows = sorted(outcome.operators.items(), key=lambda item: -item[1])
-    lines = [f"{'operator':<16}{'instructions a token':>22}{'share':>8}"]
-    for name, taken in rows:
-        lines.append(f"{name:<16}{taken / outcome.fed:>22,.0f}{taken / outcome.instructions:>8.1%}")
-    return [*lines, f"{'all, on one core':<16}{outcome.instructions_a_token:>22,.0f}"]
+    lines = [f"{'operator':<17}{'instructions a token':>21}{'share':>8}" + ("   estimate" if estimate else "")]
+    for name, taken in [*rows, ("all, on one core", outcome.instructions)]:
+        guess = "" if not estimate else f"{estimate.get(name, 0.0):>11,.0f}"
+        if estimate and name not in outcome.operators:
+            guess = f"{sum(estimate.values()):>11,.0f}"
+        lines.append(f"{name:<17}{taken / outcome.fed:>21,.0f}{taken / outcome.instructions:>8.1%}{guess}")
+    return lines
 
 
 def used_bytes(outcome: Outcome, memories: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

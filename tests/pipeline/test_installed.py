@@ -46,7 +46,13 @@ def test_the_wheel_holds_one_package_with_all_that_the_clone_has(installed: Inst
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"edgepress", "edgepress-0.1.0.dist-info"}
     patterns = [f"{folder}/**/*.py" for folder in FOLDERS]
-    patterns += ["recipes/*.yaml", "hardware/socs/*.toml", "hardware/rv32/runtime/*.[chS]", "pipeline/page/templates/*"]
+    patterns += [
+        "recipes/*.yaml",
+        "hardware/socs/*.toml",
+        "hardware/rv32/runtime/*.[chS]",
+        "hardware/rv32/*.toml",
+        "pipeline/page/templates/*",
+    ]
     found = [{str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)} for pattern in patterns]
     assert all(found)
     held = {f"edgepress/{file}" for files in found for file in files} | {"edgepress/py.typed"}

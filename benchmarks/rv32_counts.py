@@ -1,0 +1,221 @@
+"""Instructions a token on a simulated RV32 core, counted and estimated; with --write the estimate's constants anew.
+
+Programs with random weights are made from shapes alone. The constants of hardware/rv32/instructions.toml are fitted
+(least squares of relative errors, none negative) on those of MODELS; those of OTHERS, of other sizes and families, tell
+how far the estimate is off. The bytes of code are fitted on all. `python -m benchmarks.rv32_counts [--write]`, about a
+minute of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from edgepress.checkpoints.config import rotary_width
+from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.hardware.rv32 import cost
+from edgepress.hardware.rv32.build import build, find_compiler
+from edgepress.hardware.rv32.families import Rope, layers, numbers_of, rope_kinds
+from edgepress.hardware.rv32.layout import Layout
+from edgepress.hardware.rv32.memory import LINEAR_BYTES, linker_script, memory_use, table_bytes
+from edgepress.hardware.rv32.project import Run, model_header, model_source, sources
+from edgepress.hardware.rv32.simulator import Outcome, simulate
+from edgepress.hardware.soc import load_soc
+
+CONSTANTS = Path(cost.__file__).parent / cost.CONSTANTS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how its weights are stored."""
+
+    name: str
+    config: dict[str, Any]
+    grid: Grid | None = None
+    dtype: str = "F32"
+    embedding_bits: int | None = None
+    kv_bits: int = 32
+    linear: dict[str, Any] = field(default_factory=dict)  # further fields of every linear layer
+    new: int = 4
+
+    def shape(self) -> ModelShape:
+        shape = shape_from_config(self.config)
+        fields: dict[str, Any] = {"grid": self.grid, "dtype": self.dtype, **self.linear}
+        blocks = tuple(replace(b, linears=tuple(replace(x, **fields) for x in b.linears)) for b in shape.blocks)
+        outer = tuple(replace(t, dtype=self.dtype) for t in shape.outer)
+        return replace(shape, blocks=blocks, outer=outer, embedding_bits=self.embedding_bits)
+
+    def run(self) -> Run:
+        return Run(range(1, 5), self.new, [], 64, self.kv_bits)
+
+
+def llama(hidden: int, inner: int, heads: int, kv: int, vocabulary: int = 256, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2, "num_attention_heads": heads}
+    sizes |= {"num_key_value_heads": kv, "vocab_size": vocabulary, "max_position_embeddings": 256}
+    defaults = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float32", "hidden_act": "silu"}
+    return {"model_type": "llama", **sizes, **defaults, **more}
+
+
+SMALL, WIDE, THIRD = llama(64, 128, 4, 2, 400), llama(128, 192, 4, 4, 160), llama(96, 256, 6, 2)
+_GEMMA = {"query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 16, "head_dim": 16}
+_GEMMA |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+
+
+def _models() -> Iterator[Case]:
+    for bits in (2, 3, 4, 8):
+        yield Case(f"{bits} bit, group 32", SMALL, Grid(bits, 32))
+        edge = 8 if bits > 3 else 4
+        yield Case(f"{bits} bit, one group a row", WIDE, Grid(bits, -1), embedding_bits=edge, new=12)
+        yield Case(
+            f"{bits} bit, adapter of 8", THIRD, Grid(bits, 32), linear={"adapter_rank": 4, "adapter_packed": True}
+        )
+    for dtype in ("F32", "F16", "BF16"):
+        yield Case(f"dense {dtype}", SMALL, dtype=dtype)
+        yield Case(f"dense {dtype}, wide", WIDE, dtype=dtype, new=12)
+        beside = {"adapter_rank": 8, "adapter_dtype": dtype}
+        yield Case(f"4 bit, adapter {dtype}", SMALL, Grid(4, 32), dtype, embedding_bits=8, linear=beside)
+        yield Case(f"4 bit, wider adapter {dtype}", THIRD, Grid(4, 32), dtype, embedding_bits=8, linear=beside)
+    for act in ("gelu", "gelu_pytorch_tanh", "relu", "relu2"):
+        yield Case(act, SMALL | {"hidden_act": act}, Grid(4, 32))
+    for name, more in (("small", SMALL), ("wide", WIDE)):
+        yield Case(f"8 bit cache, {name}", more, Grid(4, 32), kv_bits=8)
+        yield Case(f"8 bit cache, {name}, longer", more, Grid(4, 32), kv_bits=8, new=16)
+        yield Case(f"gemma2, {name}", more | _GEMMA | {"model_type": "gemma2"}, Grid(4, 32))
+        cohere = {"model_type": "cohere", "layer_norm_eps": 1e-5, "logit_scale": 0.1, "use_qk_norm": False}
+        yield Case(f"cohere, {name}", more | cohere, Grid(4, 32))
+        yield Case(f"desc_act, {name}", more | {"quantization_config": {"desc_act": True}}, Grid(4, 32))
+        yield Case(f"biases, {name}", more | {"attention_bias": True, "mlp_bias": True}, Grid(4, 32))
+
+
+MODELS = [*_models()]
+OTHERS = [
+    Case("stories260k, dense", PRESETS["stories260k"] | {"rms_norm_eps": 1e-5}),
+    Case(
+        "stories260k, padded, 4 bit, adapter",
+        PRESETS["stories260k"] | {"rms_norm_eps": 1e-5, "intermediate_size": 192}, Grid(4, 32), embedding_bits=8,
+        linear={"adapter_rank": 4, "adapter_packed": True}, new=16,
+    ),
+    Case("llama, 3 bit, 8-bit cache", llama(192, 512, 6, 3, 1000), Grid(3, 64), embedding_bits=8, kv_bits=8),
+    Case("qwen3, 8 bit", llama(128, 384, 4, 2, 600, model_type="qwen3", head_dim=32), Grid(8, 128), embedding_bits=4),
+    Case("gemma2, 4 bit", llama(160, 320, 5, 5, 400) | _GEMMA | {"model_type": "gemma2"}, Grid(4, 32, True)),
+    Case("mistral, bfloat16", llama(64, 224, 4, 1, 300, model_type="mistral", sliding_window=12), dtype="BF16"),
+]  # fmt: skip
+
+
+def measured(case: Case, folder: Path) -> Outcome:
+    """What the program of a model with random weights takes."""
+    shape, run = case.shape(), case.run()
+    layout = Layout(shape, 0)
+    dice = np.random.default_rng(1)
+    contents = {name: _random(name, part.nbytes, shape, case, dice) for name, part in layout.parts.items()}
+    tables = table_bytes(shape, len(run.prompt), len(run.ends), run.context)
+    uses = memory_use(shape, load_soc("siracusa"), layout.nbytes, tables, run.context, run.kv_bits)
+    numbers = numbers_of(shape, {"rope_parameters": None, **shape.config}, run.context)
+    pairs = rotary_width(shape.config) // 2
+    ropes = [Rope([10000.0 ** (-i / pairs) for i in range(pairs)], 1.0) for _ in rope_kinds(shape)]
+    roles = [layer.role for layer in layers(shape, shape.blocks[0])]
+    facts = {"memories": [use.to_dict() for use in uses], "linears": {"roles": roles, "bytes": LINEAR_BYTES}}
+    files = {
+        **sources(),
+        "weights.bin": layout.joined(contents),
+        "model.h": model_header(shape, layout, run, numbers, ropes).encode(),
+        "model.c": model_source(shape, layout, run, ropes).encode(),
+        "link.ld": linker_script(uses, "a benchmark").encode(),
+        "memory.json": json.dumps(facts).encode(),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    build(folder, find_compiler())
+    return simulate(folder)
+
+
+def _random(name: str, nbytes: int, shape: ModelShape, case: Case, dice: np.random.Generator) -> bytes:
+    kind = name.rpartition(".")[2]
+    if kind in ("piece_starts", "pieces", "order"):
+        return bytes(nbytes)
+    if kind in ("scales", "minimum"):
+        return dice.uniform(0.01, 0.02, nbytes // 2).astype(np.float16).tobytes()
+    outer = name.startswith(("model.embed_tokens", "lm_head"))
+    coded = case.embedding_bits if outer else case.grid
+    if (kind == "codes" and coded) or kind == "zeros" or (kind in "ab" and case.linear.get("adapter_packed")):
+        return dice.integers(0, 256, nbytes, np.uint8).tobytes()
+    form = case.linear.get("adapter_dtype", "F32") if kind in "ab" else case.dtype if kind == "codes" else "F32"
+    numbers = dice.normal(0, 0.3, nbytes // (4 if form == "F32" else 2)).astype(np.float32)
+    if form == "F16":
+        return numbers.astype(np.float16).tobytes()
+    return numbers.tobytes() if form == "F32" else (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def fitted(outcomes: dict[str, Outcome]) -> dict[str, float]:
+    """The constants for which the models' operators are least off, each relative to its own count."""
+    rows: list[dict[str, float]] = []
+    for case in MODELS:
+        outcome = outcomes[case.name]
+        for operator, counts in cost.token_counts(case.shape(), case.run()).items():
+            taken = outcome.operators.get(operator, 0) / outcome.fed
+            rows += [{what: count / taken for what, count in counts.items()}] if taken else []
+    return _solved(rows, [1.0] * len(rows))
+
+
+def fitted_code(outcomes: dict[str, Outcome]) -> dict[str, float]:
+    """Bytes of code by what a model has, and `most over`: what the program of any of them has beyond their sum."""
+    cases = [*MODELS, *OTHERS]
+    rows = [cost.code_parts(case.shape(), case.run()) for case in cases]
+    bytes_of = [float(outcomes[case.name].sections[".text"]) for case in cases]
+    found = _solved(rows, bytes_of)
+    over = [size - sum(found[name] * n for name, n in row.items()) for row, size in zip(rows, bytes_of, strict=True)]
+    return found | {"most over": max(over)}
+
+
+def _solved(rows: list[dict[str, float]], wanted: list[float]) -> dict[str, float]:
+    names = sorted({name for row in rows for name in row})
+    matrix = np.array([[row.get(name, 0.0) for name in names] for row in rows])
+    unit = np.abs(matrix).max(axis=0)  # so that no constant is smaller than rounding
+    found, _ = nnls(matrix / unit, np.array(wanted), maxiter=100 * len(names))
+    return {name: float(value) for name, value in zip(names, found / unit, strict=True)}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--write", action="store_true", help="fit the constants anew and write them")
+    write = arguments.parse_args().write
+    cases = (*(MODELS if write else ()), *OTHERS)
+    outcomes = {}
+    for case in cases:
+        with tempfile.TemporaryDirectory() as made:
+            outcomes[case.name] = measured(case, Path(made))
+            print(f"{case.name}: {outcomes[case.name].instructions:,} instructions", file=sys.stderr, flush=True)
+    if write:
+        text = "# Instructions, and bytes of code, for one of each; by `python -m benchmarks.rv32_counts --write`.\n"
+        for table, found in (("instructions", fitted(outcomes)), ("code", fitted_code(outcomes))):
+            lines = [f'"{name}" = {value:.4g}' for name, value in found.items() if value]
+            text += "\n".join([f"[{table}]", *lines, ""])
+        CONSTANTS.write_text(text)
+        cost.constants.cache_clear()
+    print(f"{'model':<38}{'counted':>12}{'estimated':>12}{'off':>8}{'code':>7}{'at most':>8}  worst operator")
+    for case in cases:
+        outcome, guess = outcomes[case.name], cost.instructions(case.shape(), case.run())
+        counted = {name: taken / outcome.fed for name, taken in outcome.operators.items()}
+        large = {n: guess.get(n, 0.0) / x - 1 for n, x in counted.items() if x > 0.02 * sum(counted.values())}
+        worst = max(large, key=lambda name: abs(large[name]))
+        total = sum(guess.values())
+        print(
+            f"{case.name:<38}{outcome.instructions_a_token:>12,.0f}{total:>12,.0f}"
+            f"{total / outcome.instructions_a_token - 1:>8.1%}{outcome.sections['.text']:>7,}"
+            f"{cost.code_bytes(case.shape(), case.run()):>8,}  {worst} {large[worst]:+.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
