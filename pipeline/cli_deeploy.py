@@ -12,6 +12,7 @@ from rich.console import Console
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import with_bits
 from edgepress.hardware.check import check as judge
 from edgepress.hardware.deeploy.memory import INSTALL, LEVELS, compiled, interpreter
 from edgepress.hardware.rv32.memory import does_not_fit
@@ -21,6 +22,8 @@ from edgepress.pipeline.cli_hardware import EXIT_DOES_NOT_FIT
 from edgepress.pipeline.deeploy import FACTS, Export, in_words, plan_export, require_room_for, write
 from edgepress.pipeline.export import token_pieces
 from edgepress.pipeline.progress import Reporter
+
+AS_DEEPLOY = {"sram_role": "weights", "kv_copies": "2"}  # settings of Siracusa's file
 
 
 def export_to_deeploy(
@@ -33,7 +36,7 @@ def export_to_deeploy(
     for use in planned.uses:
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in use.parts.items())
         typer.echo(f"{use.name}: {use.nbytes:,} of {use.capacity:,} bytes ({parts})")
-    _require_fit(planned, force)
+    _require_fit(planned, soc, force)
     with Reporter(Console(stderr=True)) as reporter:
         written = write(planned, out, Runtime(progress=reporter))
     for line in in_words(written):
@@ -47,14 +50,18 @@ def export_to_deeploy(
     typer.echo(f"{out}: network.onnx, inputs.npz and outputs.npz of one decode step; host.npz has what is looked up")
 
 
-def _require_fit(planned: Export, force: bool) -> None:
+def _require_fit(planned: Export, soc: str, force: bool) -> None:
+    """End with the code 3 and the verdict of the command check where the graph does not fit."""
     missing = does_not_fit(planned.uses)
     if not missing:
         return
     typer.echo(f"the graph does not fit {planned.soc.label}: {missing}")
+    typer.echo("Deeploy puts weights into SRAM alone. The verdict of the command check, which has MRAM for them too:")
+    known = {setting.name for setting in planned.soc.settings if setting.value == setting.default}
+    chip = load_soc(soc, [f"{name}={value}" for name, value in AS_DEEPLOY.items() if name in known])
     verdict = judge(
-        planned.checkpoint.shape, planned.soc, context=planned.context, kv_bits=8, activation_bits=8, prefill_chunk=1,
-        name=planned.checkpoint.name, levers=True,
+        with_bits(planned.checkpoint.shape, 8, -1), chip, context=planned.context, kv_bits=8, activation_bits=8,
+        prefill_chunk=1, name=planned.checkpoint.name, levers=True,
     )  # fmt: skip
     print_verdict(Console(), verdict)
     if not force:

@@ -169,7 +169,7 @@ def test_symmetric_codes_of_eight_bits_go_in_unchanged(tiny_model: TinyModel, tm
     stored = Checkpoint.open(made).stored_block(1)
     codes = unpack(stored["mlp.up_proj.qweight"], 8, 64).numpy() - 128
     assert any(np.array_equal(codes, matrix) for matrix in matrices)
-    other = exported(compressed(tmp_path / "m4", model, None, 4), tmp_path / "out4", new=2)
+    other = exported(compressed(tmp_path / "m4", model, None, 4, rank=4), tmp_path / "out4", new=2)
     assert other.kept == 0 and 0 < other.weight_error < 1e-3
 
 
@@ -277,14 +277,14 @@ def test_the_command_refuses_what_does_not_fit_and_writes_by_force(
 ) -> None:
     chip = tmp_path / "small.toml"
     chip.write_text(
-        'based_on = "siracusa"\n[memories.SRAM]\n'
-        'capacity = { value = 64, unit = "KiB", kind = "stated", source = "a test" }\n'
+        'based_on = "siracusa"\n[memories.L2]\n'
+        'capacity = { value = 1080000, unit = "B", kind = "stated", source = "a test" }\n'
     )
     model = tiny_model("llama", **TWO)
     arguments = ("export", model, "--to", "deeploy", "--soc", chip, "--context", 32, "--tokens", 4, "-o")
     done = compress(*arguments, tmp_path / "out")
     assert done.returncode == 3 and not (tmp_path / "out").exists()
-    assert "the graph does not fit Siracusa: SRAM would hold" in done.stdout and "SRAM" in done.stdout
+    assert "the graph does not fit Siracusa: L2 would hold" in done.stdout and "KV cache" in done.stdout
     done = compress(*arguments, tmp_path / "out", "--force")
     assert done.returncode == 0, done.stderr
     assert "in floating point" in done.stdout
