@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgepress.checkpoints.config import hf_config, read_config
-from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.errors import CheckpointError, require_unicode
 from edgepress.checkpoints.headers import (
     ADAPTER,
     ADAPTER_PACKED,
@@ -80,6 +80,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder")
+        require_unicode(folder, f"the name of the folder {folder}")
         manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
         require_finished(folder)
         if manifest is not None:

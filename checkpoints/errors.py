@@ -47,6 +47,19 @@ def near(name: object, names: Iterable[str]) -> str:
     return f" (near: {', '.join(found)})" if found else ""
 
 
+def require_unicode(text: object, what: str, error: type[EdgepressError] = CheckpointError) -> None:
+    """Raise `error` for a name or text from outside with bytes that are none of its encoding's.
+
+    Python keeps them (PEP 383); tokenizers, safetensors and others that take Unicode alone do not say what is wrong.
+    """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        raise error(
+            f"{what} is no text in the encoding of this shell: write it in UTF-8, or set PYTHONUTF8=1"
+        ) from None
+
+
 # What is to be done about an error of the operating system that has a plain remedy.
 _REMEDIES = {
     errno.ENOSPC: "free some space there; the same command goes on from what is finished",
@@ -74,6 +87,8 @@ _TORCH = {
     "DefaultCPUAllocator": "there is not enough memory; close other programs, or use a smaller model, window or batch",
     "Cannot allocate memory": "there is not enough memory; close other programs, or use a smaller model or batch",
 }
+# What loading a library, or a call into one, says where there is no memory left (ulimit -v).
+_NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "error return without exception set")
 # The libraries that read a user's files, by the package that their exceptions come from.
 _READERS = {
     "safetensors": "a safetensors file",
@@ -100,6 +115,8 @@ def in_words(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, MemoryError):
         return "there is not enough memory; close other programs, or use a smaller model, window or batch"
+    if isinstance(error, ImportError | SystemError) and any(words in str(error) for words in _NO_MEMORY):
+        return f"a library could not be loaded or used ({_first_line(error)}); most often there is not enough memory"
     if isinstance(error, RecursionError):
         return "a file is nested too deeply to be read; no model, recipe or data file needs that"
     if isinstance(error, OSError):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint, differing
-from edgepress.checkpoints.errors import CheckpointError
+from edgepress.checkpoints.errors import CheckpointError, require_unicode
 from edgepress.checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
 from edgepress.checkpoints.manifest import (
     MANIFEST,
@@ -56,6 +56,7 @@ class CheckpointWriter:
     """Writes the folder of one stage. Call write_block or link_block for each block, then finish."""
 
     def __init__(self, folder: Path, block_prefix: str = "model.layers") -> None:
+        require_unicode(folder, f"the name of the folder {folder}")
         self.folder = folder
         self.block_prefix = block_prefix
         self._manifests: dict[Path, dict[str, dict[str, Any]]] = {}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.errors import PlanError, TextError, require_unicode
 from edgepress.checkpoints.kv_format import KVFormat
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import require_known
@@ -262,6 +262,7 @@ class GumbelNoise:
 
 def _prompt_ids(checkpoint: Checkpoint, tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     """The prompt's token ids (1, L)."""
+    require_unicode(prompt, "the prompt", PlanError)
     if chat:
         turn = [{"role": "user", "content": prompt}]
         prompt = in_template(tokenizer, [turn], checkpoint.folder, "--chat", answer_next=True)[0]

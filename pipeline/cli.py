@@ -13,6 +13,7 @@ if Path(sys.argv[0]).name in ("compress", "cli.py"):  # the command, not a progr
 
 # a signal is to be heard before the imports below, which take a second
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -81,6 +82,7 @@ def compress(
     Each writes a checkpoint that loads on its own, and is measured. The same command again goes on where it stopped;
     finished stages are never computed twice.
     """
+    _require_surroundings()
     if ctx.invoked_subcommand is not None:
         if given := [key for key, value in flags.items() if value is not None]:
             raise PlanError(f"options go behind the command: compress {ctx.invoked_subcommand} … ({', '.join(given)})")
@@ -210,11 +212,15 @@ for panel, commands in _COMMANDS.items():
 def main() -> None:
     """Entry point of the `compress` command: what goes wrong is one message and an exit code."""
     ended: str | int | None = 0
+    _open_streams()
     with interrupts.listening():
         try:
             app(prog_name="compress", standalone_mode=True)
         except SystemExit as stop:
             ended = stop.code
+            if isinstance(stop.__context__, BrokenPipeError):  # typer has made an exit of it
+                _close_pipe()
+                ended = EXIT_PIPE
         except BaseException as error:
             ended = _ended_by(error)
         if interrupts.code():
@@ -230,6 +236,30 @@ def main() -> None:
         _close_pipe()
         ended = ended or EXIT_PIPE
     sys.exit(ended)
+
+
+def _require_surroundings() -> None:
+    """Raise PlanError where libraries that come later could not work, and would blame the model or themselves."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise PlanError("the current folder is gone; change to one that is there") from None
+    if sys.flags.optimize > 1:
+        raise PlanError("PYTHONOPTIMIZE=2 (python -OO) takes away docstrings that transformers needs; set it to 1 or 0")
+
+
+def _open_streams() -> None:
+    """Open what the shell has closed, or the next file to be opened would be taken for it; and print any character."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _ended_by(error: BaseException) -> int:

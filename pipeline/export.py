@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.config import rotary_width
-from edgepress.checkpoints.errors import CheckpointError, PlanError
+from edgepress.checkpoints.errors import CheckpointError, PlanError, require_unicode
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.packing import dequantise_rows, group_of, pack, unpack
@@ -114,6 +114,7 @@ def plan_export(
 def plan_run(checkpoint: Checkpoint, prompt: str, new_tokens: int | None, context: int, kv_bits: int) -> Run:
     """The prompt in tokens, and what ends the text. new_tokens: None for as many as the context holds."""
     shape, tokenizer = checkpoint.shape, checkpoint.tokenizer()
+    require_unicode(prompt, "the prompt", PlanError)
     ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
     new_tokens = context - len(ids) if new_tokens is None else new_tokens
     if not ids:

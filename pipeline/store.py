@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError, require_unicode
 from edgepress.checkpoints.manifest import (
     MANIFEST,
     MARKER,
@@ -49,6 +49,7 @@ class Store:
     def opened(self) -> Iterator[Store]:
         """Create or take over the folder. Raises PlanError if it holds something else or is in use."""
         folder = self.folder
+        require_unicode(folder, f"the name of the folder {folder}")
         if folder.exists() and not folder.is_dir():
             raise PlanError(f"{folder} is a file; give a folder with -o")
         if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
