@@ -7,6 +7,7 @@ Nothing heavy is imported here, so that a signal during the command line's own i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -88,10 +89,18 @@ def caught(say: Callable[[str], Any] | None = None, words: str = NEXT) -> None:
 
 
 def leave() -> None:
-    """All is said. What still hangs (a thread, a library's exit handler) is given a few seconds."""
+    """All is said: end. A library's exit handler that hangs is given a few seconds.
+
+    Python's own way out takes longer than that on a busy machine, and gives the alarm back its default, which kills.
+    """
     if _heard:
         signal.signal(signal.SIGALRM, lambda *_: os._exit(code()))
         signal.setitimer(signal.ITIMER_REAL, _LEAVING)
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code())
 
 
 def end_children() -> None:
