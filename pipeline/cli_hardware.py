@@ -81,8 +81,9 @@ def check(
     as_if = _as_if(shape, bits, embedding_bits, chip)
     if program:
         drawn = csv or operators or png
-        others = kv_window or kv_groups or activation_bits != 8 or prefill_chunk
-        _check_program(program, checkpoint, as_if, chip, context, kv_bits or 32, bool(drawn or others), as_json)
+        others = kv_window or kv_groups or activation_bits != 8 or prefill_chunk or tensors
+        kept = 32 if kv_bits is None else kv_bits
+        _check_program(program, checkpoint, as_if, chip, context, kept, bool(drawn or others), as_json)
     verdict = judge(
         as_if,
         chip,

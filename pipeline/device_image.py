@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from edgepress.checkpoints.packed_sizes import image_table
 from edgepress.checkpoints.packing import group_of, pack, unpack
 from edgepress.checkpoints.runtime import Progress
 from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape, parse_sparsity
+from edgepress.checkpoints.writer import TOKENIZER_FILES
 from edgepress.hardware.rv32.families import layers, norms
 from edgepress.hardware.rv32.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, matrices, require_runnable
 from edgepress.pipeline.export import program_contents, token_pieces
@@ -125,15 +127,21 @@ def unpack_device(path: Path, folder: Path, progress: Progress | None = None) ->
     ends = [sum(lengths[: k + 1]) for k in range(4)]
     weights, text, kept, files = (body[end - size : end] for end, size in zip(ends, lengths, strict=True))
 
-    about = dict(parse_json(text, "the description"))
-    shape = _shape_of(about["shape"])
-    layout = Layout(shape, int(about["pieces"]))
-    documents, at = {}, 0
-    for name, size in about["documents"].items():
-        documents[name], at = files[at : at + size], at + size
-    table, _ = image_table(shape)
-    image = Image(path, table, len(data), 0, float(about["adapter_scale"]), hashlib.sha256(body).hexdigest())
-    return restore(image, folder, _Reader(shape, layout, weights, load(kept), documents), progress)
+    try:
+        about = dict(parse_json(text, "the description"))
+        shape = _shape_of(about["shape"])
+        layout = Layout(shape, int(about["pieces"]))
+        documents, at = {}, 0
+        for name, size in about["documents"].items():
+            documents[name], at = files[at : at + size], at + size
+        if layout.nbytes != len(weights) or set(documents) - set(TOKENIZER_FILES):
+            raise ValueError("other bytes of weights or other files than its shape has")
+        table, _ = image_table(shape)
+        image = Image(path, table, len(data), 0, float(about["adapter_scale"]), digest.hex())
+        reader = _Reader(shape, layout, weights, load(kept), documents)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, SafetensorError, PlanError) as error:
+        raise CheckpointError(f"{path} has a sound hash but a description that makes no sense: {error!r}") from None
+    return restore(image, folder, reader, progress)
 
 
 # --- a checkpoint's tensors from the program's parts ------------------------------------------------------------------

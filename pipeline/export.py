@@ -37,6 +37,7 @@ from edgepress.hardware.rv32.memory import LINEAR_BYTES, Use, linker_script, mem
 from edgepress.hardware.rv32.predict import Prediction, predict, require_kv_bits
 from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
 from edgepress.hardware.soc import Soc
+from edgepress.pipeline.store import checkpoint_folder
 
 PROMPT = "Once upon a time"
 _PIECE = 6  # bytes of a token's text where there is no tokenizer to tell
@@ -135,8 +136,8 @@ def predict_program(source: str, shape: ModelShape, soc: Soc, context: int, kv_b
     source: what the shape was read from. Of a folder with a tokenizer the bytes are exactly an export's with its own
     prompt; of a shape alone the tokens' texts are assumed.
     """
-    folder = Path(source)
-    if source and (folder / "tokenizer.json").is_file():
+    folder = checkpoint_folder(source) if source and Path(source).expanduser().is_dir() else None
+    if folder and (folder / "tokenizer.json").is_file():
         run = plan_run(Checkpoint.open(folder), PROMPT, None, context, kv_bits)
         pieces = sum(map(len, token_pieces(folder, shape.vocabulary)))
         return predict(shape, soc, run, pieces, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -75,5 +76,16 @@ def test_a_damaged_file_is_refused(tiny_model: TinyModel, tmp_path: Path) -> Non
     data[500] ^= 1
     image.write_bytes(data)
     with pytest.raises(CheckpointError, match="sha256 is not the one it carries"):
+        unpack_device(image, tmp_path / "back")
+    # A sound hash over a description of another shape.
+    whole = pack_device(Checkpoint.open(tiny_model("llama")), image) and image.read_bytes()
+    body = (
+        whole[:-72]
+        .replace(b'"vocab_size": 512', b'"vocab_size": 513')
+        .replace(b'"shape": [512, 64]', b'"shape": [513, 64]')
+    )
+    assert body != whole[:-72] and len(body) == len(whole) - 72
+    image.write_bytes(body + whole[-72:-40] + hashlib.sha256(body).digest() + b"EPDEVICE")
+    with pytest.raises(CheckpointError, match="a description that makes no sense"):
         unpack_device(image, tmp_path / "back")
     assert not (tmp_path / "back").exists()
