@@ -96,6 +96,7 @@ def _linear(x: LinearShape) -> Amounts:
     form = linear_format(x)
     found: Amounts = {f"{form} layer": 1, f"{form} row": x.out_features, f"{form} weight": x.weights}
     if isinstance(x.grid, Grid):
+        found[f"{form} column"] = x.in_features  # of which products are prepared, once for all rows
         found[f"{form} group"] = x.out_features * x.grid.groups(x.in_features)
     if x.bias:
         found["bias"] = x.out_features

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.rv32.families import branches_are_buffered, layers, norms, rooms, rope_kinds, rope_sets
@@ -73,7 +74,7 @@ def activation_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
     vectors = hidden + max(hidden, query) + (max(hidden, query) if branches_are_buffered(shape) else query)
     vectors += (2 if gated else 1) * inner(shape)
     vectors += 2 * shape.kv_heads * shape.head_dim if kv_bits == 8 else 0
-    vectors += most_ordered(shape)
+    vectors += most_ordered(shape) + packed_columns(shape) + most_groups(shape)
     angles = len(rope_kinds(shape)) * rotary_width(shape.config)
     return 4 * (vectors + max(rooms(shape, context)) + angles + max(rank(shape), 1))
 
@@ -88,6 +89,18 @@ def inner(shape: ModelShape) -> int:
 def rank(shape: ModelShape) -> int:
     """The largest rank of an adapter, 0 without any."""
     return max(x.adapter_rank for block in shape.blocks for x in block.linears)
+
+
+def packed_columns(shape: ModelShape) -> int:
+    """The widest row of codes that share words, 0 without any: the program keeps a vector divided for them."""
+    grids = ((x, x.grid) for block in shape.blocks for x in block.linears)
+    return max((x.in_features for x, grid in grids if isinstance(grid, Grid) and grid.bits < 8), default=0)
+
+
+def most_groups(shape: ModelShape) -> int:
+    """The most groups in a row of a grid, 0 without any: the program keeps the sum of a vector in each."""
+    grids = ((x, x.grid) for block in shape.blocks for x in block.linears)
+    return max((grid.groups(x.in_features) for x, grid in grids if isinstance(grid, Grid)), default=0)
 
 
 def memory_use(

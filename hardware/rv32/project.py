@@ -34,7 +34,7 @@ from edgepress.hardware.rv32.layout import (
     outer_dtype,
     shared,
 )
-from edgepress.hardware.rv32.memory import inner, rank
+from edgepress.hardware.rv32.memory import inner, most_groups, packed_columns, rank
 
 HEADERS = ("runtime.h", "numbers.h", "products.h")
 
@@ -72,6 +72,8 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
         "CONTEXT": run.context,
         "KV_BITS": run.kv_bits,
         "RANK": rank(shape),
+        "PACKED_COLUMNS": packed_columns(shape),
+        "GROUPS": most_groups(shape),
         "FORMATS": f"({' | '.join(f'1u << {name}' for name in formats(shape))})",
         "PROMPT_TOKENS": len(run.prompt),
         "NEW_TOKENS": run.new_tokens,

@@ -23,10 +23,10 @@ static inline word to_bits(float value) {
     return u.bits;
 }
 
-static inline float from_half(word h) {
-    /* The exponent's bias differs by 112: multiplying by 2^112 is right for subnormal halves too. */
-    float magnitude = from_bits((h & 0x7fff) << 13) * 0x1p112f;
-    return h & 0x8000 ? -magnitude : magnitude;
+static inline float from_half(half h) {
+    /* The sign is spread upwards by widening and cut to one bit. The exponent's bias differs by 112: multiplying by
+     * 2^112 is right for subnormal halves too. */
+    return from_bits((word)(short)h << 13 & 0x8fffffff) * 0x1p112f;
 }
 
 static inline float from_brain(word h) { return from_bits(h << 16); }

@@ -1,7 +1,11 @@
+/* Products take four rows of a matrix at a time, which share what is read of x. */
+
 #include "products.h"
 
 /* A constant: what this model has no matrix in is not compiled. */
 #define HAS(format) (FORMATS >> format & 1)
+#define ROWS 4
+#define TOGETHER 16 /* tokens whose logits are computed in one call */
 
 static float low[RANK + !RANK]; /* between the two matrices of an adapter */
 
@@ -17,117 +21,201 @@ static word row_bytes(unsigned format, word n) {
     }
 }
 
-/* The sum of w[i] x[i] over n plain numbers, or over bytes and nibbles without their scale. */
-static float dot(unsigned format, const byte *w, const float *x, int n) {
-    float sum = 0.0f;
+/* --- numbers one by one ------------------------------------------------------------------------------------------- */
+
+INLINED float number(unsigned format, const byte *w, int i) {
     switch (format) {
-    case F32:
-        if (!HAS(F32)) break;
-        for (int i = 0; i < n; i++) sum += ((const float *)w)[i] * x[i];
-        break;
-    case F16:
-        if (!HAS(F16)) break;
-        for (int i = 0; i < n; i++) sum += from_half(((const half *)w)[i]) * x[i];
-        break;
-    case BF16:
-        if (!HAS(BF16)) break;
-        for (int i = 0; i < n; i++) sum += from_brain(((const half *)w)[i]) * x[i];
-        break;
-    case I8:
-        if (!HAS(I8)) break;
-        for (int i = 0; i < n; i++) sum += (float)((const signed char *)w)[i] * x[i];
-        break;
-    case U8:
-        if (!HAS(U8)) break;
-        for (int i = 0; i < n; i++) sum += (float)w[i] * x[i];
-        break;
-    case U4:
-        if (!HAS(U4)) break;
-        for (int i = 0; i < n / 2; i++) sum += (float)(w[i] & 15) * x[2 * i] + (float)(w[i] >> 4) * x[2 * i + 1];
-        break;
+    case F32: return ((const float *)w)[i];
+    case F16: return from_half(((const half *)w)[i]);
+    case BF16: return from_brain(((const half *)w)[i]);
+    case I8: return (float)((const signed char *)w)[i];
+    case U4: return (float)(w[i / 2] >> (i & 1) * 4 & 15);
+    default: return (float)w[i];
     }
-    return sum;
 }
 
-#define TERM(code, place) sum += (float)((int)(code) - zero) * x[place]
-
-/* The sum of (code - zero) x over a group of n weights: a whole number of words, of 3-bit codes of three words. */
-static float dot_codes(unsigned format, const word *w, const float *x, int n, int zero) {
-    float sum = 0.0f;
-    const float *end = x + n;
-    switch (format) {
-    case Q2:
-        if (!HAS(Q2)) break;
-        for (; x < end; x += 16, w++) {
-            word c = *w;
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) TERM(c >> 2 * i & 3, i);
-        }
-        break;
-    case Q3: /* 32 codes in three words; the codes 10 and 21 cross a border */
-        if (!HAS(Q3)) break;
-        for (; x < end; x += 32, w += 3) {
-            word a = w[0], b = w[1], c = w[2];
-#pragma GCC unroll 10
-            for (int i = 0; i < 10; i++) TERM(a >> 3 * i & 7, i);
-            TERM((a >> 30 | b << 2) & 7, 10);
-#pragma GCC unroll 10
-            for (int i = 0; i < 10; i++) TERM(b >> (3 * i + 1) & 7, 11 + i);
-            TERM((b >> 31 | c << 1) & 7, 21);
-#pragma GCC unroll 10
-            for (int i = 0; i < 10; i++) TERM(c >> (3 * i + 2) & 7, 22 + i);
-        }
-        break;
-    case Q4:
-        if (!HAS(Q4)) break;
-        for (; x < end; x += 8, w++) {
-            word c = *w;
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) TERM(c >> 4 * i & 15, i);
-        }
-        break;
-    case Q8:
-        if (!HAS(Q8)) break;
-        for (; x < end; x += 4, w++) {
-            word c = *w;
+/* Add to y[0], y[1] ... the sums of the rows that there are: four, or fewer at a matrix's end. */
+INLINED void add_sums(const float *sum, int left, float *y) {
+    if (left >= ROWS)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) TERM(c >> 8 * i & 255, i);
+        for (int r = 0; r < ROWS; r++) y[r] += sum[r];
+    else
+        for (int r = 0; r < left; r++) y[r] += sum[r];
+}
+
+INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x, int columns, float *y) {
+    word stride = row_bytes(format, (word)columns);
+    for (int left = rows; left > 0; left -= ROWS, w += ROWS * stride, y += ROWS) {
+        /* Rows that are missing at the end are read as the first one. */
+        const byte *row[ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) row[r] = w + (r < left ? (word)r * stride : 0);
+        const float *v = x;
+        float sum[ROWS] = {0.0f};
+        int n = columns;
+        for (; n >= 4; n -= 4, v += 4)
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) sum[r] += number(format, row[r], i) * v[i];
+                row[r] += row_bytes(format, 4);
+            }
+#pragma GCC unroll 1
+        for (int i = 0; i < n; i++)
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) sum[r] += number(format, row[r], i) * v[i];
+        add_sums(sum, left, y);
+    }
+}
+
+/* y += W x for plain numbers, or for bytes and nibbles without their scale. */
+static __attribute__((noinline)) void plain(unsigned format, const byte *w, int rows, const float *x, int columns, float *y) {
+    switch (format) {
+#define CASE(format) case format: if (HAS(format)) plain_rows(format, w, rows, x, columns, y); break
+    CASE(F32);
+    CASE(F16);
+    CASE(BF16);
+    CASE(I8);
+    CASE(U8);
+    CASE(U4);
+#undef CASE
+    }
+}
+
+/* --- codes of a grid ---------------------------------------------------------------------------------------------- */
+
+#if GROUPS /* there are any */
+
+/* A code is not moved to the lower end of its word: x is divided by what it stands too high instead, which is a power
+ * of two and costs no digit. So a weight takes three instructions: mask, convert, multiply and add. */
+static float sums[GROUPS]; /* of x in each group of columns */
+#if PACKED_COLUMNS
+static float shifted[PACKED_COLUMNS]; /* x, so divided */
+#else
+#define shifted x
+#endif
+
+/* Fill `shifted` and `sums` for a layer. */
+static __attribute__((noinline)) void shift(const struct linear *l, const float *x) {
+    int unit = l->format == Q2 ? 16 : l->format == Q3 ? 32 : l->format == Q4 ? 8 : 4, i = 0;
+    float step = l->format == Q2 ? 0x1p-2f : l->format == Q3 ? 0x1p-3f : l->format == Q4 ? 0x1p-4f : 1.0f;
+    for (int g = 0; i < l->columns; g++) {
+        float sum = 0.0f;
+        for (int end = i + l->group; i < end;) {
+            float factor = 1.0f;
+            for (int j = 0; j < unit; j++, i++, factor *= step) {
+                sum += x[i];
+#if PACKED_COLUMNS
+                if (HAS(Q3) && l->format == Q3 && (j == 10 || j == 21)) { /* these cross the border of a word */
+                    shifted[i] = x[i];
+                    factor = j == 10 ? 0x1p2f : 0x1p1f;
+                } else if (l->format != Q8) {
+                    shifted[i] = x[i] * factor;
+                }
+#endif
+            }
         }
-        break;
+        sums[g] = sum;
+    }
+}
+
+/* The sum of code x over the codes of a word from bit `first` on, `count` of them, each `bits` wide. */
+#define WORD(codes, bits, first, count, place)                                                                         \
+    for (int i = 0; i < count; i++)                                                                                    \
+        sum += (float)((codes) & ((1u << bits) - 1) << (bits * i + first)) * x[place + i]
+
+/* sum + the sum of code x over a unit: the least whole number of words that holds a whole number of codes. */
+INLINED float unit_of(unsigned format, const word *w, const float *x, float sum) {
+    if (format == Q8) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum += (float)((const byte *)w)[i] * x[i];
+    } else if (format == Q4) {
+        word a = w[0];
+#pragma GCC unroll 8
+        WORD(a, 4, 0, 8, 0);
+    } else if (format == Q2) {
+        word a = w[0];
+#pragma GCC unroll 16
+        WORD(a, 2, 0, 16, 0);
+    } else { /* 32 codes in three words; the codes 10 and 21 cross a border */
+        word a = w[0], b = w[1], c = w[2];
+#pragma GCC unroll 10
+        WORD(a, 3, 0, 10, 0);
+        sum += (float)((a >> 30 | b << 2) & 7) * x[10];
+#pragma GCC unroll 10
+        WORD(b, 3, 1, 10, 11);
+        sum += (float)((b >> 31 | c << 1) & 7) * x[21];
+#pragma GCC unroll 10
+        WORD(c, 3, 2, 10, 22);
     }
     return sum;
 }
 
-static float grid_row(const struct linear *l, int row, const float *x) {
-    const byte *codes = weights + l->codes + (word)row * row_bytes(l->format, (word)l->columns);
-    word step = row_bytes(l->format, (word)l->group), groups = (word)(l->columns / l->group), first = (word)row * groups;
-    const half *scales = (const half *)(weights + l->scales) + first;
-    /* A stored zero point is one less, as in GPTQ's files. */
-    int middle = l->format == Q2 ? 2 : l->format == Q3 ? 4 : l->format == Q4 ? 8 : 128;
-    const byte *zeros = l->zeros ? weights + l->zeros + first : 0;
-    float sum = 0.0f;
-    for (word g = 0; g < groups; g++, codes += step, x += l->group)
-        sum += from_half(scales[g]) * dot_codes(l->format, (const word *)codes, x, l->group, zeros ? zeros[g] + 1 : middle);
-    return sum;
+static const byte MIDDLES[] = {1, 3, 7, 127}; /* of Q2 to Q8; a stored zero point is one less, as in GPTQ's files */
+
+INLINED void grid_rows(unsigned format, const struct linear *l, const float *x, float *y) {
+    const int columns = format == Q2 ? 16 : format == Q3 ? 32 : format == Q4 ? 8 : 4, words = format == Q3 ? 3 : 1;
+    word stride = row_bytes(format, (word)l->columns), groups = (word)(l->columns / l->group), step = l->zeros ? 1 : 0;
+    const byte *w = weights + l->codes, *zeros = l->zeros ? weights + l->zeros : &MIDDLES[format - Q2];
+    const half *scales = (const half *)(weights + l->scales);
+    for (int left = l->rows; left > 0; left -= ROWS, w += ROWS * stride, y += ROWS) {
+        word other[ROWS]; /* rows that are missing at the end are read as the first one */
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) other[r] = r < left ? (word)r : 0;
+        const byte *row[ROWS] = {w, w + other[1] * stride, w + other[2] * stride, w + other[3] * stride};
+        const float *v = x;
+        float all[ROWS] = {0.0f};
+        for (word g = 0; g < groups; g++, scales++, zeros += step) {
+            float sum[ROWS] = {0.0f};
+            for (const float *end = v + l->group; v < end; v += columns)
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) {
+                    sum[r] = unit_of(format, (const word *)row[r], v, sum[r]);
+                    row[r] += 4 * words;
+                }
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                float zero = (float)(zeros[other[r] * groups * step] + 1);
+                all[r] += from_half(scales[other[r] * groups]) * (sum[r] - zero * sums[g]);
+            }
+        }
+        scales += (ROWS - 1) * groups;
+        zeros += (ROWS - 1) * groups * step;
+        add_sums(all, left, y);
+    }
 }
+
+/* y += W x, after `shift`. */
+static __attribute__((noinline)) void grid(const struct linear *l, const float *x, float *y) {
+    switch (l->format) {
+#define CASE(format, x) case format: if (HAS(format)) grid_rows(format, l, x, y); break
+    CASE(Q2, shifted);
+    CASE(Q3, shifted);
+    CASE(Q4, shifted);
+    CASE(Q8, x);
+#undef CASE
+    }
+}
+#endif
+
+/* --- layers ------------------------------------------------------------------------------------------------------- */
 
 void linear(const struct linear *l, const float *x, float *y, int add) {
-    for (int r = 0; r < l->rank; r++) {
-        word width = row_bytes(l->adapter_format, (word)l->columns);
-        float along = dot(l->adapter_format, weights + l->a + (word)r * width, x, l->columns);
-        low[r] = along * floats(l->rank_scales)[r];
+    for (int row = 0; row < l->rows; row++) y[row] = (add ? y[row] : 0.0f) + (l->bias ? floats(l->bias)[row] : 0.0f);
+    if (l->rank) {
+        for (int r = 0; r < l->rank; r++) low[r] = 0.0f;
+        plain(l->adapter_format, weights + l->a, l->rank, x, l->columns, low);
+        for (int r = 0; r < l->rank; r++) low[r] *= floats(l->rank_scales)[r];
+        plain(l->adapter_format, weights + l->b, l->rows, low, l->rank, y);
     }
-    for (int row = 0; row < l->rows; row++) {
-        float sum = l->format >= Q2 ? grid_row(l, row, x)
-                                    : dot(l->format, weights + l->codes + (word)row * row_bytes(l->format, (word)l->columns),
-                                          x, l->columns);
-        if (l->rank) {
-            word width = row_bytes(l->adapter_format, (word)l->rank);
-            sum += dot(l->adapter_format, weights + l->b + (word)row * width, low, l->rank);
-        }
-        if (l->bias) sum += floats(l->bias)[row];
-        y[row] = add ? y[row] + sum : sum;
+#if GROUPS
+    if (l->format >= Q2) {
+        shift(l, x);
+        grid(l, x, y);
+        return;
     }
+#endif
+    plain(l->format, weights + l->codes, l->rows, x, l->columns, y);
 }
 
 static const byte *matrix_row(const struct matrix *m, int row) {
@@ -143,11 +231,13 @@ void embed(int token, float *x) {
     for (int i = 0; i < HIDDEN; i++) {
         float value = 0.0f;
         switch (EMBEDDING.format) {
-        case F32: value = ((const float *)row)[i]; break;
-        case F16: value = from_half(((const half *)row)[i]); break;
-        case BF16: value = from_brain(((const half *)row)[i]); break;
-        case U8: value = (float)row[i]; break;
-        case U4: value = (float)(row[i / 2] >> (i & 1) * 4 & 15); break;
+#define CASE(format) case format: if (HAS(format)) value = number(format, row, i); break
+        CASE(F32);
+        CASE(F16);
+        CASE(BF16);
+        CASE(U8);
+        CASE(U4);
+#undef CASE
         }
         x[i] = value * scale + minimum;
 #ifdef EMBEDDING_SCALE
@@ -160,10 +250,15 @@ int likeliest(const float *x) {
     float sum = 0.0f, best = 0.0f;
     int found = -1;
     for (int i = 0; i < HIDDEN; i++) sum += x[i];
-    for (int token = 0; token < VOCABULARY; token++) {
-        float logit = dot(HEAD.format, matrix_row(&HEAD, token), x, HIDDEN);
-        if (HEAD.scales) logit = logit * half_at(HEAD.scales, token) + half_at(HEAD.minimum, token) * sum;
-        if (found < 0 || logit > best) best = logit, found = token;
+    for (int first = 0; first < VOCABULARY; first += TOGETHER) {
+        int count = VOCABULARY - first < TOGETHER ? VOCABULARY - first : TOGETHER;
+        float logits[TOGETHER] = {0.0f};
+        plain(HEAD.format, matrix_row(&HEAD, first), count, x, HIDDEN, logits);
+        for (int r = 0, token = first; r < count; r++, token++) {
+            float logit = logits[r];
+            if (HEAD.scales) logit = logit * half_at(HEAD.scales, token) + half_at(HEAD.minimum, token) * sum;
+            if (found < 0 || logit > best) best = logit, found = token;
+        }
     }
     return found;
 }
