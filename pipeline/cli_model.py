@@ -231,8 +231,8 @@ def simulate(
         planned.write(folder)
         build(folder, compiler)
         outcome, wanted = run_program(folder, printer()), expected_tokens(folder)
-    made = len(outcome.tokens) - len(planned.run.prompt)  # fewer than asked for where a token ended the text
-    guess = instructions(planned.checkpoint.shape, replace(planned.run, new_tokens=made))
+    new = len(outcome.tokens) - len(planned.run.prompt)  # fewer than asked for where a token ended the text
+    guess = instructions(planned.checkpoint.shape, replace(planned.run, new_tokens=new))
     typer.echo("\n\n" + "\n".join(operator_lines(outcome, guess)) + "\n")
     for row in used_bytes(outcome, [use.to_dict() for use in planned.uses]):
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in row["parts"].items())
