@@ -69,11 +69,32 @@ def parse_yaml(data: bytes, what: str, error: type[EdgepressError] = CheckpointE
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MOST_DEPTH:
                 raise error(f"{what} is nested more than {MOST_DEPTH} levels deep")
-        if _values(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
+        tree = yaml.compose(text, yaml.SafeLoader)
+        if _values(tree, {}) > _MOST_VALUES:
             raise error(f"{what} stands for more than {_MOST_VALUES} values, its aliases written out")
+        if twice := _stated_twice(tree):
+            raise error(f"{what} states {twice}; which of them is meant is not clear")
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as fault:
         raise error(f"{what} is not YAML: {' '.join(str(fault).split())}") from None
+
+
+def _stated_twice(node: Any) -> str:
+    """The first key that a YAML mapping has twice, with its line; YAML forbids it, and the parser takes the last."""
+    waiting, seen = [node], set[int]()
+    while waiting:
+        if id(node := waiting.pop()) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))
+        keys = set()
+        for item in node.value:
+            if isinstance(item, tuple):
+                key = item[0].value if isinstance(item[0].value, str) else None
+                if key is not None and key in keys and key != "<<":
+                    return f"'{key}' twice (the second in line {item[0].start_mark.line + 1})"
+                keys.add(key)
+            waiting += item if isinstance(item, tuple) else (item,)
+    return ""
 
 
 def _values(node: Any, known: dict[int, int]) -> int:

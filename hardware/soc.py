@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ CONSTANT_UNITS = {
 }
 LINKS = ("weight_link", "working_link", "dma", "off_chip_bandwidth")
 UNKNOWN = "unknown"  # in place of a link: no source says how fast the memory is, so nothing can be timed
+_MOST_COUNTED = 1 << 53  # beyond it a float does not hold every whole number
 COUNTED_UNITS = {"channels", "buffers", "copies", "bit", "B"}  # units in which a fraction makes no sense
 
 
@@ -289,6 +291,7 @@ def _parsed(data: dict[str, Any], wanted: Iterable[str]) -> tuple[Soc, list[str]
     memories = tuple(_memory(name, entry, faults) for name, entry in table(data, "memories", faults).items())
     if "memories" in data:
         _check_roles(memories, faults)
+        _check_apart(memories, faults)
     for memory in memories:
         if memory.link in LINKS and memory.link not in constants and memory.bandwidth is None:
             faults.append(f"memories.{memory.name}: its link '{memory.link}' is not among the constants")
@@ -451,6 +454,20 @@ def _address(where: str, entry: Mapping[str, Any], faults: list[str]) -> Constan
     return address
 
 
+def _check_apart(memories: Sequence[Memory], faults: list[str]) -> None:
+    """No two memories have one name but for its case, or addresses in common."""
+    for one, other in combinations(memories, 2):
+        both = f"memories.{one.name} and memories.{other.name}"
+        if one.name.lower() == other.name.lower():
+            faults.append(
+                f"{both} differ in the case of their letters alone; a key that changes one is written the same"
+            )
+        if one.first_address is not None and other.first_address is not None:
+            first, then = sorted([(m.first_address or 0, m.capacity_bytes) for m in (one, other)])
+            if first[0] + first[1] > then[0]:
+                faults.append(f"{both} have addresses in common")
+
+
 def _check_roles(memories: tuple[Memory, ...], faults: list[str]) -> None:
     for role in ("weights", "tiles"):
         if not any(memory.role == role for memory in memories):
@@ -545,6 +562,8 @@ def constant(where: str, entry: Any, units: set[str], faults: list[str], positiv
         whole = value * CAPACITY_UNITS[unit] if unit in CAPACITY_UNITS else value
         if (unit in COUNTED_UNITS or unit in CAPACITY_UNITS) and whole != int(whole):
             faults.append(f"{where}: {said} must be a whole number" + (" of bytes" if unit in CAPACITY_UNITS else ""))
+        elif (unit in COUNTED_UNITS or unit in CAPACITY_UNITS) and whole > _MOST_COUNTED:
+            faults.append(f"{where}: {said} is more than any chip has")
         if (low is not None and low > value) or (high is not None and high < value):
             faults.append(f"{where}: value {value:g} lies outside low and high")
     source, fitted = text(entry, where, "source", faults), text(entry, where, "fitted", faults)

@@ -6,6 +6,7 @@ work raise PlanError at once; what depends on the model is checked by the stage'
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -62,6 +63,7 @@ class _Faults:
 
 QUANTS = (*quantisers.METHODS, "none")
 METRICS = ("perplexity", "taylor", "magnitude", "influence")
+_MOST_BLOCKS = 10_000
 TEACHERS = ("auto", "held", "streamed")
 
 
@@ -145,6 +147,8 @@ class Depth:
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if first > last:
                 raise PlanError(f"--layers: '{part}' is not a block or a range of blocks, e.g. 0-22,28-31")
+            if last >= _MOST_BLOCKS or len(blocks) >= _MOST_BLOCKS:
+                raise PlanError(f"--layers: '{part}' goes beyond the {_MOST_BLOCKS} blocks that a model may have here")
             blocks += range(first, last + 1)
         return blocks
 
@@ -226,7 +230,9 @@ class Lora:
         )
         faults.require(self.steps >= 0, f"--lora-steps {self.steps}: cannot be negative")
         faults.require(self.epochs > 0, f"--lora-epochs {self.epochs}: must be positive")
-        faults.require(self.learning_rate > 0, f"--lora-lr {self.learning_rate}: must be positive")
+        faults.require(
+            0 < self.learning_rate < math.inf, f"--lora-lr {self.learning_rate}: must be positive and finite"
+        )
         faults.require(self.save_steps > 0, f"--lora-save-steps {self.save_steps}: must be positive")
         faults.require(0 <= self.distill <= 1, f"--distill {self.distill}: must be in [0, 1]")
         faults.one_of("--distill-teacher", self.teacher, TEACHERS)

@@ -81,3 +81,16 @@ def test_files_that_are_none_or_too_large_are_refused(tmp_path: Path) -> None:
             read_small(path, 10)
     with pytest.raises(CheckpointError, match="No such file"):
         read_small(tmp_path / "none", 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nwindow: 2\nseed: 2\n", "'seed' twice .the second in line 3"),
+        ("stages:\n  - lora: {rank: 4, rank: 8}\n", "'rank' twice .the second in line 2"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        parse_yaml(text.encode(), "it", PlanError)
+    assert parse_yaml(b"a: {k: 1}\nb: {k: 1}\nc: &x {k: 1}\nd: {<<: *x, j: 2}\n", "it")["d"] == {"k": 1, "j": 2}

@@ -381,3 +381,28 @@ def test_an_empty_file_misses_what_it_must_have(tmp_path: Path) -> None:
     faults = "\n".join(_faults(tmp_path, ""))
     for key in ("name", "memories", "engines", "layout", "constants"):
         assert f"'{key}' is missing" in faults
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            '[memories.MRAM.capacity]\nvalue = 1e300\nunit = "MiB"\nkind = "stated"\nsource = "s"\n',
+            "more than any chip has",
+        ),
+        (
+            '[memories.SRAM.address]\nvalue = 0x107ffffc\nunit = "address"\nkind = "stated"\nsource = "s"\n',
+            "memories.MRAM and memories.SRAM have addresses in common",
+        ),
+        (
+            '[memories.mram]\nrole = "weights"\nlink = "weight_link"\n'
+            'capacity = { value = 8, unit = "MiB", kind = "stated", source = "s" }\n',
+            "memories.MRAM and memories.mram differ in the case of their letters alone",
+        ),
+    ],
+)
+def test_memories_that_no_chip_has_are_refused(tmp_path: Path, changes: str, words: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'based_on = "siracusa"\nname = "mine"\n{changes}')
+    with pytest.raises(PlanError, match=words):
+        load_soc(str(path))

@@ -27,6 +27,8 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Wanda, {"pattern": "1.0"}, "a fraction of 1"),
     (Wanda, {"pattern": "0"}, "a fraction of 0"),
     (Depth, {"layers": "3-1"}, "--layers: '3-1' is not a block or a range of blocks"),
+    (Depth, {"layers": "0-999999999999"}, "--layers: '0-999999999999' goes beyond the 10000 blocks"),
+    (Lora, {"learning_rate": float("inf")}, "--lora-lr inf: must be positive and finite"),
     (Depth, {"layers": "0-3,x"}, "--layers: 'x' is not a block or a range of blocks"),
     (Depth, {"layers": " , "}, "--layers names no block"),
     (Wanda, {"pattern": "a:b"}, "'a:b' is not an N:M pattern"),
