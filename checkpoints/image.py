@@ -40,6 +40,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -49,6 +50,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
 from edgepress.checkpoints.checkpoint import Checkpoint, unpacked
 from edgepress.checkpoints.config import beyond_plain, form_of, ia3_config, peft_config
@@ -357,17 +359,16 @@ def restore(image: Image, folder: Path, source: Source, progress: Progress | Non
     draft = folder.absolute().with_name(f".{folder.absolute().name}{PARTIAL}")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        _write(image, draft, source, progress)
-        _write_manifest(image, draft, began)
-        draft.replace(folder)
+        with interrupts.or_undone(partial(shutil.rmtree, draft, ignore_errors=True)):
+            _write(image, draft, source, progress)
+            _write_manifest(image, draft, began)
+            draft.replace(folder)
     # Whatever fails here was stated by the header: sides, offsets and scales that no tensor has.
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
             struct.error) as error:  # fmt: skip
         raise CheckpointError(f"{image.path} has a sound hash but contents that make no sense: {error!r}") from None
     except OSError as error:
         raise CheckpointError(f"{folder} could not be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return Checkpoint.open(folder)
 
 

@@ -17,9 +17,11 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import CheckpointError
 
 FORMAT = 2
@@ -314,16 +316,17 @@ def drafted(path: Path) -> Iterator[Path]:
     Its bytes reach the disk before it takes the name. After an error or Ctrl-C the draft is removed.
     """
     draft = path.with_name(f".{path.name}{PARTIAL}")
-    try:
+    with interrupts.or_undone(partial(_remove, draft)):
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
+
+
+def _remove(draft: Path) -> None:
+    with suppress(OSError):
+        draft.unlink(missing_ok=True)
 
 
 def require_output(path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import PlanError, TextError
 from edgepress.checkpoints.memory import size_text
 
@@ -41,17 +42,20 @@ def in_template(
     if not tokenizer.chat_template:
         raise PlanError(f"{asked}: the tokenizer of {folder} has no chat template")
     reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        how = {"add_generation_prompt": answer_next, "continue_final_message": last_goes_on}
-        _render(tokenizer, conversations, how, reading, writing)
-    os.close(writing)
+    child = 0
     try:
+        with interrupts.held():
+            child = os.fork()
+            if child == 0:
+                how = {"add_generation_prompt": answer_next, "continue_final_message": last_goes_on}
+                _render(tokenizer, conversations, how, reading, writing)
+            os.close(writing)
         said = _read(reading, time.monotonic() + _SECONDS)
     finally:
         os.close(reading)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     if said is None:
         raise TextError(
             f"the chat template of {folder} did not come to an end: {_SECONDS:.0f} seconds, "
@@ -68,8 +72,7 @@ def _render(
 ) -> None:
     """The child's life: write JSON with the texts, or with what the template raised."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        interrupts.heed(others=signal.SIG_DFL)
         os.close(reading)
         with open("/proc/self/statm") as file:
             there = int(file.read().split()[0]) * resource.getpagesize()

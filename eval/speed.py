@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import signal
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.checkpoint import Checkpoint, attention_kernels
 from edgepress.checkpoints.errors import CheckpointError, PlanError, near
 from edgepress.checkpoints.headers import ADAPTER
@@ -159,10 +159,11 @@ def measure_speed(
     """
     _require(checkpoint, engine, workload)
     # spawn: a fork would start out with this process's memory and threads.
-    with ProcessPoolExecutor(1, get_context("spawn"), _leave_interrupts_to_the_parent) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), interrupts.heed) as pool:
         threads = torch.get_num_threads()
-        timing = pool.submit(_timed, checkpoint.folder, engine, workload, device.type, dtype, threads)
         try:
+            with interrupts.spawning():
+                timing = pool.submit(_timed, checkpoint.folder, engine, workload, device.type, dtype, threads)
             return timing.result()
         except KeyboardInterrupt:  # else leaving the pool waits until it is timed
             for child in active_children():
@@ -173,11 +174,6 @@ def measure_speed(
                 f"{checkpoint.folder}: the process that timed it was killed, most likely for want of memory; its "
                 f"weights alone take {size_text(checkpoint.shape.parameters_total * dtype.itemsize, 'MiB', 0)}"
             ) from None
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def without_kernels(checkpoint: Checkpoint) -> str:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-from edgepress.checkpoints.packed_sizes import packed_sizes
-from edgepress.pipeline import interrupts
-
-if Path(sys.argv[0]).name in ("compress", "cli.py"):  # the command, not a program that imports it
-    interrupts.listen_early()
-
-# a signal is to be heard before the imports below, which take a second
 import contextlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import PlanError, in_words
+from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.pipeline import cli_eval, cli_hardware, cli_model, cli_sweep
 from edgepress.pipeline.flags import (
@@ -210,32 +204,25 @@ for panel, commands in _COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point of the `compress` command: what goes wrong is one message and an exit code."""
-    ended: str | int | None = 0
-    _open_streams()
+    """The `compress` command in this process: what goes wrong is one message, and SystemExit has the exit code."""
     with interrupts.listening():
-        try:
-            app(prog_name="compress", standalone_mode=True)
-        except SystemExit as stop:
-            ended = stop.code
-            if isinstance(stop.__context__, BrokenPipeError):  # typer has made an exit of it
-                _close_pipe()
-                ended = EXIT_PIPE
-        except BaseException as error:
-            ended = _ended_by(error)
-        if interrupts.code():
-            # Also where a library has made another error of it.
-            interrupts.caught()
-            interrupts.end_children()
-            interrupts.caught(lambda line: print(line, file=sys.stderr))
-            ended = interrupts.code()
-            interrupts.leave()
+        ended = perform()
+    sys.exit(interrupts.code() or ended)
+
+
+def perform() -> int:
+    """Do what `sys.argv` says; the exit code. Signals are listened to by the caller."""
+    _open_streams()
+    ended = _ended_by(interrupts.outcome(lambda: app(prog_name="compress", standalone_mode=True)))
+    if interrupts.code():  # also where a library has made another error of it
+        interrupts.wind_up()
+        ended = interrupts.code()
     try:
         sys.stdout.flush()
     except OSError:
         _close_pipe()
         ended = ended or EXIT_PIPE
-    sys.exit(ended)
+    return ended
 
 
 def _require_surroundings() -> None:
@@ -262,13 +249,18 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _ended_by(error: BaseException) -> int:
+def _ended_by(error: BaseException | None) -> int:
     """Say what the error was, and return the exit code."""
     if interrupts.code() or isinstance(error, KeyboardInterrupt):
         return interrupts.code() or 130
-    if isinstance(error, BrokenPipeError):
+    if error is None:
+        return 0
+    cause = error.__context__ if isinstance(error, SystemExit) else error  # typer makes an exit of a broken pipe
+    if isinstance(cause, BrokenPipeError):
         _close_pipe()
         return EXIT_PIPE
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     if (message := in_words(error)) is not None:
         plain = message.encode(errors="backslashreplace").decode()  # a name from outside may not be text
         Console(stderr=True).print(f"error: {plain}", style="red", highlight=False, markup=False, soft_wrap=True)

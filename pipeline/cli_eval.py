@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.eval.tasks import TASKS, Settings, find_tasks
-from edgepress.pipeline import interrupts
 from edgepress.pipeline.flags import Device, Json, settings_flags, with_model
 
 if TYPE_CHECKING:

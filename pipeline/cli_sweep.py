@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import PlanError, RecipeError
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.quiet import quiet_libraries
-from edgepress.pipeline import interrupts
 from edgepress.pipeline.flags import Out, RecipeFile, Skip, recipe_flags, with_model_argument
 from edgepress.pipeline.recipe import build
 from edgepress.pipeline.sweep_recipe import MAX_RUNS, Sweep, draft_sweep
@@ -158,6 +158,7 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
                     sweeps.carry_out(tree, out, workers, view, finished, store_url, room)
             except KeyboardInterrupt:
                 interrupts.caught()
+                interrupts.end_children()  # before what they leave half written is removed
                 interrupted = True
                 if view.result is None:
                     raise

@@ -11,11 +11,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError, require_unicode
 from edgepress.checkpoints.manifest import (
@@ -65,10 +67,9 @@ class Store:
             remove_partial(folder)
             for draft in folder.glob(".fetched-*"):
                 shutil.rmtree(draft, ignore_errors=True)
-            try:
+            with interrupts.or_undone(partial(remove_partial, folder)):  # of workers that were stopped as they wrote
                 yield self
-            finally:
-                remove_partial(folder)  # of workers that were stopped while they wrote
+            remove_partial(folder)  # of workers that died
 
     def stage_folder(self, position: int, label: str, fingerprint: str) -> Path:
         return self.folder / f"{position}-{label}-{fingerprint[:8]}"
@@ -137,8 +138,9 @@ class Store:
         """Point `result` at the last stage's folder, atomically."""
         temporary = self.folder / ".result.partial"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(folder.name)
-        os.replace(temporary, self.folder / RESULT)
+        with interrupts.or_undone(partial(temporary.unlink, missing_ok=True)):
+            temporary.symlink_to(folder.name)
+            os.replace(temporary, self.folder / RESULT)
 
     # --- measurements, which belong to a checkpoint and a protocol, not to a run -----------------------------------
 

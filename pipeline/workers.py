@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import EdgepressError
 from edgepress.checkpoints.manifest import Manifest
 from edgepress.checkpoints.packed_sizes import packed_sizes
@@ -136,7 +137,8 @@ class _Child:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
-        self._process.start()
+        with interrupts.spawning():
+            self._process.start()
         theirs.close()
         self._task: Task | None = None
 
@@ -180,9 +182,7 @@ def threads_each(count: int) -> int:
 
 def _serve(pipe: Connection, threads: int) -> None:
     """A child's life: take a task, carry it out, say how it ended."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the parent hears it too, and decides
-    signal.signal(signal.SIGTERM, _stop)
+    interrupts.heed(_stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     from edgepress.checkpoints.quiet import quiet_libraries
@@ -208,6 +208,7 @@ def _serve(pipe: Connection, threads: int) -> None:
 
 
 def _stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is asked twice, and is to clean up undisturbed
     sys.unraisablehook = lambda lost: None  # in a destructor Python would print and drop it; `_Child.stop` then kills
     raise SystemExit(128 + signal.SIGTERM)
 

@@ -5,6 +5,10 @@ The parts are folders at the top of the repository, which are linked here so tha
 `edgepress.checkpoints` and `edgepress.recipes`.
 """
 
-from importlib.metadata import version
 
-__version__ = version("edgepress")
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read when asked for: the command hears no signal while its first modules are imported
+        from importlib.metadata import version
+
+        return version("edgepress")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
