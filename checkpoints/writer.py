@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -144,7 +146,12 @@ class CheckpointWriter:
     def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with drafted(path) as draft:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, draft, metadata={"format": "pt"})
+            try:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, draft, metadata={"format": "pt"})
+            except SafetensorError as error:  # it tells neither the file nor, but in words, the system's error
+                if (code := re.search(r"os error (\d+)", str(error))) is None:
+                    raise
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
         self._vouch(path)
 
     def _link(self, path: Path, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,16 @@ def test_packed_embedding_is_taken_over(tiny_model: TinyModel, tmp_path: Path) -
     reopened = rewritten(Checkpoint.open(source.folder), tmp_path / "target")
     assert reopened.shape.embedding_bits == 4
     assert reopened.facts()["file_bytes"] == reopened.shape.file_bytes
+
+
+def test_a_shard_for_which_there_is_no_room_is_named_and_not_left(tmp_path: Path) -> None:
+    """A limit of 4 KiB a file stands for the full disk: the same path through safetensors, another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = CheckpointWriter(tmp_path / "out")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*block-00000\.safetensors"):
+            writer.write_block(0, {"weight": torch.zeros(64, 64)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob("*.*"))
