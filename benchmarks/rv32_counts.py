@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,12 @@ OTHERS = [
 ]  # fmt: skip
 
 
-def measured(case: Case, folder: Path) -> Outcome:
-    """What the program of a model with random weights takes."""
-    shape, run = case.shape(), case.run()
+def measured(
+    case: Case, folder: Path, change: Callable[[Path], None] | None = None, context: int = 64, prompt: int = 4
+) -> Outcome:
+    """What the program of a model with random weights takes. change: done to its files before they are built."""
+    shape = case.shape()
+    run = replace(case.run(), context=context, prompt=range(1, 1 + prompt))
     layout = Layout(shape, 0)
     dice = np.random.default_rng(1)
     contents = {name: _random(name, part.nbytes, shape, case, dice) for name, part in layout.parts.items()}
@@ -136,6 +139,8 @@ def measured(case: Case, folder: Path) -> Outcome:
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)
+    if change is not None:
+        change(folder)
     build(folder, find_compiler())
     return simulate(folder)
 
