@@ -19,6 +19,7 @@ from edgepress.checkpoints.errors import CheckpointError, PlanError, require_uni
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.packing import dequantise_rows, group_of, pack, unpack
+from edgepress.checkpoints.quiet import readable
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.rv32.cost import code_bytes
 from edgepress.hardware.rv32.families import (
@@ -67,6 +68,8 @@ class Export:
     def _files(self) -> dict[str, bytes]:
         shape, layout, run = self.checkpoint.shape, self.layout, self.run
         model = _exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
+        with readable(f"transformers cannot run {self.checkpoint.folder}"):
+            expected = _greedy(model, run)
         weights = layout.joined(program_contents(self.checkpoint, self.pieces))
         ropes = _ropes(model, shape)
         roles = [layer.role for layer in layers(shape, shape.blocks[0])]
@@ -82,7 +85,7 @@ class Export:
             "model.c": model_source(shape, layout, run, ropes).encode(),
             "link.ld": linker_script(self.uses, self.soc.label).encode(),
             "Makefile": makefile().encode(),
-            "expected.txt": " ".join(map(str, _greedy(model, run))).encode() + b"\n",
+            "expected.txt": " ".join(map(str, expected)).encode() + b"\n",
             _OURS: json.dumps(facts, indent=2).encode() + b"\n",
         }
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.hardware.rv32.families import FAMILIES
 from edgepress.hardware.rv32.simulator import expected_tokens
 from edgepress.hardware.soc import load_soc
@@ -69,9 +69,12 @@ def exported(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def require_clear(checkpoint: Path, tokens: list[int]) -> None:
-    """Transformers' own model, fed all tokens at once, chooses the new ones, and no other comes near one of them."""
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+def loaded(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def require_clear(model: Any, tokens: list[int]) -> None:
+    """Transformers' model, fed all tokens at once, chooses the new ones, and no other comes near one of them."""
     with torch.no_grad():
         logits = model.eval()(torch.tensor([tokens])).logits[0, -NEW - 1 : -1]
     top = logits.topk(2)
@@ -129,7 +132,7 @@ def test_the_programs_tokens_are_transformers(
     model = tiny_model(family, **SETTINGS.get(family, {}))
     folder = exported(model, tmp_path / "chip")
     tokens = native(folder)
-    require_clear(model, tokens)
+    require_clear(loaded(model), tokens)
     assert tokens == list(expected_tokens(folder)) and len(set(tokens)) > 10
     require_planned(folder)
 
@@ -161,7 +164,7 @@ def test_other_settings(
     model = tiny_model(family, **overrides)
     folder = exported(model, tmp_path / "chip")
     tokens = native(folder)
-    require_clear(model, tokens)
+    require_clear(loaded(model), tokens)
     assert tokens == list(expected_tokens(folder))
 
 
@@ -174,8 +177,11 @@ def test_codes_and_adapters_of_fused_and_reordered_rows_and_columns(
     family: str, bits: int, rank: int, how: dict[str, Any], tiny_model: TinyModel, tmp_path: Path,
     native: Callable[[Path], list[int]],
 ) -> None:  # fmt: skip
-    folder = exported(compressed(tmp_path / "model", tiny_model(family), None, bits, rank, **how), tmp_path / "chip")
-    assert native(folder) == list(expected_tokens(folder))
+    made = compressed(tmp_path / "model", tiny_model(family, **SETTINGS.get(family, {})), None, bits, rank, **how)
+    folder = exported(made, tmp_path / "chip")
+    tokens = native(folder)
+    require_clear(Checkpoint.open(made).model(dtype=torch.float32), tokens)
+    assert tokens == list(expected_tokens(folder))
     require_planned(folder)
 
 
@@ -240,3 +246,13 @@ def test_what_a_family_may_ask_for_and_the_program_has_not(
 ) -> None:
     with pytest.raises(PlanError, match=re.escape(words)):
         plan_export(Checkpoint.open(tiny_model(family, **overrides)), load_soc("siracusa"), PROMPT, NEW, CONTEXT)
+
+
+def test_a_configuration_that_transformers_cannot_run_gets_one_message(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model("qwen2"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    del config["use_sliding_window"]  # its layer_types slide, and by default there is no window then
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="transformers cannot run"):
+        exported(model, tmp_path / "chip")
+    assert not (tmp_path / "chip").exists()
