@@ -84,16 +84,18 @@ def require_clear(model: Any, tokens: list[int]) -> None:
 
 def bytes_of_objects(folder: Path) -> dict[str, int]:
     """Bytes of what an exported folder's objects have in memory, by the names in memory.json."""
-    listed = "".join(
-        subprocess.run(["nm", "-S", name], cwd=folder, check=True, capture_output=True, text=True).stdout
-        for name in ("runtime.o", "products.o", "model.o")
-    )
-    rows = [words for line in listed.splitlines() if len(words := line.split()) == 4]  # address, size, kind, name
-    sizes = {name: int(size, 16) for _, size, _, name in rows}
+
+    def symbols(name: str, kinds: str) -> dict[str, int]:
+        listed = subprocess.run(["nm", "-S", name], cwd=folder, check=True, capture_output=True, text=True).stdout
+        rows = [words for line in listed.splitlines() if len(words := line.split()) == 4]  # address, size, kind, name
+        return {label: int(size, 16) for _, size, kind, label in rows if kind in kinds}
+
+    variables = symbols("runtime.o", "bB") | symbols("products.o", "bB")
+    cache = variables.pop("cache")
     return {
-        "KV cache": sizes["cache"],
-        "activations": sum(sizes[name] for _, _, kind, name in rows if kind in "bB" and name != "cache"),
-        "tables": sum(sizes[name] for name in sizes if name.isupper()),
+        "KV cache": cache,
+        "activations": sum(variables.values()),
+        "tables": sum(symbols("model.o", "R").values()),
     }
 
 
