@@ -21,7 +21,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.pipeline
 def test_a_short_campaign_finds_nothing_wrong() -> None:
-    done = run("--seed", 11, "--kills", 20, "--hostile", 60, "--minutes", 1.2)
+    done = run("--seed", 11, "--kills", 20, "--hostile", 60, "--minutes", 3)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = {
         line.split("|")[1].strip(): line.split("|")[2:] for line in done.stdout.splitlines() if line.startswith("|")
