@@ -88,35 +88,32 @@ static __attribute__((noinline)) void plain(unsigned format, const byte *w, int 
 
 /* A code is not moved to the lower end of its word: x is divided by what it stands too high instead, which is a power
  * of two and costs no digit. So a weight takes three instructions: mask, convert, multiply and add. */
-static float sums[GROUPS]; /* of x in each group of columns */
+static float sums[GROUPS]; /* of x in each group of columns, negated */
 #if PACKED_COLUMNS
 static float shifted[PACKED_COLUMNS]; /* x, so divided */
 #else
 #define shifted x
 #endif
 
-/* Fill `shifted` and `sums` for a layer. */
+/* Fill `sums` and, for codes that share words, `shifted`. */
 static __attribute__((noinline)) void shift(const struct linear *l, const float *x) {
-    int unit = l->format == Q2 ? 16 : l->format == Q3 ? 32 : l->format == Q4 ? 8 : 4, i = 0;
-    float step = l->format == Q2 ? 0x1p-2f : l->format == Q3 ? 0x1p-3f : l->format == Q4 ? 0x1p-4f : 1.0f;
-    for (int g = 0; i < l->columns; g++) {
+    float *to = sums;
+    for (const float *last = x + l->columns; x < last; to++) {
         float sum = 0.0f;
-        for (int end = i + l->group; i < end;) {
-            float factor = 1.0f;
-            for (int j = 0; j < unit; j++, i++, factor *= step) {
-                sum += x[i];
-#if PACKED_COLUMNS
-                if (HAS(Q3) && l->format == Q3 && (j == 10 || j == 21)) { /* these cross the border of a word */
-                    shifted[i] = x[i];
-                    factor = j == 10 ? 0x1p2f : 0x1p1f;
-                } else if (l->format != Q8) {
-                    shifted[i] = x[i] * factor;
-                }
-#endif
-            }
-        }
-        sums[g] = sum;
+        for (const float *end = x + l->group; x < end; x++) sum -= *x;
+        *to = sum;
     }
+#if PACKED_COLUMNS
+    /* Where a column's code begins in its word; those of 3 bits that cross the border of two words are moved together. */
+    int unit = l->format == Q2 ? 16 : l->format == Q3 ? 32 : 8, bits = l->format == Q2 ? 2 : l->format == Q3 ? 3 : 4;
+    x -= l->columns;
+    if (l->format != Q8)
+        for (int place = 0; place < unit; place++) {
+            int bit = place * bits & 31;
+            float factor = from_bits((word)(127 - (bit + bits > 32 ? 0 : bit)) << 23);
+            for (int i = place; i < l->columns; i += unit) shifted[i] = x[i] * factor;
+        }
+#endif
 }
 
 /* The sum of code x over the codes of a word from bit `first` on, `count` of them, each `bits` wide. */
@@ -151,36 +148,51 @@ INLINED float unit_of(unsigned format, const word *w, const float *x, float sum)
     return sum;
 }
 
-static const byte MIDDLES[] = {1, 3, 7, 127}; /* of Q2 to Q8; a stored zero point is one less, as in GPTQ's files */
+static const byte MIDDLES[] = {1, 3, 7, 127}; /* of Q2 to Q8, as a zero point is stored: one less */
 
 INLINED void grid_rows(unsigned format, const struct linear *l, const float *x, float *y) {
     const int columns = format == Q2 ? 16 : format == Q3 ? 32 : format == Q4 ? 8 : 4, words = format == Q3 ? 3 : 1;
-    word stride = row_bytes(format, (word)l->columns), groups = (word)(l->columns / l->group), step = l->zeros ? 1 : 0;
-    const byte *w = weights + l->codes, *zeros = l->zeros ? weights + l->zeros : &MIDDLES[format - Q2];
-    const half *scales = (const half *)(weights + l->scales);
-    for (int left = l->rows; left > 0; left -= ROWS, w += ROWS * stride, y += ROWS) {
-        word other[ROWS]; /* rows that are missing at the end are read as the first one */
+    int group = l->group;
+    word stride = row_bytes(format, (word)l->columns), groups = (word)(l->columns / group), step = l->zeros ? 1 : 0;
+    const byte *codes = weights + l->codes, *points = step ? weights + l->zeros : &MIDDLES[format - Q2];
+    const half *factors = (const half *)(weights + l->scales);
+    word codes_at[ROWS], groups_at[ROWS];
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) other[r] = r < left ? (word)r : 0;
-        const byte *row[ROWS] = {w, w + other[1] * stride, w + other[2] * stride, w + other[3] * stride};
+    for (int r = 0; r < ROWS; r++) codes_at[r] = (word)r * stride, groups_at[r] = (word)r * groups;
+    for (int left = l->rows; left > 0; left -= ROWS, y += ROWS) {
+        if (left < ROWS) /* rows that are missing at the end are read as the first one */
+#pragma GCC unroll 4
+            for (int r = 1; r < ROWS; r++)
+                if (r >= left) codes_at[r] = 0, groups_at[r] = 0;
+        const byte *w[ROWS], *zeros[ROWS];
+        const half *scales[ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            w[r] = codes + codes_at[r];
+            scales[r] = factors + groups_at[r];
+            zeros[r] = points + (groups_at[r] & -step);
+        }
+        codes += ROWS * stride;
+        factors += ROWS * groups;
+        points += ROWS * groups & -step;
         const float *v = x;
         float all[ROWS] = {0.0f};
-        for (word g = 0; g < groups; g++, scales++, zeros += step) {
-            float sum[ROWS] = {0.0f};
-            for (const float *end = v + l->group; v < end; v += columns)
+        for (const float *less = sums; less < sums + groups; less++) {
+            /* A code less its zero point: less the one that is stored, and less one, with which the sum begins. */
+            float sum[ROWS] = {*less, *less, *less, *less};
+            for (const float *end = v + group; v < end; v += columns)
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; r++) {
-                    sum[r] = unit_of(format, (const word *)row[r], v, sum[r]);
-                    row[r] += 4 * words;
+                    sum[r] = unit_of(format, (const word *)w[r], v, sum[r]);
+                    w[r] += 4 * words;
                 }
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
-                float zero = (float)(zeros[other[r] * groups * step] + 1);
-                all[r] += from_half(scales[other[r] * groups]) * (sum[r] - zero * sums[g]);
+                sum[r] += (float)*zeros[r] * *less;
+                all[r] += from_half(*scales[r]++) * sum[r];
+                zeros[r] += step;
             }
         }
-        scales += (ROWS - 1) * groups;
-        zeros += (ROWS - 1) * groups * step;
         add_sums(all, left, y);
     }
 }
@@ -201,7 +213,10 @@ static __attribute__((noinline)) void grid(const struct linear *l, const float *
 /* --- layers ------------------------------------------------------------------------------------------------------- */
 
 void linear(const struct linear *l, const float *x, float *y, int add) {
-    for (int row = 0; row < l->rows; row++) y[row] = (add ? y[row] : 0.0f) + (l->bias ? floats(l->bias)[row] : 0.0f);
+    if (!add)
+        for (int row = 0; row < l->rows; row++) y[row] = 0.0f;
+    if (l->bias)
+        for (int row = 0; row < l->rows; row++) y[row] += floats(l->bias)[row];
     if (l->rank) {
         for (int r = 0; r < l->rank; r++) low[r] = 0.0f;
         plain(l->adapter_format, weights + l->a, l->rank, x, l->columns, low);
