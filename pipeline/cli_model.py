@@ -143,6 +143,8 @@ def unpack(
 
 # --- a program for the chip -------------------------------------------------------------------------------------------
 
+EXIT_OTHER_TOKENS = 1
+
 Soc = Annotated[str, typer.Option(help="A shipped chip or a .toml file, with addresses.")]
 Context = Annotated[int, typer.Option(help="Tokens in the KV cache.")]
 KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value, in Python too: 32, or 8 with scales.")]
@@ -204,7 +206,8 @@ def simulate(
 ) -> None:
     """Let a checkpoint write on inside a chip's memories.
 
-    The program of the command export is compiled and runs on a simulated RISC-V core. Exit code 3: it does not fit.
+    The program of the command export is compiled and runs on a simulated RISC-V core. Exit code 1: its tokens are not
+    those of Python; 3: it does not fit.
     """
     quiet_libraries()
     import tempfile
@@ -239,7 +242,11 @@ def simulate(
         typer.echo(
             f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({parts}); predicted {row['predicted']:,}"
         )
-    typer.echo(difference(outcome.tokens, wanted) or f"all {len(wanted)} tokens are those of Python in float32")
+    if told := difference(outcome.tokens, wanted):
+        typer.echo(told)
+        raise typer.Exit(EXIT_OTHER_TOKENS)
+    alike = "" if kv_bits == 32 else f", its keys and values rounded to {kv_bits} bits alike"
+    typer.echo(f"all {len(wanted)} tokens are those of Python in float32{alike}")
 
 
 def _planned(checkpoint: Path, soc: str, context: int, prompt: str, tokens: int, kv_bits: int) -> Export:

@@ -341,6 +341,17 @@ def test_simulate_prints_the_text_and_what_it_took(
         assert words in done.stdout
 
 
+def test_simulate_says_what_it_compared_and_ends_with_1_where_tokens_differ(
+    tiny_model: TinyModel, rv32: list[str], compress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("simulate", tiny_model("llama"), "for each", "--tokens", 2, "--context", 16, "--kv-bits", 8)
+    alike = compress(*few)
+    assert alike.returncode == 0 and "keys and values rounded to 8 bits alike" in alike.stdout, alike.stderr
+    monkeypatch.setattr("edgepress.hardware.rv32.simulator.expected_tokens", lambda folder: [1])
+    done = compress(*few)
+    assert done.returncode == 1 and "not those of Python in float32 from place 0" in done.stdout
+
+
 def test_simulate_names_what_to_install(
     tiny_model: TinyModel, compress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
