@@ -35,12 +35,17 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
     with readable(f"{path} cannot be read as a GGUF file"):
         _require_counts(path)
         reader = GGUFReader(path)
-        stated = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+        stated = {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if not key.startswith("tokenizer.") or key in _OF_TOKENIZER
+        }
         kinds = {t.tensor_type.name for t in reader.tensors if len(t.shape) == 2}
         sides = {t.name: tuple(int(side) for side in reversed(t.shape.tolist())) for t in reader.tensors}
         _require_places(reader)
         del reader  # it maps the file
     _require_whole(path, stated, set(sides))
+    _require_split(path, stated)
     matrices = _kept_by(kinds)
     dtype = torch.float32 if matrices else torch.bfloat16
     # transformers prefers a file of the same name in the working directory, and reads what lies beside the file.
@@ -105,10 +110,8 @@ def _require_counts(path: Path) -> None:
             file.seek(length, os.SEEK_CUR)
 
         def key() -> bytes:
-            length = number(8)
-            start = file.tell()
-            skip(length)
-            file.seek(start)
+            if (length := number(8)) > 1 << 16:  # the layout's own limit
+                raise ValueError(f"its header has a key of {length} bytes")
             return file.read(length)
 
         def value(kind: int, depth: int, of_tokenizer: bool) -> None:
@@ -166,6 +169,32 @@ def _require_whole(path: Path, stated: Mapping[str, Any], names: set[str]) -> No
     told = stated.get(f"{family}.block_count")
     if told != blocks:  # transformers would make up the weights of those that are missing
         raise CheckpointError(f"{path} states {told} blocks and holds {blocks}; the file is damaged")
+
+
+_OF_TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+# Names of byte-level tokenizers that split text as GPT-2's does, and of those that also take each digit alone: for
+# these transformers splits as for GPT-2, which differs in runs of blanks before a digit only (no merge has a digit).
+# From llama.cpp, src/llama-vocab.cpp.
+_AS_GPT2 = {
+    "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum",
+    "jina-es", "jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code", "roberta-bpe", "modern-bert",
+}  # fmt: skip
+_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+
+
+def _require_split(path: Path, stated: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a byte-level tokenizer whose way of splitting text transformers does not know.
+
+    It would split as GPT-2's does, and count other tokens.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    model, way = (stated.get(key) for key in _OF_TOKENIZER)
+    if model == "gpt2" and way is not None and str(way) not in _AS_GPT2 | _DIGITS | set(GGUF_PRE_TOKENIZER_SPLITS):
+        raise CheckpointError(
+            f"{path}: transformers' reader does not know how a tokenizer of the kind {way} splits text, so every "
+            f"number would be of other tokens. {_INSTEAD}"
+        )
 
 
 # --- what transformers made of it ---------------------------------------------------------------------------------

@@ -255,6 +255,7 @@ def test_what_is_missing_is_not_made_up(model: Path, tmp_path: Path, without: st
         ({}, {"mm.0.weight": (4, 4)}, r"mm\.0\.weight, which"),
         ({}, {"token_embd.weight": (520, 64)}, r"token_embd\.weight of shape \(520, 64\)"),
         ({"split.count": 2}, {}, "one of 2 parts"),
+        ({"tokenizer.ggml.pre": "deepseek-llm"}, {}, "does not know how a tokenizer of the kind deepseek-llm splits"),
         ({"split.count": "many"}, {}, "one of many parts"),
         ({"general.tags": [0] * 70000}, {}, "counts 70000 values of an array"),
     ],
