@@ -150,8 +150,20 @@ def _text(row: Mapping[str, Any], name: str) -> str:
         kind = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list) else ""
         raise RowError(f"'{name}' is not text but {kind or type(value).__name__}")
     if not _whole(value):
-        raise RowError(f"'{name}' holds half of a character (a lone surrogate), which no UTF-8 text can")
+        raise RowError(f"'{name}' {_HALF}")
     return value
+
+
+_HALF = "holds half of a character (a lone surrogate), which no UTF-8 text can"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The text that a value is, or those in a list; of objects in it each field was looked at when it was read."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def _whole(text: str) -> bool:
@@ -402,7 +414,13 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields. Raises ValueError where one of them is there twice: which counts, nobody can say."""
+    """The object of these fields.
+
+    Raises ValueError where one of them is there twice, and nobody can say which counts, or holds what is no text.
+    """
+    for name, value in pairs:
+        if not all(map(_whole, (name, *_texts(value)))):
+            raise ValueError(f"'{name}' {_HALF}".encode(errors="backslashreplace").decode())
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

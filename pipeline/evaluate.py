@@ -193,9 +193,7 @@ def read_report(name: str) -> Measured:
         data = json.loads(path.read_text())
         found = {m["label"]: Measured.from_dict(m) for m in data["checkpoints"]}
         if not seal_holds(data):
-            raise PlanError(
-                f"{path} is damaged or was edited: it has not the sha256 of itself that it was written with"
-            )
+            raise PlanError(f"{path} is damaged or was edited: it does not have the sha256 that it was written with")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlanError(f"{path} is not a report of `compress eval -o`: {error}") from None
     if label and label in found:

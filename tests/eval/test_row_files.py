@@ -84,3 +84,15 @@ def test_a_file_that_holds_no_rows(tmp_path: Path, name: str, content: str, says
 def test_reading_rows_needs_no_torch() -> None:
     code = "import sys\nfrom edgepress.eval import rows\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("row", ['{"question": "\\ud800"}', '{"answers": [["x"], ["\\udc00"]]}', '{"\\ud800": "x"}'])
+def test_half_of_a_character_is_no_text(tmp_path: Path, row: str, suffix: str) -> None:
+    """JSON can write it, no tokenizer can read it; a whole pair of halves is a character."""
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(row if suffix == "jsonl" else f"[{row}]")
+    with pytest.raises(TextError, match="half of a character"):
+        read_rows(path, lambda number, found: found, "rows")
+    path.write_text(path.read_text().replace("\\ud800", "\\ud83d\\ude00").replace("\\udc00", "\\ud83d\\ude00"))
+    assert read_rows(path, lambda number, found: found, "rows")
