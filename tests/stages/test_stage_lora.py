@@ -217,7 +217,8 @@ def test_targets() -> None:
     )
     fused = shape_from_config(PRESETS["smollm2-135m"] | {"model_type": "phi3"})
     assert lora.target_names(fused, Lora()) == ["qkv_proj", "o_proj"]
-    with pytest.raises(PlanError, match="--lora-targets q_proj .near: qkv_proj, .*: this model's blocks have down_proj, gate_up_proj"):
+    words = r"--lora-targets q_proj \(near: qkv_proj, .*\): this model's blocks have down_proj, gate_up_proj"
+    with pytest.raises(PlanError, match=words):
         lora.target_names(fused, Lora(targets="q_proj"))
 
 
