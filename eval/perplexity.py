@@ -300,9 +300,14 @@ def wikitext2(name: str, subject: Subject, settings: Settings) -> Result:
 
 
 @cache  # the same text for every checkpoint
-def text_of(name: str, settings: Settings) -> Text:
+def spec_of(name: str, settings: Settings) -> str:
+    """The text that a task measures, as a user names it."""
     files = settings.files_of(name)
-    spec = str(files[0]) if files else "wikitext2" if name == "wikitext2" else settings.text
+    return str(files[0]) if files else "wikitext2" if name == "wikitext2" else settings.text
+
+
+def text_of(name: str, settings: Settings) -> Text:
+    spec = spec_of(name, settings)
     return load_text(spec, "evaluate" if spec in NAMED else "whole")
 
 

@@ -73,7 +73,7 @@ def evaluate(
     settings = keeping_answers(settings, home)
     check_request(tasks, settings)
     named = open_all(checkpoints)
-    intended = intention(named, tasks, settings, device, dtype)
+    intended = "" if as_json else intention(named, tasks, settings, device, dtype)
     if len(named) == 1 and not (task or out or settings.limit or settings.sources):
         _perplexity_alone(named[0][1], settings, device, dtype, as_json, intended)
         return

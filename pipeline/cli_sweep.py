@@ -128,13 +128,15 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
     quiet_libraries()
     from edgepress.pipeline import sweep as sweeps
     from edgepress.pipeline.results import open_tracker, write_results
-    from edgepress.pipeline.store import Store
+    from edgepress.pipeline.store import Store, require_apart
     from edgepress.pipeline.sweep import SweepView
     from edgepress.pipeline.workers import Here, Processes, Workers
 
     tracker = open_tracker(track, wanted.name) if track else None
     console = Console()
     out = out.absolute()
+    for configuration in wanted.configurations:
+        require_apart(configuration.recipe.model, out)
     with Store(out).opened():
         tree = sweeps.prepare(wanted, out)
         with SweepView(console, out / "sweep.log") as view:

@@ -22,6 +22,7 @@ from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
 from edgepress.checkpoints.sources import open_source
 from edgepress.eval.generation import Continuation, Decoding, same_words
+from edgepress.eval.perplexity import protocol_of, spec_of
 from edgepress.eval.results import Difference, Result, Score
 from edgepress.eval.subject import Subject
 from edgepress.eval.tasks import TASKS, Settings, Task
@@ -61,11 +62,8 @@ def open_all(names: Sequence[str]) -> list[tuple[str, Checkpoint]]:
     faults = []
     for name in names or [""]:
         try:
-            opened += (
-                _stages(Path(name).expanduser())
-                if name and is_store(Path(name).expanduser())
-                else [open_source(name or None)]
-            )
+            folder = Path(name).expanduser()
+            opened += _stages(folder) if name and is_store(folder) else [open_source(name or None)]
         except EdgepressError as error:
             faults.append(str(error))
     if faults:
@@ -162,9 +160,10 @@ def intention(
     found = f"measuring {', '.join(task.name for task in tasks)} of {subjects}"
     if {task.name for task in tasks} != {"perplexity"}:
         return found
-    seconds = measuring_seconds(settings.tokens, [checkpoint.shape for _, checkpoint in named], device, dtype)
-    tokens = f"{settings.tokens:,} tokens" if settings.tokens else "all tokens"
-    return f"{found} on {tokens} of {settings.text}: about {duration_text(max(seconds, 1))} here"
+    count = protocol_of(settings, settings.protocol).tokens
+    seconds = measuring_seconds(count, [checkpoint.shape for _, checkpoint in named], device, dtype)
+    tokens = f"{count:,} tokens" if count else "all tokens"
+    return f"{found} on {tokens} of {spec_of('perplexity', settings)}: about {duration_text(max(seconds, 1))} here"
 
 
 def keeping_answers(settings: Settings, home: Path) -> Settings:

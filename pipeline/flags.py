@@ -67,14 +67,7 @@ def recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
         flags = {names[name]: given.pop(name) for name in names}
         command(flags=flags, **given)
 
-    wrapper.__doc__ = command.__doc__
-    wrapper.__name__ = command.__name__
-    order = sorted(parameters, key=lambda p: p.default is not inspect.Parameter.empty)
-    wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in order]
-    )
-    wrapper.__annotations__ = {p.name: p.annotation for p in order}
-    return wrapper
+    return _dressed(wrapper, command, sorted(parameters, key=lambda p: p.default is not inspect.Parameter.empty))
 
 
 RecipeFile = Annotated[str, typer.Option("--recipe", help="YAML file or shipped recipe; flags go over it.")]
@@ -97,7 +90,7 @@ def settings_flags(command: Callable[..., None]) -> Callable[..., None]:
     wanted = dict(inspect.signature(command, eval_str=True).parameters)
     del wanted["settings"]
     types = get_type_hints(Settings)
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in wanted.values()]
+    parameters = list(wanted.values())
     for field in fields(Settings):
         flag, kind, default = field.metadata["flag"], types[field.name], field.default
         many = kind == tuple[str, ...]
@@ -114,11 +107,7 @@ def settings_flags(command: Callable[..., None]) -> Callable[..., None]:
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         command(settings=Settings(**values), **given)
 
-    wrapper.__doc__ = command.__doc__
-    wrapper.__name__ = command.__name__
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapper
+    return _dressed(wrapper, command, parameters)
 
 
 # --- flags of every command -------------------------------------------------------------------------------------------
@@ -193,11 +182,17 @@ def _extended(
     wrapper: Callable[..., None], command: Callable[..., None], more: list[inspect.Parameter]
 ) -> Callable[..., None]:
     """The wrapper with the command's name, text and parameters, and these more."""
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *more)]
+    return _dressed(wrapper, command, [*inspect.signature(command, eval_str=True).parameters.values(), *more])
+
+
+def _dressed(
+    wrapper: Callable[..., None], command: Callable[..., None], parameters: list[inspect.Parameter]
+) -> Callable[..., None]:
+    """The wrapper with the command's name and text, and these parameters, which typer makes flags of."""
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapper.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in keywords}
     return wrapper
 
 

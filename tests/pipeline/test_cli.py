@@ -191,8 +191,9 @@ def test_an_output_folder_stands_for_its_result(compress: Command, chain: Path, 
     assert json.loads(packed[0].stdout)["sha256"] == json.loads(packed[1].stdout)["sha256"]
     plans = [compress("plan", named, "--skip", "depth,wanda,lora,gptq", "--json") for named in (chain, result)]
     assert plans[0].returncode == plans[1].returncode and plans[0].stderr == plans[1].stderr
-    done = compress("run", chain, "-o", chain)
-    assert done.returncode == 2 and "the output folder itself" in done.stderr
+    for command in ("run", "ablate"):
+        done = compress(command, chain, "-o", chain)
+        assert done.returncode == 2 and "the output folder itself" in done.stderr
 
 
 def test_pack_writes_over_a_file_only_when_told(compress: Command, chain: Path, tmp_path: Path) -> None:
@@ -225,6 +226,16 @@ def test_quiet_and_verbose(compress: Command, chain: Path) -> None:
     assert quiet[1] == "" and "measuring perplexity of" in usual[1]
     assert len(verbose[1].splitlines()) > len(usual[1].splitlines())
     assert compress("eval", "-q", "-v").returncode == 2
+
+
+def test_eval_says_what_it_is_about_to_measure(compress: Command, chain: Path, tmp_path: Path) -> None:
+    """The tokens that --limit leaves, and the text that --from names; with --json nothing."""
+    text = tmp_path / "own.txt"
+    text.write_text("a line of one's own, and another\n" * 200)
+    asked = ("eval", chain / "result", "--window", 64, "--limit", 2, "--from", f"perplexity={text}")
+    done = compress(*asked, "--task", "perplexity", "--answers", "none")
+    assert done.returncode == 0 and f"on 128 tokens of {text}: about" in done.stderr, done.stderr
+    assert "measuring" not in compress(*asked, "--task", "perplexity", "--answers", "none", "--json").stderr
 
 
 def test_fit_says_so_where_nothing_fits(compress: Command) -> None:
