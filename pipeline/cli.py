@@ -20,7 +20,7 @@ from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import PlanError, in_words
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.quiet import quiet_libraries
-from edgepress.pipeline import cli_eval, cli_hardware, cli_model, cli_sweep
+from edgepress.pipeline import cli_eval, cli_export, cli_hardware, cli_model, cli_sweep
 from edgepress.pipeline.flags import (
     Json,
     Out,
@@ -195,7 +195,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Before a run": (plan, cli_hardware.check, cli_hardware.fit, cli_hardware.socs, cli_model.rank),
     "Many runs": (cli_sweep.sweep, cli_sweep.ablate, cli_model.report),
     "What a result is worth": (cli_eval.evaluate, cli_eval.compare, cli_eval.generate),
-    "A result's files": (cli_model.verify, cli_model.pack, cli_model.unpack, cli_model.export, cli_model.simulate),
+    "A result's files": (cli_model.verify, cli_model.pack, cli_model.unpack, cli_export.export, cli_export.simulate),
 }
 for panel, commands in _COMMANDS.items():
     for command in commands:

@@ -1,0 +1,206 @@
+"""The commands export and simulate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from edgepress.checkpoints.errors import PlanError, near
+from edgepress.checkpoints.quiet import quiet_libraries
+from edgepress.pipeline.flags import Json, with_model
+from edgepress.pipeline.formats import FORMATS, Wanted, module_of
+
+if TYPE_CHECKING:
+    from edgepress.pipeline.export import Export
+
+EXIT_OTHER_TOKENS = 1
+ON_CHIPS = {
+    "rv32": "a C program for a chip's plain RISC-V cores with an FPU, linked into exactly its memories, that continues "
+    "the prompt greedily. README lists the families whose blocks it has. Nothing is lost",
+    "deeploy": "one decode step as a graph of 8-bit integers for the compiler Deeploy. Its perplexity is measured",
+}
+
+
+Soc = Annotated[str, typer.Option(help="A shipped chip or a .toml file, with addresses.")]
+Context = Annotated[int, typer.Option(help="Tokens in the KV cache.")]
+KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value, in Python too: 32, or 8 with scales.")]
+NewTokens = Annotated[int, typer.Option(help="New tokens at most.")]
+
+
+def _telling_targets(command: Callable[..., None]) -> Callable[..., None]:
+    """Put each value of --to into the command's `--help`."""
+    told = [f"{name}: {words}." for name, words in ON_CHIPS.items()]
+    told += [f"{name}: for {form.reader}. {form.loses}." for name, form in FORMATS.items()]
+    command.__doc__ = "\n\n".join([command.__doc__ or "", *told])
+    return command
+
+
+@with_model("checkpoint")
+@_telling_targets
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
+    to: Annotated[str, typer.Option(help="For what; the list is below.")] = "rv32",
+    soc: Soc = "siracusa",
+    context: Context = 256,
+    kv_bits: KvBits = 32,
+    prompt: Annotated[str, typer.Option(help="What the program continues.")] = "Once upon a time",
+    tokens: NewTokens = 64,
+    text: Annotated[str, typer.Option(help="deeploy: chooses scales with its first part, measures on the rest.")] = "",
+    deeploy: Annotated[str, typer.Option(help="deeploy: a Python that has deeploy-pulp.")] = "",
+    kind: Annotated[str, typer.Option("--type", help="The format's own types, where the list below has some.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Although it does not fit; over what is there.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="What to write [default: chip, model.gguf, …].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as what others run: a program for a chip, or a file format.
+
+    Exit code 0: written; 3: it does not fit the chip, and nothing was written.
+    """
+    if to not in ON_CHIPS and to not in FORMATS:
+        raise PlanError(f"--to {to}: there is {', '.join((*ON_CHIPS, *FORMATS))}{near(to, (*ON_CHIPS, *FORMATS))}")
+    if to != "deeploy" and (text or deeploy):
+        raise PlanError("--text and --deeploy go with --to deeploy")
+    if to == "deeploy" and kv_bits not in (8, 32):
+        raise PlanError(f"--kv-bits {kv_bits}: Deeploy's graph has eight bits throughout")
+    if to in FORMATS:
+        _export_file(checkpoint, to, kind, force, out, as_json)
+        return
+    if kind or as_json:
+        raise PlanError(f"--type and --json go with --to {', '.join(FORMATS)}")
+    out = out or Path("chip")
+    quiet_libraries()
+    if to == "deeploy":
+        from edgepress.pipeline.cli_deeploy import export_to_deeploy
+
+        export_to_deeploy(checkpoint, soc, context, prompt, tokens, text or "embedded", deeploy, force, out)
+        return
+    from edgepress.pipeline.export import require_room_for
+
+    require_room_for(out)
+    planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits)
+    for use in planned.uses:
+        parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in use.parts.items())
+        typer.echo(f"{use.name}: {use.nbytes:,} of {use.capacity:,} bytes ({parts})")
+    _require_fit(planned, force)
+    planned.write(out)
+    typer.echo(f"{out}: make -C {out} check compiles it, runs it, and compares its tokens with Python's")
+
+
+def _export_file(checkpoint: Path, to: str, kind: str, force: bool, out: Path | None, as_json: bool) -> None:
+    """Write one of the formats that are no program."""
+    form = FORMATS[to]
+    if kind and kind not in form.types:
+        there = f"there is {', '.join(form.types)}{near(kind, form.types)}" if form.types else f"--to {to} has no types"
+        raise PlanError(f"--type {kind}: {there}")
+    out = out or Path(form.default)
+    if (out.is_file() or (out.is_dir() and any(out.iterdir()))) and not force:
+        raise PlanError(f"{out} is there already; write over it with --force, or choose another with -o")
+    quiet_libraries()
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.runtime import Runtime
+    from edgepress.pipeline.progress import Reporter
+    from edgepress.pipeline.store import checkpoint_folder
+
+    source = Checkpoint.open(checkpoint_folder(checkpoint), hashes=True)
+    with Reporter(Console(stderr=True), quiet=as_json) as reporter:
+        written = module_of(form).write(source, Wanted(out, kind), Runtime(progress=reporter))
+    if as_json:
+        facts = {"path": str(written.path), "format": to, "bytes": written.nbytes, "notes": list(written.notes)}
+        typer.echo(json.dumps(facts | dict(written.facts), indent=2))
+        return
+    typer.echo(f"{written.path}: {written.nbytes:,} bytes for {form.reader}")
+    for note in written.notes:
+        typer.echo(note)
+
+
+@with_model("checkpoint")
+def simulate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
+    prompt: Annotated[str, typer.Argument(help="What the model continues.")] = "Once upon a time",
+    soc: Soc = "siracusa",
+    context: Context = 256,
+    kv_bits: KvBits = 32,
+    tokens: NewTokens = 64,
+) -> None:
+    """Let a checkpoint write on inside a chip's memories.
+
+    The program of the command export is compiled and runs on a simulated RISC-V core. Exit code 1: its tokens are not
+    those of Python; 3: it does not fit.
+    """
+    quiet_libraries()
+    import tempfile
+
+    from edgepress.hardware.rv32.build import build, find_compiler
+    from edgepress.hardware.rv32.cost import instructions
+    from edgepress.hardware.rv32.simulator import (
+        difference,
+        expected_tokens,
+        operator_lines,
+        printer,
+        require_simulator,
+        used_bytes,
+    )
+    from edgepress.hardware.rv32.simulator import simulate as run_program
+
+    require_simulator()
+    compiler = find_compiler()
+    planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits)
+    _require_fit(planned, force=False)
+
+    with tempfile.TemporaryDirectory(prefix="edgepress-chip-") as made:
+        folder = Path(made)
+        planned.write(folder)
+        build(folder, compiler)
+        outcome, wanted = run_program(folder, printer()), expected_tokens(folder)
+    new = len(outcome.tokens) - len(planned.run.prompt)  # fewer than asked for where a token ended the text
+    guess = instructions(planned.checkpoint.shape, replace(planned.run, new_tokens=new))
+    typer.echo("\n\n" + "\n".join(operator_lines(outcome, guess)) + "\n")
+    for row in used_bytes(outcome, [use.to_dict() for use in planned.uses]):
+        parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in row["parts"].items())
+        typer.echo(
+            f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({parts}); predicted {row['predicted']:,}"
+        )
+    if told := difference(outcome.tokens, wanted):
+        typer.echo(told)
+        raise typer.Exit(EXIT_OTHER_TOKENS)
+    alike = "" if kv_bits == 32 else f", its keys and values rounded to {kv_bits} bits alike"
+    typer.echo(f"all {len(wanted)} tokens are those of Python in float32{alike}")
+
+
+def _planned(checkpoint: Path, soc: str, context: int, prompt: str, tokens: int, kv_bits: int) -> Export:
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.hardware.soc import load_soc
+    from edgepress.pipeline.export import plan_export
+    from edgepress.pipeline.store import checkpoint_folder
+
+    source = Checkpoint.open(checkpoint_folder(checkpoint), hashes=True)
+    return plan_export(source, load_soc(soc), prompt, tokens, context, kv_bits)
+
+
+def _require_fit(planned: Export, force: bool) -> None:
+    """End with the code 3 and the verdict of the command check where the program does not fit."""
+    from edgepress.hardware.check import check as judge
+    from edgepress.hardware.rv32.predict import misfit
+    from edgepress.hardware.show import print_verdict
+    from edgepress.pipeline.cli_hardware import EXIT_DOES_NOT_FIT
+
+    missing = misfit(planned.checkpoint.shape, planned.run, planned.uses)
+    if not missing:
+        return
+    typer.echo(f"the program does not fit {planned.soc.label}: {missing}")
+    name, run = planned.checkpoint.name, planned.run
+    verdict = judge(
+        planned.checkpoint.shape, planned.soc, context=run.context, kv_bits=run.kv_bits, activation_bits=32,
+        prefill_chunk=1, name=name, levers=True,
+    )  # fmt: skip
+    print_verdict(Console(), verdict)
+    if not force:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
