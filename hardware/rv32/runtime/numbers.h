@@ -31,31 +31,43 @@ static inline float from_half(half h) {
 
 static inline float from_brain(word h) { return from_bits(h << 16); }
 
+/* a b + c, rounded once: one instruction of RV32F. Compilers are told to join no others, so that the program has the
+ * same numbers, to the last bit, on every machine it is compiled for. */
+static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
 static inline float exponential(float x) {
     if (x < -87.0f) return 0.0f;
     if (x > 88.0f) x = 88.0f;
-    int n = (int)(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f));
+    int n = (int)fused(x, 1.44269504f, x < 0.0f ? -0.5f : 0.5f);
     /* ln 2 in two parts, so that the difference keeps its digits; then Taylor's series for |r| <= ln 2 / 2. */
-    float r = (x - (float)n * 0.693359375f) + (float)n * 2.12194440e-4f;
+    float r = fused((float)n, 2.12194440e-4f, fused((float)n, -0.693359375f, x));
     float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    p = fused(p, r, 1.0f / 720);
+    p = fused(p, r, 1.0f / 120);
+    p = fused(p, r, 1.0f / 24);
+    p = fused(p, r, 1.0f / 6);
+    p = fused(p, r, 0.5f);
+    p = fused(p, r, 1.0f);
+    p = fused(p, r, 1.0f);
     return p * from_bits((word)(n + 127) << 23);
 }
 
 /* Of an angle from 0 to 12,000: less a multiple of pi / 2 in three parts, then Taylor's series for |r| <= pi / 4. */
 static inline void turn(float angle, float *cosine, float *sine) {
-    int quarter = (int)(angle * 0.636619772f + 0.5f);
+    int quarter = (int)fused(angle, 0.636619772f, 0.5f);
     float k = (float)quarter;
-    float r = ((angle - k * 1.5703125f) - k * 4.837512969970703e-4f) - k * 7.549789954891882e-8f;
-    float rr = r * r;
-    float s = r * (1.0f + rr * (-1.0f / 6 + rr * (1.0f / 120 + rr * (-1.0f / 5040 + rr * (1.0f / 362880)))));
-    float c = 1.0f + rr * (-0.5f + rr * (1.0f / 24 + rr * (-1.0f / 720 + rr * (1.0f / 40320 - rr * (1.0f / 3628800)))));
+    float r = fused(k, -7.549789954891882e-8f, fused(k, -4.837512969970703e-4f, fused(k, -1.5703125f, angle)));
+    float rr = r * r, s = 1.0f / 362880, c = -1.0f / 3628800;
+    s = fused(s, rr, -1.0f / 5040);
+    s = fused(s, rr, 1.0f / 120);
+    s = fused(s, rr, -1.0f / 6);
+    s = fused(s, rr, 1.0f);
+    s *= r;
+    c = fused(c, rr, 1.0f / 40320);
+    c = fused(c, rr, -1.0f / 720);
+    c = fused(c, rr, 1.0f / 24);
+    c = fused(c, rr, -0.5f);
+    c = fused(c, rr, 1.0f);
     float swap = quarter & 1 ? s : c, other = quarter & 1 ? c : s;
     *cosine = (quarter + 1) & 2 ? -swap : swap;
     *sine = quarter & 2 ? -other : other;

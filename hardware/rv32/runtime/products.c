@@ -57,13 +57,13 @@ INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sum[r] += number(format, row[r], i) * v[i];
+                for (int i = 0; i < 4; i++) sum[r] = fused(number(format, row[r], i), v[i], sum[r]);
                 row[r] += row_bytes(format, 4);
             }
 #pragma GCC unroll 1
         for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) sum[r] += number(format, row[r], i) * v[i];
+            for (int r = 0; r < ROWS; r++) sum[r] = fused(number(format, row[r], i), v[i], sum[r]);
         add_sums(sum, left, y);
     }
 }
@@ -119,13 +119,13 @@ static __attribute__((noinline)) void shift(const struct linear *l, const float 
 /* The sum of code x over the codes of a word from bit `first` on, `count` of them, each `bits` wide. */
 #define WORD(codes, bits, first, count, place)                                                                         \
     for (int i = 0; i < count; i++)                                                                                    \
-        sum += (float)((codes) & ((1u << bits) - 1) << (bits * i + first)) * x[place + i]
+        sum = fused((float)((codes) & ((1u << bits) - 1) << (bits * i + first)), x[place + i], sum)
 
 /* sum + the sum of code x over a unit: the least whole number of words that holds a whole number of codes. */
 INLINED float unit_of(unsigned format, const word *w, const float *x, float sum) {
     if (format == Q8) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) sum += (float)((const byte *)w)[i] * x[i];
+        for (int i = 0; i < 4; i++) sum = fused((float)((const byte *)w)[i], x[i], sum);
     } else if (format == Q4) {
         word a = w[0];
 #pragma GCC unroll 8
@@ -138,10 +138,10 @@ INLINED float unit_of(unsigned format, const word *w, const float *x, float sum)
         word a = w[0], b = w[1], c = w[2];
 #pragma GCC unroll 10
         WORD(a, 3, 0, 10, 0);
-        sum += (float)((a >> 30 | b << 2) & 7) * x[10];
+        sum = fused((float)((a >> 30 | b << 2) & 7), x[10], sum);
 #pragma GCC unroll 10
         WORD(b, 3, 1, 10, 11);
-        sum += (float)((b >> 31 | c << 1) & 7) * x[21];
+        sum = fused((float)((b >> 31 | c << 1) & 7), x[21], sum);
 #pragma GCC unroll 10
         WORD(c, 3, 2, 10, 22);
     }
@@ -188,8 +188,8 @@ INLINED void grid_rows(unsigned format, const struct linear *l, const float *x, 
                 }
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
-                sum[r] += (float)*zeros[r] * *less;
-                all[r] += from_half(*scales[r]++) * sum[r];
+                sum[r] = fused((float)*zeros[r], *less, sum[r]);
+                all[r] = fused(from_half(*scales[r]++), sum[r], all[r]);
                 zeros[r] += step;
             }
         }
@@ -254,12 +254,16 @@ void embed(int token, float *x) {
         CASE(U4);
 #undef CASE
         }
-        x[i] = value * scale + minimum;
+        x[i] = fused(value, scale, minimum);
 #ifdef EMBEDDING_SCALE
         x[i] *= EMBEDDING_SCALE;
 #endif
     }
 }
+
+#ifdef EVERY_LOGIT /* who asks for them has them defined */
+extern float logits[VOCABULARY];
+#endif
 
 int likeliest(const float *x) {
     float sum = 0.0f, best = 0.0f;
@@ -267,11 +271,14 @@ int likeliest(const float *x) {
     for (int i = 0; i < HIDDEN; i++) sum += x[i];
     for (int first = 0; first < VOCABULARY; first += TOGETHER) {
         int count = VOCABULARY - first < TOGETHER ? VOCABULARY - first : TOGETHER;
-        float logits[TOGETHER] = {0.0f};
-        plain(HEAD.format, matrix_row(&HEAD, first), count, x, HIDDEN, logits);
+        float some[TOGETHER] = {0.0f};
+        plain(HEAD.format, matrix_row(&HEAD, first), count, x, HIDDEN, some);
         for (int r = 0, token = first; r < count; r++, token++) {
-            float logit = logits[r];
-            if (HEAD.scales) logit = logit * half_at(HEAD.scales, token) + half_at(HEAD.minimum, token) * sum;
+            float logit = some[r];
+            if (HEAD.scales) logit = fused(logit, half_at(HEAD.scales, token), half_at(HEAD.minimum, token) * sum);
+#ifdef EVERY_LOGIT
+            logits[token] = logit;
+#endif
             if (found < 0 || logit > best) best = logit, found = token;
         }
     }

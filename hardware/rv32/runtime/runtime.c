@@ -46,8 +46,12 @@ static struct {
 #ifdef ATTENTION_CAP
 static float hyperbolic_tangent(float x) {
     float xx = x * x;
-    if (xx < 0.0625f) /* Taylor's series: the difference below would cancel */
-        return x * (1.0f + xx * (-1.0f / 3 + xx * (2.0f / 15 + xx * (-17.0f / 315 + xx * (62.0f / 2835)))));
+    if (xx < 0.0625f) { /* Taylor's series: the difference below would cancel */
+        float p = fused(62.0f / 2835, xx, -17.0f / 315);
+        p = fused(p, xx, 2.0f / 15);
+        p = fused(p, xx, -1.0f / 3);
+        return x * fused(p, xx, 1.0f);
+    }
     return 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
 }
 #endif
@@ -58,12 +62,15 @@ static float activated(float x) {
     case ACT_GELU: {
         /* The error function by a polynomial (Abramowitz and Stegun 7.1.26), to 1.5e-7. */
         float z = (x < 0.0f ? -x : x) * 0.707106781f;
-        float t = 1.0f / (1.0f + 0.3275911f * z);
-        float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-        float tail = 0.5f * p * exponential(-z * z); /* of the normal distribution, beyond |x| */
+        float t = 1.0f / fused(0.3275911f, z, 1.0f);
+        float p = fused(1.061405429f, t, -1.453152027f);
+        p = fused(p, t, 1.421413741f);
+        p = fused(p, t, -0.284496736f);
+        p = fused(p, t, 0.254829592f);
+        float tail = 0.5f * (p * t) * exponential(-z * z); /* of the normal distribution, beyond |x| */
         return x * (x < 0.0f ? tail : 1.0f - tail);
     }
-    case ACT_GELU_PYTORCH_TANH: return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+    case ACT_GELU_PYTORCH_TANH: return x / (1.0f + exponential(-1.59576912f * fused(0.044715f * x * x, x, x)));
     case ACT_RELU: return x > 0.0f ? x : 0.0f;
     default: return x > 0.0f ? x * x : 0.0f;
     }
@@ -78,7 +85,7 @@ static OPERATOR void norm(const float *x, unsigned weight, float *y, int n) {
     for (int i = 0; i < n; i++) mean += x[i];
     mean /= (float)n;
 #endif
-    for (int i = 0; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
+    for (int i = 0; i < n; i++) sum = fused(x[i] - mean, x[i] - mean, sum);
     float factor = 1.0f / __builtin_sqrtf(sum / (float)n + EPSILON);
     for (int i = 0; i < n; i++) y[i] = floats(weight)[i] * ((x[i] - mean) * factor);
 }
@@ -95,8 +102,8 @@ static OPERATOR void rotate(float *x, int heads, int set) {
     for (int h = 0; h < heads; h++, x += HEAD_DIM)
         for (int i = 0; i < ROTARY / 2; i++) {
             float a = x[i], b = x[i + ROTARY / 2];
-            x[i] = a * act.cosine[set][i] - b * act.sine[set][i];
-            x[i + ROTARY / 2] = b * act.cosine[set][i] + a * act.sine[set][i];
+            x[i] = fused(a, act.cosine[set][i], -(b * act.sine[set][i]));
+            x[i + ROTARY / 2] = fused(b, act.cosine[set][i], a * act.sine[set][i]);
         }
 }
 
@@ -130,7 +137,7 @@ static OPERATOR void keep(const float *x, int which, int slot) {
         float inverse = from_brain(scale) < 0x1p-100f ? 0.0f : 1.0f / from_brain(scale);
         cache.scales[which][slot][h] = (half)scale;
         for (int i = 0; i < HEAD_DIM; i++)
-            cache.numbers[which][slot][h * HEAD_DIM + i] = (kept)(int)(x[i] * inverse + (x[i] < 0.0f ? -0.5f : 0.5f));
+            cache.numbers[which][slot][h * HEAD_DIM + i] = (kept)(int)fused(x[i], inverse, x[i] < 0.0f ? -0.5f : 0.5f);
     }
 }
 #define KEPT_SCALE(which, slot, head) from_brain(cache.scales[which][slot][head])
@@ -149,7 +156,7 @@ static OPERATOR void attention(int layer, int position) {
         for (int t = 0; t < seen; t++) {
             const kept *k = cache.numbers[0][first + t] + own;
             float score = 0.0f;
-            for (int i = 0; i < HEAD_DIM; i++) score += (float)k[i] * q[i];
+            for (int i = 0; i < HEAD_DIM; i++) score = fused((float)k[i], q[i], score);
             score *= ATTENTION_SCALE * KEPT_SCALE(0, first + t, shared);
 #ifdef ATTENTION_CAP
             score = ATTENTION_CAP * hyperbolic_tangent(score / ATTENTION_CAP);
@@ -163,7 +170,7 @@ static OPERATOR void attention(int layer, int position) {
             const kept *v = cache.numbers[1][first + t] + own;
             sum += share;
             share *= KEPT_SCALE(1, first + t, shared);
-            for (int i = 0; i < HEAD_DIM; i++) out[i] += share * (float)v[i];
+            for (int i = 0; i < HEAD_DIM; i++) out[i] = fused(share, (float)v[i], out[i]);
         }
         for (int i = 0; i < HEAD_DIM; i++) out[i] /= sum;
     }
@@ -214,9 +221,10 @@ INLINED void leave(int layer, int role, const float *x, int kind) {
     if (kind != NONE) norm(act.query, NORMS[layer][kind], act.query, HIDDEN);
     for (int i = 0; i < HIDDEN; i++) {
 #ifdef RESIDUAL_SCALE
-        act.query[i] *= RESIDUAL_SCALE;
-#endif
+        act.x[i] = fused(act.query[i], RESIDUAL_SCALE, act.x[i]);
+#else
         act.x[i] += act.query[i];
+#endif
     }
 #else
     (void)kind;
