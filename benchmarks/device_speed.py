@@ -107,15 +107,18 @@ NAIVE = r"""
 #include "products.h"
 static float half_at(const half *at) { return from_half(*at); }
 void linear(const struct linear *l, const float *x, float *y, int add) {
-    const byte *codes = weights + l->codes, *zeros = weights + l->zeros;
-    const half *scales = (const half *)(weights + l->scales);
-    int bits = l->format == Q4 ? 4 : 8, groups = l->columns / l->group;
+    const int bits = 4, unit = 8; /* what it is measured with */
+    word group = 12 + (word)(4 * l->group * bits / 8); /* bytes of four rows' group */
     for (int row = 0; row < l->rows; row++) {
+        const byte *four = weights + l->codes + (word)(row / 4 * (l->columns / l->group)) * group;
+        int r = row % 4;
         float sum = 0.0f;
         for (int i = 0; i < l->columns; i++) {
-            word place = (word)(row * l->columns + i) * (word)bits;
-            int code = codes[place / 8] >> (place & 7) & ((1 << bits) - 1), g = row * groups + i / l->group;
-            sum += half_at(scales + g) * (float)(code - (zeros[g] + 1)) * x[i];
+            const byte *at = four + (word)(i / l->group) * group;
+            int place = i % l->group;
+            word codes = ((const word *)(at + 12))[place / unit * 4 + r];
+            int code = (int)(codes >> place % unit * bits & ((1u << bits) - 1));
+            sum += half_at((const half *)at + r) * (float)(code - (at[8 + r] + 1)) * x[i];
         }
         y[row] = add ? y[row] + sum : sum;
     }

@@ -23,13 +23,14 @@ from scipy.optimize import nnls
 from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.rv32 import cost
 from edgepress.hardware.rv32.build import build, find_compiler
 from edgepress.hardware.rv32.families import Rope, layers, numbers_of, rope_kinds
-from edgepress.hardware.rv32.layout import Layout
+from edgepress.hardware.rv32.layout import Layout, code_form
 from edgepress.hardware.rv32.memory import LINEAR_BYTES, linker_script, memory_use, table_bytes
 from edgepress.hardware.rv32.project import Run, model_header, model_source, sources
+from edgepress.hardware.rv32.rows import encode
 from edgepress.hardware.rv32.simulator import Outcome, simulate
 from edgepress.hardware.soc import load_soc
 
@@ -108,7 +109,7 @@ OTHERS = [
     ),
     Case("llama, 3 bit, 8-bit cache", llama(192, 512, 6, 3, 1000), Grid(3, 64), embedding_bits=8, kv_bits=8),
     Case("qwen3, 8 bit", llama(128, 384, 4, 2, 600, model_type="qwen3", head_dim=32), Grid(8, 128), embedding_bits=4),
-    Case("gemma2, 4 bit", llama(160, 320, 5, 5, 400) | _GEMMA | {"model_type": "gemma2"}, Grid(4, 32, True)),
+    Case("gemma2, 4 bit", llama(128, 320, 8, 8, 400) | _GEMMA | {"model_type": "gemma2"}, Grid(4, 32, True)),
     Case("mistral, bfloat16", llama(64, 224, 4, 1, 300, model_type="mistral", sliding_window=12), dtype="BF16"),
 ]  # fmt: skip
 
@@ -121,7 +122,9 @@ def measured(
     run = replace(case.run(), context=context, prompt=range(1, 1 + prompt))
     layout = Layout(shape, 0)
     dice = np.random.default_rng(1)
-    contents = {name: _random(name, part.nbytes, shape, case, dice) for name, part in layout.parts.items()}
+    contents = {name: _random(name, part.nbytes, case, dice) for name, part in layout.parts.items()}
+    for index, block in enumerate(shape.blocks) if case.grid else ():
+        contents |= {f"{index}.{layer.name}.codes": _codes(layer.shape, dice) for layer in layers(shape, block)}
     tables = table_bytes(shape, len(run.prompt), len(run.ends), run.context)
     uses = memory_use(shape, load_soc("siracusa"), layout.nbytes, tables, run.context, run.kv_bits)
     numbers = numbers_of(shape, {"rope_parameters": None, **shape.config}, run.context)
@@ -145,15 +148,22 @@ def measured(
     return simulate(folder)
 
 
-def _random(name: str, nbytes: int, shape: ModelShape, case: Case, dice: np.random.Generator) -> bytes:
+def _codes(x: LinearShape, dice: np.random.Generator) -> bytes:
+    assert isinstance(x.grid, Grid)
+    sides = x.out_features, x.grid.groups(x.in_features)
+    codes, zeros = (dice.integers(0, 2**x.grid.bits - 1, size, np.uint8) for size in ((sides[0], x.in_features), sides))
+    scales = dice.uniform(0.01, 0.02, sides).astype(np.float16)
+    return encode(code_form(x.grid), codes, scales, None if x.grid.symmetric else zeros)
+
+
+def _random(name: str, nbytes: int, case: Case, dice: np.random.Generator) -> bytes:
     kind = name.rpartition(".")[2]
     if kind in ("piece_starts", "pieces", "order"):
         return bytes(nbytes)
     if kind in ("scales", "minimum"):
         return dice.uniform(0.01, 0.02, nbytes // 2).astype(np.float16).tobytes()
     outer = name.startswith(("model.embed_tokens", "lm_head"))
-    coded = case.embedding_bits if outer else case.grid
-    if (kind == "codes" and coded) or kind == "zeros" or (kind in "ab" and case.linear.get("adapter_packed")):
+    if (kind == "codes" and outer and case.embedding_bits) or (kind in "ab" and case.linear.get("adapter_packed")):
         return dice.integers(0, 256, nbytes, np.uint8).tobytes()
     form = case.linear.get("adapter_dtype", "F32") if kind in "ab" else case.dtype if kind == "codes" else "F32"
     numbers = dice.normal(0, 0.3, nbytes // (4 if form == "F32" else 2)).astype(np.float32)

@@ -38,12 +38,22 @@ from edgepress.checkpoints.image import (
 )
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.packed_sizes import image_table
-from edgepress.checkpoints.packing import group_of, pack, unpack
+from edgepress.checkpoints.packing import group_of, pack
 from edgepress.checkpoints.runtime import Progress
 from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape, parse_sparsity
 from edgepress.checkpoints.writer import TOKENIZER_FILES
-from edgepress.hardware.rv32.families import layers, norms
-from edgepress.hardware.rv32.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, matrices, require_runnable
+from edgepress.hardware.rv32.families import Layer, layers, norms
+from edgepress.hardware.rv32.layout import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MAGIC,
+    Layout,
+    code_form,
+    matrices,
+    require_runnable,
+)
+from edgepress.hardware.rv32.rows import decode
 from edgepress.pipeline.export import program_contents, token_pieces
 
 END = b"EPDEVICE"
@@ -134,6 +144,8 @@ def unpack_device(path: Path, folder: Path, progress: Progress | None = None) ->
         documents, at = {}, 0
         for name, size in about["documents"].items():
             documents[name], at = files[at : at + size], at + size
+        if not weights.startswith(MAGIC):
+            raise CheckpointError(f"{path} has an older layout; pack the checkpoint anew")
         if layout.nbytes != len(weights) or set(documents) - set(TOKENIZER_FILES):
             raise ValueError("other bytes of weights or other files than its shape has")
         table, _ = image_table(shape)
@@ -170,16 +182,11 @@ class _Reader:
             own = [layer for layer in layers(shape, block) if layer.source == x]
             parts: dict[str, Tensor] = {}
             for layer in own:
-                for kind, (dtype, width) in _kinds(x).items():
-                    name = f"{index}.{layer.name}.{kind}"
-                    if name not in self._layout.parts:
-                        continue
-                    whole = kind in ("a", "rank_scales") or layer.rows is None
-                    stored = self._part(name, dtype, (-1, *width))
-                    if whole:
+                for kind, stored in self._parts_of(index, layer).items():
+                    if kind in ("a", "rank_scales") or layer.rows is None:
                         parts[kind] = stored
                     else:
-                        full = parts.setdefault(kind, stored.new_zeros((x.out_features, *width)))
+                        full = parts.setdefault(kind, stored.new_zeros((x.out_features, *stored.shape[1:])))
                         full[torch.tensor(layer.rows)] = stored
             places = [f"{index}.{layer.name}.order" for layer in own]
             for name in places if isinstance(x.grid, Grid) else ():
@@ -212,15 +219,30 @@ class _Reader:
         data = bytearray(self._weights[part.offset : part.offset + part.nbytes])
         return torch.frombuffer(data, dtype=_DTYPES[dtype]).view(shape)
 
+    def _parts_of(self, index: int, layer: Layer) -> dict[str, Tensor]:
+        """The parts of one layer of the program: codes, scales and zeros (rows, ...) of a grid apart."""
+        x, found = layer.shape, dict[str, Tensor]()
+        for kind, (dtype, width) in _kinds(x).items():
+            name = f"{index}.{layer.name}.{kind}"
+            if name not in self._layout.parts:
+                continue
+            stored = self._part(name, dtype, (-1, *width))
+            if kind == "codes" and isinstance(x.grid, Grid):
+                sizes = x.out_features, x.in_features, x.grid.groups(x.in_features)
+                apart = decode(code_form(x.grid), stored.numpy().tobytes(), *sizes, not x.grid.symmetric)
+                found |= {kind: torch.from_numpy(array) for kind, array in apart.items()}
+            else:
+                found[kind] = stored
+        return found
+
     def _linear(self, x: LinearShape, parts: Mapping[str, Tensor], found: Contents) -> None:
         if isinstance(x.grid, Grid):
             bits, groups = x.grid.bits, x.grid.groups(x.in_features)
             middle = torch.full((x.out_features, groups), 2 ** (bits - 1) - 1, dtype=torch.uint8)
-            words, groups_of = parts["codes"].T.contiguous(), group_of(x.in_features, x.grid.group)
+            codes, groups_of = parts["codes"].T, group_of(x.in_features, x.grid.group)
             if "order" in parts:  # the program's columns lie group by group
-                words = pack(_put_back(unpack(words, bits, x.in_features), parts["order"]), bits)
-                groups_of = _put_back(groups_of, parts["order"])
-            found.tensor[f"{x.name}.qweight"] = words
+                codes, groups_of = _put_back(codes, parts["order"]), _put_back(groups_of, parts["order"])
+            found.tensor[f"{x.name}.qweight"] = pack(codes, bits)
             found.tensor[f"{x.name}.scales"] = parts["scales"].T.contiguous()
             found.tensor[f"{x.name}.qzeros"] = pack(parts.get("zeros", middle).int(), bits).T.contiguous()
             found.tensor[f"{x.name}.g_idx"] = groups_of
@@ -259,14 +281,9 @@ def _put_back(rows: Tensor, order: Tensor) -> Tensor:
 def _kinds(x: LinearShape) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Of each part of a layer the numbers' precision, and how many a row has."""
     adapter = "I8" if x.adapter_packed else x.adapter_dtype
-    codes: tuple[str, int] = (x.dtype, x.in_features)
-    groups = 0
-    if isinstance(x.grid, Grid):
-        codes, groups = ("I32", x.in_features * x.grid.bits // 32), x.grid.groups(x.in_features)
+    codes: tuple[str, tuple[int, ...]] = (x.dtype, (x.in_features,))
     return {
-        "codes": (codes[0], (codes[1],)),
-        "scales": ("F16", (groups,)),
-        "zeros": ("U8", (groups,)),
+        "codes": ("U8", ()) if isinstance(x.grid, Grid) else codes,
         "bias": ("F32", (1,)),
         "a": (adapter, (x.in_features,)),
         "b": (adapter, (x.adapter_rank,)),

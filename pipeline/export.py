@@ -18,7 +18,7 @@ from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.errors import CheckpointError, PlanError, require_unicode
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
-from edgepress.checkpoints.packing import dequantise_rows, group_of, pack, unpack
+from edgepress.checkpoints.packing import dequantise_rows, group_of, unpack
 from edgepress.checkpoints.quiet import readable
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.rv32.cost import code_bytes
@@ -33,10 +33,19 @@ from edgepress.hardware.rv32.families import (
     numbers_of,
     rope_kinds,
 )
-from edgepress.hardware.rv32.layout import FINAL_NORM, Layout, is_ordered, matrices, require_runnable, shared
+from edgepress.hardware.rv32.layout import (
+    FINAL_NORM,
+    Layout,
+    code_form,
+    is_ordered,
+    matrices,
+    require_runnable,
+    shared,
+)
 from edgepress.hardware.rv32.memory import LINEAR_BYTES, Use, linker_script, memory_use, table_bytes
 from edgepress.hardware.rv32.predict import Prediction, predict, require_kv_bits
 from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
+from edgepress.hardware.rv32.rows import encode
 from edgepress.hardware.soc import Soc
 from edgepress.pipeline.store import checkpoint_folder
 
@@ -191,12 +200,12 @@ def program_contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, b
         for layer in layers(shape, block):
             x, where = layer.source, f"{checkpoint.folder.name}: block {index}: {layer.source.name}"
             order = _order(x, stored, where) if is_ordered(shape, x) else None
-            parts = _base(x, stored if order is None else _arranged(x, stored, order), where)
+            parts = _base(x, stored, order, where)
             if x.adapter_rank:
                 parts |= _adapter(x, adapter, codes, checkpoint.adapter_scale)
             if order is not None:
                 parts |= {"order": order.to(torch.uint16)} | ({"a": parts["a"][:, order]} if x.adapter_rank else {})
-            found |= {f"{index}.{layer.name}.{kind}": _raw(tensor) for kind, tensor in _own(layer, parts).items()}
+            found |= {f"{index}.{layer.name}.{kind}": data for kind, data in _own(layer, parts).items()}
     starts = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0).to(torch.int32)
     return found | {"piece_starts": _raw(starts), "pieces": b"".join(pieces)}
 
@@ -208,13 +217,19 @@ def _norm(shape: ModelShape, weight: Tensor, of_heads: bool = False) -> bytes:
     return _raw(1.0 + weight if family.one_more else weight)
 
 
-def _own(layer: Layer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _own(layer: Layer, parts: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Of a linear layer's parts those of a program's layer, with its rows alone in its order."""
     own = {kind: tensor for kind, tensor in parts.items() if kind not in shared(layer)}
-    if layer.rows is None:
-        return own
-    rows = torch.tensor(layer.rows)
-    return {kind: tensor if kind in ("a", "rank_scales", "order") else tensor[rows] for kind, tensor in own.items()}
+    if layer.rows is not None:
+        rows = torch.tensor(layer.rows)
+        own = {kind: x if kind in ("a", "rank_scales", "order") else x[rows] for kind, x in own.items()}
+    found = {}
+    if isinstance(layer.shape.grid, Grid):
+        codes, scales, zeros = (own.pop(kind, None) for kind in ("codes", "scales", "zeros"))
+        assert codes is not None and scales is not None
+        form = code_form(layer.shape.grid)
+        found["codes"] = encode(form, codes.numpy(), scales.numpy(), None if zeros is None else zeros.numpy())
+    return found | {kind: _raw(tensor) for kind, tensor in own.items()}
 
 
 def _order(x: LinearShape, stored: Mapping[str, Tensor], where: str) -> Tensor:
@@ -226,22 +241,18 @@ def _order(x: LinearShape, stored: Mapping[str, Tensor], where: str) -> Tensor:
     return order
 
 
-def _arranged(x: LinearShape, stored: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
-    """The stored tensors with one layer's columns in this order, in which its groups are those of storage order."""
-    words, groups = stored[f"{x.name}.qweight"], stored[f"{x.name}.g_idx"]
-    bits = 32 * len(words) // x.in_features
-    codes = pack(unpack(words, bits, x.in_features)[order], bits)
-    return {**stored, f"{x.name}.qweight": codes, f"{x.name}.g_idx": groups[order]}
-
-
-def _base(x: LinearShape, stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def _base(x: LinearShape, stored: Mapping[str, Tensor], order: Tensor | None, where: str) -> dict[str, Tensor]:
+    """The layer without its adapter; codes (out, in) of a grid one a byte, its columns in this order."""
     parts: dict[str, Tensor] = {}
     if isinstance(x.grid, Grid):
-        if not stored[f"{x.name}.g_idx"].equal(group_of(x.in_features, x.grid.group)):
+        groups = stored[f"{x.name}.g_idx"]
+        codes = unpack(stored[f"{x.name}.qweight"], x.grid.bits, x.in_features).to(torch.uint8)
+        if order is not None:
+            codes = codes[order]
+        elif not groups.equal(group_of(x.in_features, x.grid.group)):
             raise CheckpointError(f"{where} has groups out of storage order, though config.json says desc_act is false")
-        # In the file the words of a row run down a column; on the chip a row lies in one piece.
         zeros = unpack(stored[f"{x.name}.qzeros"].T.contiguous(), x.grid.bits, x.out_features)
-        parts |= {"codes": stored[f"{x.name}.qweight"].T, "scales": stored[f"{x.name}.scales"].T}
+        parts |= {"codes": codes.T, "scales": stored[f"{x.name}.scales"].T}
         if not x.grid.symmetric:
             parts["zeros"] = zeros.to(torch.uint8)
         elif bool((zeros != 2 ** (x.grid.bits - 1) - 1).any()):

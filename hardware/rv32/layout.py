@@ -15,8 +15,9 @@ from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.rv32.families import Layer, faults, layers, norms
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
-MAGIC = b"edgepress rv32 1"  # the file's first bytes: no part lies at offset 0, which the tables read as none
+MAGIC = b"edgepress rv32 2"  # the file's first bytes: no part lies at offset 0, which the tables read as none
 _DENSE = {"F32": 4, "F16": 2, "BF16": 2}
+ROWS = 4  # of a grid's matrix that lie side by side
 _FARTHEST = 12_000  # positions whose angles the program's own sine reduces without losing digits
 
 
@@ -27,6 +28,32 @@ class Part:
     name: str
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class CodeForm:
+    """How the codes of a grid's matrix lie in weights.bin."""
+
+    bits: int
+
+    @property
+    def name(self) -> str:
+        return f"Q{self.bits}"
+
+    @property
+    def unit(self) -> int:
+        """The least columns whose codes fill whole words."""
+        return 32 if self.bits == 3 else 32 // self.bits
+
+    def nbytes(self, x: LinearShape, grid: Grid) -> int:
+        """Bytes of a matrix with its scales and zero points; its rows are filled up to whole fours."""
+        fours, groups = -(-x.out_features // ROWS), grid.groups(x.in_features)
+        sides = 2 * ROWS + (0 if grid.symmetric else ROWS)
+        return fours * (groups * sides + ROWS * x.in_features * self.bits // 8)
+
+
+def code_form(grid: Grid) -> CodeForm:
+    return CodeForm(grid.bits)
 
 
 class Layout:
@@ -84,11 +111,7 @@ def _parts(shape: ModelShape, pieces: int) -> Iterator[tuple[str, int]]:
 
 def _linear_parts(x: LinearShape) -> Iterator[tuple[str, int]]:
     if isinstance(x.grid, Grid):
-        groups = x.grid.groups(x.in_features)
-        yield "codes", x.weights * x.grid.bits // 8
-        yield "scales", 2 * x.out_features * groups
-        if not x.grid.symmetric:
-            yield "zeros", x.out_features * groups
+        yield "codes", code_form(x.grid).nbytes(x, x.grid)
     else:
         yield "codes", x.weights * _DENSE[x.dtype]
     if x.bias:
@@ -186,7 +209,7 @@ def _linear_faults(x: LinearShape) -> Iterator[str]:
         yield f"{what}: quantise to an integer grid instead (--quant gptq4)"
     else:
         group = x.in_features if x.grid.group == -1 else x.grid.group
-        unit = 32 if x.grid.bits == 3 else 32 // x.grid.bits
+        unit = code_form(x.grid).unit
         if x.in_features % group or group % unit:
             yield (
                 f"groups of {group} in rows of {x.in_features} {x.grid.bits}-bit codes: a row must be whole groups, "

@@ -29,6 +29,7 @@ from edgepress.hardware.rv32.layout import (
     FINAL_NORM,
     HEAD,
     Layout,
+    code_form,
     matrices,
     most_ordered,
     outer_dtype,
@@ -74,7 +75,7 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
         "RANK": rank(shape),
         "PACKED_COLUMNS": packed_columns(shape),
         "GROUPS": most_groups(shape),
-        "FORMATS": f"({' | '.join(f'1u << {name}' for name in formats(shape))})",
+        "FORMATS": f"({' | '.join(f'1u << {name}' for name in formats(shape) if name[0] != 'Q')})",
         "PROMPT_TOKENS": len(run.prompt),
         "NEW_TOKENS": run.new_tokens,
         "END_TOKENS": len(run.ends),
@@ -113,6 +114,7 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
             *_positions(room, run.context),
             f"#define ROPE(layer) {'ROPE_SETS[layer]' if any(turns) else '0'}",
             "",
+            *_grids(shape),
             *tables,
             "",
             "#endif",
@@ -151,6 +153,21 @@ def _parts(shape: ModelShape, numbers: Numbers, ropes: Sequence[Rope]) -> dict[s
         first, *others = (_number(rope.scale) for rope in ropes)
         parts["ROPE_SCALE(set)"] = f"((set) ? {others[0]} : {first})" if others else first
     return parts | {name: _number(value) for name, (value, none) in optional.items() if value != none}
+
+
+def _grids(shape: ModelShape) -> list[str]:
+    """The grids of the model's matrices, which products.c compiles a product for."""
+    linears = {(_c_format(x), x.grid) for block in shape.blocks for x in block.linears if isinstance(x.grid, Grid)}
+    if not linears:
+        return []
+    found = {name: f"{grid.bits}, {int(not grid.symmetric)}" for name, grid in linears}
+    first, *others = sorted(found)
+    return [
+        "/* Of each grid its name, the bits of a code, and whether zero points lie beside the scales. */",
+        f"#define GRIDS(GRID) {' '.join(f'GRID({name}, {found[name]})' for name in sorted(found))}",
+        f"enum grid {{ {', '.join([f'{first} = GRID', *others])} }};",
+        "",
+    ]
 
 
 def _norm_width(norm: TensorShape, channels: int, shape: ModelShape) -> int:
@@ -229,7 +246,12 @@ def formats(shape: ModelShape) -> list[str]:
 
 
 def linear_format(x: LinearShape) -> str:
-    return f"Q{x.grid.bits}" if isinstance(x.grid, Grid) else x.dtype
+    return code_form(x.grid).name if isinstance(x.grid, Grid) else x.dtype
+
+
+def _c_format(x: LinearShape) -> str:
+    """A symmetric grid's own code has no zero points."""
+    return f"{linear_format(x)}_SYMMETRIC" if isinstance(x.grid, Grid) and x.grid.symmetric else linear_format(x)
 
 
 def adapter_format(x: LinearShape) -> str:
@@ -242,7 +264,7 @@ def matrix_format(shape: ModelShape, name: str) -> str:
 
 def _linear(layer: Layer, index: int, layout: Layout) -> str:
     x = layer.shape
-    form, group = linear_format(x), x.in_features
+    form, group = _c_format(x), x.in_features
     if isinstance(x.grid, Grid) and x.grid.group != -1:
         group = x.grid.group
     adapter = adapter_format(x) if x.adapter_rank else "F32"
@@ -250,7 +272,7 @@ def _linear(layer: Layer, index: int, layout: Layout) -> str:
     def places(*kinds: str) -> str:
         return ", ".join(str(_place(layer, index, kind, layout)) for kind in kinds)
 
-    stored, beside = places("codes", "scales", "zeros", "bias"), places("a", "b", "rank_scales")
+    stored, beside = places("codes", "bias"), places("a", "b", "rank_scales")
     return f"{{{x.out_features}, {x.in_features}, {form}, {group}, {stored}, {x.adapter_rank}, {adapter}, {beside}}}"
 
 

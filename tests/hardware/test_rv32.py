@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid, RealGrid
+from edgepress.checkpoints.shape import LinearShape
 from edgepress.hardware.rv32.build import build, find_compiler
-from edgepress.hardware.rv32.layout import MAGIC, Layout, require_runnable
+from edgepress.hardware.rv32.layout import MAGIC, Layout, code_form, require_runnable
 from edgepress.hardware.rv32.memory import Use, does_not_fit, linker_script, memory_use
 from edgepress.hardware.rv32.project import sources
+from edgepress.hardware.rv32.rows import decode, encode
 from edgepress.hardware.rv32.simulator import StoppedError, difference, require_simulator, simulate
 from edgepress.hardware.soc import load_soc
 from tests.hardware.conftest import Make
@@ -49,6 +53,47 @@ def test_the_layouts_bytes_are_those_of_its_parts(make: Make) -> None:
     assert all(part.offset % 4 == 0 for part in layout.parts.values())
     ends = [0] + [part.offset + part.nbytes for part in layout.parts.values()]
     assert all(part.offset - end in range(17) for part, end in zip(layout.parts.values(), ends, strict=False))
+
+
+def read_back(data: bytes, bits: int, rows: int, columns: int, group: int, symmetric: bool) -> list[list[float]]:
+    """The weights (rows, columns) that the codes of a grid stand for, bit by bit as FORMAT.md has it."""
+    unit, middle = {2: 16, 3: 32, 4: 8, 8: 4}[bits], 2 ** (bits - 1)
+    sides = 8 if symmetric else 12
+    record = sides + 4 * group * bits // 8
+    weights = []
+    for row in range(rows):
+        values = []
+        for column in range(columns):
+            at = (row // 4 * (columns // group) + column // group) * record
+            (scale,) = struct.unpack_from("<e", data, at + 2 * (row % 4))
+            zero = middle if symmetric else data[at + 8 + row % 4] + 1
+            place, words = column % group, unit * bits // 32
+            first = at + sides + (place // unit * 4 + row % 4) * 4 * words
+            stream = int.from_bytes(data[first : first + 4 * words], "little")
+            values.append(scale * ((stream >> place % unit * bits & 2**bits - 1) - zero))
+        weights.append(values)
+    return weights
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("rows", [4, 6])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_lie_as_the_format_says_and_come_back(bits: int, symmetric: bool, rows: int) -> None:
+    dice, columns, group = np.random.default_rng(bits), 96, 32
+    codes = dice.integers(0, 2**bits, (rows, columns), np.uint8)
+    zeros = dice.integers(0, 2**bits - 1, (rows, 3), np.uint8)
+    scales = dice.uniform(0.01, 0.02, (rows, 3)).astype(np.float16)
+    grid = Grid(bits, group, symmetric)
+    form = code_form(grid)
+    data = encode(form, codes, scales, None if symmetric else zeros)
+    assert len(data) == form.nbytes(LinearShape("", rows, columns, "F32", grid=grid), grid)
+    points = np.full((rows, 3), 2 ** (bits - 1)) if symmetric else zeros.astype(int) + 1
+    wanted = scales.astype(float).repeat(group, 1) * (codes.astype(int) - points.repeat(group, 1))
+    assert np.array_equal(read_back(data, bits, rows, columns, group, symmetric), wanted)
+    back = decode(form, data, rows, columns, 3, not symmetric)
+    given = {"codes": codes, "scales": scales} | ({} if symmetric else {"zeros": zeros})
+    assert back.keys() == given.keys() and all(np.array_equal(back[name], array) for name, array in given.items())
 
 
 @pytest.mark.unit

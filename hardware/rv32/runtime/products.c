@@ -14,9 +14,7 @@ static word row_bytes(unsigned format, word n) {
     switch (format) {
     case F32: return 4 * n;
     case F16: case BF16: return 2 * n;
-    case Q2: return n / 4;
-    case Q3: return n / 8 * 3;
-    case U4: case Q4: return n / 2;
+    case U4: return n / 2;
     default: return n;
     }
 }
@@ -34,16 +32,19 @@ INLINED float number(unsigned format, const byte *w, int i) {
     }
 }
 
-/* Add to y[0], y[1] ... the sums of the rows that there are: four, or fewer at a matrix's end. */
-INLINED void add_sums(const float *sum, int left, float *y) {
-    if (left >= ROWS)
+/* The sums of the rows that there are, four or fewer at a matrix's end, into y or added to it. */
+INLINED void put_sums(const float *sum, int left, float *y, int add) {
+    if (left >= ROWS && add)
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) y[r] += sum[r];
+    else if (left >= ROWS)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) y[r] = sum[r];
     else
-        for (int r = 0; r < left; r++) y[r] += sum[r];
+        for (int r = 0; r < left; r++) y[r] = add ? y[r] + sum[r] : sum[r];
 }
 
-INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x, int columns, float *y) {
+INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x, int columns, float *y, int add) {
     word stride = row_bytes(format, (word)columns);
     for (int left = rows; left > 0; left -= ROWS, w += ROWS * stride, y += ROWS) {
         /* Rows that are missing at the end are read as the first one. */
@@ -64,14 +65,16 @@ INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x
         for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) sum[r] = fused(number(format, row[r], i), v[i], sum[r]);
-        add_sums(sum, left, y);
+        put_sums(sum, left, y, add);
     }
 }
 
-/* y += W x for plain numbers, or for bytes and nibbles without their scale. */
-static __attribute__((noinline)) void plain(unsigned format, const byte *w, int rows, const float *x, int columns, float *y) {
+/* y = W x, or y += W x, for plain numbers, or for bytes and nibbles without their scale. */
+static __attribute__((noinline)) void plain(
+    unsigned format, const byte *w, int rows, const float *x, int columns, float *y, int add
+) {
     switch (format) {
-#define CASE(format) case format: if (HAS(format)) plain_rows(format, w, rows, x, columns, y); break
+#define CASE(format) case format: if (HAS(format)) plain_rows(format, w, rows, x, columns, y, add); break
     CASE(F32);
     CASE(F16);
     CASE(BF16);
@@ -95,8 +98,11 @@ static float shifted[PACKED_COLUMNS]; /* x, so divided */
 #define shifted x
 #endif
 
+/* The least columns whose codes fill whole words. */
+#define UNIT(bits) (bits == 2 ? 16 : bits == 3 ? 32 : bits == 4 ? 8 : 4)
+
 /* Fill `sums` and, for codes that share words, `shifted`. */
-static __attribute__((noinline)) void shift(const struct linear *l, const float *x) {
+static __attribute__((noinline)) void shift(const struct linear *l, int bits, const float *x) {
     float *to = sums;
     for (const float *last = x + l->columns; x < last; to++) {
         float sum = 0.0f;
@@ -105,14 +111,16 @@ static __attribute__((noinline)) void shift(const struct linear *l, const float 
     }
 #if PACKED_COLUMNS
     /* Where a column's code begins in its word; those of 3 bits that cross the border of two words are moved together. */
-    int unit = l->format == Q2 ? 16 : l->format == Q3 ? 32 : 8, bits = l->format == Q2 ? 2 : l->format == Q3 ? 3 : 4;
+    int unit = UNIT(bits);
     x -= l->columns;
-    if (l->format != Q8)
+    if (bits < 8)
         for (int place = 0; place < unit; place++) {
             int bit = place * bits & 31;
             float factor = from_bits((word)(127 - (bit + bits > 32 ? 0 : bit)) << 23);
             for (int i = place; i < l->columns; i += unit) shifted[i] = x[i] * factor;
         }
+#else
+    (void)bits;
 #endif
 }
 
@@ -121,16 +129,16 @@ static __attribute__((noinline)) void shift(const struct linear *l, const float 
     for (int i = 0; i < count; i++)                                                                                    \
         sum = fused((float)((codes) & ((1u << bits) - 1) << (bits * i + first)), x[place + i], sum)
 
-/* sum + the sum of code x over a unit: the least whole number of words that holds a whole number of codes. */
-INLINED float unit_of(unsigned format, const word *w, const float *x, float sum) {
-    if (format == Q8) {
+/* sum + the sum of code x over a unit. */
+INLINED float unit_of(int bits, const word *w, const float *x, float sum) {
+    if (bits == 8) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) sum = fused((float)((const byte *)w)[i], x[i], sum);
-    } else if (format == Q4) {
+    } else if (bits == 4) {
         word a = w[0];
 #pragma GCC unroll 8
         WORD(a, 4, 0, 8, 0);
-    } else if (format == Q2) {
+    } else if (bits == 2) {
         word a = w[0];
 #pragma GCC unroll 16
         WORD(a, 2, 0, 16, 0);
@@ -148,63 +156,42 @@ INLINED float unit_of(unsigned format, const word *w, const float *x, float sum)
     return sum;
 }
 
-static const byte MIDDLES[] = {1, 3, 7, 127}; /* of Q2 to Q8, as a zero point is stored: one less */
-
-INLINED void grid_rows(unsigned format, const struct linear *l, const float *x, float *y) {
-    const int columns = format == Q2 ? 16 : format == Q3 ? 32 : format == Q4 ? 8 : 4, words = format == Q3 ? 3 : 1;
-    int group = l->group;
-    word stride = row_bytes(format, (word)l->columns), groups = (word)(l->columns / group), step = l->zeros ? 1 : 0;
-    const byte *codes = weights + l->codes, *points = step ? weights + l->zeros : &MIDDLES[format - Q2];
-    const half *factors = (const half *)(weights + l->scales);
-    word codes_at[ROWS], groups_at[ROWS];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) codes_at[r] = (word)r * stride, groups_at[r] = (word)r * groups;
+/* Four rows lie side by side, group by group: their scales, their zero points less one, their codes unit by unit. */
+INLINED void grid_rows(int bits, int zeros, const struct linear *l, const float *x, float *y, int add) {
+    const int columns = UNIT(bits), words = columns * bits / 32;
+    const float *last = x + l->columns;
+    const word *w = (const word *)(weights + l->codes);
     for (int left = l->rows; left > 0; left -= ROWS, y += ROWS) {
-        if (left < ROWS) /* rows that are missing at the end are read as the first one */
-#pragma GCC unroll 4
-            for (int r = 1; r < ROWS; r++)
-                if (r >= left) codes_at[r] = 0, groups_at[r] = 0;
-        const byte *w[ROWS], *zeros[ROWS];
-        const half *scales[ROWS];
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) {
-            w[r] = codes + codes_at[r];
-            scales[r] = factors + groups_at[r];
-            zeros[r] = points + (groups_at[r] & -step);
-        }
-        codes += ROWS * stride;
-        factors += ROWS * groups;
-        points += ROWS * groups & -step;
-        const float *v = x;
+        const float *v = x, *less = sums;
         float all[ROWS] = {0.0f};
-        for (const float *less = sums; less < sums + groups; less++) {
-            /* A code less its zero point: less the one that is stored, and less one, with which the sum begins. */
-            float sum[ROWS] = {*less, *less, *less, *less};
-            for (const float *end = v + group; v < end; v += columns)
+        do {
+            const half *scales = (const half *)w;
+            const byte *points = (const byte *)(w + 2);
+            /* A code less its zero point: a sum begins with what the zero point takes off. */
+            float sum[ROWS], middle = *less * (float)(1 << (bits - 1));
 #pragma GCC unroll 4
-                for (int r = 0; r < ROWS; r++) {
-                    sum[r] = unit_of(format, (const word *)w[r], v, sum[r]);
-                    w[r] += 4 * words;
-                }
+            for (int r = 0; r < ROWS; r++) sum[r] = zeros ? fused((float)points[r], *less, *less) : middle;
+            w += zeros ? 3 : 2;
+            for (const float *end = v + l->group; v < end; v += columns, w += ROWS * words)
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) {
-                sum[r] = fused((float)*zeros[r], *less, sum[r]);
-                all[r] = fused(from_half(*scales[r]++), sum[r], all[r]);
-                zeros[r] += step;
-            }
-        }
-        add_sums(all, left, y);
+                for (int r = 0; r < ROWS; r++) sum[r] = unit_of(bits, w + r * words, v, sum[r]);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) all[r] = fused(from_half(scales[r]), sum[r], all[r]);
+            less++;
+        } while (v < last);
+        put_sums(all, left, y, add);
     }
 }
 
-/* y += W x, after `shift`. */
-static __attribute__((noinline)) void grid(const struct linear *l, const float *x, float *y) {
+/* y = W x or y += W x. */
+static __attribute__((noinline)) void grid(const struct linear *l, const float *x, float *y, int add) {
     switch (l->format) {
-#define CASE(format, x) case format: if (HAS(format)) grid_rows(format, l, x, y); break
-    CASE(Q2, shifted);
-    CASE(Q3, shifted);
-    CASE(Q4, shifted);
-    CASE(Q8, x);
+#define CASE(name, bits, zeros)                                                                                        \
+    case name:                                                                                                         \
+        shift(l, bits, x);                                                                                             \
+        grid_rows(bits, zeros, l, bits < 8 ? shifted : x, y, add);                                                     \
+        break;
+    GRIDS(CASE)
 #undef CASE
     }
 }
@@ -213,24 +200,23 @@ static __attribute__((noinline)) void grid(const struct linear *l, const float *
 /* --- layers ------------------------------------------------------------------------------------------------------- */
 
 void linear(const struct linear *l, const float *x, float *y, int add) {
-    if (!add)
-        for (int row = 0; row < l->rows; row++) y[row] = 0.0f;
-    if (l->bias)
-        for (int row = 0; row < l->rows; row++) y[row] += floats(l->bias)[row];
+    if (l->bias) {
+        for (int row = 0; row < l->rows; row++) y[row] = add ? y[row] + floats(l->bias)[row] : floats(l->bias)[row];
+        add = 1;
+    }
     if (l->rank) {
-        for (int r = 0; r < l->rank; r++) low[r] = 0.0f;
-        plain(l->adapter_format, weights + l->a, l->rank, x, l->columns, low);
+        plain(l->adapter_format, weights + l->a, l->rank, x, l->columns, low, 0);
         for (int r = 0; r < l->rank; r++) low[r] *= floats(l->rank_scales)[r];
-        plain(l->adapter_format, weights + l->b, l->rows, low, l->rank, y);
+        plain(l->adapter_format, weights + l->b, l->rows, low, l->rank, y, add);
+        add = 1;
     }
 #if GROUPS
-    if (l->format >= Q2) {
-        shift(l, x);
-        grid(l, x, y);
+    if (l->format >= GRID) {
+        grid(l, x, y, add);
         return;
     }
 #endif
-    plain(l->format, weights + l->codes, l->rows, x, l->columns, y);
+    plain(l->format, weights + l->codes, l->rows, x, l->columns, y, add);
 }
 
 static const byte *matrix_row(const struct matrix *m, int row) {
@@ -271,8 +257,8 @@ int likeliest(const float *x) {
     for (int i = 0; i < HIDDEN; i++) sum += x[i];
     for (int first = 0; first < VOCABULARY; first += TOGETHER) {
         int count = VOCABULARY - first < TOGETHER ? VOCABULARY - first : TOGETHER;
-        float some[TOGETHER] = {0.0f};
-        plain(HEAD.format, matrix_row(&HEAD, first), count, x, HIDDEN, some);
+        float some[TOGETHER];
+        plain(HEAD.format, matrix_row(&HEAD, first), count, x, HIDDEN, some, 0);
         for (int r = 0, token = first; r < count; r++, token++) {
             float logit = some[r];
             if (HEAD.scales) logit = fused(logit, half_at(HEAD.scales, token), half_at(HEAD.minimum, token) * sum);

@@ -3,8 +3,9 @@
 #ifndef RUNTIME_H
 #define RUNTIME_H
 
-/* How the numbers of a matrix lie in weights.bin. Q: codes of a grid in whole 32-bit words; the others: one by one. */
-enum format { F32, F16, BF16, I8, U8, U4, Q2, Q3, Q4, Q8 };
+/* How the numbers of a matrix lie in weights.bin: one by one, or as codes of a grid. The grids of a model, from GRID on,
+ * are in model.h. */
+enum format { F32, F16, BF16, I8, U8, U4, GRID };
 
 /* What lies between the layers of a feed-forward part. */
 enum activation { ACT_SILU, ACT_GELU, ACT_GELU_PYTORCH_TANH, ACT_RELU, ACT_RELU2 };
@@ -16,9 +17,9 @@ enum layer { Q_LAYER, K_LAYER, V_LAYER, O_LAYER, UP_LAYER, DOWN_LAYER, GATE_LAYE
 struct linear {
     int rows, columns;
     unsigned format;
-    int group;                            /* weights of a row that share a scale */
-    unsigned codes, scales, zeros, bias;  /* zeros: none where the middle code is zero everywhere */
-    int rank;                             /* of the adapter; 0 is none */
+    int group; /* weights of a row that share a scale */
+    unsigned codes, bias;
+    int rank; /* of the adapter; 0 is none */
     unsigned adapter_format, a, b, rank_scales;
 };
 
