@@ -7,9 +7,8 @@ import platform
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
 from edgepress.checkpoints.errors import PlanError, near
+from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.memory import size_text
 
 
@@ -47,7 +46,7 @@ class Silent:
 @dataclass(frozen=True)
 class Runtime:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default_factory=lambda: torch.float32)
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     chunk_tokens: int = 4096  # tokens that go through a block at once
@@ -61,12 +60,27 @@ class Runtime:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` takes a GPU if torch sees one. Raises PlanError for a device that is not there."""
-    if wanted not in (known := ("auto", "cpu", "cuda")):
-        raise PlanError(f"unknown device '{wanted}'{near(wanted, known)}; there are auto, cpu and cuda")
+DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "bfloat16", "float32")
+
+
+def require_device(wanted: str) -> None:
+    """Raise PlanError for a device that is not there. Only `cuda` asks torch."""
+    if wanted not in DEVICES:
+        raise PlanError(f"unknown device '{wanted}'{near(wanted, DEVICES)}; there are auto, cpu and cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise PlanError("--device cuda: torch sees no GPU here; use --device cpu, or install torch with CUDA")
+
+
+def require_dtype(wanted: str) -> None:
+    """Raise PlanError for a precision that there is none of."""
+    if wanted not in DTYPES:
+        close = near(wanted, DTYPES)
+        raise PlanError(f"unknown precision '{wanted}'{close}; there are auto, {' and '.join(DTYPES[1:])}")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` takes a GPU if torch sees one. Raises PlanError for a device that is not there."""
+    require_device(wanted)
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -76,12 +90,9 @@ def choose_dtype(wanted: str, device: torch.device, stored: str) -> torch.dtype:
     `auto`: float32 for a model stored in float32; otherwise bfloat16 where the processor multiplies it
     natively (twice to four times faster, measured in benchmarks/), else float32.
     """
-    named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if wanted in named:
-        return named[wanted]
+    require_dtype(wanted)
     if wanted != "auto":
-        close = near(wanted, ("auto", *named))
-        raise PlanError(f"unknown precision '{wanted}'{close}; there are auto, {' and '.join(named)}")
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     if stored == "F32":
         return torch.float32
     if device.type == "cuda":

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from edgepress.checkpoints.errors import TextError
+from edgepress.checkpoints.lazy import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from edgepress.checkpoints.shape import ModelShape
 
 

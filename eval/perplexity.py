@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import NumericsError, PlanError, TextError, near
+from edgepress.checkpoints.errors import NumericsError, TextError
 from edgepress.checkpoints.kv_format import PLAIN, KVFormat
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import beyond_positions, require_known
 from edgepress.checkpoints.walk import BlockVisit, Walk
 from edgepress.eval.disturb import Disturbance
+from edgepress.eval.protocol import Protocol as Protocol  # also by its name here
 from edgepress.eval.results import Result, Score, exp_of, mean
 from edgepress.eval.subject import Subject
 from edgepress.eval.tasks import Settings
@@ -38,29 +39,6 @@ if TYPE_CHECKING:
 
 
 _IGNORED = -100  # cross_entropy's mark for positions that do not count
-
-
-@dataclass(frozen=True)
-class Protocol:
-    kind: str = "windows"
-    window: int = 512
-    tokens: int = 16384  # of the text's beginning; 0 is all of it
-
-    def __post_init__(self) -> None:
-        faults = []
-        if self.kind not in (known := ("windows", "rows")):
-            faults.append(f"--protocol {self.kind}{near(self.kind, known)}: there are windows and rows")
-        if self.window < 2:
-            faults.append(f"--window {self.window}: at least 2 tokens are needed to predict one")
-        if self.tokens < 0 or 0 < self.tokens < self.window:
-            faults.append(f"--tokens {self.tokens}: at least one window of {self.window}, or 0 for the whole text")
-        if faults:
-            raise PlanError("\n".join(faults))
-
-    def __str__(self) -> str:
-        extent = f"first {self.tokens} tokens" if self.tokens else "whole text"
-        unit = f"windows of {self.window}" if self.kind == "windows" else f"rows cut to {self.window}"
-        return f"{unit}, {extent}"
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from edgepress.checkpoints.errors import TextError, near
+from edgepress.checkpoints.lazy import torch
 from edgepress.eval.chat import in_template
 from edgepress.eval.rows import FORMS_TEXT, SUFFIXES, file_texts, hub_rows, read_utf8, require_plain, usable_texts
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 

@@ -10,28 +10,23 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.config import read_config
 from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.manifest import SEAL, write_bytes
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches, beyond_positions, require_known, sample_windows
 from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, trim
-from edgepress.eval.text import Measured, Text, held_out_of, load_text, starts_with_bos, without_measured
+from edgepress.eval.text import NAMED, Measured, Text, held_out_of, load_text, starts_with_bos, without_measured
 from edgepress.pipeline.recipe import Recipe
 from edgepress.stages.options import Lora, Options, Pad, Vocabulary, flag_of
-from edgepress.stages.training import require_a_batch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgepress.checkpoints.tokens import TokenBatches
-    from edgepress.eval.text import Text
-    from edgepress.pipeline.recipe import Recipe
+    from edgepress.checkpoints.checkpoint import Checkpoint
 
 
 SELF = "self"
@@ -117,6 +112,8 @@ class Calibration:
 
     def _training_samples(self, name: str, ids: Tensor, options: Lora) -> int:
         """Windows to train on: those asked for, or all that the text has if they fill a batch. Raises TextError."""
+        from edgepress.stages.training import require_a_batch
+
         there = ids.numel() // options.length
         require_a_batch(name, there, options)
         if there < options.samples and name not in self._short:
@@ -139,6 +136,8 @@ class Calibration:
         path = self._store / "calibration" / f"{name}.safetensors"
         ids = _sampled_before(path, runtime.progress.note) if path.is_file() else None
         if ids is None:
+            from safetensors.torch import save
+
             path.parent.mkdir(exist_ok=True)
             ids = sample_text(self._source, samples, length, runtime, kept)
             write_bytes(path, save({"ids": ids}, metadata={SEAL: _digest(name, ids)}))
@@ -178,7 +177,6 @@ def _evaluation_text(recipe: Recipe) -> Text:
     return load_text(spec, "whole" if own else "evaluate")
 
 
-@torch.no_grad()
 def sample_text(source: Checkpoint, samples: int, length: int, runtime: Runtime, kept: Tensor | None = None) -> Tensor:
     """Token ids (samples, length) that the model writes at temperature 1, from its start token or a random one.
 
@@ -196,7 +194,8 @@ def sample_text(source: Checkpoint, samples: int, length: int, runtime: Runtime,
     cache, last = None, ids
     runtime.progress.start("writing text", length - 1)
     for _ in range(length - 1):
-        output = model(input_ids=choice[last].to(runtime.device), past_key_values=cache, use_cache=True)
+        with torch.no_grad():
+            output = model(input_ids=choice[last].to(runtime.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         odds = output.logits[:, -1][:, choice].float().cpu().softmax(dim=-1)
         last = torch.multinomial(odds, 1, generator=generator)
@@ -217,8 +216,6 @@ class CorpusVocabulary:
     @cached_property
     def kept(self) -> Tensor:
         """The source's ids of the tokens that stay (n,)."""
-        import torch
-
         return torch.tensor(self.trimmed.kept)
 
     @cached_property
@@ -267,8 +264,6 @@ def corpus_fault(recipe: Recipe) -> str:
 
 def corpus_text(recipe: Recipe, corpus: str) -> Text:
     """The corpus, without the part of it that the recipe keeps to measure on. Raises TextError or PlanError."""
-    from edgepress.eval.text import NAMED, load_text
-
     shared = corpus in NAMED or corpus == recipe.evaluation_text
     if shared and recipe.text == corpus != recipe.calibration_text and corpus not in NAMED:
         raise PlanError(
@@ -292,10 +287,6 @@ def follows_vocabulary(recipe: Recipe, stage: str) -> bool:
 # Planning and running ask for the same one, and a large corpus takes its time.
 @lru_cache(maxsize=2)
 def _cut(folder: Path, name: str, documents: tuple[str, ...], limit: int) -> CorpusVocabulary:
-    from edgepress.checkpoints.config import read_config
-    from edgepress.checkpoints.tokens import TokenBatches
-    from edgepress.eval.text import Text
-
     tokenizer = load_tokenizer(folder)
     ids = Text(name, documents).token_ids(tokenizer)
     rows = int(read_config(folder).get("vocab_size") or 0)

@@ -13,10 +13,12 @@ from edgepress.checkpoints.errors import EdgepressError, PlanError, RecipeError,
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.packed_sizes import packed_sizes
+from edgepress.checkpoints.runtime import require_device, require_dtype
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import beyond_positions
+from edgepress.eval.protocol import Protocol
 from edgepress.hardware.check import Verdict, check
-from edgepress.hardware.soc import Soc
+from edgepress.hardware.soc import Soc, load_soc
 from edgepress.pipeline.calibration import counted
 from edgepress.pipeline.progress import Reporter
 from edgepress.pipeline.recipe import Draft, Recipe, unrolled
@@ -89,14 +91,10 @@ def examined(
 
 def condition_faults(recipe: Recipe) -> list[str]:
     """What cannot be in how a recipe is measured and where it runs."""
-    from edgepress.checkpoints.runtime import choose_device, choose_dtype
-    from edgepress.eval.perplexity import Protocol
-    from edgepress.hardware.soc import load_soc
-
     checks: tuple[Callable[[], object], ...] = (
         lambda: Protocol(recipe.protocol, recipe.window, recipe.tokens),
-        lambda: choose_device(recipe.device),
-        lambda: choose_dtype(recipe.dtype, choose_device("cpu"), "F32"),
+        lambda: require_device(recipe.device),
+        lambda: require_dtype(recipe.dtype),
         lambda: load_soc(recipe.soc),
     )
     faults: list[str] = []
@@ -221,11 +219,11 @@ def _read(spec: str, use: Use, size: int, changed: int) -> Text:
     return load_text(spec, use)
 
 
-def _tokenizer(model: str | None) -> Any:
-    """Of a model's folder, where it has one; None where it takes a conversion or a download to know."""
+def _tokenizer(model: str | None) -> tuple[Path, int] | None:
+    """A model's folder with one, and when it was written; None where it takes a conversion or a download to know."""
     folder = Path(model or "").expanduser()
     files = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
-    return _opened(folder, files[0].stat().st_mtime_ns) if model and files else None
+    return (folder, files[0].stat().st_mtime_ns) if model and files else None
 
 
 @lru_cache(maxsize=4)
@@ -239,17 +237,41 @@ def _opened(folder: Path, changed: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _too_short(text: Text, tokens: int, tokenizer: Any) -> str:
+def _too_short(text: Text, tokens: int, tokenizer: tuple[Path, int] | None) -> str:
     """Why a text has not so many tokens, empty if it may have them."""
     size = sum(len(document.encode()) + 2 for document in text.documents)  # no token is less than a byte, but
     if size < tokens:  # for those that begin and end a document
         return f"the text '{text.name}' has at most {size} tokens; {tokens} are asked for"
     try:
-        if tokenizer is not None and tokens > 0:
-            text.token_ids(tokenizer, tokens)
+        known = tokenizer is None or tokens <= 0 or _surely_has(text, tokens, tokenizer[0])
+        if tokenizer is not None and not known and (opened := _opened(*tokenizer)) is not None:
+            text.token_ids(opened, tokens)
     except TextError as error:
         return str(error)
     return ""
+
+
+def _surely_has(text: Text, tokens: int, folder: Path) -> bool:
+    """Whether so many tokens are there without those that transformers may set about a document.
+
+    By the library under transformers' tokenizers, which takes no second to import. False where it cannot tell.
+    """
+    from tokenizers import Tokenizer
+
+    if text.chats or not (folder / "tokenizer.json").is_file():
+        return False
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        left = tokens
+        for document in text.documents:
+            left -= len(tokenizer.encode(document, add_special_tokens=False).ids)
+            if left <= 0:
+                return True
+    except Exception:  # the library has one error for all that can be wrong with a file
+        pass
+    return False
 
 
 # --- the chip's verdict -----------------------------------------------------------------------------------------------

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgepress.checkpoints.config import read_config, stated_form
 from edgepress.checkpoints.errors import CheckpointError, PlanError, near
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.headers import INDEX, shape_from_folder
 from edgepress.checkpoints.manifest import MANIFEST, MARKER, Manifest, check_files, require_finished
-from edgepress.checkpoints.shape import ModelShape, with_form
+from edgepress.checkpoints.shape import ModelShape, with_bits, with_form
+from edgepress.pipeline.store import checkpoint_folder
+
+if TYPE_CHECKING:
+    from edgepress.hardware.soc import Soc
 
 PACKAGED_PRESET = "smollm2-135m"  # the packaged model's shape
 
@@ -106,12 +112,26 @@ def require_consistent(model: str | None, shape: ModelShape) -> None:
         raise CheckpointError("\n".join(faults))
 
 
+def with_other_bits(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> ModelShape:
+    """The shape as if the stage gptq had left so many bits; 0 leaves them. Raises PlanError for bits that are none."""
+    from edgepress.hardware.levers import stage_group
+
+    faults = []
+    if bits not in (0, 3, 4, 8):
+        faults.append(f"--bits {bits}: there are 8, 4 and 3, or 0 for the model as it is")
+    if embedding_bits not in (0, 4, 8):
+        faults.append(f"--embedding-bits {embedding_bits}: there are 8 and 4, or 0 for the model as it is")
+    if faults:
+        raise PlanError("\n".join(faults))
+    if bits:
+        shape = with_bits(shape, bits, stage_group(chip, bits))
+    return replace(shape, embedding_bits=embedding_bits) if embedding_bits else shape
+
+
 def _folder(model: str) -> Path:
     """The path that a user names; of an output folder, the folder of its result."""
     path = Path(model).expanduser()
     if (path / MARKER).is_file():
-        from edgepress.pipeline.store import checkpoint_folder  # needs torch
-
         return checkpoint_folder(path)
     return path
 

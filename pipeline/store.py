@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from edgepress.checkpoints import interrupts
-from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError, require_unicode
 from edgepress.checkpoints.manifest import (
     MANIFEST,
@@ -37,7 +36,9 @@ from edgepress.checkpoints.manifest import (
     write_bytes,
     write_json,
 )  # fmt: skip
-from edgepress.checkpoints.sources import open_source
+
+if TYPE_CHECKING:
+    from edgepress.checkpoints.checkpoint import Checkpoint
 
 LOCKS, RESULT = ".locks", "result"
 REPORT, EARLIER_REPORT = "report.json", "report-earlier.json"
@@ -96,6 +97,8 @@ class Store:
                     "It was neither used nor removed; move it away and run the same command again"
                 )
             return None
+        from edgepress.checkpoints.checkpoint import Checkpoint
+
         checkpoint = Checkpoint.open(folder, hashes=True)
         if checkpoint.fingerprint != fingerprint:
             raise CheckpointError(
@@ -207,6 +210,8 @@ def finished_result(store: Path) -> Path:
 
 def open_model(named: str | None) -> Checkpoint:
     """The model that a user names: what `open_source` takes, or an output folder, which stands for its result."""
+    from edgepress.checkpoints.sources import open_source
+
     return open_source(str(checkpoint_folder(named)) if named and is_store(Path(named).expanduser()) else named)
 
 

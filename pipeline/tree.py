@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.errors import EdgepressError, PlanError, RecipeError
+from edgepress.checkpoints.lazy import torch
+from edgepress.checkpoints.runtime import choose_device, choose_dtype, require_device
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.pipeline.plan import StagePlan, examined
 from edgepress.pipeline.recipe import PLAIN_KEYS, Draft, Recipe
@@ -147,7 +151,10 @@ def _more(names: list[str]) -> str:
 
 _MEASURING_SLOWDOWN = 4.0  # as stages.cost.Cost.slowdown
 _DISK_BYTES_PER_SECOND = 400e6  # a stage's files are written, hashed, and read again by its check
-_TRIAL_SECONDS = 0.5  # long enough that a busy machine is idle for once
+_TRIAL_SECONDS = 0.1  # several products
+# Products in bfloat16 over those in float32, without and with instructions for them. Without: 0.5e9 against 45e9
+# multiply-adds a second of one thread, torch 2.14 on an EPYC. With: the lower end of what `choose_dtype` says.
+_GAIN = (0.01, 2.0)
 _SOON = 1e10  # multiply-adds
 _ROWS_TEXT_TOKENS = 290_000  # WikiText-2's test split, which `tokens: 0` measures whole
 
@@ -216,33 +223,59 @@ def duration_text(seconds: float) -> str:
 
 
 def measured_speed(device: str, dtype: str) -> float:
-    """Multiply-adds per second of one large matrix product here, in the precision the recipe would run in."""
-    import torch
+    """Multiply-adds per second of one large matrix product here, in the precision the recipe would run in.
 
-    from edgepress.checkpoints.runtime import choose_device, choose_dtype
+    Of a processor without torch, which takes longer to import than a plan may: numpy multiplies in float32, as quickly
+    as torch; bfloat16 is a factor by whether the processor has it. Raises PlanError for a device that is not here.
+    """
+    require_device(device)
+    if device == "cuda" or (device == "auto" and any(Path("/dev").glob("nvidia[0-9]"))):
+        return _speed_with_torch(device, dtype)
+    import numpy as np
 
+    a = np.ones((1024, 1024), np.float32)
+    # The processor's time of all threads: so what others run beside us does not count, nor how many numpy takes.
+    best = _shortest(lambda: a @ a, time.process_time)
+    gain = {"float32": 1.0, "bfloat16": _GAIN[_has_bfloat16()]}.get(dtype, max(1.0, _GAIN[_has_bfloat16()]))
+    return threads() * a.shape[0] ** 3 / best * gain
+
+
+def _speed_with_torch(device: str, dtype: str) -> float:
     where = choose_device(device)
-    precision = choose_dtype(dtype, where, "BF16")
     size = 4096 if where.type == "cuda" else 1024
-    a = torch.ones(size, size, dtype=precision, device=where)
-    # On a processor the time of one thread, times their number: so what others run beside us does not count.
-    threads = torch.get_num_threads()
-    shares, clock = (threads, time.thread_time) if where.type == "cpu" else (1, time.perf_counter)
-    torch.set_num_threads(1)
+    a = torch.ones(size, size, dtype=choose_dtype(dtype, where, "BF16"), device=where)
+    return size**3 / _shortest(lambda: float((a @ a)[0, 0]), time.perf_counter)  # a number waits for the device
+
+
+def _shortest(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Seconds of the quickest of several trials."""
     best, until = float("inf"), time.perf_counter() + _TRIAL_SECONDS
     while time.perf_counter() < until:
         began = clock()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
+        work()
         best = min(best, clock() - began)
-    torch.set_num_threads(threads)
-    return shares * size**3 / best
+    return best
+
+
+def threads() -> int:
+    """That torch will take on this processor."""
+    import psutil
+
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) else psutil.cpu_count(logical=False) or 1
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 natively, by what Linux says of it; as torch is asked in `runtime`."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _machine() -> str:
-    import torch
-
-    if torch.cuda.is_available():
+    if any(Path("/dev").glob("nvidia[0-9]")) and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    count = torch.get_num_threads()
+    count = threads()
     return f"{count} thread{'s' if count > 1 else ''} of this processor"

@@ -9,19 +9,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
 from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.lazy import F, torch
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import ModelShape, cut_config, with_blocks
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.walk import Scratch, States
-from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages.options import Depth as Options
 from edgepress.stages.requirements import (
     BASE_BYTES,
@@ -36,6 +30,15 @@ from edgepress.stages.requirements import (
     tokens,
     walk_bytes,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
+    from edgepress.checkpoints.walk import States
+    from edgepress.checkpoints.writer import CheckpointWriter
+
+    Metric = Callable[[Skeleton, list[int], list[int], list[Tensor], Runtime], dict[int, float]]
 
 VERSION = 1
 
@@ -123,6 +126,8 @@ def choose(source: Checkpoint, calibration: TokenBatches, options: Options, runt
 
     The lower a score, the less the block matters; ties fall to the lower block.
     """
+    from edgepress.checkpoints.checkpoint import Skeleton
+
     skeleton = Skeleton(source, runtime.device, runtime.dtype)
     count = len(skeleton.blocks)
     free = range(options.protect_first, count - options.protect_last)
@@ -154,6 +159,8 @@ def perplexity(
     At block i there is one hidden state for the intact model and one for every candidate j < i already
     skipped, so each block is loaded once and a candidate costs only the blocks behind it.
     """
+    from edgepress.checkpoints.walk import Scratch
+
     shapes = [(*ids.shape, skeleton.checkpoint.shape.hidden_size) for ids in chunks]
     with Scratch(runtime.spill_bytes) as scratch:
         intact = scratch.states(shapes, runtime.dtype)
@@ -190,6 +197,8 @@ def taylor(
     The gradient is carried backwards one block at a time from the stored inputs of each block, so memory
     stays at one block with its gradient plus the hidden states.
     """
+    from edgepress.checkpoints.walk import Scratch
+
     shapes = [(*ids.shape, skeleton.checkpoint.shape.hidden_size) for ids in chunks]
     scratch = Scratch(runtime.spill_bytes)
     inputs = [scratch.states(shapes, runtime.dtype)]
@@ -258,7 +267,6 @@ def influence(
     return {i: scores[i] for i in candidates}
 
 
-Metric = Callable[[Skeleton, list[int], list[int], list[Tensor], Runtime], dict[int, float]]
 METRICS: dict[str, Metric] = {
     "perplexity": perplexity,
     "taylor": taylor,

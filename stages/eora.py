@@ -10,27 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from edgepress.checkpoints.checkpoint import Checkpoint, eight_bit, unpacked
 from edgepress.checkpoints.config import peft_config
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.image import TORCH_DTYPES
+from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.scaling import rescaled, scaled_folders
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.walk import Walk
-from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages.hessian import hessians
 from edgepress.stages.options import Eora as Options
 from edgepress.stages.pruning import HESSIANS
-from edgepress.stages.reference import reference_weights
 from edgepress.stages.requirements import Cost, forward_operations, linears, linked_bytes, tokens, walk_cost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.writer import CheckpointWriter
 
 VERSION = 1
 
@@ -70,6 +68,11 @@ def cost(before: ModelShape, options: Options) -> Cost:
 def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
+    from edgepress.checkpoints.image import TORCH_DTYPES
+    from edgepress.checkpoints.scaling import rescaled, scaled_folders
+    from edgepress.checkpoints.walk import Walk
+    from edgepress.stages.reference import reference_weights
+
     reference, numbers = reference_weights(source, options.against)
     after, scaled = plan(source.shape, options), scaled_folders(source)
     walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task="eora")
@@ -165,6 +168,8 @@ def stored(B: Tensor, A: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor,
     """B and A as the files hold them, and at 8 bits the codes that they are made of."""
     if bits == 16:
         return B.to(dtype), A.to(dtype), {}
+    from edgepress.checkpoints.checkpoint import eight_bit, unpacked
+
     packed = {}
     for side, matrix, within in (("lora_A", A, 1), ("lora_B", B, 0)):
         packed[f"{side}.codes"], packed[f"{side}.scales"] = eight_bit(matrix, within)

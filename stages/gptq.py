@@ -9,26 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
-
-from edgepress.checkpoints.checkpoint import Checkpoint, rounded_inputs
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Form, TensorShape
 from edgepress.checkpoints.headers import usual_dtype
+from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.packed_sizes import is_head
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, ModelShape, with_form
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.walk import BlockVisit, Walk
-from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages import edge
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method
-from edgepress.stages.quantisers.gptq import Solution
-from edgepress.stages.refine import REFINE_TOKENS, DenseOutputs, TunedLinear, refine
 from edgepress.stages.requirements import (
     BASE_BYTES,
     Cost,
@@ -41,7 +33,16 @@ from edgepress.stages.requirements import (
     walk_cost,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.walk import BlockVisit
+    from edgepress.checkpoints.writer import CheckpointWriter
+    from edgepress.stages.quantisers.gptq import Solution
+
 VERSION = 1
+REFINE_TOKENS = 1024  # in one step of refining; also what goes through a block at once
 
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
@@ -159,6 +160,11 @@ def left_dense(shape: ModelShape, form: Form) -> list[str]:
 def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
+    from edgepress.checkpoints.checkpoint import rounded_inputs
+    from edgepress.checkpoints.walk import Walk
+    from edgepress.stages import edge
+    from edgepress.stages.refine import DenseOutputs
+
     chosen, after = method(options.quant), plan(source.shape, options)
     grid, masked = after.grid, source.shape.pattern is not None
     assert grid is not None
@@ -175,7 +181,7 @@ def run(
         facts: dict[str, Any] = {name: s.facts() for name, s in solved.items()}
         if dense is not None:
             generator = runtime.generator(f"refine block {block.index}")
-            solutions, targets = cast(dict[str, Solution], solved), dense.of(block.index)
+            solutions, targets = cast("dict[str, Solution]", solved), dense.of(block.index)
             facts["refined"] = refine_block(block, solutions, masks, targets, options.effort_steps, generator)
         for name, s in solved.items():
             block.linears[name].weight.copy_(s.weight)
@@ -206,6 +212,8 @@ def refine_block(
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Put better codes and scales into `solved`, and tune the block's norms; the block's error before and after."""
+    from edgepress.stages.refine import TunedLinear, refine
+
     layers = {}
     for name, s in solved.items():
         assert s.position is not None

@@ -6,11 +6,15 @@ H for every row (OBS, Hassibi and Stork 1993; GPTQ, arXiv 2210.17323; SparseGPT,
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from edgepress.checkpoints.errors import NumericsError
-from edgepress.checkpoints.walk import BlockVisit
+from edgepress.checkpoints.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.walk import BlockVisit
 
 
 def hessians(block: BlockVisit) -> dict[tuple[str, ...], Tensor]:

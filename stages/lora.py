@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.config import described
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.image import TORCH_DTYPES
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.scaling import rescaled, scaled_folders
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages.options import Lora as Options
-from edgepress.stages.recovery.shapes import adapters, target_names, training_bytes, with_adapters
-from edgepress.stages.reference import reference_weights
+from edgepress.stages.recovery.shapes import (
+    adapters,
+    target_names,
+    teacher_disk_bytes,
+    teacher_kind,
+    training_bytes,
+    with_adapters,
+)
 from edgepress.stages.requirements import (
     BASE_BYTES,
     Cost,
@@ -38,14 +38,12 @@ from edgepress.stages.requirements import (
     require_dense,
     require_quantised,
 )
-from edgepress.stages.training import (
-    own_random_state,
-    require_a_batch,
-    teacher,
-    teacher_disk_bytes,
-    teacher_kind,
-    train,
-)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.writer import CheckpointWriter
 
 VERSION = 1
 _TRAINER_BYTES = 220 * 2**20  # that peft, GPTQModel and the Trainer add, measured as cost.BASE_BYTES
@@ -137,6 +135,8 @@ def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
 def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
+    from edgepress.stages.training import own_random_state, require_a_batch, teacher, train
+
     require_a_batch(calibration.name, len(calibration.ids), options)
     seed = int(runtime.generator("lora").initial_seed() % 2**31)
     with (
@@ -196,6 +196,9 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 def quantisation_errors(source: Checkpoint, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """What quantisation took from each of these layers: dense weight minus effective one, (out, in) float32."""
+    from edgepress.checkpoints.scaling import rescaled, scaled_folders
+    from edgepress.stages.reference import reference_weights
+
     dense, numbers = reference_weights(source, "parent")
     scaled = scaled_folders(source)
     for index, number in enumerate(numbers):
@@ -227,6 +230,8 @@ def _write_beside(
     source: Checkpoint, target: CheckpointWriter, model: Any, layers: Mapping[str, Any], options: Options
 ) -> None:
     """The quantised weights as they are, and the adapter in PEFT's format."""
+    from edgepress.checkpoints.image import TORCH_DTYPES
+
     prefix, adapter = source.shape.block_prefix, options.recovery.adapter
     for index, block in enumerate(plan(source.shape, options).blocks):
         stored = {}

@@ -6,19 +6,20 @@ and the model computes what it did before.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.lazy import F, torch
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import BlockShape, ModelShape, with_wider_ffn
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages.options import Pad as Options
 from edgepress.stages.requirements import BASE_BYTES, Cost, linked_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.writer import CheckpointWriter
 
 VERSION = 1
 

@@ -26,7 +26,6 @@ from edgepress.stages.quantisers.codes import SMALLEST_SCALE
 
 # Chosen on SmolLM2-135M, 4 bits, group 64 (benchmarks/README.md).
 ROUNDING_REACH = 0.25  # how far Adam can move a position at most: its rate summed over all steps
-REFINE_TOKENS = 1024  # in one step; also what goes through a block at once
 SCALE_RATE = 2e-3  # Adam, on the logarithm of a scale
 NORM_RATE = 1e-3  # Adam, relative to what the norm multiplies with on average
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import TensorShape
+from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import LinearShape, ModelShape, safetensors_bytes
 from edgepress.stages.options import Depth, Eora, Gptq, Lora, Wanda
 from edgepress.stages.pruning import HESSIANS, NOTHING
@@ -76,8 +77,6 @@ def walk_bytes(shape: ModelShape, options: Calibrated) -> tuple[int, int]:
 
     A block is mapped from its file, copied to be edited, and has its activations.
     """
-    from edgepress.checkpoints.runtime import Runtime  # which imports torch
-
     states = held_state_bytes(shape, options)
     widest = max(max(x.in_features, x.out_features) for x in linears(shape))
     chunk = min(tokens(options), Runtime.chunk_tokens)
@@ -113,8 +112,6 @@ def state_bytes(shape: ModelShape, options: Calibrated, copies: int = 2) -> int:
 
 def held_state_bytes(shape: ModelShape, options: Calibrated, copies: int = 2) -> int:
     """What of them is in memory: beyond a limit they lie in a file."""
-    from edgepress.checkpoints.runtime import Runtime
-
     return min(state_bytes(shape, options, copies), Runtime.spill_bytes)
 
 

@@ -23,11 +23,11 @@ from edgepress.checkpoints.errors import CheckpointError, NumericsError, TextErr
 from edgepress.checkpoints.manifest import sha256_file, write_bytes, write_json
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Progress, Runtime
-from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import States, Walk, Work
 from edgepress.stages.options import Lora
 from edgepress.stages.options import Lora as Options
+from edgepress.stages.recovery.shapes import teacher_kind
 
 _COMPLETE = "complete"  # marks a saved step as whole: a kill can leave half of one
 _BEGAN = "training_from"  # the journal's entry with the stage's seconds when training began
@@ -347,26 +347,7 @@ def own_random_state(seed: int) -> Iterator[None]:
 # instead of one for every word: 47 MB for 80 windows of 512 on SmolLM2, where the logits would be 4 GB.
 
 
-# Beyond this much disk, `auto` holds the teacher instead. A fixed number: what is free on a machine must not decide
-# which bytes come out.
-_AUTO_LIMIT_BYTES = 16 * 2**30
-
 Teacher = Callable[[Tensor, Tensor], Tensor]  # token ids (b, L), window numbers (b,) -> logits (b, L, vocabulary)
-
-
-def teacher_kind(shape: ModelShape, options: Lora) -> str:
-    """How the teacher is kept: none, held or streamed."""
-    if options.distill == 0:
-        return "none"
-    if options.teacher != "auto":
-        return options.teacher
-    return "streamed" if teacher_disk_bytes(shape, options) <= _AUTO_LIMIT_BYTES else "held"
-
-
-def teacher_disk_bytes(shape: ModelShape, options: Lora) -> int:
-    """Most disk the streamed teacher takes: hidden states before and after a block, in 16 bit."""
-    windows = min(options.samples, options.total_steps * options.batch + options.held_out)
-    return 2 * windows * options.length * shape.hidden_size * 2
 
 
 @contextmanager

@@ -7,12 +7,8 @@ precision. The corpus falls into the same pieces as before; other text falls int
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
-from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.headers import EDGE
 from edgepress.checkpoints.manifest import write_json
@@ -20,9 +16,14 @@ from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import ModelShape, vocabulary_tensors, with_vocabulary
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, renumber_config, trim
-from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages.options import Vocabulary as Options
 from edgepress.stages.requirements import BASE_BYTES, Cost, linked_bytes, outer_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.writer import CheckpointWriter
 
 VERSION = 1
 GENERATION = "generation_config.json"
@@ -54,6 +55,8 @@ def run(
 
     target.write_outer(keep_rows(source.outer(), vocabulary_tensors(source.shape), trimmed))
     if (source.folder / EDGE).is_file():  # packed one grid a row, so its rows can be taken as they are
+        from safetensors.torch import load_file
+
         packed = load_file(source.folder / EDGE)
         target.write_edge(keep_rows(packed, list(packed), trimmed))
     count = len(source.shape.blocks)

@@ -7,11 +7,9 @@ blocks see the inputs they will get.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import NumericsError, PlanError
-from edgepress.checkpoints.masks import group_zeros
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import (
     Capped,
@@ -25,11 +23,14 @@ from edgepress.checkpoints.shape import (
     with_pattern,
 )
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.checkpoints.walk import BlockVisit, Walk
-from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages.options import Wanda as Options
 from edgepress.stages.pruning import NOTHING, method
 from edgepress.stages.requirements import Cost, linked_bytes, require_dense, walk_cost
+
+if TYPE_CHECKING:
+    from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.walk import BlockVisit
+    from edgepress.checkpoints.writer import CheckpointWriter
 
 VERSION = 2
 
@@ -90,6 +91,8 @@ def _groups(pattern: Sparsity, linear: LinearShape) -> Pattern:
 def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
+    from edgepress.checkpoints.walk import Walk
+
     chosen, after = method(options.method), plan(source.shape, options)
     # Weights alone need no hidden states: the walk then carries none, and no block is run.
     chunks = calibration.chunks(runtime.chunk_tokens) if chosen.NEEDS != NOTHING else []
@@ -114,4 +117,6 @@ def _over(block: BlockVisit, name: str, nm: Pattern) -> int:
     """Zeros beyond the cap of their groups. A model may come with some; a method must add none."""
     if not isinstance(nm, Capped):
         return 0
+    from edgepress.checkpoints.masks import group_zeros
+
     return int((group_zeros(block.linears[name].weight, nm.within.of) - nm.within.removed).clamp_min(0).sum())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.shape import Amount, Pattern, Sparsity
-from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.pruning import NOTHING
 from edgepress.stages.pruning.select import kept, lost_share, set_zeros
+
+if TYPE_CHECKING:
+    from edgepress.checkpoints.walk import BlockVisit
 
 NEEDS = NOTHING
 

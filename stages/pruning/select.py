@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.shape import Capped, Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FEW = 32  # groups up to this size are selected by comparing lanes, wider ones by sorting
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.shape import Amount, Capped, Pattern, Sparsity
-from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from edgepress.stages.pruning import HESSIANS
 from edgepress.stages.pruning.select import kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.walk import BlockVisit
 
 NEEDS = HESSIANS
 COLUMNS = 128  # solved before their errors reach the rest; of a wider group, those whose zeros are chosen at once

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.shape import Amount, Pattern, Sparsity
-from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.pruning import NORMS
 from edgepress.stages.pruning.select import keep_best, kept, lost_share, set_zeros
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.walk import BlockVisit
 
 NEEDS = NORMS
 

@@ -7,14 +7,17 @@ al., arXiv 1712.05877). The lowest code of the b bits is not used. A zero is sto
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import NOTHING
 from edgepress.stages.quantisers.codes import Coded, float16_scales, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.walk import BlockVisit
 
 NEEDS = NOTHING
 TUNES = False

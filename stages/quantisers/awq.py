@@ -14,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.walk import BlockVisit
+from edgepress.checkpoints.lazy import torch
 from edgepress.stages.hessian import output_error
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import HESSIANS
 from edgepress.stages.quantisers.codes import Coded, fit_grid, nearest
-from edgepress.stages.refine import norms_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgepress.checkpoints.walk import BlockVisit
 
 NEEDS = HESSIANS
 TUNES = False
@@ -144,7 +145,7 @@ def solve(
 
 # Layer -> those whose last rows may make its inputs, rows scaled for columns scaled.
 _BEFORE = {"o_proj": ("v_proj", "qkv_proj"), "down_proj": ("up_proj", "gate_up_proj")}
-_TOLERANCE, _COARSE = {torch.float32: 1e-4}, 0.02  # relative; the latter for 16 bits
+_TOLERANCE, _COARSE = 1e-4, 0.02  # relative; the latter for 16 bits
 
 
 @dataclass
@@ -156,9 +157,10 @@ class Trace:
     result: Tensor  # of the block (b, L, d)
 
 
-@torch.no_grad()
 def trace(block: BlockVisit) -> Trace:
     """Raises IndexError without calibration states."""
+    from edgepress.stages.refine import norms_of
+
     seen = Trace({}, {}, torch.empty(0))
 
     def keep_input(name: str) -> Callable[..., None]:
@@ -214,7 +216,6 @@ class Folding:
         by_head = values.view(self.block.model.kv_heads, -1, self.block.model.head_dim)
         return by_head.mean(dim=1, keepdim=True).expand_as(by_head).flatten()
 
-    @torch.no_grad()
     def fold(self, names: tuple[str, ...], before: str, s: Tensor) -> Tensor | None:
         """Divide the input of `names` by s (in,), equal where `shared`, and multiply their columns with it.
 
@@ -256,7 +257,7 @@ class Folding:
         """Whether the layer's input now is x / s, and the block's result what it was: nobody else takes the input."""
         was, now = self.trace, trace(self.block)
         pairs = ((now.inputs[name].float() * s, was.inputs[name]), (now.result.float(), was.result))
-        limit = _TOLERANCE.get(was.result.dtype, _COARSE)
+        limit = _TOLERANCE if was.result.dtype == torch.float32 else _COARSE
         holds = all(float((found - x).norm()) <= limit * float(x.float().norm()) for found, x in pairs)
         self.trace = now if holds else self.trace
         return holds
@@ -277,7 +278,6 @@ def _offset(norm: nn.Module) -> float | None:
     return None
 
 
-@torch.no_grad()
 def _divide_norm(norm: nn.Module, s: Tensor, stored: torch.dtype) -> Tensor:
     """The norm's vector over s, as its file will hold it, and the s (d,) that this comes to."""
     weight, offset = norm.get_parameter("weight"), _offset(norm) or 0.0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST_SCALE = 6.2e-5  # float16 keeps its full precision from here up; smaller scales would be rounded away
 

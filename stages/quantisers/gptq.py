@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import NumericsError
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.walk import BlockVisit
+from edgepress.checkpoints.lazy import torch
 from edgepress.stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import HESSIANS
 from edgepress.stages.quantisers.codes import Coded, fit_grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.walk import BlockVisit
 
 NEEDS = HESSIANS
 TUNES = True

@@ -17,18 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid, RealGrid
-from edgepress.checkpoints.packing import dequantise_real
-from edgepress.checkpoints.walk import BlockVisit
+from edgepress.checkpoints.lazy import torch
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import NOTHING
 from edgepress.stages.quantisers.codes import Coded, fit_grid, float16_scales, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgepress.checkpoints.walk import BlockVisit
 
 NEEDS = NOTHING
 TUNES = False
@@ -73,6 +74,8 @@ class RealCoded:
 
     @property
     def weight(self) -> Tensor:
+        from edgepress.checkpoints.packing import dequantise_real
+
         return dequantise_real(self.codes, self.scales, self.zeros)
 
     def stored(self) -> dict[str, Tensor]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Form
-from edgepress.checkpoints.walk import BlockVisit
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import NOTHING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from edgepress.checkpoints.walk import BlockVisit
 
 NEEDS = NOTHING
 TUNES = False

@@ -50,3 +50,26 @@ def training_bytes(shape: ModelShape, options: Lora) -> int:
 def trainable_parameters(shape: ModelShape, options: Lora) -> int:
     """Numbers that the method trains on a model of this shape."""
     return sum(x.adapter_parameters for x in adapters(shape, options))
+
+
+# --- the teacher of --distill -----------------------------------------------------------------------------------------
+
+
+# Beyond this much disk, `auto` holds the teacher instead. A fixed number: what is free on a machine must not decide
+# which bytes come out.
+_AUTO_LIMIT_BYTES = 16 * 2**30
+
+
+def teacher_kind(shape: ModelShape, options: Lora) -> str:
+    """How the teacher is kept: none, held or streamed."""
+    if options.distill == 0:
+        return "none"
+    if options.teacher != "auto":
+        return options.teacher
+    return "streamed" if teacher_disk_bytes(shape, options) <= _AUTO_LIMIT_BYTES else "held"
+
+
+def teacher_disk_bytes(shape: ModelShape, options: Lora) -> int:
+    """Most disk the streamed teacher takes: hidden states before and after a block, in 16 bit."""
+    windows = min(options.samples, options.total_steps * options.batch + options.held_out)
+    return 2 * windows * options.length * shape.hidden_size * 2

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,9 @@ from edgepress.pipeline.plan import plan
 from edgepress.pipeline.sweep_recipe import load_sweep
 from edgepress.pipeline.tree import forecast, grow, node_seconds, spec_fingerprints
 from edgepress.stages.options import STAGES
+from edgepress.stages.pruning import METHODS as PRUNERS
+from edgepress.stages.quantisers import METHODS as QUANTISERS
+from edgepress.stages.recovery import METHODS as RECOVERIES
 
 pytestmark = pytest.mark.unit
 
@@ -60,3 +66,37 @@ def test_plan_of_a_sweep_needs_no_weights(compress: Callable[..., Any]) -> None:
     assert facts["disk_bytes"] > 40 * 2**30 and facts["seconds"] > 0 and facts["peak_memory_bytes"] > 2**30
     refused = compress("plan", "--recipe", "table-a1", "--skip", "wanda")
     assert refused.returncode == 2 and "--skip belongs to a recipe of one run" in refused.stderr
+
+
+SPEED = """
+import json, sys
+from edgepress.pipeline.cli import main
+loaded = {}
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["compress", "plan", *line]
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 0, line
+    loaded[" ".join(line)] = sorted({"torch", "transformers", "peft", "pandas", "matplotlib"} & sys.modules.keys())
+sys.stderr.write(json.dumps({line: names for line, names in loaded.items() if names}))
+"""
+
+
+@pytest.mark.pipeline
+def test_no_plan_waits_for_torch_or_transformers(tiny_llama: Path) -> None:
+    lines = [
+        [],
+        ["--pad-ffn", "64", "--vocabulary-size", "300", "--homotopic", "2", "--json"],
+        ["--recipe", "sweep-two-minutes"],
+        *(["--prune", name] for name in PRUNERS),
+        *(["--quant", name] for name in QUANTISERS),
+        *(["--recover", name] for name in RECOVERIES),
+        ["--quant-effort", "high", "--quant-embeddings", "8", "--device", "cpu", "--dtype", "bfloat16"],
+    ]
+    small = ["--model", str(tiny_llama), "--data", "embedded", "--protect-first", "1", "--protect-last", "1"]
+    lines = [[*small, *line] for line in lines]
+    # One process for all: what one of them loaded stays loaded, so the first that is named is the one to look at.
+    done = subprocess.run([sys.executable, "-c", SPEED, json.dumps(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr) == {}

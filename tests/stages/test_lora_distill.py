@@ -16,6 +16,7 @@ from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import lora, training
 from edgepress.stages.options import Lora
+from edgepress.stages.recovery import shapes
 from tests.stages.lora_help import Watcher, options, text, weights
 
 pytestmark = pytest.mark.unit
@@ -146,11 +147,11 @@ def test_the_students_memory_holds_no_second_model(
 def test_auto_streams_what_a_disk_can_take() -> None:
     small = shape_from_config(PRESETS["smollm2-135m"])
     large = shape_from_config(PRESETS["llama-3.1-8b"])
-    assert training.teacher_kind(small, Lora(distill=0.5)) == "streamed"
-    assert training.teacher_kind(small, Lora()) == "none"
-    assert training.teacher_kind(small, Lora(distill=0.5, teacher="held")) == "held"
-    assert training.teacher_kind(large, Lora(distill=0.5, samples=8192)) == "held"
-    assert training.teacher_disk_bytes(small, Lora(distill=0.5)) == 2 * 80 * 512 * 576 * 2
+    assert shapes.teacher_kind(small, Lora(distill=0.5)) == "streamed"
+    assert shapes.teacher_kind(small, Lora()) == "none"
+    assert shapes.teacher_kind(small, Lora(distill=0.5, teacher="held")) == "held"
+    assert shapes.teacher_kind(large, Lora(distill=0.5, samples=8192)) == "held"
+    assert shapes.teacher_disk_bytes(small, Lora(distill=0.5)) == 2 * 80 * 512 * 576 * 2
 
 
 def test_the_memory_forecast_follows_the_teacher() -> None:

@@ -20,7 +20,7 @@ from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import Pattern
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages import eora, gptq, lora
+from edgepress.stages import eora, gptq, lora, training
 from edgepress.stages.options import Eora, Gptq, Lora
 from tests.stages.lora_help import Watcher, mean_loss, options, text, weights
 
@@ -48,7 +48,7 @@ def packed(
 def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """The logits of the model in memory when its training was over."""
     seen: dict[str, Tensor] = {}
-    real = lora.train
+    real = training.train
 
     def spy(model: Any, *rest: Any) -> Any:
         with torch.no_grad():
@@ -58,7 +58,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
             seen["after"] = model.eval()(input_ids=text().ids).logits
         return result
 
-    monkeypatch.setattr(lora, "train", spy)
+    monkeypatch.setattr(training, "train", spy)
     return seen
 
 

@@ -23,6 +23,7 @@ from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import depth, eora, gptq
 from edgepress.stages.options import Depth, Eora, Gptq
+from edgepress.stages.reference import reference_weights
 
 pytestmark = pytest.mark.unit
 
@@ -233,13 +234,13 @@ def test_against_dense_follows_the_recorded_blocks(
     shallow = seal(first, source, blocks=kept)
     gptq.run(shallow, second, tokens(), Gptq(group=32), RUNTIME)
     small = seal(second, shallow, blocks=kept)
-    dense, numbers = eora.reference_weights(small, "dense")
+    dense, numbers = reference_weights(small, "dense")
     assert (dense.folder, numbers) == (source.folder, kept)
-    parent, numbers = eora.reference_weights(small, "parent")
+    parent, numbers = reference_weights(small, "parent")
     assert (parent.folder, numbers) == (shallow.folder, [0, 1, 2, 3])
     unrecorded = seal(CheckpointWriter(tmp_path / "gptq"), shallow)
     with pytest.raises(CheckpointError, match="not recorded which blocks"):
-        eora.reference_weights(unrecorded, "dense")
+        reference_weights(unrecorded, "dense")
 
 
 def test_plan_refuses_what_cannot_be() -> None:

@@ -19,7 +19,7 @@ from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import Pattern
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages import gptq, lora
+from edgepress.stages import gptq, lora, training
 from edgepress.stages.options import Gptq, Lora
 from edgepress.stages.recovery import lora as low_rank
 from tests.stages.lora_help import mean_loss, options, text
@@ -159,7 +159,7 @@ def test_the_last_loss_is_that_of_the_merged_model(
 ) -> None:
     """What is merged is what was trained: the model in training and the merged one give the same logits."""
     seen: dict[str, Tensor] = {}
-    real = lora.train
+    real = training.train
 
     def spy(model: Any, *rest: Any) -> list[float]:
         losses = real(model, *rest)
@@ -167,7 +167,7 @@ def test_the_last_loss_is_that_of_the_merged_model(
             seen["logits"] = model.eval()(input_ids=text().ids).logits
         return losses
 
-    monkeypatch.setattr(lora, "train", spy)
+    monkeypatch.setattr(training, "train", spy)
     lora.run(masked, writer, text(), options(), RUNTIME)
     merged = seal(writer, masked, pattern="2:4")
     with torch.no_grad():

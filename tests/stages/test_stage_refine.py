@@ -194,7 +194,7 @@ def test_targets_are_what_the_stage_was_given_whatever_was_quantised_before(
         seen.append(torch.cat(list(targets)))
         return real(block, layers, targets, *rest)
 
-    monkeypatch.setattr(gptq, "refine", spy)
+    monkeypatch.setattr(refine, "refine", spy)
     batches = tokens(SAMPLES)
     gptq.run(masked, writer, batches, high(effort_steps=2), RUNTIME)
     for mine, expected in zip(seen, outputs(masked, batches.ids), strict=True):
