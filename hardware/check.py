@@ -241,6 +241,9 @@ class Verdict:
     levers: Levers | None = None  # asked for apart, as is the next: a search may judge hundreds of shapes
     timing: Timing | str | None = None  # a text says why there is none
 
+    def __str__(self) -> str:
+        return self.summary
+
     @property
     def fits(self) -> bool:
         """Whether every memory on the chip holds its share; off-chip memory does not count."""

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,18 +103,13 @@ def _run(flags: dict[str, Any], recipe: str, skip: str, out: Path, plan_only: bo
         return
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
-    from edgepress.pipeline.calibration import corpus_fault
-    from edgepress.pipeline.plan import examined
     from edgepress.pipeline.progress import Reporter
     from edgepress.pipeline.report import print_summary
+    from edgepress.pipeline.run import prepared
     from edgepress.pipeline.run import run as run_stages
-    from edgepress.pipeline.store import Store, open_model, require_apart
+    from edgepress.pipeline.store import Store
 
-    require_apart(drafted.recipe.model, out)
-    if fault := corpus_fault(drafted.recipe):
-        drafted = replace(drafted, faults=(*drafted.faults, fault))
-    examined(drafted, lambda recipe: open_model(recipe.model).shape)
-    wanted, console = drafted.recipe, Console(stderr=as_json)
+    wanted, console = prepared(drafted, out), Console(stderr=as_json)
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         try:
             with interrupts.gently(reporter.interrupt):

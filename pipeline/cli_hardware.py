@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +10,10 @@ import typer
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.quiet import quiet_libraries
-from edgepress.checkpoints.shape import ModelShape
 from edgepress.pipeline.flags import Json, with_model
 
 if TYPE_CHECKING:
+    from edgepress.checkpoints.shape import ModelShape
     from edgepress.hardware.soc import Soc
 
 EXIT_DOES_NOT_FIT = 3
@@ -64,7 +63,13 @@ def check(
     """
     from edgepress.hardware.check import check as judge
     from edgepress.hardware.soc import load_soc
-    from edgepress.pipeline.shapes import PACKAGED_PRESET, measured_bytes, model_shape, require_consistent
+    from edgepress.pipeline.shapes import (
+        PACKAGED_PRESET,
+        measured_bytes,
+        model_shape,
+        require_consistent,
+        with_other_bits,
+    )
 
     faults = [
         f"{path.parent}: there is no such folder to write to"
@@ -78,7 +83,7 @@ def check(
     shape = model_shape(checkpoint or None)
     require_consistent(checkpoint, shape)
     chip = load_soc(soc, setting or ())
-    as_if = _as_if(shape, bits, embedding_bits, chip)
+    as_if = with_other_bits(shape, bits, embedding_bits, chip)
     if program:
         drawn = csv or operators or png
         others = kv_window or kv_groups or activation_bits != 8 or prefill_chunk or tensors
@@ -196,22 +201,6 @@ def socs() -> None:
 
     for name in shipped_socs():
         print_soc(Console(), name, load_soc(name))
-
-
-def _as_if(shape: ModelShape, bits: int, embedding_bits: int, chip: Soc) -> ModelShape:
-    from edgepress.checkpoints.shape import with_bits
-    from edgepress.hardware.levers import stage_group
-
-    faults = []
-    if bits not in (0, 3, 4, 8):
-        faults.append(f"--bits {bits}: there are 8, 4 and 3, or 0 for the model as it is")
-    if embedding_bits not in (0, 4, 8):
-        faults.append(f"--embedding-bits {embedding_bits}: there are 8 and 4, or 0 for the model as it is")
-    if faults:
-        raise PlanError("\n".join(faults))
-    if bits:
-        shape = with_bits(shape, bits, stage_group(chip, bits))
-    return replace(shape, embedding_bits=embedding_bits) if embedding_bits else shape
 
 
 def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError
+from edgepress.checkpoints.errors import CheckpointError, EdgepressError, PlanError, near
 from edgepress.checkpoints.manifest import check_files, is_special, replacing, seal_holds, sealed, write_json
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choose_dtype
@@ -41,6 +42,19 @@ class Measured:
     file_bytes: int
     parameters_total: int
     results: dict[str, Result]
+
+    def score(self, task: str = "") -> Score:
+        """The main score of a task, of the first where none is named. Raises PlanError for one not measured."""
+        name = task or next(iter(self.results))
+        if name not in self.results:
+            raise PlanError(f"'{name}' was not measured{near(name, self.results)}; there are {', '.join(self.results)}")
+        return self.results[name].scores[0]
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=120)
+        print_measured(console, [self])
+        assert isinstance(console.file, StringIO)
+        return console.file.getvalue()
 
     def to_dict(self, items: bool) -> dict[str, Any]:
         facts = {name: getattr(self, name) for name in ("label", "folder", "fingerprint", "file_bytes")}

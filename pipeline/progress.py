@@ -39,7 +39,8 @@ class Reporter:
         self._interrupted = False
 
     def __enter__(self) -> Reporter:
-        if self.console.is_terminal and not self.quiet and verbosity() == 0:
+        # A notebook counts as a terminal, and would get a new bar for each change of it.
+        if self.console.is_terminal and not self.console.is_jupyter and not self.quiet and verbosity() == 0:
             self._bars = Progress(
                 TextColumn("  {task.description:<16}"),
                 BarColumn(bar_width=30),

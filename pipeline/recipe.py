@@ -195,7 +195,7 @@ def from_mapping(data: Mapping[str, Any], faults: list[str]) -> tuple[dict[str, 
     if "sweep" in data:
         faults.append("this recipe is a sweep of several configurations: compress sweep RECIPE")
     own = {key: value for key, value in data.items() if key not in _ABOUT and (key, value) != ("model", None)}
-    plain, wrong = _validated("", PLAIN_KEYS, own)
+    plain, wrong = validated("", PLAIN_KEYS, own)
     for key, fault in wrong:
         there = f"there are {', '.join(sorted([*PLAIN_KEYS, *_ABOUT[1:]]))}"
         faults.append(fault or f"unknown key '{key}'{near(key, (*PLAIN_KEYS, *_ABOUT[1:]))}; {there}")
@@ -223,13 +223,13 @@ def stage_values(stage: str, values: Any, faults: list[str]) -> dict[str, Any]:
         faults.append(f"{stage}: options must be keys and values")
         return {}
     types = get_type_hints(STAGES[stage])
-    good, wrong = _validated(f"{stage}.", types, values)
+    good, wrong = validated(f"{stage}.", types, values)
     for key, fault in wrong:
         faults.append(fault or f"{stage} has no option '{key}'{near(key, types)}; there are {', '.join(types)}")
     return good
 
 
-def _validated(
+def validated(
     where: str, types: Mapping[str, type], values: Mapping[Any, Any]
 ) -> tuple[dict[str, Any], list[tuple[Any, str]]]:
     """The values that have their key's type, numbers for float as float; each other key with its fault, or with
@@ -247,7 +247,7 @@ def _validated(
             known = key in types
             wrong[key] = f"{where}{key}: {fault['input']!r} is not {_WORDS[types[str(key)]]}" if known else ""
     kept = {key: value for key, value in values.items() if key not in wrong and str(key) not in wrong}
-    return _validated(where, types, kept)[0], list(wrong.items())
+    return validated(where, types, kept)[0], list(wrong.items())
 
 
 @cache

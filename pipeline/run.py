@@ -20,11 +20,11 @@ from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.writer import CheckpointWriter, prove_pattern
 from edgepress.eval.perplexity import Protocol, measure, measurement_key
 from edgepress.hardware.soc import load_soc
-from edgepress.pipeline.calibration import Calibration
-from edgepress.pipeline.plan import StagePlan, judge, plan, say_measured, say_planned, to_dict
+from edgepress.pipeline.calibration import Calibration, corpus_fault
+from edgepress.pipeline.plan import StagePlan, examined, judge, plan, say_measured, say_planned, to_dict
 from edgepress.pipeline.progress import Reporter
-from edgepress.pipeline.recipe import Recipe
-from edgepress.pipeline.store import REPORT, Store, open_model
+from edgepress.pipeline.recipe import Draft, Recipe
+from edgepress.pipeline.store import REPORT, Store, open_model, require_apart
 from edgepress.stages.options import Options, decisive
 
 _PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")
@@ -73,6 +73,7 @@ class StageResult:
 @dataclass
 class RunResult:
     report: dict[str, Any]
+    source: Checkpoint
     stages: list[StageResult]
     computed: int  # stages that were not in the store already
 
@@ -102,6 +103,15 @@ class Conditions:
 
     def measured(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return _measured(checkpoint, self.calibration, self.protocol, self.runtime, self.store)
+
+
+def prepared(drafted: Draft, out: Path) -> Recipe:
+    """The recipe, if it can run. Raises RecipeError with all that is wrong with it and its model, before any work."""
+    require_apart(drafted.recipe.model, out)
+    if fault := corpus_fault(drafted.recipe):
+        drafted = replace(drafted, faults=(*drafted.faults, fault))
+    examined(drafted, lambda recipe: open_model(recipe.model).shape)
+    return drafted.recipe
 
 
 def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
@@ -150,7 +160,7 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         "hardware": to_dict(verdict),
     }
     write_json(out / REPORT, sealed(report))
-    return RunResult(report, results, sum(not r.reused for r in results))
+    return RunResult(report, source, results, sum(not r.reused for r in results))
 
 
 def run_stage(
