@@ -71,7 +71,7 @@ def export(
     if to == "deeploy" and kv_bits not in (8, 32):
         raise PlanError(f"--kv-bits {kv_bits}: Deeploy's graph has eight bits throughout")
     if to in FORMATS:
-        _export_file(checkpoint, to, kind, force, out, as_json)
+        _export_file(checkpoint, to, kind, context, force, out, as_json)
         return
     if kind or as_json:
         raise PlanError(f"--type and --json go with --to {', '.join(FORMATS)}")
@@ -94,7 +94,9 @@ def export(
     typer.echo(f"{out}: make -C {out} check compiles it, runs it, and compares its tokens with Python's")
 
 
-def _export_file(checkpoint: Path, to: str, kind: str, force: bool, out: Path | None, as_json: bool) -> None:
+def _export_file(
+    checkpoint: Path, to: str, kind: str, context: int, force: bool, out: Path | None, as_json: bool
+) -> None:
     """Write one of the formats that are no program."""
     form = FORMATS[to]
     if kind and kind not in form.types:
@@ -111,7 +113,7 @@ def _export_file(checkpoint: Path, to: str, kind: str, force: bool, out: Path | 
 
     source = Checkpoint.open(checkpoint_folder(checkpoint), hashes=True)
     with Reporter(Console(stderr=True), quiet=as_json) as reporter:
-        written = module_of(form).write(source, Wanted(out, kind), Runtime(progress=reporter))
+        written = module_of(form).write(source, Wanted(out, kind, context), Runtime(progress=reporter))
     if as_json:
         facts = {"path": str(written.path), "format": to, "bytes": written.nbytes, "notes": list(written.notes)}
         typer.echo(json.dumps(facts | dict(written.facts), indent=2))

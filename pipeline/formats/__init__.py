@@ -32,6 +32,7 @@ class Wanted:
 
     out: Path  # not there yet, or --force was given
     type: str = ""  # one of the format's types; empty: the format's own choice for this checkpoint
+    context: int = 256  # tokens in the KV cache, where the file has one
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,25 @@ class Module(Protocol):
         """
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "onnx": Format(
+        "edgepress.pipeline.formats.onnx", "model.onnx", "ONNX Runtime",
+        "codes (of quantised weights): codes, scales and zero points of 2, 3, 4 and 8 bits go in as they are, 3 "
+        "in the room of 4, and an adapter beside them; dense: effective weights with the adapter merged. No zeros of a "
+        "pattern are left out, and the tokenizer stays in the checkpoint", ("codes", "dense"),
+    ),
+    "executorch": Format(
+        "edgepress.pipeline.formats.executorch", "model.pte", "ExecuTorch",
+        "Effective weights with the adapter merged, as float32 for XNNPACK: codes, zeros of a pattern and 16-bit "
+        "weights take its room. The KV cache has the tokens of --context; the tokenizer stays in the checkpoint",
+    ),
+    "compressed-tensors": Format(
+        "edgepress.pipeline.formats.compressed_tensors", "model-compressed-tensors", "vLLM and transformers",
+        "Codes of 2, 3, 4 and 8 bits, scales and zero points go in as they are; a checkpoint without codes or with an "
+        "adapter is refused, as merged weights lie on no grid. Zeros of a pattern are stored as codes: the package has "
+        "no 2:4 format any more",
+    ),
+}  # fmt: skip
 
 
 def module_of(form: Format) -> Module:
