@@ -60,7 +60,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as what others run: a program for a chip, or a file format.
+    """Write a checkpoint as a program for a chip, or a file others run.
 
     Exit code 0: written; 3: it does not fit the chip, and nothing was written.
     """
