@@ -13,6 +13,7 @@ from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.forms import BEFORE, Codebook, Form, Grid, RealGrid
 from edgepress.checkpoints.manifest import require_own_links
 from edgepress.checkpoints.quiet import quiet_import, readable
+from edgepress.checkpoints.super_blocks import SuperBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -98,7 +99,7 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 # --- what it says of quantised weights ----------------------------------------------------------------------------
 
-FORMS: tuple[type[Form], ...] = (Grid, RealGrid, Codebook)
+FORMS: tuple[type[Form], ...] = (Grid, RealGrid, Codebook, SuperBlocks)
 # Where other tools say that weights are quantised.
 _FOREIGN = {"quantization": "'mlx'", "compression_config": "'compressed-tensors'", "quant_config": "another tool"}
 

@@ -73,10 +73,23 @@ class Form(ABC):
 
     bits: int  # of a code
     group: int  # weights of a row that share a scale: -1 for the whole row, 0 where that is not how scales lie
-    symmetric: bool  # whether the zero point is the middle code everywhere
     integer = False  # whether an engine for integers can multiply the codes as they are
-    exact_zero = True  # whether a code stands for exactly 0, so that an N:M mask can be kept
     note = ""  # how the name of a layer's note begins, which tells its sides and more; empty: the tensors tell
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point is the middle code everywhere."""
+        return False
+
+    @property
+    def exact_zero(self) -> bool:
+        """Whether a weight can be exactly 0, so that an N:M mask can be kept."""
+        return True
+
+    @property
+    def marks_zeros(self) -> bool:
+        """Whether a removed weight has a mark in place of a code, so that a packed image must have the index."""
+        return False
 
     @property
     @abstractmethod
@@ -118,6 +131,10 @@ class Form(ABC):
 
     def fitted(self, widths: set[int]) -> Form:
         """The form for a model whose layers have these input widths: with the largest group that divides all."""
+        return self
+
+    def suited(self, rows: int, columns: int, masked: bool) -> Form:
+        """The form for one layer, of those that `holds` lets in; masked: it has a pattern to keep."""
         return self
 
     def by_row(self) -> Form:

@@ -22,6 +22,10 @@ of the level 0:
   (`codebooks.dynamic_map`), to be multiplied by its nested absmax and added to the mean;
 - nested: float32, the nested absmax of every `nested` of those, and last the mean.
 
+One with `super_blocks` has, in the form that `super_blocks.SuperBlocks` describes: d and, with a `minimum`, e (out,
+super-blocks), float16; scales and, with a minimum, minima (out, groups), `scale_bits` bits each. If it is `masked` a
+missing weight is +0 and has no code, and there always is an index.
+
 An adapter at 8 bits has entries of kind `adapter_codes`, `….codes` (int8) and `….scales` (float32, one for each
 rank): A and B are codes x scales, rounded to the `dtype` of their `derived_adapter` entry, which has no bytes. The
 streams' bit order stands in `bits.py`. The other kinds are told in `packed_sizes.Record`.

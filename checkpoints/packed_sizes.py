@@ -83,7 +83,7 @@ def mask_index(linear: LinearShape) -> MaskIndex | None:
     groups = linear.weights // pattern.of
     best = _smallest_index(pattern, groups)
     saved = (linear.weights - linear.nonzero) * value_bits(linear)
-    return best if best.total_bits(groups) < saved else None
+    return best if best.total_bits(groups) < saved or (linear.grid and linear.grid.marks_zeros) else None
 
 
 @lru_cache(maxsize=1024)
@@ -269,7 +269,11 @@ class PackedSizes:
         return {name.replace("_", " "): size for name, size in asdict(self).items() if size}
 
 
-_SIDES = {"index": "mask_index", "zeros": "zero_points", "order": "group_order"}  # all else beside codes is scales
+_SIDES = {
+    "index": "mask_index",
+    "order": "group_order",
+    **dict.fromkeys(("zeros", "e", "minima"), "zero_points"),
+}  # all else beside codes is scales
 
 
 @lru_cache(maxsize=256)

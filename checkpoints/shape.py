@@ -530,8 +530,8 @@ def _coded(x: LinearShape, form: Form, dtype: str) -> LinearShape:
     """
     if not form.holds(x.out_features, x.in_features):
         return x
-    bias = x.bias_dtype or x.dtype
-    return replace(x, grid=form, dtype=dtype, bias_dtype=bias if x.bias and bias != dtype else "")
+    bias, own = x.bias_dtype or x.dtype, form.suited(x.out_features, x.in_features, x.pattern is not None)
+    return replace(x, grid=own, dtype=dtype, bias_dtype=bias if x.bias and bias != dtype else "")
 
 
 def each_linear(shape: ModelShape, change: Callable[[LinearShape], LinearShape]) -> ModelShape:

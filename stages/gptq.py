@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.checkpoints.walk import BlockVisit
     from edgepress.checkpoints.writer import CheckpointWriter
-    from edgepress.stages.quantisers.gptq import Solution
+    from edgepress.stages.refine import Tunable
 
 VERSION = 1
 REFINE_TOKENS = 1024  # in one step of refining; also what goes through a block at once
@@ -114,9 +114,10 @@ def _wanted_form(shape: ModelShape, options: Options) -> Form:
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
-    stored, wanted = plan(shape, options).grid, form(options, shape.pattern is not None)
+    after, wanted = plan(shape, options), form(options, shape.pattern is not None)
+    stored = after.grid
     assert stored is not None
-    said = _form_remarks(shape, stored, wanted, options)
+    said = _form_remarks(shape, after, stored, wanted, options)
     if stored.unknown:
         said.append(f"gptq: no library knows {stored.unknown}: only this project loads the folder")
     if (bits := activation_bits(options)) < 16:
@@ -132,9 +133,9 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
     return said
 
 
-def _form_remarks(shape: ModelShape, stored: Form, wanted: Form, options: Options) -> list[str]:
+def _form_remarks(shape: ModelShape, after: ModelShape, stored: Form, wanted: Form, options: Options) -> list[str]:
     said = []
-    if stored.exact_zero and not form(options, masked=False).exact_zero:
+    if stored.integer and not form(options, masked=False).integer:
         said.append(
             f"gptq: {options.quant} has whole zero points here, not the real ones of the published method, since a "
             f"weight that {shape.pattern} removes must be exactly 0"
@@ -143,7 +144,16 @@ def _form_remarks(shape: ModelShape, stored: Form, wanted: Form, options: Option
     said += [f"gptq: {warning}" for warning in stored.warnings(widths)]
     if wanted.group != options.group != Options.group:
         said.append(f"gptq: {options.quant} has {wanted.scales()}; --group {options.group} is not used")
-    if stored.group != wanted.group:
+    others: dict[str, set[str]] = {}
+    for x in (x for block in after.blocks for x in block.linears):
+        if x.grid is not None and x.grid.describe() != wanted.describe():
+            others.setdefault(x.grid.describe(), set()).add(x.name)
+    for form_name, names in others.items():
+        said.append(
+            f"gptq: {', '.join(sorted(names))} take {form_name}, the next type of GGUF: no super-block of "
+            f"{wanted.describe()} divides their rows; gptq{wanted.bits}-s has super-blocks that do"
+        )
+    if stored.group != wanted.group and not others:
         said.append(f"gptq: groups of {stored.group}: {wanted.group} does not divide every layer")
     if dense := left_dense(shape, stored):
         said.append(
@@ -175,13 +185,13 @@ def run(
     walk = Walk(source, chunks, runtime, target.work, task=options.quant)
     dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
-        quantised = [x.name for x in after.blocks[block.index].linears if x.grid is not None]
-        masks = {name: block.linears[name].weight != 0 if masked else None for name in quantised}
-        solved = dict(chosen.quantise(block, masks, grid, options))
+        forms = {x.name: x.grid for x in after.blocks[block.index].linears if x.grid is not None}
+        masks = {name: block.linears[name].weight != 0 if masked else None for name in forms}
+        solved = dict(chosen.quantise(block, masks, forms, options))
         facts: dict[str, Any] = {name: s.facts() for name, s in solved.items()}
         if dense is not None:
             generator = runtime.generator(f"refine block {block.index}")
-            solutions, targets = cast("dict[str, Solution]", solved), dense.of(block.index)
+            solutions, targets = cast("dict[str, Tunable]", solved), dense.of(block.index)
             facts["refined"] = refine_block(block, solutions, masks, targets, options.effort_steps, generator)
         for name, s in solved.items():
             block.linears[name].weight.copy_(s.weight)
@@ -205,21 +215,17 @@ def run(
 
 def refine_block(
     block: BlockVisit,
-    solved: dict[str, Solution],
+    solved: dict[str, Tunable],
     masks: Mapping[str, Tensor | None],
     targets: Sequence[Tensor],
     steps: int,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Put better codes and scales into `solved`, and tune the block's norms; the block's error before and after."""
-    from edgepress.stages.refine import TunedLinear, refine
+    from edgepress.stages.refine import refine
 
-    layers = {}
-    for name, s in solved.items():
-        assert s.position is not None
-        layers[name] = TunedLinear.start(s.position, s.scales, s.zeros, masks[name], s.grid)
+    layers = {name: s.tuned(masks[name]) for name, s in solved.items()}
     errors = refine(block, layers, targets, steps, generator)
     for name, layer in layers.items():
-        codes, scales = layer.codes().to(torch.uint8), layer.rounded_scales()
-        solved[name] = replace(solved[name], codes=codes, scales=scales, position=None)
+        solved[name] = solved[name].settled(layer)
     return errors

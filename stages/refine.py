@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,39 @@ SCALE_RATE = 2e-3  # Adam, on the logarithm of a scale
 NORM_RATE = 1e-3  # Adam, relative to what the norm multiplies with on average
 
 
+class Tuned(Protocol):
+    """One layer's variables."""
+
+    @property
+    def position(self) -> Tensor:
+        """(out, in): where between the codes a weight lies; its code is the nearest."""
+
+    def steps(self) -> list[Tensor]:
+        """The logarithms of the changes of its scales, which are tuned too."""
+
+    def codes(self) -> Tensor:
+        """(out, in), whole numbers in float32."""
+
+    def weight(self) -> Tensor:
+        """Effective weight (out, in) with the file's rounding, through which the gradient passes; 0 where masked."""
+
+    def reset(self, codes: Tensor) -> None:
+        """Back to these codes and the scales of the start."""
+
+
+class Tunable(Protocol):
+    """A quantised layer that can be tuned: one of a method that says TUNES."""
+
+    def tuned(self, mask: Tensor | None) -> Tuned:
+        """Its variables, from the solver's solution; mask (out, in) is True where a weight may live."""
+
+    def settled(self, tuned: Any) -> Any:
+        """The layer with what became of them."""
+
+
 @dataclass
 class TunedLinear:
-    """One layer's variables. position (out, in): where between the codes a weight lies; its code is the nearest."""
+    """The variables of a layer in GPTQ's storage."""
 
     position: Tensor
     log_change: Tensor  # (out, groups): of the scale
@@ -46,6 +76,9 @@ class TunedLinear:
         """From GPTQ's solution, whose `position` it takes over and changes in place."""
         return cls(position, torch.zeros_like(scales), scales, zeros.float(), mask, grid)
 
+    def steps(self) -> list[Tensor]:
+        return [self.log_change]
+
     @torch.no_grad()
     def codes(self) -> Tensor:
         """(out, in), whole numbers in float32; a masked weight has its zero point's."""
@@ -57,12 +90,12 @@ class TunedLinear:
     def rounded_scales(self) -> Tensor:
         """Scales as the file will hold them: float32 with float16 values; the gradient passes through the rounding."""
         exact = self.scales * self.log_change.exp()
-        return _straight_through(exact.clamp(min=SMALLEST_SCALE).to(torch.float16).float(), exact)
+        return straight_through(exact.clamp(min=SMALLEST_SCALE).to(torch.float16).float(), exact)
 
     def weight(self) -> Tensor:
         """Effective weight (out, in); the gradient passes through the rounding to positions and scales."""
         out, groups = self.scales.shape
-        codes = _straight_through(self.codes(), self.position)
+        codes = straight_through(self.codes(), self.position)
         levels = codes.view(out, groups, -1) - self.zeros.unsqueeze(-1)
         weight = (self.rounded_scales().unsqueeze(-1) * levels).view_as(self.position)
         return weight if self.mask is None else weight * self.mask
@@ -96,10 +129,10 @@ class TunedNorm:
 
     def weight(self) -> Tensor:
         """Float32 with the values that the file will hold; the gradient passes through the rounding."""
-        return _straight_through(self.exact.to(self.stored).float(), self.exact)
+        return straight_through(self.exact.to(self.stored).float(), self.exact)
 
 
-def _straight_through(rounded: Tensor, exact: Tensor) -> Tensor:
+def straight_through(rounded: Tensor, exact: Tensor) -> Tensor:
     """`rounded` to the bit, with the gradient of `exact`."""
     return rounded.detach() + (exact - exact.detach())
 
@@ -125,7 +158,7 @@ class DenseOutputs:
 
 def refine(
     block: BlockVisit,
-    layers: Mapping[str, TunedLinear],
+    layers: Mapping[str, Tuned],
     targets: Sequence[Tensor],
     steps: int,
     generator: torch.Generator,
@@ -160,7 +193,7 @@ def norms_of(module: nn.Module) -> dict[str, nn.Module]:
 
 def _descend(
     block: BlockVisit,
-    layers: Mapping[str, TunedLinear],
+    layers: Mapping[str, Tuned],
     norms: Mapping[str, TunedNorm],
     targets: Sequence[Tensor],
     steps: int,
@@ -168,7 +201,7 @@ def _descend(
 ) -> None:
     """Adam with a rate that falls to zero, in a function of its own so that its moments are freed on return."""
     groups: list[dict[str, Any]] = [{"params": [x.position for x in layers.values()], "lr": 2 * ROUNDING_REACH / steps}]
-    groups += [{"params": [x.log_change for x in layers.values()], "lr": SCALE_RATE}]
+    groups += [{"params": [step for x in layers.values() for step in x.steps()], "lr": SCALE_RATE}]
     groups += [{"params": [norm.exact], "lr": norm.rate} for norm in norms.values()]
     variables = [tensor for group in groups for tensor in group["params"]]
     for tensor in variables:
@@ -189,7 +222,7 @@ def _descend(
         tensor.requires_grad_(False)
 
 
-def _weights(block: BlockVisit, layers: Mapping[str, TunedLinear], norms: Mapping[str, TunedNorm]) -> dict[str, Tensor]:
+def _weights(block: BlockVisit, layers: Mapping[str, Tuned], norms: Mapping[str, TunedNorm]) -> dict[str, Tensor]:
     """The tuned weights by their name in the block, in the precision that it computes in."""
     dtype = next(block.module.parameters()).dtype
     weights = {f"{name}.weight": layer.weight().to(dtype) for name, layer in layers.items()}

@@ -26,6 +26,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq8": ("edgepress.stages.quantisers.gptq", {"bits": 8}),
     "gptq4-channel": ("edgepress.stages.quantisers.gptq", {"bits": 4, "group": -1}),
     "gptq8-channel": ("edgepress.stages.quantisers.gptq", {"bits": 8, "group": -1}),
+    "q2_k": ("edgepress.stages.quantisers.super_blocks", {"gguf": "Q2_K"}),
+    "q3_k": ("edgepress.stages.quantisers.super_blocks", {"gguf": "Q3_K"}),
+    "q4_k": ("edgepress.stages.quantisers.super_blocks", {"gguf": "Q4_K"}),
+    "q5_k": ("edgepress.stages.quantisers.super_blocks", {"gguf": "Q5_K"}),
+    "q6_k": ("edgepress.stages.quantisers.super_blocks", {"gguf": "Q6_K"}),
+    "gptq2-s": ("edgepress.stages.quantisers.super_blocks", {"bits": 2}),
+    "gptq3-s": ("edgepress.stages.quantisers.super_blocks", {"bits": 3}),
+    "gptq4-s": ("edgepress.stages.quantisers.super_blocks", {"bits": 4}),
+    "gptq5-s": ("edgepress.stages.quantisers.super_blocks", {"bits": 5}),
     "int8": ("edgepress.stages.quantisers.absmax", {"bits": 8}),
     "int4": ("edgepress.stages.quantisers.absmax", {"bits": 4}),
     "hqq4": ("edgepress.stages.quantisers.hqq", {"bits": 4}),
@@ -80,9 +89,9 @@ class Method(Protocol):
         """
 
     def quantise(
-        self, block: BlockVisit, masks: Mapping[str, Tensor | None], form: Form, options: Options
+        self, block: BlockVisit, masks: Mapping[str, Tensor | None], forms: Mapping[str, Form], options: Options
     ) -> Mapping[str, Solved]:
-        """Each layer that `masks` names, stored as `form` says; a weight where its mask (out, in) is False is 0.
+        """Each layer that `masks` names, stored as its form says; a weight where its mask (out, in) is False is 0.
 
         The stage writes the block with these in place of the layers. What else the method changes in the block, such
         as a norm, it changes in place. Raises NumericsError that names the layer.

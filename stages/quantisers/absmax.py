@@ -27,8 +27,10 @@ def form(options: Options, masked: bool, bits: int) -> Grid:
     return Grid(bits, -1, symmetric=True)
 
 
-def quantise(block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, options: Options) -> dict[str, Coded]:
-    return {name: by_largest(block.linears[name].weight.float(), form) for name in masks}
+def quantise(
+    block: BlockVisit, masks: Mapping[str, Tensor | None], forms: Mapping[str, Grid], options: Options
+) -> dict[str, Coded]:
+    return {name: by_largest(block.linears[name].weight.float(), forms[name]) for name in masks}
 
 
 def by_largest(weight: Tensor, grid: Grid) -> Coded:

@@ -59,7 +59,9 @@ class Inputs:
     size: Tensor  # (in,): sum of abs(X)
 
 
-def quantise(block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, options: Options) -> dict[str, Scaled]:
+def quantise(
+    block: BlockVisit, masks: Mapping[str, Tensor | None], forms: Mapping[str, Grid], options: Options
+) -> dict[str, Scaled]:
     folding = Folding(block)
     chosen: dict[str, tuple[Tensor, float, str | None]] = {}
     for names, inputs in observed(block).items():
@@ -67,7 +69,7 @@ def quantise(block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, 
         coded = [name for name in names if name in masks]
         if before is not None and coded:
             weights = [folding.weights[name] for name in coded]
-            alpha, s = search(weights, hessian, folding.shared(names, inputs.size), form)
+            alpha, s = search(weights, hessian, folding.shared(names, inputs.size), forms[coded[0]])
             found = folding.fold(names, before, s) if alpha else None
             if found is None:
                 alpha, before = 0.0, None
@@ -78,7 +80,7 @@ def quantise(block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, 
     for name in block.linears.keys() - masks.keys():
         block.linears[name].weight.copy_(folding.weights[name])
     return {
-        name: solve(folding.weights[name], *found, folding.scaling[name], form, options)
+        name: solve(folding.weights[name], *found, folding.scaling[name], forms[name], options)
         for name, found in chosen.items()
     }
 

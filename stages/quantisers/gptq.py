@@ -8,7 +8,7 @@ own because no public one keeps a mask.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import NumericsError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgepress.checkpoints.walk import BlockVisit
+    from edgepress.stages.refine import TunedLinear
 
 NEEDS = HESSIANS
 TUNES = True
@@ -35,13 +36,13 @@ def form(options: Options, masked: bool, bits: int, group: int | None = None) ->
 
 
 def quantise(
-    block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid, options: Options
+    block: BlockVisit, masks: Mapping[str, Tensor | None], forms: Mapping[str, Grid], options: Options
 ) -> dict[str, Solution]:
     solved: dict[str, Solution] = {}
     for names, hessian in hessians(block).items():
         for name in (n for n in names if n in masks):
             try:
-                solved[name] = solve(block.linears[name].weight.float(), hessian, masks[name], form, options)
+                solved[name] = solve(block.linears[name].weight.float(), hessian, masks[name], forms[name], options)
             except NumericsError as error:
                 raise NumericsError(f"{block.name}.{name}: {error}") from None
     return solved
@@ -56,6 +57,15 @@ class Solution(Coded):
 
     def facts(self) -> dict[str, Any]:
         return {"error": self.error, "damping": self.damping, "float64": self.float64}
+
+    def tuned(self, mask: Tensor | None) -> TunedLinear:
+        from edgepress.stages.refine import TunedLinear
+
+        assert self.position is not None
+        return TunedLinear.start(self.position, self.scales, self.zeros, mask, self.grid)
+
+    def settled(self, tuned: TunedLinear) -> Solution:
+        return replace(self, codes=tuned.codes().to(torch.uint8), scales=tuned.rounded_scales(), position=None)
 
 
 def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, options: Options) -> Solution:
@@ -75,13 +85,25 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
     order = importance.argsort(descending=True, stable=True) if options.activation_order else torch.arange(columns)
     inverse = order.argsort()
     U, damping, float64 = inverse_factor(H[order][:, order], options.damping)
-    W = weight[:, order].clone()
     keep = mask[:, order] if mask is not None else None
     group_of = (torch.arange(columns, device=weight.device) // group)[order]
     S, Z = scales[:, group_of], zeros[:, group_of].float()  # (out, in) in solving order
-    Q, P = torch.empty_like(W), torch.empty_like(W)
-    top = 2**grid.bits - 1
+    Q, P = in_turn(weight[:, order].clone(), U, S, Z, 2**grid.bits - 1, keep)
+    codes, position = Q[:, inverse].to(torch.uint8), P[:, inverse] if options.effort == "high" else None
+    solution = Solution(codes, scales, zeros, grid, position, 0.0, damping, float64)
+    solution.error = output_error(weight, solution.weight, hessian)
+    return solution
 
+
+def in_turn(W: Tensor, U: Tensor, S: Tensor, Z: Tensor, top: int, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes of W (out, in), one column after the other, each one's error compensated by those after it.
+
+    U (in, in) is the upper Cholesky factor of the inverse Hessian. A weight is S (q - Z) with codes q of 0 to `top`,
+    and 0 where `keep` is False; S, Z and keep are (out, in). W is overwritten. Returns the codes as whole numbers in
+    float32, Z where not kept; and where between the codes each compensated weight lay, at most half a code away.
+    """
+    columns = W.shape[1]
+    Q, P = torch.empty_like(W), torch.empty_like(W)
     for start in range(0, columns, COLUMNS):
         end = min(start + COLUMNS, columns)
         W1, E1 = W[:, start:end], torch.empty_like(W[:, start:end])
@@ -96,8 +118,4 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
             W1[:, j + 1 :] -= torch.outer(e, U[c, c + 1 : end])
             E1[:, j] = e
         W[:, end:] -= E1 @ U[start:end, end:]
-
-    codes, position = Q[:, inverse].to(torch.uint8), P[:, inverse] if options.effort == "high" else None
-    solution = Solution(codes, scales, zeros, grid, position, 0.0, damping, float64)
-    solution.error = output_error(weight, solution.weight, hessian)
-    return solution
+    return Q, P

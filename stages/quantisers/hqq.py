@@ -50,14 +50,13 @@ def form(options: Options, masked: bool, bits: int, group: int | None = None) ->
 
 
 def quantise(
-    block: BlockVisit, masks: Mapping[str, Tensor | None], form: Grid | RealGrid, options: Options
+    block: BlockVisit, masks: Mapping[str, Tensor | None], forms: Mapping[str, Grid | RealGrid], options: Options
 ) -> Mapping[str, Coded | RealCoded]:
-    weights = {name: block.linears[name].weight.float() for name in masks}
-    if form.exact_zero:
-        whole = Grid(form.bits, form.group)
-        return {name: solve_whole(weight, masks[name], whole) for name, weight in weights.items()}
-    real = RealGrid(form.bits, form.group)
-    return {name: solve_real(weight, real) for name, weight in weights.items()}
+    solved: dict[str, Coded | RealCoded] = {}
+    for name, mask in masks.items():
+        weight, form = block.linears[name].weight.float(), forms[name]
+        solved[name] = solve_whole(weight, mask, form) if isinstance(form, Grid) else solve_real(weight, form)
+    return solved
 
 
 # --- real zero points ------------------------------------------------------------------------------------------------

@@ -39,9 +39,9 @@ def form(options: Options, masked: bool, stored_as: Form) -> Form:
 
 
 def quantise(
-    block: BlockVisit, masks: Mapping[str, Tensor | None], form: Rounding, options: Options
+    block: BlockVisit, masks: Mapping[str, Tensor | None], forms: Mapping[str, Rounding], options: Options
 ) -> dict[str, Coded]:
-    return {name: Coded.nearest(block.linears[name].weight, form, block.stored_dtype) for name in masks}
+    return {name: Coded.nearest(block.linears[name].weight, forms[name], block.stored_dtype) for name in masks}
 
 
 @dataclass
