@@ -131,6 +131,9 @@ def simulate(
     context: Context = 256,
     kv_bits: KvBits = 32,
     tokens: NewTokens = 64,
+    simulator: Annotated[
+        str, typer.Option(help="auto, unicorn, qemu or spike; unicorn alone counts by operator.")
+    ] = "auto",
 ) -> None:
     """Let a checkpoint write on inside a chip's memories.
 
@@ -145,14 +148,14 @@ def simulate(
     from edgepress.hardware.rv32.simulator import (
         difference,
         expected_tokens,
+        find_simulator,
         operator_lines,
         printer,
-        require_simulator,
         used_bytes,
     )
     from edgepress.hardware.rv32.simulator import simulate as run_program
 
-    require_simulator()
+    simulator = find_simulator(simulator)
     compiler = find_compiler()
     planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits)
     _require_fit(planned, force=False)
@@ -161,7 +164,7 @@ def simulate(
         folder = Path(made)
         planned.write(folder)
         build(folder, compiler)
-        outcome, wanted = run_program(folder, printer()), expected_tokens(folder)
+        outcome, wanted = run_program(folder, printer(), simulator=simulator), expected_tokens(folder)
     new = len(outcome.tokens) - len(planned.run.prompt)  # fewer than asked for where a token ended the text
     guess = instructions(planned.checkpoint.shape, replace(planned.run, new_tokens=new))
     typer.echo("\n\n" + "\n".join(operator_lines(outcome, guess)) + "\n")

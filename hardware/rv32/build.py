@@ -13,7 +13,7 @@ from edgepress.checkpoints.errors import PlanError
 # No errno: a square root is one instruction. No contraction: the sources say which products and sums are one.
 FLAGS = (
     *("-mabi=ilp32f", "-O2", "-std=c11", "-Wall", "-Wextra", "-ffreestanding", "-fno-builtin", "-fno-math-errno"),
-    *("-ffp-contract=off", "-fno-asynchronous-unwind-tables", "-nostdlib", "-static"),
+    *("-ffp-contract=off", "-fno-unwind-tables", "-fno-asynchronous-unwind-tables", "-nostdlib", "-static"),
 )
 # What gcc and zig call the same core. gcc of Debian's riscv64 package has libraries for this one; for some others of
 # 32 bits it links those of 64 without a word.
@@ -24,12 +24,20 @@ INPUTS = ("runtime.c", "products.c", "main.c", "model.c", "start.S")
 INSTALL = "apt-get install gcc-riscv64-unknown-elf, or pip install ziglang"
 
 
-def find_compiler() -> list[str]:
-    """The command that begins a compilation. Raises PlanError where there is none, naming what to install."""
+def compilers() -> dict[str, list[str]]:
+    """The commands that begin a compilation, of the compilers that are there."""
+    found = {}
     if gcc := shutil.which("riscv64-unknown-elf-gcc"):
-        return [gcc, *GCC]
+        found["gcc"] = [gcc, *GCC]
     if find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc", *ZIG]
+        found["clang"] = [sys.executable, "-m", "ziglang", "cc", *ZIG]
+    return found
+
+
+def find_compiler() -> list[str]:
+    """The first of them. Raises PlanError where there is none, naming what to install."""
+    for command in compilers().values():
+        return command
     raise PlanError(f"no compiler for RV32 was found: {INSTALL}")
 
 

@@ -34,6 +34,14 @@ class Program:
     sections: tuple[Section, ...]  # that take memory
     symbols: Mapping[str, Symbol]
 
+    def read(self, address: int, nbytes: int) -> bytes:
+        """The program's own bytes; empty where it has none stored."""
+        for section in self.sections:
+            at = address - section.address
+            if 0 <= at <= len(section.contents) - nbytes:
+                return section.contents[at : at + nbytes]
+        return b""
+
     def place(self, address: int) -> str:
         """The function that an address lies in, or else the last one before it; empty where there is none."""
         functions = {name: symbol for name, symbol in self.symbols.items() if symbol.is_function}

@@ -177,7 +177,7 @@ def linker_script(uses: tuple[Use, Use, Use], chip: str) -> str:
             "    /* Initial values would have to be copied at the start: the program has none. */",
             "    .data : { *(.data .data.* .sdata .sdata.*) }",
             '    ASSERT(SIZEOF(.data) == 0, "the program has variables with initial values")',
-            "    /DISCARD/ : { *(.comment) *(.note*) *(.riscv.attributes) }",
+            "    /DISCARD/ : { *(.comment) *(.note*) *(.riscv.attributes) *(.eh_frame*) }",
             "}",
             "",
         ]

@@ -36,6 +36,7 @@ from edgepress.hardware.rv32.layout import (
     shared,
 )
 from edgepress.hardware.rv32.memory import inner, most_groups, packed_columns, rank
+from edgepress.hardware.rv32.simulator import AUTO, SIMULATORS
 
 HEADERS = ("runtime.h", "numbers.h", "products.h")
 
@@ -304,7 +305,9 @@ def makefile() -> str:
             f"COMPILE = $(PYTHON) -m ziglang cc {' '.join(ZIG)}",
             "endif",
             f"CFLAGS = {' '.join(FLAGS)}",
-            "SIMULATE = $(PYTHON) -m edgepress.hardware.rv32.simulator",
+            f"# {', '.join(SIMULATORS)}; auto is the first that is there.",
+            f"SIMULATOR = {AUTO}",
+            "SIMULATE = $(PYTHON) -m edgepress.hardware.rv32.simulator --simulator $(SIMULATOR)",
             "",
             f"chip.elf: {' '.join((*INPUTS, *HEADERS))} model.h weights.bin link.ld",
             f"\t$(COMPILE) $(CFLAGS) -T link.ld {' '.join(INPUTS)} -o $@",

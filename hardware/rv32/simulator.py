@@ -1,10 +1,12 @@
 """Run an exported program on a simulated RV32 core that has exactly the chip's memories, and measure it.
 
-`python -m edgepress.hardware.rv32.simulator FOLDER [--check]` does so for a folder that was built. No torch.
+`python -m edgepress.hardware.rv32.simulator FOLDER [--check] [--simulator NAME]` does so for a folder that was built.
+No torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import json
 import sys
@@ -14,12 +16,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edgepress.checkpoints.errors import EdgepressError, PlanError
+from edgepress.checkpoints.errors import EdgepressError, PlanError, near
 from edgepress.hardware.rv32.elf import Program, read_elf
+from edgepress.hardware.rv32.monitor import FILL, STACK, TRAP, messages, path_of
 
-INSTALL = 'pip install "edgepress[chip]", or pip install unicorn'
-PAGE = 4096  # what the simulator can map
-_FILL = b"\xa5"  # of the working memory before the start: what differs from it afterwards was written
+AUTO = "auto"
+# In the order in which they are taken; only the first counts instructions by operator.
+SIMULATORS = {
+    "unicorn": 'pip install "edgepress[chip]", or pip install unicorn',
+    "qemu": "apt-get install qemu-system-misc",
+    "spike": "pip install spike",
+}
+PAGE = 4096  # what the simulators can map
 OTHER = "other"  # what no operator takes: calls, the sum of a branch and the state, the loop over tokens
 # What tables call the functions of runtime.c and products.c; a linear layer's is `linear` and its role.
 _OPERATORS = {
@@ -27,6 +35,8 @@ _OPERATORS = {
     "activate": "activation", "keep": "KV cache", "arrange": "order of inputs",
 }  # fmt: skip
 _WORDS = {"read": "read", "write": "written", "fetch": "executed"}
+_TRAPS = {1: "fetch", 5: "read", 7: "write"}  # causes of a trap that memory protection is behind
+_STOPPED = "the program was stopped: "
 
 
 class StoppedError(EdgepressError):
@@ -39,13 +49,10 @@ class Outcome:
 
     tokens: tuple[int, ...]
     text: bytes
-    operators: Mapping[str, int]  # instructions by operator, of all tokens
+    instructions: int  # of all tokens
+    operators: Mapping[str, int]  # the same by operator; empty where the simulator does not tell them apart
     sections: Mapping[str, int]  # bytes as linked, by section
     stack: int  # bytes of the working memory from its end to the lowest that was written
-
-    @property
-    def instructions(self) -> int:
-        return sum(self.operators.values())
 
     @property
     def fed(self) -> int:
@@ -89,32 +96,84 @@ class _Counts:
         return _OPERATORS.get(name, name)
 
 
-def require_simulator() -> None:
-    """Raise PlanError where unicorn is missing, naming what to install."""
-    if not find_spec("unicorn"):
-        raise PlanError(f"no simulator was found: {INSTALL}")
+def find_simulator(name: str = AUTO) -> str:
+    """The simulator of this name, or the first that is there. Raises PlanError with what to install otherwise."""
+    if name != AUTO and name not in SIMULATORS:
+        raise PlanError(f"--simulator {name}: there is {AUTO}, {', '.join(SIMULATORS)}{near(name, SIMULATORS)}")
+    for own, how in SIMULATORS.items():
+        if name in (AUTO, own) and (find_spec(own) if own == "unicorn" else path_of(own)):
+            return own
+        if name == own:
+            raise PlanError(f"the simulator {own} was not found: {how}")
+    raise PlanError(f"no simulator was found: {SIMULATORS['unicorn']}")
 
 
-def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: int = 0) -> Outcome:
+def simulate(
+    folder: Path, show: Callable[[bytes], None] | None = None, limit: int = 0, simulator: str = "unicorn"
+) -> Outcome:
     """Run FOLDER/chip.elf in the memories of FOLDER/memory.json.
 
-    show: is called with each token's text as it comes; limit: instructions after which it is stopped, 0 for none.
+    show: is called with each token's text as it comes; limit: instructions after which unicorn stops it, 0 for none;
+    the others stop at one only once the program has handed over a token.
     Raises StoppedError at an access that the memories do not allow, naming the address and the memory.
     """
-    require_simulator()
+    simulator = find_simulator(simulator)
+    facts = json.loads((folder / "memory.json").read_text())
+    program = read_elf(folder / "chip.elf")
+    for memory in facts["memories"]:
+        if memory["address"] % PAGE or memory["capacity"] % PAGE:
+            raise PlanError(f"{memory['name']} does not lie on multiples of {PAGE} bytes, which simulators map")
+    if simulator == "unicorn":
+        return _on_unicorn(program, facts, show, limit)
+    return _beside_a_monitor(simulator, program, facts["memories"], show, limit)
+
+
+def _beside_a_monitor(
+    simulator: str,
+    program: Program,
+    memories: Sequence[Mapping[str, Any]],
+    show: Callable[[bytes], None] | None,
+    limit: int,
+) -> Outcome:
+    """On Spike or QEMU."""
+    tokens: list[int] = []
+    written, taken, stack = bytearray(), 0, 0
+    for message in messages(program, memories, simulator):
+        kind, first, second, third = message.words
+        if kind == STACK:
+            stack = first
+            break
+        taken += message.instructions
+        if kind >= TRAP:
+            what = _TRAPS.get(kind - TRAP)
+            if what is None:
+                raise StoppedError(f"{_STOPPED}it came upon exception {kind - TRAP} at {first:#x}{_by(program, first)}")
+            told = f"memory at {second:#x} was to be {_WORDS[what]}, {_place(second, what, memories)}"
+            raise StoppedError(f"{_STOPPED}{told}{_by(program, first)}")
+        if kind == 1:
+            tokens.append(first)
+            text = program.read(second, third)
+            written.extend(text)
+            if show is not None:
+                show(text)
+        if limit and taken > limit:
+            raise StoppedError(f"{_STOPPED}it was not done after {limit:,} instructions")
+    return Outcome(tuple(tokens), bytes(written), taken, {}, _sizes(program), stack)
+
+
+def _on_unicorn(
+    program: Program, facts: Mapping[str, Any], show: Callable[[bytes], None] | None, limit: int
+) -> Outcome:
     import unicorn
     from unicorn.riscv_const import UC_RISCV_REG_A0, UC_RISCV_REG_A1, UC_RISCV_REG_A2, UC_RISCV_REG_A7, UC_RISCV_REG_PC
 
-    facts = json.loads((folder / "memory.json").read_text())
-    memories, program = facts["memories"], read_elf(folder / "chip.elf")
+    memories = facts["memories"]
     core = unicorn.Uc(unicorn.UC_ARCH_RISCV, unicorn.UC_MODE_RISCV32)
     rights = {"r": unicorn.UC_PROT_READ, "w": unicorn.UC_PROT_WRITE, "x": unicorn.UC_PROT_EXEC}
     for memory in memories:
-        if memory["address"] % PAGE or memory["capacity"] % PAGE:
-            raise PlanError(f"{memory['name']} does not lie on multiples of {PAGE} bytes, which the simulator maps")
         core.mem_map(memory["address"], memory["capacity"], sum(rights[letter] for letter in memory["access"]))
     working = next(memory for memory in memories if "stack" in memory["parts"])
-    core.mem_write(working["address"], _FILL * working["capacity"])
+    core.mem_write(working["address"], bytes([FILL]) * working["capacity"])
     for section in program.sections:
         if section.contents:
             core.mem_write(section.address, section.contents)
@@ -127,11 +186,6 @@ def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: i
     def argument() -> int:
         return int(core.reg_read(UC_RISCV_REG_A0))
 
-    def inside(at: int) -> str:
-        where = program.place(at)
-        of = "" if counts.operator in (OTHER, where) else f" ({counts.operator})"
-        return f", by the code at {at:#x} in {where}{of}" if where else ""
-
     def block(_: Any, address: int, size: int, data: Any) -> None:
         counts.block(address, size // 4, argument)  # no compressed ones among RV32IMF's
         if limit and counts.total > limit:
@@ -142,7 +196,7 @@ def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: i
         kind = core.reg_read(UC_RISCV_REG_A7)
         if number not in (8, 11) or kind not in (1, 2):  # ecall from user or machine mode, as main.c makes it
             at = core.reg_read(UC_RISCV_REG_PC)
-            stopped.append(f"it came upon exception {number} at {at:#x}{inside(at)}")
+            stopped.append(f"it came upon exception {number} at {at:#x}{_by(program, at, counts.operator)}")
             core.emu_stop()
         elif kind == 2:
             core.emu_stop()
@@ -158,7 +212,9 @@ def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: i
         at = core.reg_read(UC_RISCV_REG_PC)
         what = "write" if kind in _kinds("WRITE") else "fetch" if kind in _kinds("FETCH") else "read"
         where = _place(address, what, memories)
-        stopped.append(f"{size} bytes at {address:#x} were to be {_WORDS[what]}, {where}{inside(at)}")
+        stopped.append(
+            f"{size} bytes at {address:#x} were to be {_WORDS[what]}, {where}{_by(program, at, counts.operator)}"
+        )
         return False
 
     core.hook_add(unicorn.UC_HOOK_BLOCK, block)
@@ -169,10 +225,20 @@ def simulate(folder: Path, show: Callable[[bytes], None] | None = None, limit: i
     except unicorn.UcError as error:
         stopped = stopped or [str(error)]
     if stopped:
-        raise StoppedError(f"the program was stopped: {stopped[0]}")
-    stack = bytes(core.mem_read(working["address"], working["capacity"])).lstrip(_FILL)
-    sizes = {section.name: section.nbytes for section in program.sections}
-    return Outcome(tuple(tokens), bytes(written), counts.taken, sizes, len(stack))
+        raise StoppedError(f"{_STOPPED}{stopped[0]}")
+    stack = bytes(core.mem_read(working["address"], working["capacity"])).lstrip(bytes([FILL]))
+    return Outcome(tuple(tokens), bytes(written), counts.total, counts.taken, _sizes(program), len(stack))
+
+
+def _sizes(program: Program) -> dict[str, int]:
+    return {section.name: section.nbytes for section in program.sections}
+
+
+def _by(program: Program, at: int, operator: str = OTHER) -> str:
+    """Which code it was, in words; operator: that it was called for, where one knows."""
+    where = program.place(at)
+    of = "" if operator in (OTHER, where) else f" ({operator})"
+    return f", by the code at {at:#x} in {where}{of}" if where else ""
 
 
 def _kinds(which: str) -> set[int]:
@@ -256,20 +322,21 @@ def difference(tokens: Sequence[int], wanted: Sequence[int]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print what FOLDER's program writes; with --check compare its tokens with expected.txt. Returns the exit code."""
-    if not arguments or not set(arguments[1:]) <= {"--check"}:
-        print("usage: python -m edgepress.hardware.rv32.simulator FOLDER [--check]", file=sys.stderr)
-        return 2
-
-    folder = Path(arguments[0])
+    parser = argparse.ArgumentParser(prog="python -m edgepress.hardware.rv32.simulator")
+    parser.add_argument("folder", type=Path, help="an exported program that was built")
+    parser.add_argument("--check", action="store_true", help="compare its tokens with expected.txt")
+    parser.add_argument("--simulator", default=AUTO, help=f"{AUTO}, {', '.join(SIMULATORS)}")
+    asked = parser.parse_args(arguments)
+    folder: Path = asked.folder
     try:
-        outcome = simulate(folder, printer())
+        outcome = simulate(folder, printer(), simulator=asked.simulator)
     except EdgepressError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
     print("\n", *operator_lines(outcome), sep="\n")
     for row in used_bytes(outcome, json.loads((folder / "memory.json").read_text())["memories"]):
         print(f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({row['predicted']:,} predicted)")
-    if "--check" not in arguments:
+    if not asked.check:
         return 0
     wanted = expected_tokens(folder)
     told = difference(outcome.tokens, wanted)

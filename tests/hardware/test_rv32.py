@@ -13,22 +13,30 @@ import pytest
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid, RealGrid
 from edgepress.checkpoints.shape import LinearShape
-from edgepress.hardware.rv32.build import build, find_compiler
+from edgepress.hardware.rv32.build import build, compilers, find_compiler
 from edgepress.hardware.rv32.layout import MAGIC, Layout, code_form, require_runnable
 from edgepress.hardware.rv32.memory import Use, does_not_fit, linker_script, memory_use
 from edgepress.hardware.rv32.project import sources
 from edgepress.hardware.rv32.rows import decode, encode
-from edgepress.hardware.rv32.simulator import StoppedError, difference, require_simulator, simulate
+from edgepress.hardware.rv32.simulator import StoppedError, difference, find_simulator, simulate
 from edgepress.hardware.soc import load_soc
 from tests.hardware.conftest import Make
 
 FORM = Grid(4, 32)
 
 
-@pytest.fixture(scope="module")
-def compiler() -> list[str]:
-    require_simulator()
-    return find_compiler()
+@pytest.fixture(scope="module", params=["gcc", "clang"])
+def compiler(request: pytest.FixtureRequest) -> list[str]:
+    """Each of the compilers that are there."""
+    find_compiler()
+    return compilers().get(request.param) or pytest.skip(f"{request.param} for RV32 is not installed")
+
+
+def require(simulator: str) -> str:
+    try:
+        return find_simulator(simulator)
+    except PlanError as error:
+        pytest.skip(str(error))
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -170,6 +178,21 @@ def test_the_first_difference_is_told() -> None:
     assert "from place 2 of 3" in difference([1, 2], [1, 2, 3])
 
 
+@pytest.mark.unit
+def test_a_simulator_is_found_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_simulator() == "unicorn"
+    with pytest.raises(PlanError, match=r"--simulator spke: there is auto, unicorn, qemu, spike \(near: spike"):
+        find_simulator("spke")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    for name, how in (("qemu", "apt-get install qemu-system-misc"), ("spike", "pip install spike")):
+        with pytest.raises(PlanError, match=f"the simulator {name} was not found: {how}"):
+            find_simulator(name)
+    monkeypatch.setattr("edgepress.hardware.rv32.simulator.find_spec", lambda name: None)
+    with pytest.raises(PlanError, match="no simulator was found: pip install"):
+        find_simulator()
+
+
 # --- the simulator ----------------------------------------------------------------------------------------------------
 
 
@@ -208,15 +231,18 @@ def test_what_lies_inside_may_be_written(compiler: list[str], tmp_path: Path) ->
     assert outcome.stack == 256 * 1024  # its lowest byte was written
 
 
-@pytest.mark.pipeline
-@pytest.mark.parametrize(("body", "words"), [
+OUTSIDE = [
     (store(0x10040000), "at 0x10040000 were to be written, 0 bytes past the end of L1 (0x10000000 to 0x1003ffff)"),
     (store(0x10400100), "4 bytes at 0x10400100 were to be written, but MRAM is 'rx'"),
     (store(0x10C00010), "were to be written, 16 bytes past the end of SRAM"),
     (store(0x0FFFFFF0), "were to be written, 16 bytes before L1"),
     ("(void)*(volatile int *)0x20000000;", "4 bytes at 0x20000000 were to be read"),
     ("((void (*)(void))0x10800000)();", "were to be executed, but SRAM is 'rw'"),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(("body", "words"), OUTSIDE)
 def test_an_access_that_the_memories_do_not_allow_stops_it(
     body: str, words: str, compiler: list[str], tmp_path: Path
 ) -> None:
@@ -228,13 +254,27 @@ def test_an_access_that_the_memories_do_not_allow_stops_it(
 
 
 OPERATORS = """
+#ifdef __clang__
 #define OPERATOR __attribute__((noinline))
+#else
+#define OPERATOR __attribute__((noipa))
+#endif
 #define NOPS(n) __asm__ volatile(".rept " #n "\\n nop\\n .endr" ::: "memory")
 const int LINEARS[4] __attribute__((section(".tables"))) = {1, 2, 3, 4};
 OPERATOR void helper(void) { NOPS(7); }
 OPERATOR void linear(const int *layer) { NOPS(100); if (*layer == 4) BODY; }
-OPERATOR void norm(void) { NOPS(1000); helper(); }
-OPERATOR void forward(void) { norm(); linear(&LINEARS[1]); linear(&LINEARS[2]); linear(&LINEARS[3]); NOPS(50); norm(); }
+OPERATOR void norm(int n) { (void)n; NOPS(1000); helper(); }
+OPERATOR void forward(void) {
+    norm(1); linear(&LINEARS[1]); linear(&LINEARS[2]); linear(&LINEARS[3]); NOPS(50); norm(2);
+}
+"""
+HAND_OVER = """
+extern const unsigned char weights[];
+static void hand_over(void) {
+    register unsigned a0 __asm__("a0") = 17, a2 __asm__("a2") = 4, a7 __asm__("a7") = 1;
+    register const void *a1 __asm__("a1") = weights;
+    __asm__ volatile("ecall" : "+r"(a0) : "r"(a1), "r"(a2), "r"(a7) : "memory");
+}
 """
 
 
@@ -270,3 +310,38 @@ def test_a_program_that_never_ends_is_stopped(compiler: list[str], tmp_path: Pat
 def test_a_memory_cut_below_what_is_asked_of_it_fails_to_link(compiler: list[str], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"(?s)could not build.*L1"):
         build(program(tmp_path, "", working=512), compiler)
+
+
+# --- other simulators -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("simulator", ["qemu", "spike"])
+def test_other_simulators_count_the_same_instructions_and_stack(
+    simulator: str, compiler: list[str], tmp_path: Path
+) -> None:
+    require(simulator)
+    functions = HAND_OVER + OPERATORS.replace("BODY", "hand_over()")
+    folder = program(tmp_path, "forward(); forward();", functions=functions)
+    build(folder, compiler)
+    first, other = simulate(folder), simulate(folder, simulator=simulator)
+    assert other.instructions == first.instructions > 2 * 1300
+    assert other.stack == first.stack > 0
+    assert other.tokens == first.tokens == (17, 17)
+    assert other.text == first.text == MAGIC[:4] * 2
+    assert other.sections == first.sections and not other.operators
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("simulator", ["qemu", "spike"])
+@pytest.mark.parametrize(("body", "words"), OUTSIDE)
+def test_other_simulators_stop_at_the_same_accesses(
+    body: str, words: str, simulator: str, compiler: list[str], tmp_path: Path
+) -> None:
+    require(simulator)
+    build(program(tmp_path, body), compiler)
+    with pytest.raises(StoppedError) as error:
+        simulate(tmp_path, simulator=simulator)
+    said = str(error.value).replace(" was to be", " were to be")
+    assert words.removeprefix("4 bytes ") in said
+    assert "in main" in said or "executed" in words

@@ -26,10 +26,10 @@ from edgepress.checkpoints.forms import CODEBOOKS, Grid
 from edgepress.checkpoints.packing import dequantise_rows, encode, pack_linear
 from edgepress.checkpoints.shape import parse_sparsity
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.hardware.rv32.build import build, find_compiler
+from edgepress.hardware.rv32.build import build, compilers, find_compiler
 from edgepress.hardware.rv32.families import layers
 from edgepress.hardware.rv32.memory import STACK_BYTES
-from edgepress.hardware.rv32.simulator import expected_tokens, require_simulator, simulate, used_bytes
+from edgepress.hardware.rv32.simulator import expected_tokens, find_simulator, simulate, used_bytes
 from edgepress.hardware.soc import load_soc
 from edgepress.pipeline.export import plan_export, token_pieces
 from tests.conftest import TinyModel
@@ -71,10 +71,12 @@ def on_this_machine() -> Callable[[Path], list[int]]:
     return run
 
 
-@pytest.fixture(scope="module")
-def rv32() -> list[str]:
-    require_simulator()
-    return find_compiler()
+@pytest.fixture(scope="module", params=["gcc", "clang"])
+def rv32(request: pytest.FixtureRequest) -> list[str]:
+    """Each of the compilers that are there; a warning is an error."""
+    find_simulator(), find_compiler()
+    command = compilers().get(request.param) or pytest.skip(f"{request.param} for RV32 is not installed")
+    return [*command, "-Werror"]
 
 
 def compressed(folder: Path, model: Path, pattern: str | None, bits: int | None, rank: int = 0, **how: Any) -> Path:
@@ -242,6 +244,23 @@ def test_on_a_simulated_core_they_are_the_same_in_the_memory_that_was_predicted(
     for part in ("tables", "weights", "KV cache", "activations"):
         assert used[part] == predicted[part], part
     assert 0 < used["code"] <= predicted["code"] and 0 < used["stack"] <= STACK_BYTES
+    assert outcome.sections.keys() <= {".text", ".tables", ".weights", ".kv", ".bss", ".stack"}  # all are counted
+
+
+@pytest.mark.parametrize("simulator", ["qemu", "spike"])
+def test_other_simulators_have_its_tokens_and_count_the_same(
+    simulator: str, tiny_model: TinyModel, tmp_path: Path, rv32: list[str]
+) -> None:
+    try:
+        find_simulator(simulator)
+    except PlanError as error:
+        pytest.skip(str(error))
+    model = tiny_model("llama", num_hidden_layers=2)
+    folder = exported(compressed(tmp_path / "model", model, "1:8", 4, 4), tmp_path / "chip")
+    build(folder, rv32)
+    first, other = simulate(folder), simulate(folder, simulator=simulator)
+    assert other.tokens == expected_tokens(folder)
+    assert (other.text, other.stack, other.instructions) == (first.text, first.stack, first.instructions)
 
 
 def test_the_printed_text_is_the_tokens_text(tiny_model: TinyModel) -> None:
@@ -358,10 +377,13 @@ def test_simulate_names_what_to_install(
     tiny_model: TinyModel, compress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgepress.hardware.rv32.simulator.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
     done = compress("simulate", tiny_model("llama"))
     assert done.returncode == 2 and "no simulator was found: pip install" in done.stderr
+    done = compress("simulate", tiny_model("llama"), "--simulator", "spike")
+    assert done.returncode == 2 and "the simulator spike was not found: pip install spike" in done.stderr
     monkeypatch.setattr("edgepress.hardware.rv32.simulator.find_spec", lambda name: True)
     monkeypatch.setattr("edgepress.hardware.rv32.build.find_spec", lambda name: None)
-    monkeypatch.setenv("PATH", "")
     done = compress("simulate", tiny_model("llama"))
     assert done.returncode == 2 and "no compiler for RV32 was found: apt-get install" in done.stderr
