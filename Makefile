@@ -16,7 +16,7 @@ TINY := --depth 1 --protect-first 1 --protect-last 1 --pad-ffn 32 --wanda 1:8 --
 IN_TURN := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 TESTS := tests/real/ $(filter-out tests/real/ %__pycache__/,$(wildcard tests/*/)) $(wildcard tests/test_*.py)
 
-.PHONY: setup demo chip test lint deeploy
+.PHONY: setup demo chip test lint deeploy executorch
 
 setup: $(VENV)/ready
 
@@ -55,3 +55,8 @@ deeploy-venv/ready:
 
 deeploy: setup deeploy-venv/ready
 	PATH="$(CURDIR)/deeploy-venv/bin:$$PATH" $(BIN)/python -m pytest -rA -k compiles tests/pipeline/test_deeploy.py
+
+# ExecuTorch (180 MB with what it needs) in the same environment; exporting one block takes most of a minute.
+executorch: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "executorch>=1.5.1,<1.6"
+	$(BIN)/python -m pytest -rA tests/pipeline/test_format_executorch.py
