@@ -38,3 +38,7 @@ def test_the_readme_s_stories260k_goes_through_every_stage_and_fits(installed: I
     fits = installed.run("compress check tiny/result --json", cwd=tmp_path)
     assert fits.returncode == 0, fits.stdout + fits.stderr
     assert installed.run("compress verify tiny/result", cwd=tmp_path).returncode == 0
+
+    # benchmarks/chip_tokens.py compares 200 tokens of five prompts for other patterns and widths.
+    ran = installed.run("compress simulate tiny/result --tokens 60", cwd=tmp_path)
+    assert ran.returncode == 0 and "tokens are those of Python in float32" in ran.stdout, ran.stdout + ran.stderr
