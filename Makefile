@@ -16,7 +16,7 @@ TINY := --depth 1 --protect-first 1 --protect-last 1 --pad-ffn 32 --wanda 1:8 --
 IN_TURN := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 TESTS := tests/real/ $(filter-out tests/real/ %__pycache__/,$(wildcard tests/*/)) $(wildcard tests/test_*.py)
 
-.PHONY: setup demo chip test lint deeploy executorch
+.PHONY: setup demo chip test lint docs deeploy executorch
 
 setup: $(VENV)/ready
 
@@ -43,6 +43,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Pages of the documents and the API in build/docs, which need no network to be read.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/docs/index.html"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_TURN) $(TESTS)

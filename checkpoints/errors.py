@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -106,6 +107,32 @@ _READERS = {
 }
 
 
+# Packages that only some of the work needs, and the extra of edgepress that brings each.
+EXTRAS = {
+    "datasets": "data", "pyarrow": "data", "pandas": "sweep", "lm_eval": "eval", "sacrebleu": "eval",
+    "rouge_score": "eval", "gptqmodel": "gptq", "optimum": "gptq", "ray": "ray", "fsspec": "ray",
+    "sentence_transformers": "sbert", "bitsandbytes": "nf4", "mlflow": "tracking", "tensorboard": "tracking",
+    "unicorn": "chip", "ziglang": "chip", "onnx": "deeploy",
+}  # fmt: skip
+
+
+def missing(package: str, what: str) -> str:
+    """That `what` needs a package which is not installed, and how to get it."""
+    name = package.replace("_", "-")
+    return f"{what} needs {name}, which is not installed: pip install 'edgepress[{EXTRAS[package]}]'"
+
+
+def installed(package: str) -> bool:
+    """Whether a package is there to be imported, by its name as a module."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require_package(package: str, what: str) -> None:
+    """Raise PlanError where a package of EXTRAS is not installed."""
+    if not installed(package):
+        raise PlanError(missing(package, what))
+
+
 def in_words(error: BaseException) -> str | None:
     """The one message of an error that a user can mend; None for a bug.
 
@@ -113,6 +140,8 @@ def in_words(error: BaseException) -> str | None:
     """
     if isinstance(error, EdgepressError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return missing(error.name, "this")
     if isinstance(error, MemoryError):
         return "there is not enough memory; close other programs, or use a smaller model, window or batch"
     if isinstance(error, ImportError | SystemError) and any(words in str(error) for words in _NO_MEMORY):

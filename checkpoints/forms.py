@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import CheckpointError
@@ -302,7 +302,7 @@ class Grid(_Grouped):
             **({} if damping is None else {"damp_percent": damping}),
             "pack_dtype": "int32",
             # GPTQModel reads asymmetric files only from writers that store zero points the way it does
-            "meta": {"quantizer": ["edgepress:" + version("edgepress"), "gptqmodel:" + version("gptqmodel")]},
+            "meta": {"quantizer": ["edgepress:" + version("edgepress"), "gptqmodel:" + _format_version()]},
         }
         if dense:
             config["dynamic"] = {f"-:.*{name.replace('.', chr(92) + '.')}$": {} for name in dense}
@@ -621,6 +621,14 @@ CODEBOOKS = {
 
 
 _DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+def _format_version() -> str:
+    """Of the GPTQModel whose files ours are like: the one that is installed, else the oldest that reads them."""
+    try:
+        return version("gptqmodel")
+    except PackageNotFoundError:
+        return "7.7.0"
 
 
 def bytes_of(bits: int) -> int:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import io
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from edgepress.checkpoints.errors import CheckpointError, EdgepressError
 
@@ -96,15 +99,22 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
+_TRANSFORMERS = "transformers.utils.logging"
 _BARS = ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """The same for a part of a program: afterwards warnings and bars are as they were."""
+    importlib.import_module("tqdm")  # which reads TQDM_DISABLE once, when it is imported
     before = {name: os.environ.get(name) for name in _BARS}
+    theirs: Any = sys.modules.get(_TRANSFORMERS)
+    bars, level = (theirs.is_progress_bar_enabled(), theirs.get_verbosity()) if theirs else (True, logging.WARNING)
     with warnings.catch_warnings():
         quiet_libraries()
+        if theirs and verbosity() <= 0:
+            theirs.disable_progress_bar()
+            theirs.set_verbosity_error()
         try:
             yield
         finally:
@@ -113,3 +123,7 @@ def quietly() -> Iterator[None]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+            if (theirs := sys.modules.get(_TRANSFORMERS)) is not None:
+                theirs.set_verbosity(level)
+                if bars:
+                    theirs.enable_progress_bar()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import PlanError, TextError, require_unicode
+from edgepress.checkpoints.errors import PlanError, TextError, require_package, require_unicode
 from edgepress.checkpoints.kv_format import KVFormat
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import require_known
@@ -49,6 +49,8 @@ _TEMPLATE_TOKENS = 64  # room for what a chat template adds
 
 
 def check(name: str, settings: Settings) -> None:
+    for package in ("sacrebleu", "rouge_score"):
+        require_package(package, f"--task {name}")
     _sets(name, settings)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgepress.checkpoints.errors import PlanError, TextError
+from edgepress.checkpoints.errors import PlanError, TextError, require_package
 from edgepress.eval.rows import RowError, read_rows
 from edgepress.eval.tasks import Settings
 
@@ -16,6 +16,7 @@ _LETTERS = "ABCD"
 
 def check(name: str, settings: Settings) -> None:
     """Raise what is wrong with a task's local files; the hub's data are lm-eval's to load."""
+    require_package("lm_eval", f"--task {name}")
     files = settings.files_of(name)
     if len(files) > 1:
         raise PlanError(f"--from {name}=…: one file or folder, not {len(files)}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgepress.checkpoints.documents import parse_json
-from edgepress.checkpoints.errors import TextError
+from edgepress.checkpoints.errors import TextError, installed, missing, require_package
 
 # What data sets write where the tokenizer's own end token belongs.
 _END_MARKS = ("###eos_token###", "<|endoftext|>", "</s>")
@@ -378,6 +378,7 @@ def _raw_rows(path: Path) -> Iterator[Any]:
                 raise TextError(f"{path} must hold a list of rows")
             yield from rows
         elif suffix == ".parquet":
+            require_package("pyarrow", str(path))
             from pyarrow import parquet
 
             file = parquet.ParquetFile(path)
@@ -436,6 +437,8 @@ def hub_rows(
 
     Raises TextError where it cannot be reached, saying what to pass `instead`.
     """
+    if not installed("datasets"):
+        raise TextError(missing("datasets", f"the text '{spec}'") + f". Or pass {instead}")
     from datasets import load_dataset
 
     # Each of its retries would be two lines of warning; the error below says it once.

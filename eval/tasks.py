@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepress.checkpoints.errors import PlanError, near
+from edgepress.checkpoints.errors import PlanError, installed, missing, near
 from edgepress.checkpoints.kv_format import KVFormat
 
 if TYPE_CHECKING:
@@ -209,6 +209,8 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
             found.append(Task(name, "lm-eval's", *_HARNESS))
         else:
             unknown.append(f"'{name}'{near(name, (*TASKS, *others))}")
+    if unknown and not installed("lm_eval"):
+        raise PlanError(missing("lm_eval", f"the task {unknown[0]}") + f". Without it there are {', '.join(TASKS)}")
     if unknown:
         raise PlanError(f"there is no task {', nor '.join(unknown)}. {_there_are()}")
     if not found:

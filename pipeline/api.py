@@ -7,6 +7,7 @@ a terminal, and as plain lines in a notebook or file.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, get_type_hints
 
 from rich.console import Console
 
-from edgepress.checkpoints.errors import EdgepressError, PlanError, RecipeError, in_words, near
+from edgepress.checkpoints.errors import EdgepressError, PlanError, RecipeError, in_words, near, require_package
 from edgepress.checkpoints.quiet import quietly
 from edgepress.eval.tasks import Settings, find_tasks
 from edgepress.pipeline.keywords import CompressOptions, EvaluateOptions, keyword_of
@@ -110,6 +111,7 @@ class Result:
 
     def to_frame(self) -> pandas.DataFrame:
         """A row for the source and each stage, a column for each field of `Stage`. Needs pandas."""
+        require_package("pandas", "to_frame")
         import pandas
 
         rows = [{f.name: getattr(stage, f.name) for f in fields(Stage)} for stage in (self.source, *self.stages)]
@@ -155,7 +157,7 @@ def compress(
         recipe_wanted = prepared(draft(str(recipe) or None, flags | {"model": named}, skipped), folder)
         with (
             Store(folder).opened(),
-            Reporter(Console(stderr=True), folder / "compress.log", quiet=not progress) as reporter,
+            Reporter(_console(), folder / "compress.log", quiet=not progress) as reporter,
         ):
             return _result(run(recipe_wanted, folder, reporter), folder)
 
@@ -233,7 +235,7 @@ def evaluate(
             home = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="edgepress-model-")))
             named = str(_saved(model, tokenizer, home / "model"))
         checkpoint = open_model(named)
-        reporter = opened.enter_context(Reporter(Console(stderr=True), quiet=not progress))
+        reporter = opened.enter_context(Reporter(_console(), quiet=not progress))
         return measure_all([(checkpoint.name, checkpoint)], tasks, wanted, device, dtype, reporter)[0]
 
 
@@ -252,6 +254,12 @@ def _reported() -> Iterator[None]:
         if (message := in_words(error)) is None:
             raise
         raise EdgepressError(message) from error
+
+
+def _console() -> Console:
+    """Standard error; in a notebook standard output as it is, where lines are lines and not a display each."""
+    console = Console(stderr=True)
+    return Console(file=sys.stdout, force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def _flags(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,7 +355,8 @@ def _result(done: RunResult, out: Path) -> Result:
     from edgepress.pipeline.report import print_summary
 
     report, first = done.report, done.report["baseline"]
-    table = Console(file=StringIO(), width=120)
+    # A notebook's console would show it at once, and in colours.
+    table = Console(file=StringIO(), width=120, force_jupyter=False, force_terminal=False)
     print_summary(table, done, out)
     assert isinstance(table.file, StringIO)
     shape = done.source.shape

@@ -47,7 +47,7 @@ class Calibration:
         self.evaluation = _evaluation_text(recipe)
         self._measured = Measured.of(self.evaluation)
         self._left_out: dict[str, int] = {}
-        for spec in _training_specs(recipe):
+        for spec in training_specs(recipe):
             if spec != SELF:
                 self._text(spec)
 
@@ -163,7 +163,8 @@ def _digest(name: str, ids: Tensor) -> str:
     return hashlib.sha256(f"{name} {list(ids.shape)}".encode() + ids.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _training_specs(recipe: Recipe) -> list[str]:
+def training_specs(recipe: Recipe) -> list[str]:
+    """The texts that calibrate and train, each once."""
     data = [o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data]
     return list(dict.fromkeys([recipe.calibration_text, *data]))
 
@@ -173,7 +174,7 @@ def _evaluation_text(recipe: Recipe) -> Text:
     if spec == SELF:
         raise PlanError("--data self leaves no text to measure on; name one with --text, e.g. --text wikitext2")
     # A text of its own is measured from its beginning; the calibration text only in the part held back.
-    own = bool(recipe.text) and Path(spec).is_file() and not held_out_of(spec, _training_specs(recipe))
+    own = bool(recipe.text) and Path(spec).is_file() and not held_out_of(spec, training_specs(recipe))
     return load_text(spec, "whole" if own else "evaluate")
 
 

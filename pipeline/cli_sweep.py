@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from edgepress.checkpoints import interrupts
-from edgepress.checkpoints.errors import PlanError, RecipeError
+from edgepress.checkpoints.errors import PlanError, RecipeError, require_package
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.pipeline.flags import Out, RecipeFile, Skip, recipe_flags, with_model_argument
@@ -125,6 +125,8 @@ def run_command(wanted: Sweep, out: Path, jobs: int, ray: str, store_url: str, t
         raise PlanError(f"--jobs {jobs}: at least one")
     if store_url and not ray:
         raise PlanError("--store goes with --ray; without it -o names the store")
+    for package in ("pandas", "pyarrow"):  # before hours of work, after which nothing could be written
+        require_package(package, "a sweep's results.csv and results.parquet")
     quiet_libraries()
     from edgepress.pipeline import sweep as sweeps
     from edgepress.pipeline.results import open_tracker, write_results

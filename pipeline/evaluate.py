@@ -51,7 +51,7 @@ class Measured:
         return self.results[name].scores[0]
 
     def __str__(self) -> str:
-        console = Console(file=StringIO(), width=120)
+        console = Console(file=StringIO(), width=120, force_jupyter=False, force_terminal=False)
         print_measured(console, [self])
         assert isinstance(console.file, StringIO)
         return console.file.getvalue()

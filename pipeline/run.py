@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import NumericsError, PlanError
+from edgepress.checkpoints.errors import NumericsError, PlanError, installed, missing
 from edgepress.checkpoints.manifest import MANIFEST, Manifest, describe_files, fingerprint, sealed, write_json
 from edgepress.checkpoints.memory import available_bytes, peak_bytes, reset_peak, size_text
 from edgepress.checkpoints.packed_sizes import packed_sizes
@@ -19,8 +20,9 @@ from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choo
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.writer import CheckpointWriter, prove_pattern
 from edgepress.eval.perplexity import Protocol, measure, measurement_key
+from edgepress.eval.text import NAMED
 from edgepress.hardware.soc import load_soc
-from edgepress.pipeline.calibration import Calibration, corpus_fault
+from edgepress.pipeline.calibration import Calibration, corpus_fault, training_specs
 from edgepress.pipeline.plan import StagePlan, examined, judge, plan, say_measured, say_planned, to_dict
 from edgepress.pipeline.progress import Reporter
 from edgepress.pipeline.recipe import Draft, Recipe
@@ -109,6 +111,9 @@ def prepared(drafted: Draft, out: Path) -> Recipe:
     """The recipe, if it can run. Raises RecipeError with all that is wrong with it and its model, before any work."""
     require_apart(drafted.recipe.model, out)
     if fault := corpus_fault(drafted.recipe):
+        drafted = replace(drafted, faults=(*drafted.faults, fault))
+    if (hub := [spec for spec in training_specs(drafted.recipe) if spec in NAMED[1:]]) and not installed("datasets"):
+        fault = missing("datasets", f"the text '{hub[0]}'") + ". Or name a file with --data, or give --data embedded"
         drafted = replace(drafted, faults=(*drafted.faults, fault))
     examined(drafted, lambda recipe: open_model(recipe.model).shape)
     return drafted.recipe
@@ -217,7 +222,7 @@ def _compute(
         sparsity=_sparsity(step.shape, result, parent),
         seconds=seconds,
         peak_memory_bytes=peak,
-        versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        versions={"python": platform.python_version()} | _versions(),
         files=files,
         origin=_origin(parent, facts),
         facts=facts,
@@ -229,6 +234,15 @@ def _compute(
     manifest.write(folder)
     work.remove()
     return Checkpoint.open(folder)
+
+
+def _versions() -> dict[str, str]:
+    """Of what computed, as far as it is installed."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _sparsity(shape: ModelShape, result: Checkpoint, parent: Checkpoint) -> dict[str, Any] | None:

@@ -183,9 +183,13 @@ def test_a_model_in_memory_needs_its_tokenizer(tmp_path: Path) -> None:
 
 def test_the_caller_s_warnings_and_bars_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    filters = list(warnings.filters)
+    from transformers.utils import logging
+
+    filters, level = list(warnings.filters), logging.get_verbosity()
+    logging.enable_progress_bar()
     edgepress.check("stories260k")
     assert warnings.filters == filters and "TQDM_DISABLE" not in os.environ
+    assert logging.is_progress_bar_enabled() and logging.get_verbosity() == level
 
 
 def test_importing_the_package_imports_nothing_large() -> None:

@@ -146,6 +146,21 @@ def test_version_and_short_help(compress: Command) -> None:
         assert compress(*command, "-h").stdout == compress(*command, "--help").stdout != ""
 
 
+def test_a_shell_completes_commands_and_options(compress: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bash asks: the words so far, and which of them the cursor is on."""
+    monkeypatch.setenv("_COMPRESS_COMPLETE", "complete_bash")
+    for words, place, expected in (("compress ev", "1", "eval"), ("compress plan --quant-eff", "2", "--quant-effort")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", place)
+        assert expected in compress().stdout.split()
+
+
+def test_a_group_in_a_method_s_name_is_told_its_flag(compress: Command) -> None:
+    done = compress("plan", "--quant", "int4-g32")
+    assert done.returncode == 2 and "--quant int4 --group 32" in done.stderr
+    assert "(near: awq4)" in compress("plan", "--quant", "awq").stderr
+
+
 def test_run_is_the_plain_command(compress: Command, chain: Path) -> None:
     """Told so by its help: the same options, and the model as an argument."""
     plain, named = compress("--help").stdout, compress("run", "--help").stdout

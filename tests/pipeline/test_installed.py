@@ -87,7 +87,8 @@ def test_an_exported_program_is_compiled_and_checked_by_its_own_makefile(install
 def test_the_readme_s_python_runs(installed: Installed, workplace: Path) -> None:
     done = installed.run("python -c", readme_python(), cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 1
+    assert float(done.stdout.splitlines()[-1]) > 1
+    assert "3 gptq" in done.stdout and "fits Siracusa" in done.stdout
 
 
 def test_mypy_sees_the_types_of_the_readme_s_python(installed: Installed, workplace: Path) -> None:
@@ -95,11 +96,12 @@ def test_mypy_sees_the_types_of_the_readme_s_python(installed: Installed, workpl
     others = ",".join(f"{name}.*" for name in ("torch", "transformers", "peft", "numpy", "rich", "tokenizers"))
     (workplace / "mypy.ini").write_text(f"[mypy]\nstrict = true\n[mypy-{others}]\nfollow_imports = skip\n")
     (workplace / "example.py").write_text(readme_python())
-    (workplace / "wrong.py").write_text(readme_python() + 'checkpoint.block("0")\n')
+    (workplace / "wrong.py").write_text(readme_python() + 'checkpoint.block("0")\nedgepress.compress(wandaa="2:4")\n')
     done = installed.run("python -m mypy example.py", cwd=workplace)
     assert done.returncode == 0, done.stdout
     done = installed.run("python -m mypy wrong.py", cwd=workplace)
     assert 'Argument 1 to "block" of "Checkpoint" has incompatible type "str"' in done.stdout
+    assert 'Unexpected keyword argument "wandaa" for "compress"' in done.stdout
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("#")[0].strip())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.eval.text import load_text
-from tests.installed import ROOT, Installed, readme_commands, readme_python
+from tests.installed import ROOT, Installed, readme_commands
 
 pytestmark = [
     pytest.mark.real,
@@ -160,9 +160,3 @@ def test_the_readme_s_commands_do_what_it_says(installed: Installed, workplace: 
 
 def test_the_readme_has_commands_to_run() -> None:
     assert len(readme_commands()) >= 10
-
-
-def test_the_readme_s_python_runs(installed: Installed, workplace: Path) -> None:
-    done = installed.run("python -c", readme_python(), cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 1
