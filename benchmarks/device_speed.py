@@ -145,9 +145,11 @@ int likeliest(const float *x) {
 """
 
 
-def ours(bits: int, kv_bits: int = 32, naive: bool = False) -> float:
+def ours(bits: int, kv_bits: int = 32, naive: bool = False, activations: str = "float") -> float:
     """Instructions a token of the exported program, or of the same with naive layers."""
-    case = replace(Case("", SHAPE, Grid(bits, GROUP), embedding_bits=8, kv_bits=kv_bits), new=TOKENS)
+    case = replace(
+        Case("", SHAPE, Grid(bits, GROUP), embedding_bits=8, kv_bits=kv_bits, activations=activations), new=TOKENS
+    )
 
     def simplify(folder: Path) -> None:
         (folder / "products.c").write_text(NAIVE)
@@ -231,6 +233,8 @@ def main() -> None:
         "naive loop, 4 bit": lambda: ours(4, naive=True),
         "exported, 4 bit": lambda: ours(4),
         "exported, 8 bit": lambda: ours(8),
+        "exported, 4 bit, int8 activations": lambda: ours(4, activations="int8"),
+        "exported, 8 bit, int8 activations": lambda: ours(8, activations="int8"),
         "exported, 4 bit, 8-bit KV cache": lambda: ours(4, kv_bits=8),
     }
     print(f"compiler: {' '.join(find_compiler())}")

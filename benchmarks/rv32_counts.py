@@ -47,6 +47,7 @@ class Case:
     dtype: str = "F32"
     embedding_bits: int | None = None
     kv_bits: int = 32
+    activations: str = "float"
     linear: dict[str, Any] = field(default_factory=dict)  # further fields of every linear layer
     new: int = 4
 
@@ -58,7 +59,7 @@ class Case:
         return replace(shape, blocks=blocks, outer=outer, embedding_bits=self.embedding_bits)
 
     def run(self) -> Run:
-        return Run(range(1, 5), self.new, [], 64, self.kv_bits)
+        return Run(range(1, 5), self.new, [], 64, self.kv_bits, self.activations)
 
 
 def llama(hidden: int, inner: int, heads: int, kv: int, vocabulary: int = 256, **more: Any) -> dict[str, Any]:
@@ -81,6 +82,13 @@ def _models() -> Iterator[Case]:
         yield Case(
             f"{bits} bit, adapter of 8", THIRD, Grid(bits, 32), linear={"adapter_rank": 4, "adapter_packed": True}
         )
+    for bits in (2, 3, 4, 8):
+        yield Case(f"int8, {bits} bit, group 32", SMALL, Grid(bits, 32), activations="int8")
+        edge = 8 if bits > 3 else 4
+        whole = Case(f"int8, {bits} bit, one group a row", WIDE, Grid(bits, -1), embedding_bits=edge, new=12)
+        yield replace(whole, activations="int8")
+        small = Case(f"int8, {bits} bit, small head", SMALL, Grid(bits, 64), embedding_bits=edge, new=12)
+        yield replace(small, activations="int8")
     for dtype in ("F32", "F16", "BF16"):
         yield Case(f"dense {dtype}", SMALL, dtype=dtype)
         yield Case(f"dense {dtype}, wide", WIDE, dtype=dtype, new=12)
@@ -107,9 +115,16 @@ OTHERS = [
         PRESETS["stories260k"] | {"rms_norm_eps": 1e-5, "intermediate_size": 192}, Grid(4, 32), embedding_bits=8,
         linear={"adapter_rank": 4, "adapter_packed": True}, new=16,
     ),
+    Case(
+        "the same, int8",
+        PRESETS["stories260k"] | {"rms_norm_eps": 1e-5, "intermediate_size": 192}, Grid(4, 32), embedding_bits=8,
+        linear={"adapter_rank": 4, "adapter_packed": True}, activations="int8", new=16,
+    ),
     Case("llama, 3 bit, 8-bit cache", llama(192, 512, 6, 3, 1000), Grid(3, 64), embedding_bits=8, kv_bits=8),
     Case("qwen3, 8 bit", llama(128, 384, 4, 2, 600, model_type="qwen3", head_dim=32), Grid(8, 128), embedding_bits=4),
     Case("gemma2, 4 bit", llama(128, 320, 8, 8, 400) | _GEMMA | {"model_type": "gemma2"}, Grid(4, 32, True)),
+    Case("the same, int8, 8 bit", llama(128, 320, 8, 8, 400) | _GEMMA | {"model_type": "gemma2"}, Grid(8, 64),
+         embedding_bits=4, activations="int8"),
     Case("mistral, bfloat16", llama(64, 224, 4, 1, 300, model_type="mistral", sliding_window=12), dtype="BF16"),
 ]  # fmt: skip
 
@@ -126,7 +141,9 @@ def measured(
     for index, block in enumerate(shape.blocks) if case.grid else ():
         contents |= {f"{index}.{layer.name}.codes": _codes(layer.shape, dice) for layer in layers(shape, block)}
     tables = table_bytes(shape, len(run.prompt), len(run.ends), run.context)
-    uses = memory_use(shape, load_soc("siracusa"), layout.nbytes, tables, run.context, run.kv_bits)
+    uses = memory_use(
+        shape, load_soc("siracusa"), layout.nbytes, tables, run.context, run.kv_bits, activations=run.activations
+    )
     numbers = numbers_of(shape, {"rope_parameters": None, **shape.config}, run.context)
     pairs = rotary_width(shape.config) // 2
     ropes = [Rope([10000.0 ** (-i / pairs) for i in range(pairs)], 1.0) for _ in rope_kinds(shape)]

@@ -30,6 +30,9 @@ ON_CHIPS = {
 Soc = Annotated[str, typer.Option(help="A shipped chip or a .toml file, with addresses.")]
 Context = Annotated[int, typer.Option(help="Tokens in the KV cache.")]
 KvBits = Annotated[int, typer.Option(help="Bits of a cached key or value, in Python too: 32, or 8 with scales.")]
+Activations = Annotated[
+    str, typer.Option(help="What linear layers multiply their codes by: float, or int8, integers with a scale a group.")
+]
 NewTokens = Annotated[int, typer.Option(help="New tokens at most.")]
 
 
@@ -49,9 +52,12 @@ def export(
     soc: Soc = "siracusa",
     context: Context = 256,
     kv_bits: KvBits = 32,
+    activations: Activations = "float",
     prompt: Annotated[str, typer.Option(help="What the program continues.")] = "Once upon a time",
     tokens: NewTokens = 64,
-    text: Annotated[str, typer.Option(help="deeploy: chooses scales with its first part, measures on the rest.")] = "",
+    text: Annotated[
+        str, typer.Option(help="deeploy: chooses scales with its first part, measures on the rest; int8: measures.")
+    ] = "",
     deeploy: Annotated[str, typer.Option(help="deeploy: a Python that has deeploy-pulp.")] = "",
     kind: Annotated[str, typer.Option("--type", help="The format's own types, where the list below has some.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Although it does not fit; over what is there.")] = False,
@@ -66,8 +72,10 @@ def export(
     """
     if to not in ON_CHIPS and to not in FORMATS:
         raise PlanError(f"--to {to}: there is {', '.join((*ON_CHIPS, *FORMATS))}{near(to, (*ON_CHIPS, *FORMATS))}")
-    if to != "deeploy" and (text or deeploy):
-        raise PlanError("--text and --deeploy go with --to deeploy")
+    if to != "rv32" and activations != "float":
+        raise PlanError(f"--activations {activations} goes with --to rv32")
+    if to != "deeploy" and (deeploy or (text and activations == "float")):
+        raise PlanError("--deeploy goes with --to deeploy, and --text with that or with --activations int8")
     if to == "deeploy" and kv_bits not in (8, 32):
         raise PlanError(f"--kv-bits {kv_bits}: Deeploy's graph has eight bits throughout")
     if to in FORMATS:
@@ -82,16 +90,21 @@ def export(
 
         export_to_deeploy(checkpoint, soc, context, prompt, tokens, text or "embedded", deeploy, force, out)
         return
-    from edgepress.pipeline.export import require_room_for
+    from edgepress.eval.text import load_text
+    from edgepress.pipeline.export import NATIVE, require_room_for
 
     require_room_for(out)
-    planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits)
+    planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits, activations)
+    measured_on = load_text(text or "embedded", "evaluate") if activations == "int8" else None
     for use in planned.uses:
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in use.parts.items())
         typer.echo(f"{use.name}: {use.nbytes:,} of {use.capacity:,} bytes ({parts})")
     _require_fit(planned, force)
-    planned.write(out)
-    typer.echo(f"{out}: make -C {out} check compiles it, runs it, and compares its tokens with Python's")
+    quality = planned.write(out, measured_on)
+    if quality:
+        typer.echo(quality)
+    with_whose = f"those of {NATIVE}" if quality else "Python's"
+    typer.echo(f"{out}: make -C {out} check compiles it, runs it, and compares its tokens with {with_whose}")
 
 
 def _export_file(
@@ -130,6 +143,7 @@ def simulate(
     soc: Soc = "siracusa",
     context: Context = 256,
     kv_bits: KvBits = 32,
+    activations: Activations = "float",
     tokens: NewTokens = 64,
     simulator: Annotated[
         str, typer.Option(help="auto, unicorn, qemu or spike; unicorn alone counts by operator.")
@@ -147,24 +161,29 @@ def simulate(
     from edgepress.hardware.rv32.cost import instructions
     from edgepress.hardware.rv32.simulator import (
         difference,
+        expected_of,
         expected_tokens,
         find_simulator,
         operator_lines,
         printer,
+        tokens_of,
         used_bytes,
     )
     from edgepress.hardware.rv32.simulator import simulate as run_program
+    from edgepress.pipeline.export import FLOAT_TOKENS
 
     simulator = find_simulator(simulator)
     compiler = find_compiler()
-    planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits)
+    planned = _planned(checkpoint, soc, context, prompt, tokens, kv_bits, activations)
     _require_fit(planned, force=False)
 
     with tempfile.TemporaryDirectory(prefix="edgepress-chip-") as made:
         folder = Path(made)
         planned.write(folder)
         build(folder, compiler)
-        outcome, wanted = run_program(folder, printer(), simulator=simulator), expected_tokens(folder)
+        outcome = run_program(folder, printer(), simulator=simulator)
+        wanted, whose = expected_tokens(folder), expected_of(folder)
+        unrounded = tokens_of(folder / FLOAT_TOKENS) if activations == "int8" else wanted
     new = len(outcome.tokens) - len(planned.run.prompt)  # fewer than asked for where a token ended the text
     guess = instructions(planned.checkpoint.shape, replace(planned.run, new_tokens=new))
     typer.echo("\n\n" + "\n".join(operator_lines(outcome, guess)) + "\n")
@@ -173,21 +192,26 @@ def simulate(
         typer.echo(
             f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({parts}); predicted {row['predicted']:,}"
         )
-    if told := difference(outcome.tokens, wanted):
+    if told := difference(outcome.tokens, wanted, whose):
         typer.echo(told)
         raise typer.Exit(EXIT_OTHER_TOKENS)
     alike = "" if kv_bits == 32 else f", its keys and values rounded to {kv_bits} bits alike"
-    typer.echo(f"all {len(wanted)} tokens are those of Python in float32{alike}")
+    if activations == "int8":
+        same = next((k for k, (a, b) in enumerate(zip(wanted, unrounded, strict=False)) if a != b), len(unrounded))
+        alike = f"; the first {same} are Python's in float32 too"
+    typer.echo(f"all {len(wanted)} tokens are those of {whose}{alike}")
 
 
-def _planned(checkpoint: Path, soc: str, context: int, prompt: str, tokens: int, kv_bits: int) -> Export:
+def _planned(
+    checkpoint: Path, soc: str, context: int, prompt: str, tokens: int, kv_bits: int, activations: str
+) -> Export:
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.hardware.soc import load_soc
     from edgepress.pipeline.export import plan_export
     from edgepress.pipeline.store import checkpoint_folder
 
     source = Checkpoint.open(checkpoint_folder(checkpoint), hashes=True)
-    return plan_export(source, load_soc(soc), prompt, tokens, context, kv_bits)
+    return plan_export(source, load_soc(soc), prompt, tokens, context, kv_bits, activations)
 
 
 def _require_fit(planned: Export, force: bool) -> None:

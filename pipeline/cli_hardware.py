@@ -49,6 +49,9 @@ def check(
     bits: Annotated[int, typer.Option(help="Judge as if the stage gptq had left 8, 4 or 3 bits; 0: as it is.")] = 0,
     embedding_bits: Annotated[int, typer.Option(help="As if embedding and head had 8 or 4 bits; 0: as it is.")] = 0,
     program: Annotated[str, typer.Option(help="rv32: judge the program that export writes, on one plain core.")] = "",
+    activations: Annotated[
+        str, typer.Option(help="Of such a program: inputs of linear layers in float, or rounded to int8.")
+    ] = "float",
     csv: Annotated[Path | None, typer.Option(help="Write every tensor's bytes and place.")] = None,
     operators: Annotated[
         Path | None, typer.Option(help="Write every operator's tiles, bytes and cycles (CSV).")
@@ -76,6 +79,10 @@ def check(
         for path in (csv, operators, png)
         if path and not path.parent.is_dir()
     ]
+    if activations != "float" and not program:
+        faults.append(
+            "--activations belongs to --program rv32; --activation-bits counts those of the chip's own engine"
+        )
     if tensors and not as_json:
         faults.append("--tensors belongs to --json; --csv writes the same as a table")
     if faults:
@@ -88,7 +95,8 @@ def check(
         drawn = csv or operators or png
         others = kv_window or kv_groups or activation_bits != 8 or prefill_chunk or tensors
         kept = 32 if kv_bits is None else kv_bits
-        _check_program(program, checkpoint, as_if, chip, context, kept, bool(drawn or others), as_json)
+        run = (context, kept, activations)
+        _check_program(program, checkpoint, as_if, chip, run, bool(drawn or others), as_json)
     verdict = judge(
         as_if,
         chip,
@@ -124,21 +132,22 @@ def check(
 
 
 def _check_program(
-    program: str, model: str, shape: ModelShape, soc: Soc, context: int, kv_bits: int, more: bool, as_json: bool
+    program: str, model: str, shape: ModelShape, soc: Soc, run: tuple[int, int, str], more: bool, as_json: bool
 ) -> None:
     """Print what the program of `compress export` asks of the chip, and end."""
     if program != "rv32":
         raise PlanError(f"--program {program}: there is rv32, the program that compress export writes")
     if more:
         raise PlanError(
-            "--program rv32 is judged with --context, --kv-bits, --bits and --embedding-bits: the program computes in "
-            "float32, token by token, and its cache keeps every token; it has no tensors' places to write or draw"
+            "--program rv32 is judged with --context, --kv-bits, --activations, --bits and --embedding-bits: the "
+            "program computes token by token, and its cache keeps every token; it has no tensors' places to write or "
+            "draw"
         )
     quiet_libraries()
     from edgepress.pipeline.export import predict_program
     from edgepress.pipeline.shapes import PACKAGED_PRESET
 
-    found = predict_program(model, shape, soc, context, kv_bits, model or PACKAGED_PRESET)
+    found = predict_program(model, shape, soc, *run, model or PACKAGED_PRESET)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     raise typer.Exit(0 if found.fits else EXIT_DOES_NOT_FIT)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import platform
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ from transformers import DynamicCache
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.config import rotary_width
-from edgepress.checkpoints.errors import CheckpointError, PlanError, require_unicode
+from edgepress.checkpoints.errors import CheckpointError, PlanError, TextError, require_unicode
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.packing import dequantise_rows, group_of, unpack
 from edgepress.checkpoints.quiet import readable
 from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.eval.perplexity import Protocol, token_windows
+from edgepress.eval.text import Text
 from edgepress.hardware.rv32.cost import code_bytes
 from edgepress.hardware.rv32.families import (
     Layer,
@@ -43,7 +48,8 @@ from edgepress.hardware.rv32.layout import (
     shared,
 )
 from edgepress.hardware.rv32.memory import LINEAR_BYTES, Use, linker_script, memory_use, table_bytes
-from edgepress.hardware.rv32.predict import Prediction, predict, require_kv_bits
+from edgepress.hardware.rv32.native import Native
+from edgepress.hardware.rv32.predict import Prediction, predict, require_activations, require_kv_bits
 from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
 from edgepress.hardware.rv32.rows import encode
 from edgepress.hardware.soc import Soc
@@ -51,7 +57,26 @@ from edgepress.pipeline.store import checkpoint_folder
 
 PROMPT = "Once upon a time"
 _PIECE = 6  # bytes of a token's text where there is no tokenizer to tell
+NATIVE = f"the same C compiled for {platform.machine()}"
+FLOAT_TOKENS = "float32.txt"  # of a program with rounded inputs: Python's tokens without any rounding
+WINDOW, MEASURED_ON = 512, 4096  # tokens
 _OURS = "memory.json"  # a folder that has it was written here, and may be written anew
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Perplexity of a program on a text, with the inputs of its linear layers in float32 and in int8."""
+
+    in_float: float
+    in_int8: float
+    windows: int
+    window: int  # tokens
+    text: str
+
+    def __str__(self) -> str:
+        where = f"{self.text}, {self.windows} windows of {self.window} tokens"
+        more = f"{self.in_int8 / self.in_float - 1:+.2%}"
+        return f"perplexity {self.in_int8:.4g} with activations in int8, {self.in_float:.4g} in float: {more} ({where})"
 
 
 @dataclass(frozen=True)
@@ -66,37 +91,75 @@ class Export:
     layout: Layout
     uses: tuple[Use, Use, Use]
 
-    def write(self, folder: Path) -> None:
-        """Write the program's files; nothing where the weights hold what the program cannot run (CheckpointError)."""
-        files = self._files()
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in sorted(files, key=lambda name: name == _OURS):  # what marks the folder as ours comes last
-            write_bytes(folder / name, files[name])
-
     @torch.no_grad()
-    def _files(self) -> dict[str, bytes]:
+    def write(self, folder: Path, text: Text | None = None) -> Quality | None:
+        """Write the program's files; nothing where the weights hold what the program cannot run (CheckpointError).
+
+        text: what rounding to int8 costs is measured on; it has to have a window of tokens (TextError).
+        """
         shape, layout, run = self.checkpoint.shape, self.layout, self.run
-        model = _exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
+        windows = None if text is None else self._windows(text)
+        model = exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
         with readable(f"transformers cannot run {self.checkpoint.folder}"):
             expected = _greedy(model, run)
         weights = layout.joined(program_contents(self.checkpoint, self.pieces))
         ropes = _ropes(model, shape)
-        roles = [layer.role for layer in layers(shape, shape.blocks[0])]
         facts = {
             "soc": self.soc.label,
             "memories": [use.to_dict() for use in self.uses],
-            "linears": {"roles": roles, "bytes": LINEAR_BYTES},  # by which the simulator names a layer
+            # By which the simulator names a layer.
+            "linears": {"roles": [layer.role for layer in layers(shape, shape.blocks[0])], "bytes": LINEAR_BYTES},
         }
-        return {
+        files = {
             **sources(),
             "weights.bin": weights,
             "model.h": model_header(shape, layout, run, self.numbers, ropes).encode(),
             "model.c": model_source(shape, layout, run, ropes).encode(),
             "link.ld": linker_script(self.uses, self.soc.label).encode(),
             "Makefile": makefile().encode(),
-            "expected.txt": " ".join(map(str, expected)).encode() + b"\n",
-            _OURS: json.dumps(facts, indent=2).encode() + b"\n",
         }
+        quality = None
+        if run.activations == "int8":
+            in_float = model_header(shape, layout, replace(run, activations="float"), self.numbers, ropes).encode()
+            with tempfile.TemporaryDirectory(prefix="edgepress-native-") as made:
+                native = _native(Path(made), files)
+                files[FLOAT_TOKENS] = _words(expected)
+                expected = native.continued(run.prompt, run.new_tokens, run.ends)
+                if text is not None and windows is not None:
+                    floats = _native(Path(made), files | {"model.h": in_float})
+                    quality = Quality(
+                        self._perplexity(floats, windows), self._perplexity(native, windows),
+                        len(windows), len(windows[0]), text.name,
+                    )  # fmt: skip
+            facts["expected"] = NATIVE
+        files |= {"expected.txt": _words(expected), _OURS: json.dumps(facts, indent=2).encode() + b"\n"}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted(files, key=lambda name: name == _OURS):  # what marks the folder as ours comes last
+            write_bytes(folder / name, files[name])
+        return quality
+
+    def _windows(self, text: Text) -> list[list[int]]:
+        size, tokenizer = min(self.run.context, WINDOW), self.checkpoint.tokenizer()
+        try:
+            windows = token_windows(text, tokenizer, Protocol("windows", size, max(size, MEASURED_ON)))
+        except TextError:  # a shorter text
+            windows = token_windows(text, tokenizer, Protocol("windows", size, 0))
+        return [[int(token) for token in row] for row in windows]
+
+    def _perplexity(self, native: Native, windows: list[list[int]]) -> float:
+        numbers = self.numbers
+        nats = sum(native.losses(window, numbers.logit_factor, numbers.logit_cap) for window in windows)
+        return math.exp(nats / sum(len(window) - 1 for window in windows))
+
+
+def _native(folder: Path, files: Mapping[str, bytes]) -> Native:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return Native(folder)
+
+
+def _words(tokens: Sequence[int]) -> bytes:
+    return " ".join(map(str, tokens)).encode() + b"\n"
 
 
 def require_room_for(folder: Path) -> None:
@@ -106,8 +169,9 @@ def require_room_for(folder: Path) -> None:
 
 
 def plan_export(
-    checkpoint: Checkpoint, soc: Soc, prompt: str, new_tokens: int, context: int, kv_bits: int = 32
-) -> Export:
+    checkpoint: Checkpoint, soc: Soc, prompt: str, new_tokens: int, context: int, kv_bits: int = 32,
+    activations: str = "float",
+) -> Export:  # fmt: skip
     """The program that continues `prompt` greedily by at most `new_tokens` tokens. No weights are read.
 
     Raises PlanError for what the program or the chip cannot do, CheckpointError without a tokenizer.
@@ -116,15 +180,18 @@ def plan_export(
     require_kv_bits(kv_bits)
     require_runnable(shape, context)
     numbers = numbers_of(shape, checkpoint.hf_config().to_dict(), context)
-    run = plan_run(checkpoint, prompt, new_tokens, context, kv_bits)
+    require_activations(shape, activations)
+    run = plan_run(checkpoint, prompt, new_tokens, context, kv_bits, activations)
     pieces = token_pieces(checkpoint.folder, shape.vocabulary)
     layout = Layout(shape, sum(map(len, pieces)))
     tables = table_bytes(shape, len(run.prompt), len(run.ends), context)
-    uses = memory_use(shape, soc, layout.nbytes, tables, context, kv_bits, code_bytes(shape, run))
+    uses = memory_use(shape, soc, layout.nbytes, tables, context, kv_bits, code_bytes(shape, run), activations)
     return Export(checkpoint, soc, run, numbers, pieces, layout, uses)
 
 
-def plan_run(checkpoint: Checkpoint, prompt: str, new_tokens: int | None, context: int, kv_bits: int) -> Run:
+def plan_run(
+    checkpoint: Checkpoint, prompt: str, new_tokens: int | None, context: int, kv_bits: int, activations: str = "float"
+) -> Run:
     """The prompt in tokens, and what ends the text. new_tokens: None for as many as the context holds."""
     shape, tokenizer = checkpoint.shape, checkpoint.tokenizer()
     require_unicode(prompt, "the prompt", PlanError)
@@ -139,10 +206,12 @@ def plan_run(checkpoint: Checkpoint, prompt: str, new_tokens: int | None, contex
             f"a prompt of {len(ids)} tokens and {new_tokens} new ones: at least one must be new, and all must go into "
             f"the context of {context}; change --tokens or --context"
         )
-    return Run(ids, new_tokens, ends_of(checkpoint, tokenizer), context, kv_bits)
+    return Run(ids, new_tokens, ends_of(checkpoint, tokenizer), context, kv_bits, activations)
 
 
-def predict_program(source: str, shape: ModelShape, soc: Soc, context: int, kv_bits: int, name: str) -> Prediction:
+def predict_program(
+    source: str, shape: ModelShape, soc: Soc, context: int, kv_bits: int, activations: str, name: str
+) -> Prediction:
     """What the program of a model asks of a chip, told before anything is written.
 
     source: what the shape was read from. Of a folder with a tokenizer the bytes are exactly an export's with its own
@@ -150,10 +219,10 @@ def predict_program(source: str, shape: ModelShape, soc: Soc, context: int, kv_b
     """
     folder = checkpoint_folder(source) if source and Path(source).expanduser().is_dir() else None
     if folder and (folder / "tokenizer.json").is_file():
-        run = plan_run(Checkpoint.open(folder), PROMPT, None, context, kv_bits)
+        run = plan_run(Checkpoint.open(folder), PROMPT, None, context, kv_bits, activations)
         pieces = sum(map(len, token_pieces(folder, shape.vocabulary)))
         return predict(shape, soc, run, pieces, name)
-    run = Run(range(5), max(1, context - 5), [2], context, kv_bits)
+    run = Run(range(5), max(1, context - 5), [2], context, kv_bits, activations)
     note = f"Assumed, as there is no tokenizer.json: {_PIECE} bytes of text a token, a prompt of 5 tokens."
     return predict(shape, soc, run, _PIECE * shape.vocabulary, name, (note,))
 
@@ -284,7 +353,7 @@ def _raw(tensor: Tensor) -> bytes:
 # --- what the program is compared with --------------------------------------------------------------------------------
 
 
-def _exact_model(checkpoint: Checkpoint) -> Any:
+def exact_model(checkpoint: Checkpoint) -> Any:
     """transformers' model in float32 with exactly the numbers that the codes stand for.
 
     `Checkpoint.block` rounds them to the precision that the weights had before, as other libraries do; the chip does

@@ -25,6 +25,7 @@ from edgepress.hardware.rv32.families import (
     rope_sets,
 )
 from edgepress.hardware.rv32.layout import EMBEDDING, is_ordered, matrices, most_ordered
+from edgepress.hardware.rv32.memory import chunk, head_is_rounded
 from edgepress.hardware.rv32.project import Run, adapter_format, formats, linear_format, matrix_format
 
 CONSTANTS = "instructions.toml"
@@ -63,7 +64,7 @@ def token_counts(shape: ModelShape, run: Run) -> Counts:
     for block in shape.blocks:
         for layer in layers(shape, block):
             sums = found.setdefault(f"linear {layer.role}", {})
-            for what, count in _linear(layer.shape).items():
+            for what, count in _linear(layer.shape, run).items():
                 sums[what] = sums.get(what, 0.0) + count
             if is_ordered(shape, layer.shape):
                 sums = found.setdefault("order of inputs", {"ordered": 0.0})
@@ -80,7 +81,7 @@ def token_counts(shape: ModelShape, run: Run) -> Counts:
     found["activation"] = _activation(shape)
     form = matrix_format(shape, EMBEDDING)
     found["embedding"] = {"embedding": 1, f"{form} embedded": shape.hidden_size}
-    found["head"] = _head(shape, run.new_tokens / fed)
+    found["head"] = _head(shape, run, run.new_tokens / fed)
     found["other"] = {"token": 1, "block": blocks}
     if branches_are_buffered(shape):
         found["other"]["branch channel"] = 2 * blocks * shape.hidden_size
@@ -92,12 +93,14 @@ def fed_tokens(run: Run) -> int:
     return len(run.prompt) + run.new_tokens - 1
 
 
-def _linear(x: LinearShape) -> Amounts:
-    form = linear_format(x)
+def _linear(x: LinearShape, run: Run) -> Amounts:
+    form = _product(linear_format(x), run)
     found: Amounts = {f"{form} layer": 1, f"{form} row": x.out_features, f"{form} weight": x.weights}
     if isinstance(x.grid, Grid):
         found[f"{form} column"] = x.in_features  # of which products are prepared, once for all rows
         found[f"{form} group"] = x.out_features * x.grid.groups(x.in_features)
+        if run.activations == "int8":
+            found[f"{form} chunk"] = x.out_features * (x.in_features // chunk(x.grid.bits, x.in_features, x.grid.group))
     if x.bias:
         found["bias"] = x.out_features
     if x.adapter_rank:
@@ -105,6 +108,11 @@ def _linear(x: LinearShape) -> Amounts:
         found[f"{own} adapter row"] = x.adapter_rank + x.out_features
         found[f"{own} adapter weight"] = x.adapter_rank * (x.in_features + x.out_features)
     return found
+
+
+def _product(form: str, run: Run) -> str:
+    """What codes are multiplied by has its own constants."""
+    return f"int8 {form}" if run.activations == "int8" and form[0] in "QU" else form
 
 
 def _attention(shape: ModelShape, run: Run) -> Amounts:
@@ -141,12 +149,12 @@ def _activation(shape: ModelShape) -> Amounts:
     return {f"activation{gated}": len(found), f"{activation(shape.config)} channel": channels}
 
 
-def _head(shape: ModelShape, with_head: float) -> Amounts:
+def _head(shape: ModelShape, run: Run, with_head: float) -> Amounts:
     form, rows = matrix_format(shape, matrices(shape)[-1]), with_head * shape.vocabulary
-    return {
-        f"{form} head row": rows,
-        f"{form} head weight": rows * shape.hidden_size,
-    }
+    rounded = run.activations == "int8" and head_is_rounded(shape)
+    form = _product(form, run) if rounded else form
+    found = {f"{form} head row": rows, f"{form} head weight": rows * shape.hidden_size}
+    return found | ({f"{form} head column": with_head * shape.hidden_size} if rounded else {})
 
 
 def code_parts(shape: ModelShape, run: Run) -> Amounts:
@@ -154,7 +162,9 @@ def code_parts(shape: ModelShape, run: Run) -> Amounts:
     family, first = family_of(shape), shape.blocks[0]
     linears = [x for block in shape.blocks for x in block.linears]
     parts: Amounts = {"program": 1, f"kv{run.kv_bits}": 1, activation(shape.config): 1}
-    parts |= dict.fromkeys(formats(shape), 1)
+    parts |= {name if name[0] == "U" else _product(name, run): 1 for name in formats(shape)}
+    if run.activations == "int8" and head_is_rounded(shape):
+        parts[f"int8 U{shape.embedding_bits} head"] = 1
     parts |= {
         "adapter": any(x.adapter_rank for x in linears),
         "short heads": shape.head_dim <= 16,  # which compilers unroll

@@ -213,6 +213,8 @@ class Numbers:
     attention_cap: float  # 0: none
     embedding_scale: float
     residual_scale: float
+    logit_factor: float  # of all logits, after which they are
+    logit_cap: float  # capped by a tanh; 0: none. Neither changes which is the largest
 
 
 def numbers_of(shape: ModelShape, settings: Mapping[str, Any], context: int) -> Numbers:
@@ -244,6 +246,10 @@ def numbers_of(shape: ModelShape, settings: Mapping[str, Any], context: int) -> 
         attention_cap=float(settings.get("attn_logit_softcapping") or 0) if family.capped else 0.0,
         embedding_scale=embedding,
         residual_scale=float(settings[family.residual]) if family.residual else 1.0,
+        logit_factor=float(settings[family.logits]) ** (-1 if shape.family == "granite" else 1)
+        if family.logits
+        else 1.0,
+        logit_cap=float(settings.get("final_logit_softcapping") or 0),
     )
 
 

@@ -67,14 +67,15 @@ def cache_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
     return 2 * sum(rooms(shape, context)) * shape.kv_heads * head
 
 
-def activation_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
-    """Bytes of the vectors that runtime.c and products.c keep, in float32."""
+def activation_bytes(shape: ModelShape, context: int, kv_bits: int, activations: str = "float") -> int:
+    """Bytes of the vectors that runtime.c, products.c and integers.c keep: float32, but for rounded inputs."""
     hidden, query = shape.hidden_size, shape.heads * shape.head_dim
     gated = "gate" in {layer.role for layer in layers(shape, shape.blocks[0])}
     vectors = hidden + max(hidden, query) + (max(hidden, query) if branches_are_buffered(shape) else query)
     vectors += (2 if gated else 1) * inner(shape)
     vectors += 2 * shape.kv_heads * shape.head_dim if kv_bits == 8 else 0
-    vectors += most_ordered(shape) + packed_columns(shape) + most_groups(shape)
+    vectors += most_ordered(shape)
+    vectors += input_words(shape) if activations == "int8" else packed_columns(shape) + most_groups(shape)
     angles = len(rope_kinds(shape)) * rotary_width(shape.config)
     return 4 * (vectors + max(rooms(shape, context)) + angles + max(rank(shape), 1))
 
@@ -103,9 +104,36 @@ def most_groups(shape: ModelShape) -> int:
     return max((grid.groups(x.in_features) for x, grid in grids if isinstance(grid, Grid)), default=0)
 
 
+def head_is_rounded(shape: ModelShape) -> bool:
+    """Whether, with activations in int8, the head's products are in integers too: its rows are whole words of codes."""
+    return shape.embedding_bits is not None and shape.hidden_size % (32 // shape.embedding_bits) == 0
+
+
+def input_words(shape: ModelShape) -> int:
+    """Words that hold a layer's inputs in 8 bits, of the layer that takes the most."""
+    grids = ((x.grid, x.in_features) for block in shape.blocks for x in block.linears)
+    sizes = [_input_words(grid.bits, columns, grid.group) for grid, columns in grids if isinstance(grid, Grid)]
+    if head_is_rounded(shape):
+        sizes.append(_input_words(shape.embedding_bits or 8, shape.hidden_size, -1))
+    return max(sizes, default=0)
+
+
+def _input_words(bits: int, columns: int, group: int) -> int:
+    """Two for a group, one for a chunk of columns, and one for four 8-bit inputs or two: as integers.c has them."""
+    groups = columns // (columns if group == -1 else group)
+    return 2 * groups + columns // chunk(bits, columns, group) + columns // (4 if bits == 8 else 2)
+
+
+def chunk(bits: int, columns: int, group: int) -> int:
+    """Columns whose products with rounded inputs are added up in one word."""
+    group = columns if group == -1 else group
+    return group if bits == 8 else min(group & -group, 128 if bits == 2 else 32)
+
+
 def memory_use(
-    shape: ModelShape, soc: Soc, weights: int, tables: int, context: int, kv_bits: int = 32, code: int = CODE_BYTES
-) -> tuple[Use, Use, Use]:
+    shape: ModelShape, soc: Soc, weights: int, tables: int, context: int, kv_bits: int = 32, code: int = CODE_BYTES,
+    activations: str = "float",
+) -> tuple[Use, Use, Use]:  # fmt: skip
     """What lies in the memories for weights (code too), tiles and working, which are the chip's first of these roles.
 
     weights, tables, code: their bytes. Raises PlanError for a chip that does not say where these memories lie.
@@ -114,7 +142,7 @@ def memory_use(
         "weights": {"code": code, "tables": tables, "weights": weights},
         "tiles": {
             "KV cache": cache_bytes(shape, context, kv_bits),
-            "activations": activation_bytes(shape, context, kv_bits),
+            "activations": activation_bytes(shape, context, kv_bits, activations),
         },
         "working": {"stack": STACK_BYTES},
     }

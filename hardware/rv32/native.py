@@ -15,13 +15,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from edgepress.checkpoints.errors import PlanError
 
-SOURCES = ("runtime.c", "products.c", "model.c")
+SOURCES = ("runtime.c", "products.c", "integers.c", "model.c")
 # fmaf is one instruction of every 64-bit Arm, and of nearly every x86: there a compiler must be told.
 _HERE = ("-march=native",) if platform.machine().lower() in ("x86_64", "amd64") else ()
 FLAGS = ("-O2", "-std=c11", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-DEVERY_LOGIT", *_HERE)
@@ -58,6 +59,16 @@ class Native:
         """The head's results (vocabulary,) after this token, float32, before a cap or a factor of all of them."""
         self.feed(token, position)
         return np.array(self._logits, np.float32)
+
+    def losses(self, tokens: Sequence[int], factor: float, cap: float) -> float:
+        """Nats that a text's tokens after the first cost, summed; `factor` and `cap` as in families.Numbers."""
+        found = 0.0
+        for position, (token, after) in enumerate(pairwise(tokens)):
+            logits = self.logits(token, position).astype(np.float64) * factor
+            logits = cap * np.tanh(logits / cap) if cap else logits
+            top = logits.max()
+            found += float(top + np.log(np.exp(logits - top).sum()) - logits[after])
+        return found
 
     def continued(self, prompt: Sequence[int], new_tokens: int, ends: Sequence[int]) -> list[int]:
         """The prompt and the likeliest tokens after it, the one that ends the text included."""

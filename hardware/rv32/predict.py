@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.rv32.cost import code_bytes, instructions
 from edgepress.hardware.rv32.layout import Layout, require_runnable
-from edgepress.hardware.rv32.memory import Use, activation_bytes, cache_bytes, does_not_fit, memory_use, table_bytes
+from edgepress.hardware.rv32.memory import (
+    Use,
+    activation_bytes,
+    cache_bytes,
+    does_not_fit,
+    memory_use,
+    most_groups,
+    table_bytes,
+)
 from edgepress.hardware.rv32.project import Run
 from edgepress.hardware.soc import Soc
 from edgepress.hardware.units import count_text
 
 KV_BITS = (8, 32)
+ACTIVATIONS = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,8 @@ class Prediction:
 
     def lines(self) -> Iterator[str]:
         """The prediction for a terminal."""
-        yield f"context {self.run.context}, KV cache {self.run.kv_bits} bit, prompt token by token, float32 arithmetic"
+        arithmetic = "float32 arithmetic" if self.run.activations == "float" else "codes times inputs of 8 bits"
+        yield f"context {self.run.context}, KV cache {self.run.kv_bits} bit, prompt token by token, {arithmetic}"
         for use in self.uses:
             parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in use.parts.items())
             yield f"{use.name}: {use.nbytes:,} of {use.capacity:,} bytes ({parts})"
@@ -64,6 +74,7 @@ class Prediction:
             "program": "rv32",
             "context": self.run.context,
             "kv_bits": self.run.kv_bits,
+            "activations": self.run.activations,
             "fits": self.fits,
             "summary": self.summary,
             "memories": [use.to_dict() for use in self.uses],
@@ -78,6 +89,17 @@ def require_kv_bits(kv_bits: int) -> None:
         raise PlanError(f"--kv-bits {kv_bits}: the program keeps keys and values in 8 or 32 bits")
 
 
+def require_activations(shape: ModelShape, activations: str) -> None:
+    """Raise PlanError for a name that is none, and where the model has no codes to multiply integers by."""
+    if activations not in ACTIVATIONS:
+        raise PlanError(f"--activations {activations}{near(activations, ACTIVATIONS)}: there is float and int8")
+    if activations == "int8" and not most_groups(shape):
+        raise PlanError(
+            "--activations int8: the model's linear layers hold no codes of an integer grid for integers to be "
+            "multiplied by; quantise it first (--quant gptq4)"
+        )
+
+
 def predict(
     shape: ModelShape, soc: Soc, run: Run, pieces: int, name: str = "", notes: tuple[str, ...] = ()
 ) -> Prediction:
@@ -86,10 +108,11 @@ def predict(
     pieces: bytes of all tokens' texts. Raises PlanError for what the program or the chip cannot do.
     """
     require_kv_bits(run.kv_bits)
+    require_activations(shape, run.activations)
     require_runnable(shape, run.context)
     tables = table_bytes(shape, len(run.prompt), len(run.ends), run.context)
     weights, code = Layout(shape, pieces).nbytes, code_bytes(shape, run)
-    uses = memory_use(shape, soc, weights, tables, run.context, run.kv_bits, code)
+    uses = memory_use(shape, soc, weights, tables, run.context, run.kv_bits, code, run.activations)
     return Prediction(
         name or shape.family, soc.label, run, uses, instructions(shape, run), notes, misfit(shape, run, uses)
     )
@@ -102,16 +125,19 @@ def misfit(shape: ModelShape, run: Run, uses: tuple[Use, Use, Use]) -> str:
         return missing
 
     def need(context: int) -> int:
-        return cache_bytes(shape, context, run.kv_bits) + activation_bytes(shape, context, run.kv_bits)
+        return _tiles(shape, replace(run, context=context))
 
     fitting, beyond = 0, run.context
     while beyond - fitting > 1:
         middle = (fitting + beyond) // 2
         fitting, beyond = (middle, beyond) if need(middle) <= tiles.capacity else (fitting, middle)
     longest = f"--context {fitting} is the longest that it holds" if fitting else "it does not hold one token's"
-    bits = f", --kv-bits 8 takes {size_text(need(run.context) - _at_8(shape, run.context))} less" * (run.kv_bits > 8)
+    bits = f", --kv-bits 8 takes {size_text(need(run.context) - _tiles(shape, replace(run, kv_bits=8)))} less" * (
+        run.kv_bits > 8
+    )
     return f"{missing}; of {tiles.name}, {longest}{bits}"
 
 
-def _at_8(shape: ModelShape, context: int) -> int:
-    return cache_bytes(shape, context, 8) + activation_bytes(shape, context, 8)
+def _tiles(shape: ModelShape, run: Run) -> int:
+    kept = cache_bytes(shape, run.context, run.kv_bits)
+    return kept + activation_bytes(shape, run.context, run.kv_bits, run.activations)

@@ -35,7 +35,7 @@ from edgepress.hardware.rv32.layout import (
     outer_dtype,
     shared,
 )
-from edgepress.hardware.rv32.memory import inner, most_groups, packed_columns, rank
+from edgepress.hardware.rv32.memory import head_is_rounded, inner, input_words, most_groups, packed_columns, rank
 from edgepress.hardware.rv32.simulator import AUTO, SIMULATORS
 
 HEADERS = ("runtime.h", "numbers.h", "products.h")
@@ -50,6 +50,7 @@ class Run:
     ends: Sequence[int]  # tokens after which it stops
     context: int
     kv_bits: int = 32  # of a number in the KV cache: 32, or 8 with a scale
+    activations: str = "float"  # what linear layers multiply their codes by: float, or int8
 
 
 def sources() -> dict[str, bytes]:
@@ -73,6 +74,7 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
         "VOCABULARY": shape.vocabulary,
         "CONTEXT": run.context,
         "KV_BITS": run.kv_bits,
+        "INPUT_BITS": 8 if run.activations == "int8" else 32,
         "RANK": rank(shape),
         "PACKED_COLUMNS": packed_columns(shape),
         "GROUPS": most_groups(shape),
@@ -85,6 +87,9 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
         "PIECES": f"{layout.offset('pieces')}u",
         "EPSILON": _number(numbers.epsilon),
     }
+    if run.activations == "int8":
+        sizes["INPUT_WORDS"] = input_words(shape)
+        sizes |= {"HEAD_BITS": str(shape.embedding_bits)} if head_is_rounded(shape) else {}
     linears, room, turns = layers(shape, shape.blocks[0]), rooms(shape, run.context), rope_sets(shape)
     tables = [
         f"extern const struct linear LINEARS[LAYERS][{len(linears)}];  /* {' '.join(x.role for x in linears)} */",

@@ -28,6 +28,7 @@ SIMULATORS = {
     "spike": "pip install spike",
 }
 PAGE = 4096  # what the simulators can map
+PYTHON = "Python in float32"
 OTHER = "other"  # what no operator takes: calls, the sum of a branch and the state, the loop over tokens
 # What tables call the functions of runtime.c and products.c; a linear layer's is `linear` and its role.
 _OPERATORS = {
@@ -298,7 +299,11 @@ def used_bytes(outcome: Outcome, memories: Sequence[Mapping[str, Any]]) -> list[
 
 def expected_tokens(folder: Path) -> tuple[int, ...]:
     """The tokens in expected.txt, prompt included."""
-    return tuple(int(word) for word in (folder / "expected.txt").read_text().split())
+    return tokens_of(folder / "expected.txt")
+
+
+def tokens_of(path: Path) -> tuple[int, ...]:
+    return tuple(int(word) for word in path.read_text().split())
 
 
 def printer() -> Callable[[bytes], None]:
@@ -311,13 +316,18 @@ def printer() -> Callable[[bytes], None]:
     return show
 
 
-def difference(tokens: Sequence[int], wanted: Sequence[int]) -> str:
-    """Where the tokens leave Python's, in words; empty where they do not."""
+def expected_of(folder: Path) -> str:
+    """Whose tokens expected.txt has."""
+    return str(json.loads((folder / "memory.json").read_text()).get("expected", PYTHON))
+
+
+def difference(tokens: Sequence[int], wanted: Sequence[int], whose: str = PYTHON) -> str:
+    """Where the tokens leave those that are expected, in words; empty where they do not."""
     if tuple(tokens) == tuple(wanted):
         return ""
     both = enumerate(zip(tokens, wanted, strict=False))
     place = next((k for k, (own, other) in both if own != other), min(len(tokens), len(wanted)))
-    return f"the tokens are not those of Python in float32 from place {place} of {len(wanted)} on"
+    return f"the tokens are not those of {whose} from place {place} of {len(wanted)} on"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -338,9 +348,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{row['memory']}: {row['used']:,} of {row['capacity']:,} bytes ({row['predicted']:,} predicted)")
     if not asked.check:
         return 0
-    wanted = expected_tokens(folder)
-    told = difference(outcome.tokens, wanted)
-    print(told or f"all {len(wanted)} tokens are those of Python in float32")
+    wanted, whose = expected_tokens(folder), expected_of(folder)
+    told = difference(outcome.tokens, wanted, whose)
+    print(told or f"all {len(wanted)} tokens are those of {whose}")
     return 1 if told else 0
 
 

@@ -205,7 +205,7 @@ def program(folder: Path, body: str, working: int = 256 * 1024, functions: str =
     )
     for name, content in sources().items():
         (folder / name).write_bytes(content)
-    for name in ("runtime.c", "products.c", "model.c"):
+    for name in ("runtime.c", "products.c", "integers.c", "model.c"):
         (folder / name).write_text("typedef int nothing;\n")
     (folder / "main.c").write_text(
         'static void done(void) { register int a7 __asm__("a7") = 2; __asm__ volatile("ecall" :: "r"(a7)); }\n'

@@ -29,22 +29,26 @@ pytestmark = pytest.mark.pipeline
 NEAR = 2 * 1024  # bytes by which code and stack may be below what was predicted
 
 
-@pytest.mark.parametrize(("family", "bits", "kv_bits", "how"), [
-    ("llama", 4, 32, {"rank": 4, "adapter_bits": 8, "edge_bits": 8}),
-    ("qwen2", 3, 8, {"edge_bits": 4}),
-    ("gemma2", 8, 32, {}),
-    ("llama", None, 8, {}),
+@pytest.mark.parametrize(("family", "bits", "kv_bits", "activations", "how"), [
+    ("llama", 4, 32, "float", {"rank": 4, "adapter_bits": 8, "edge_bits": 8}),
+    ("qwen2", 3, 8, "float", {"edge_bits": 4}),
+    ("gemma2", 8, 32, "float", {}),
+    ("llama", None, 8, "float", {}),
+    ("llama", 4, 8, "int8", {"rank": 4, "adapter_bits": 8, "edge_bits": 8}),
+    ("qwen2", 3, 32, "int8", {"edge_bits": 4, "group": -1, "symmetric": True}),
+    ("gemma2", 8, 32, "int8", {}),
 ])  # fmt: skip
 def test_check_predicts_what_is_written_linked_and_counted(
-    family: str, bits: int | None, kv_bits: int, how: dict[str, Any], tiny_model: TinyModel, tmp_path: Path,
-    compress: Callable[..., Any], rv32: list[str],  # noqa: F811
+    family: str, bits: int | None, kv_bits: int, activations: str, how: dict[str, Any], tiny_model: TinyModel,
+    tmp_path: Path, compress: Callable[..., Any], rv32: list[str],  # noqa: F811
 ) -> None:  # fmt: skip
     model = tiny_model(family, num_hidden_layers=2, **FULL.get(family, {}))
     made, chip = compressed(tmp_path / "model", model, None, bits, **how), tmp_path / "chip"
-    done = compress("check", made, "--program", "rv32", "--context", 48, "--kv-bits", kv_bits, "--json")
+    asked = ("--context", 48, "--kv-bits", kv_bits, "--activations", activations)
+    done = compress("check", made, "--program", "rv32", *asked, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     predicted = json.loads(done.stdout)
-    planned = plan_export(Checkpoint.open(made), load_soc("siracusa"), PROMPT, 12, 48, kv_bits)
+    planned = plan_export(Checkpoint.open(made), load_soc("siracusa"), PROMPT, 12, 48, kv_bits, activations)
     planned.write(chip)
     memories = json.loads((chip / "memory.json").read_text())["memories"]
     assert predicted["memories"] == memories
@@ -112,7 +116,7 @@ def test_a_shape_alone_is_judged_with_what_is_assumed_stated(compress: Callable[
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--program", "avr"], "--program avr: there is rv32"),
     (["--program", "rv32", "--kv-bits", "4"], "keeps keys and values in 8 or 32 bits"),
-    (["--program", "rv32", "--activation-bits", "16"], "computes in float32, token by token"),
+    (["--program", "rv32", "--activation-bits", "16"], "computes token by token"),
     (["--program", "rv32", "--context", "9999"], "the model has positions for 1 to 512"),
     (["--program", "rv32", "--soc", "gap9"], "has no address and access"),
 ])  # fmt: skip

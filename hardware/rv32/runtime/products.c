@@ -4,7 +4,6 @@
 
 /* A constant: what this model has no matrix in is not compiled. */
 #define HAS(format) (FORMATS >> format & 1)
-#define ROWS 4
 #define TOGETHER 16 /* tokens whose logits are computed in one call */
 
 static float low[RANK + !RANK]; /* between the two matrices of an adapter */
@@ -30,18 +29,6 @@ INLINED float number(unsigned format, const byte *w, int i) {
     case U4: return (float)(w[i / 2] >> (i & 1) * 4 & 15);
     default: return (float)w[i];
     }
-}
-
-/* The sums of the rows that there are, four or fewer at a matrix's end, into y or added to it. */
-INLINED void put_sums(const float *sum, int left, float *y, int add) {
-    if (left >= ROWS && add)
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) y[r] += sum[r];
-    else if (left >= ROWS)
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) y[r] = sum[r];
-    else
-        for (int r = 0; r < left; r++) y[r] = add ? y[r] + sum[r] : sum[r];
 }
 
 INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x, int columns, float *y, int add) {
@@ -87,7 +74,7 @@ static __attribute__((noinline)) void plain(
 
 /* --- codes of a grid ---------------------------------------------------------------------------------------------- */
 
-#if GROUPS /* there are any */
+#if GROUPS && INPUT_BITS == 32 /* there are any, and inputs are not rounded */
 
 /* A code is not moved to the lower end of its word: x is divided by what it stands too high instead, which is a power
  * of two and costs no digit. So a weight takes three instructions: mask, convert, multiply and add. */
@@ -212,7 +199,11 @@ void linear(const struct linear *l, const float *x, float *y, int add) {
     }
 #if GROUPS
     if (l->format >= GRID) {
+#if INPUT_BITS == 8
+        integer_linear(l, x, y, add);
+#else
         grid(l, x, y, add);
+#endif
         return;
     }
 #endif
@@ -252,13 +243,22 @@ extern float logits[VOCABULARY];
 #endif
 
 int likeliest(const float *x) {
-    float sum = 0.0f, best = 0.0f;
+    float best = 0.0f;
     int found = -1;
+#ifdef HEAD_BITS
+    float sum = round_state(x);
+#else
+    float sum = 0.0f;
     for (int i = 0; i < HIDDEN; i++) sum += x[i];
+#endif
     for (int first = 0; first < VOCABULARY; first += TOGETHER) {
         int count = VOCABULARY - first < TOGETHER ? VOCABULARY - first : TOGETHER;
         float some[TOGETHER];
+#ifdef HEAD_BITS
+        head_products(matrix_row(&HEAD, first), count, some);
+#else
         plain(HEAD.format, matrix_row(&HEAD, first), count, x, HIDDEN, some, 0);
+#endif
         for (int r = 0, token = first; r < count; r++, token++) {
             float logit = some[r];
             if (HEAD.scales) logit = fused(logit, half_at(HEAD.scales, token), half_at(HEAD.minimum, token) * sum);
