@@ -18,12 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgepress.checkpoints.config import hf_config, read_config
+from edgepress.checkpoints.config import beyond_plain, hf_config, read_config
 from edgepress.checkpoints.errors import CheckpointError, require_unicode
 from edgepress.checkpoints.headers import (
     ADAPTER,
+    ADAPTER_CONFIG,
     ADAPTER_PACKED,
     EDGE,
+    adapter_path,
     dense_tensors,
     different_head,
     require_same,
@@ -204,7 +206,7 @@ class Checkpoint:
         names = [t.name for t in self.shape.blocks[index].adapter()]
         if not names:
             return {}
-        with safe_open(self.folder / ADAPTER, framework="pt") as file:
+        with safe_open(adapter_path(self.folder), framework="pt") as file:
             key = f"base_model.model.{self.shape.block_prefix}.{index}"
             return {name: file.get_tensor(f"{key}.{name}") for name in names}
 
@@ -230,8 +232,18 @@ class Checkpoint:
 
     @cached_property
     def adapter_scale(self) -> float:
-        """What B A is multiplied with; 1 where an adapter has neither."""
-        return adapter_scale(json.loads((self.folder / "adapter" / "adapter_config.json").read_text()))
+        """What B A is multiplied with; 1 where an adapter has neither.
+
+        Raises CheckpointError where an adapter that was not written here asks for more than that.
+        """
+        path = adapter_path(self.folder, ADAPTER_CONFIG)
+        config = json.loads(path.read_text())
+        ranks = {x.name: x.adapter_rank for block in self.shape.blocks for x in block.linears if x.adapter_rank}
+        if self.manifest is None and ranks:
+            dora = any(x.adapter_vector == "magnitude" for block in self.shape.blocks for x in block.linears)
+            if faults := beyond_plain(config, ranks, dora):
+                raise CheckpointError(f"{path} asks for what is not read here: {'; '.join(faults)}. Merge the adapter")
+        return adapter_scale(config)
 
     # --- transformers' objects ----------------------------------------------------------------------------------
 
@@ -276,6 +288,7 @@ def foreign_fingerprint(folder: Path) -> str:
     """Sha256 over the names and hashes of the files that make a model what it is."""
     digest = hashlib.sha256()
     names = set(weight_files(folder).values()) | {folder / "config.json"}
+    names |= {path for name in (ADAPTER, ADAPTER_CONFIG) if (path := adapter_path(folder, name)).is_file()}
     names |= {path for pattern in ("*token*", "*.model") for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(names):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
@@ -625,7 +638,7 @@ def unpacked(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def differing(folder: Path) -> list[str]:
     """Names of the adapter's tensors in a checkpoint folder that are not exactly what its packed codes stand for."""
-    packed, adapter = load_file(folder / ADAPTER_PACKED), load_file(folder / ADAPTER)
+    packed, adapter = load_file(folder / ADAPTER_PACKED), load_file(adapter_path(folder))
     found = []
     for name, tensor in adapter.items():
         base = name.removesuffix(".weight")

@@ -28,7 +28,9 @@ from edgepress.checkpoints.shape import (
 
 INDEX_BYTES = 64 * 2**20
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-ADAPTER = "adapter/adapter_model.safetensors"
+# Under these names, beside the weights, transformers finds an adapter and loads it with them; a folder of an earlier
+# day has both in `adapter/`.
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_PACKED = "adapter/packed.safetensors"
 EDGE = "edge/embedding.safetensors"
 
@@ -52,6 +54,12 @@ class Stored:
     path: Path
     name: str
     tensor: TensorShape
+
+
+def adapter_path(folder: Path, name: str = ADAPTER) -> Path:
+    """Where a folder has its adapter, or `name` beside it; if it has none, where one would be."""
+    earlier = folder / "adapter"
+    return (earlier if (earlier / ADAPTER).is_file() and not (folder / ADAPTER).is_file() else folder) / name
 
 
 def read_header(path: Path) -> dict[str, TensorShape]:
@@ -482,11 +490,24 @@ def _pattern(folder: Path) -> Sparsity | None:
 
 
 def _adapters(folder: Path, prefix: str) -> dict[int, dict[str, _Adapter]]:
-    """What lies beside each block's linear layers, by block and name."""
+    """What lies beside each block's linear layers, by block and name.
+
+    Raises CheckpointError for an adapter beside the weights that transformers would load, and that is not read here.
+    """
     found: dict[int, dict[str, _Adapter]] = defaultdict(dict)
-    path, packed = folder / ADAPTER, (folder / ADAPTER_PACKED).is_file()
+    path, packed = adapter_path(folder), (folder / ADAPTER_PACKED).is_file()
+    if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} has {ADAPTER_CONFIG} and no {ADAPTER}, the only form in which an adapter is read; save it so, "
+            f"or take {ADAPTER_CONFIG} away if the model is meant without it"
+        )
     kinds = r"lora_A\.weight|lora_magnitude_vector|ia3_l"
     for name, tensor in (read_header(path) if path.is_file() else {}).items():
+        if not name.startswith(f"base_model.model.{prefix}."):
+            raise CheckpointError(
+                f"{path} holds {name}, an adapter of something else than the blocks' layers, which is not read; merge "
+                "it into the weights first"
+            )
         if match := re.fullmatch(rf"base_model\.model\.{re.escape(prefix)}\.(\d+)\.(.+)\.({kinds})", name):
             index, base, kind = int(match[1]), match[2], match[3]
             rank, dtype, _, vector = found[index].get(base, _NO_ADAPTER)

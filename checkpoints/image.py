@@ -61,12 +61,13 @@ from edgepress.checkpoints.config import beyond_plain, form_of, ia3_config, peft
 from edgepress.checkpoints.documents import parse_json
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.forms import DTYPE_BYTES, Form
+from edgepress.checkpoints.headers import ADAPTER_CONFIG, adapter_path
 from edgepress.checkpoints.manifest import PARTIAL, Manifest, describe_files, fingerprint, replacing, write_bytes
 from edgepress.checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, MaskIndex, aligned, header_text, image_table
 from edgepress.checkpoints.packing import dequantise_rows
 from edgepress.checkpoints.runtime import Progress, Silent
 from edgepress.checkpoints.shape import Sparsity, parse_sparsity
-from edgepress.checkpoints.writer import ADAPTER_CONFIG, TOKENIZER_FILES, CheckpointWriter, prove_pattern
+from edgepress.checkpoints.writer import TOKENIZER_FILES, CheckpointWriter, prove_pattern
 
 MAGIC, VERSION = b"EDGEPACK", 1
 _FIXED = struct.Struct("<8sIIQd")  # and the digest
@@ -156,12 +157,13 @@ def adapter_scale(checkpoint: Checkpoint) -> float:
     if not adapted:
         return 0.0
     ranks = {x.name: x.adapter_rank for x in adapted if x.adapter_rank}
-    config = json.loads((checkpoint.folder / ADAPTER_CONFIG).read_text())
+    path = adapter_path(checkpoint.folder, ADAPTER_CONFIG)
+    config = json.loads(path.read_text())
     if not ranks:
         return 1.0  # IA3: its vectors are all there is
     if faults := beyond_plain(config, ranks, dora=any(x.adapter_vector == "magnitude" for x in adapted)):
         raise CheckpointError(
-            f"cannot be packed: {checkpoint.folder / ADAPTER_CONFIG} asks for what an image has no place for: "
+            f"cannot be packed: {path} asks for what an image has no place for: "
             f"{'; '.join(faults)}. An image holds A and B of one rank and one scale, DoRA's magnitudes, IA3's factors"
         )
     return checkpoint.adapter_scale

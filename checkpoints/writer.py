@@ -16,7 +16,15 @@ from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint, differing
 from edgepress.checkpoints.errors import CheckpointError, require_unicode
-from edgepress.checkpoints.headers import ADAPTER, ADAPTER_PACKED, EDGE, INDEX, read_header
+from edgepress.checkpoints.headers import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_PACKED,
+    EDGE,
+    INDEX,
+    adapter_path,
+    read_header,
+)
 from edgepress.checkpoints.manifest import (
     MANIFEST,
     WORK,
@@ -36,7 +44,6 @@ from edgepress.checkpoints.shape import Sparsity, parse_sparsity
 from edgepress.checkpoints.walk import Work
 
 OUTER = "outer.safetensors"
-ADAPTER_CONFIG = "adapter/adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -76,7 +83,7 @@ class CheckpointWriter:
 
     def copy_block(self, index: int, source: Checkpoint, source_index: int) -> None:
         """Take over a block as it is stored; the same file where it already has this number."""
-        if source_index == index and self._link(source.folder / shard_name(index), shard_name(index)):
+        if source_index == index and self._link(source.folder, shard_name(index)):
             return
         self.write_block(index, source.stored_block(source_index))
 
@@ -85,7 +92,7 @@ class CheckpointWriter:
 
     def copy_outer(self, source: Checkpoint) -> None:
         """Take over what lies outside the blocks, with its packed copies if the source has them."""
-        if not self._link(source.folder / OUTER, OUTER):
+        if not self._link(source.folder, OUTER):
             self.write_outer(source.outer())
         self.copy_edge(source)
 
@@ -95,7 +102,7 @@ class CheckpointWriter:
         self._save(self.work.folder / f"adapter-{index:05d}.safetensors", full)
 
     def join_adapter(self, config: dict[str, Any]) -> None:
-        """All parts as one adapter in PEFT's format in `adapter/`, 8-bit codes in a file beside it."""
+        """All parts as one adapter in PEFT's format, which transformers loads with the folder; 8-bit codes apart."""
         joined: dict[str, Tensor] = {}
         for part in sorted(name for name in self.work.vouched if name.startswith(f"{WORK}/adapter-")):
             joined |= load_file(self.folder / part)
@@ -118,14 +125,17 @@ class CheckpointWriter:
         """Take over the packed embedding, if the source has one."""
         if (source.folder / EDGE).is_file():
             (self.folder / EDGE).parent.mkdir(exist_ok=True)
-            self._link(source.folder / EDGE, EDGE)
+            self._link(source.folder, EDGE)
 
     def copy_adapter(self, source: Checkpoint) -> None:
         """Take over the adapter with its 8-bit codes, if the source has them."""
-        if (source.folder / ADAPTER).is_file():
-            (self.folder / ADAPTER).parent.mkdir(exist_ok=True)
-            for name in (ADAPTER, ADAPTER_PACKED, ADAPTER_CONFIG):
-                self._link(source.folder / name, name)
+        if not (there := adapter_path(source.folder)).is_file():
+            return
+        for name in (ADAPTER, ADAPTER_CONFIG):
+            self._link(source.folder, str(there.with_name(name).relative_to(source.folder)), name)
+        if (source.folder / ADAPTER_PACKED).is_file():
+            (self.folder / ADAPTER_PACKED).parent.mkdir(exist_ok=True)
+            self._link(source.folder, ADAPTER_PACKED)
 
     def finish(self, config: Mapping[str, Any], source: Checkpoint | None) -> None:
         """Write configuration, tokenizer and index; afterwards the folder loads. The manifest is still to come."""
@@ -136,7 +146,7 @@ class CheckpointWriter:
                 if (source.folder / name).is_file():
                     write_bytes(self.folder / name, (source.folder / name).read_bytes())
         names, total = {}, 0
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(path for path in self.folder.glob("*.safetensors") if path.name != ADAPTER):
             for name, tensor in read_header(path).items():
                 names[name] = path.name
                 total += tensor.nbytes
@@ -154,15 +164,14 @@ class CheckpointWriter:
                 raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
         self._vouch(path)
 
-    def _link(self, path: Path, name: str) -> bool:
-        """Share an unchanged shard with the folder it comes from, where the file system can.
+    def _link(self, home: Path, name: str, own: str = "") -> bool:
+        """Share an unchanged file of the folder `home`, where the file system can; own: its name here, if another.
 
         Raises CheckpointError where it is no longer the file that the folder's manifest lists.
         """
-        target = self.folder / name
+        path, target = home / name, self.folder / (own or name)
         if not path.is_file():
             return False
-        home = path.parents[len(Path(name).parts) - 1]
         require_inside(home, [name], str(home))
         target.unlink(missing_ok=True)
         try:

@@ -27,7 +27,7 @@ from torch import Tensor
 from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.checkpoint import Checkpoint, attention_kernels
 from edgepress.checkpoints.errors import CheckpointError, PlanError, near
-from edgepress.checkpoints.headers import ADAPTER
+from edgepress.checkpoints.headers import adapter_path
 from edgepress.checkpoints.memory import peak_bytes, release, reset_peak, resident_bytes, size_text
 from edgepress.checkpoints.quiet import quiet_import, quiet_libraries
 from edgepress.eval.results import Result, Score, not_measured
@@ -253,10 +253,11 @@ def _load(checkpoint: Checkpoint, engine: str, device: torch.device, dtype: torc
                 attn_implementation=attention_kernels(checkpoint.hf_config()),
                 trust_remote_code=False,
             )
-            if (checkpoint.folder / ADAPTER).is_file():
+            adapter = adapter_path(checkpoint.folder)
+            if adapter.is_file() and adapter.parent != checkpoint.folder:  # where transformers does not look
                 from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, checkpoint.folder / Path(ADAPTER).parent)
+                model = PeftModel.from_pretrained(model, adapter.parent)
         except (ImportError, ValueError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{checkpoint.folder} cannot be loaded with kernels: {reason}") from None

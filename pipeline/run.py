@@ -211,7 +211,7 @@ def _compute(
             )
     manifest = Manifest(
         stage=step.stage,
-        stage_version=module.VERSION,
+        stage_version=_version(step),
         options=asdict(step.options),
         fingerprint=key,
         parent={"path": _path_from(folder, parent.folder), "fingerprint": parent.fingerprint},
@@ -274,12 +274,17 @@ def _fingerprints(
     keys, parent = [], source.fingerprint
     for step in plans:
         windows = calibration.windows(step.stage, step.options, step.turn)
-        version_number = importlib.import_module(f"edgepress.stages.{step.stage}").VERSION
         parent = fingerprint(
-            parent, step.stage, version_number, decisive(step.options), windows.sha256, recipe.seed, str(runtime.dtype)
+            parent, step.stage, _version(step), decisive(step.options), windows.sha256, recipe.seed, str(runtime.dtype)
         )
         keys.append(parent)
     return keys
+
+
+def _version(step: StagePlan) -> int:
+    """The stage's, and one more with an adapter beside the weights: since then it lies where transformers finds it."""
+    adapted = any(x.adapted for block in step.shape.blocks for x in block.linears)
+    return int(importlib.import_module(f"edgepress.stages.{step.stage}").VERSION) + adapted
 
 
 def _measured(

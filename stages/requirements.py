@@ -161,8 +161,8 @@ def require_dense(shape: ModelShape, stage: str, beside: str = "") -> None:
     if adapted:
         rank = max(x.adapter_rank for x in adapted)
         raise PlanError(
-            f"{stage} needs dense weights; this checkpoint carries an adapter{f' of rank {rank}' if rank else ''} in "
-            "adapter/. Merge the adapter, or give the checkpoint without it"
+            f"{stage} needs dense weights; this checkpoint carries an adapter{f' of rank {rank}' if rank else ''} "
+            "beside its weights. Merge the adapter, or give the checkpoint without it"
         )
 
 

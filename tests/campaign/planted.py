@@ -97,12 +97,12 @@ def _adapter_pickle(case: Case) -> None:
     model = case.copy(case.world.last("five"), "model")
     (model / "manifest.json").unlink()
     way = case.draw.choice(("pickle", "both", "auto_mapping", "corda"))
-    path = model / "adapter" / "adapter_config.json"
+    path = model / "adapter_config.json"
     config = json.loads(path.read_text())
-    (model / "adapter" / "adapter_model.bin").write_bytes(_pickled(case))
-    (model / "adapter" / "evil.py").write_text(_python(case.canary))
+    (model / "adapter_model.bin").write_bytes(_pickled(case))
+    (model / "evil.py").write_text(_python(case.canary))
     if way == "pickle":
-        (model / "adapter" / "adapter_model.safetensors").unlink()
+        (model / "adapter_model.safetensors").unlink()
     elif way == "auto_mapping":
         config["auto_mapping"] = {"base_model_class": "Evil", "parent_library": "evil"}
     elif way == "corda":
@@ -410,7 +410,7 @@ def _sweep_paths(case: Case) -> None:
 def _adapter_path(case: Case) -> None:
     model = case.copy(case.world.last("five"), "model")
     (model / "manifest.json").unlink()
-    adapter = model / "adapter" / "adapter_model.safetensors"
+    adapter = model / "adapter_model.safetensors"
     outer = case.outside / "adapter.safetensors"
     shutil.move(adapter, outer)
     adapter.symlink_to(outer)
@@ -424,9 +424,9 @@ def adapter_changed(case: Case) -> None:
     model = case.copy(case.world.last("five"), "model")
     (model / "manifest.json").unlink()
     if case.draw.random() < 0.6:
-        case.tell(mutate.change_json_file(model / "adapter" / "adapter_config.json", case.draw))
+        case.tell(mutate.change_json_file(model / "adapter_config.json", case.draw))
     else:
-        path = model / "adapter" / "adapter_model.safetensors"
+        path = model / "adapter_model.safetensors"
         size = int.from_bytes(path.read_bytes()[:8], "little")
         case.tell(mutate.flip_in(path, case.draw, 0, 8 + size))
     _use(case, model)

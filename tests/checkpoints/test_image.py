@@ -218,8 +218,8 @@ def test_an_adapter_at_8_bits_travels_as_its_codes(tmp_path: Path) -> None:
     linears = [x for block in checkpoint.shape.blocks for x in block.linears]
     assert packed_sizes(checkpoint.shape).adapters == 2 * sum(sizes.values()) == sum(x.adapter_bytes for x in linears)
     back = unpack_checkpoint(tmp_path / "model.bin", tmp_path / "back")
-    for name in ("packed.safetensors", "adapter_model.safetensors", "adapter_config.json"):
-        assert (back.folder / "adapter" / name).read_bytes() == (checkpoint.folder / "adapter" / name).read_bytes()
+    for name in ("adapter/packed.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+        assert (back.folder / name).read_bytes() == (checkpoint.folder / name).read_bytes()
     assert any("8-bit codes" in line for line in verify(back))
 
 
@@ -345,7 +345,7 @@ def test_an_adapter_that_is_not_what_its_codes_stand_for_is_refused(tmp_path: Pa
 
 def test_an_adapter_beyond_plain_lora_is_refused_with_all_its_reasons(tmp_path: Path) -> None:
     made = Wanted(bits=4, rank=2).make(tmp_path / "it")
-    path = made.folder / "adapter" / "adapter_config.json"
+    path = made.folder / "adapter_config.json"
     plain = json.loads(path.read_text())
 
     def refused(*reasons: str, **changes: object) -> None:

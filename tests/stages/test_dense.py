@@ -48,7 +48,7 @@ def test_an_adapter_beside_dense_weights_is_refused(stage: str) -> None:
     with pytest.raises(PlanError) as caught:
         importlib.import_module(f"edgepress.stages.{stage}").plan(with_adapter(DENSE), STAGES[stage]())
     assert str(caught.value) == (
-        f"{stage} needs dense weights; this checkpoint carries an adapter of rank 8 in adapter/. "
+        f"{stage} needs dense weights; this checkpoint carries an adapter of rank 8 beside its weights. "
         "Merge the adapter, or give the checkpoint without it"
     )
 

@@ -166,7 +166,7 @@ def test_peft_loads_what_the_codes_stand_for(chain: Chain, tokens: Callable[...,
     quantised, result, _, _ = chain
     ids = tokens(2, seed=9).ids
     with quiet_import():
-        model = PeftModel.from_pretrained(quantised.model(), str(result.folder / "adapter")).eval()
+        model = PeftModel.from_pretrained(quantised.model(), str(result.folder)).eval()
     with torch.no_grad():
         torch.testing.assert_close(
             model(input_ids=ids).logits, result.model()(input_ids=ids).logits, rtol=1e-4, atol=1e-4
@@ -180,7 +180,7 @@ def test_gptqmodel_loads_it_too(chain: Chain) -> None:
     quantised, result, _, _ = chain
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     name = "self_attn.q_proj"
-    theirs = TheirLora(rank=4, path=str(result.folder / "adapter"))
+    theirs = TheirLora(rank=4, path=str(result.folder))
     theirs.post_init(f"model.layers.1.{name}", device=torch.device("cpu"))
     present = quantised.block(1)[f"{name}.weight"]
     expected = x @ result.block(1)[f"{name}.weight"].T
@@ -221,8 +221,8 @@ def test_an_interrupted_run_says_the_same_of_all_blocks(
         eora.run(quantised, writer, tokens(8), Eora(rank=4, bits=8), Runtime(chunk_tokens=48, progress=Dies()))
     again = eora.run(quantised, CheckpointWriter(writer.folder), tokens(8), Eora(rank=4, bits=8), RUNTIME)
     assert again["total"] == facts["total"]
-    for name in ("adapter_model.safetensors", "packed.safetensors"):
-        assert (writer.folder / "adapter" / name).read_bytes() == (result.folder / "adapter" / name).read_bytes()
+    for name in ("adapter_model.safetensors", "adapter/packed.safetensors"):
+        assert (writer.folder / name).read_bytes() == (result.folder / name).read_bytes()
 
 
 def test_verify_compares_the_codes_with_the_adapter(

@@ -15,6 +15,7 @@ from torch import Tensor
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.headers import ADAPTER
 from edgepress.checkpoints.masks import holds
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Runtime
@@ -81,7 +82,7 @@ def test_merged_is_what_was_trained_and_the_mask_is_exact(
     torch.testing.assert_close(logits(merged), trained["after"], rtol=1e-4, atol=1e-4)
     assert mean_loss(merged, text().ids) < 0.99 * mean_loss(masked, text().ids)
     assert merged.shape == lora.plan(masked.shape, chosen(method))
-    assert not (merged.folder / "adapter").exists()
+    assert not list(merged.folder.glob("adapter*"))
     assert (facts["method"], facts["added_bytes"]) == (method, 0)
     for index, block in enumerate(masked.shape.blocks):
         old, new = masked.block(index), merged.block(index)
@@ -131,7 +132,7 @@ def test_beside_packed_weights_is_what_was_trained_and_peft_reads_it(
     with quiet_import():
         from peft import PeftModel
 
-        read = PeftModel.from_pretrained(packed.model(), result.folder / "adapter")
+        read = PeftModel.from_pretrained(packed.model(), result.folder)
     with torch.no_grad():
         torch.testing.assert_close(read(input_ids=text().ids).logits, logits(result), rtol=1e-4, atol=1e-4)
 
@@ -197,7 +198,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 
 def _adapter(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
+    return {path.name: path.read_bytes() for path in [folder / ADAPTER]}
 
 
 def test_the_uncompressed_model_teaches_beside_packed_weights(
@@ -245,7 +246,7 @@ def test_plans_refuse_what_cannot_be_and_name_what_works() -> None:
 
 def test_an_ia3_adapter_alone_is_seen_by_stages_that_need_dense_weights() -> None:
     beside = (replace(b, linears=tuple(replace(x, adapter_vector="rows") for x in b.linears)) for b in DENSE.blocks)
-    with pytest.raises(PlanError, match="this checkpoint carries an adapter in adapter/"):
+    with pytest.raises(PlanError, match="this checkpoint carries an adapter beside its weights"):
         gptq.plan(replace(DENSE, blocks=tuple(beside)), Gptq())
 
 

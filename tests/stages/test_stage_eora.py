@@ -210,12 +210,12 @@ def test_the_adapter_loads_in_peft_and_gives_the_same_weights(
     eora.run(quantised, writer, tokens(8), Eora(rank=4), RUNTIME)
     result, ids = seal(writer, quantised, pattern="2:4"), tokens(2, seed=9).ids
     with quiet_import():
-        model = PeftModel.from_pretrained(quantised.model(), str(writer.folder / "adapter")).eval()
+        model = PeftModel.from_pretrained(quantised.model(), str(writer.folder)).eval()
     with torch.no_grad():
         torch.testing.assert_close(
             model(input_ids=ids).logits, result.model()(input_ids=ids).logits, rtol=1e-4, atol=1e-4
         )
-    config = json.loads((writer.folder / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((writer.folder / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
     with pytest.raises(PlanError, match="already carries an adapter"):
         eora.plan(result.shape, Eora(rank=4))
