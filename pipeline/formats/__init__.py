@@ -57,6 +57,11 @@ class Module(Protocol):
 
 
 FORMATS: dict[str, Format] = {
+    "hf": Format(
+        "edgepress.pipeline.formats.hf", "model-hf", "transformers, and whatever reads its folders",
+        "Effective weights with the adapter merged, in the model's own precision or that of --type: codes and zeros of "
+        "a pattern take the room of dense weights", ("bfloat16", "float16", "float32"),
+    ),
     "onnx": Format(
         "edgepress.pipeline.formats.onnx", "model.onnx", "ONNX Runtime",
         "codes (of quantised weights): codes, scales and zero points of 2, 3, 4 and 8 bits go in as they are, 3 "

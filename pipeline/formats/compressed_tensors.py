@@ -21,12 +21,13 @@ from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.manifest import MANIFEST, PARTIAL, sync_folder
+from edgepress.checkpoints.manifest import PARTIAL, sync_folder
 from edgepress.checkpoints.packing import group_of, unpack_linear
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import OWN_KEY, LinearShape
 from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.pipeline.formats import Wanted, Written
+from edgepress.pipeline.formats.hf import require_own
 from edgepress.pipeline.formats.proof import exact_model, logits_of, require_same, some_tokens
 
 PACKAGE = "compressed-tensors"
@@ -40,7 +41,7 @@ def write(source: Checkpoint, wanted: Wanted, runtime: Runtime) -> Written:
     if importlib.util.find_spec("compressed_tensors") is None:
         raise PlanError(HINT)
     grid = _grid(source)
-    _require_own(wanted.out)
+    require_own(wanted.out)
     ids = some_tokens(source.shape)
     logits = logits_of(exact_model(source), ids)
     draft = wanted.out.with_name(f".{wanted.out.name}{PARTIAL}")
@@ -156,16 +157,6 @@ def _read(folder: Path, ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     return logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
-
-
-def _require_own(folder: Path) -> None:
-    """Raise PlanError where something else than a model folder would be written over."""
-    if folder.is_dir() and any(folder.iterdir()):
-        names = {path.name for path in folder.iterdir() if path.is_file()}
-        if any(path.is_dir() for path in folder.iterdir()) or "config.json" not in names or MANIFEST in names:
-            raise PlanError(f"{folder} holds other things than an exported model; name another folder with -o")
-    elif folder.exists() and not folder.is_dir():
-        raise PlanError(f"{folder} is a file; name a folder with -o")
 
 
 def _remove(folder: Path) -> None:
