@@ -19,7 +19,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from edgepress.checkpoints.errors import CheckpointError
 
 _HEADER = struct.Struct("<7i")
-_VERSIONED_MAGIC = 0x616B3432  # "ak42": the first word of export versions 1 and 2
+VERSIONED_MAGIC = 0x616B3432  # "ak42": the first word of export versions 1 and 2
 _SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, whatever the file calls them ("\n<s>\n" for 1)
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # ids 3..258: run.c computes byte + 3
 
@@ -109,6 +109,12 @@ def _pairs_to_halves(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
 
 
+def halves_to_pairs(weight: Tensor, heads: int) -> Tensor:
+    """The inverse: the rows in llama2.c's order, and in that of llama.cpp's llama."""
+    rows, dim = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
 def _read_header(path: Path) -> _Header:
     """The header, once it is plausible and the file is exactly as long as it says."""
     try:
@@ -122,7 +128,7 @@ def _read_header(path: Path) -> _Header:
             f"{path} is not a llama2.c model: expected a header of {_HEADER.size} bytes, found {found} bytes"
         )
     dim, hidden, layers, heads, kv_heads, vocabulary, length = _HEADER.unpack(head)
-    if dim == _VERSIONED_MAGIC:
+    if dim == VERSIONED_MAGIC:
         raise CheckpointError(
             f"{path} is a llama2.c export of version {hidden}; only the legacy format is read here. "
             "Export it again with llama2.c's `export.py --version 0`."

@@ -62,6 +62,12 @@ FORMATS: dict[str, Format] = {
         "Effective weights with the adapter merged, in the model's own precision or that of --type: codes and zeros of "
         "a pattern take the room of dense weights", ("bfloat16", "float16", "float32"),
     ),
+    "llama2c": Format(
+        "edgepress.pipeline.formats.llama2c", "model-llama2c", "llama2.c",
+        "float32 (run.c): codes decoded, the adapter merged, nothing rounded; int8 (runq.c): codes of up to 4 bits go "
+        "in as they are, all else is rounded to 8 bits. Zeros of a pattern take room, special tokens are plain text",
+        ("float32", "int8"),
+    ),
     "onnx": Format(
         "edgepress.pipeline.formats.onnx", "model.onnx", "ONNX Runtime",
         "codes (of quantised weights): codes, scales and zero points of 2, 3, 4 and 8 bits go in as they are, 3 "
