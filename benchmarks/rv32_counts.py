@@ -23,7 +23,7 @@ from scipy.optimize import nnls
 from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.checkpoints.shape import LinearShape, ModelShape, Pattern
 from edgepress.hardware.rv32 import cost
 from edgepress.hardware.rv32.build import build, find_compiler
 from edgepress.hardware.rv32.families import Rope, layers, numbers_of, rope_kinds
@@ -89,6 +89,10 @@ def _models() -> Iterator[Case]:
         yield replace(whole, activations="int8")
         small = Case(f"int8, {bits} bit, small head", SMALL, Grid(bits, 64), embedding_bits=edge, new=12)
         yield replace(small, activations="int8")
+    for bits, pattern in [(b, p) for p in ("2:4", "4:8") for b in (2, 3, 4, 8)] + [(8, "1:8"), (4, "1:4"), (4, "2:8")]:
+        left_out = {"pattern": Pattern.parse(pattern)}
+        yield Case(f"{bits} bit, {pattern}", SMALL, Grid(bits, 32), linear=left_out)
+        yield Case(f"{bits} bit, {pattern}, one group a row", WIDE, Grid(bits, -1), linear=left_out)
     for dtype in ("F32", "F16", "BF16"):
         yield Case(f"dense {dtype}", SMALL, dtype=dtype)
         yield Case(f"dense {dtype}, wide", WIDE, dtype=dtype, new=12)
@@ -120,6 +124,7 @@ OTHERS = [
         PRESETS["stories260k"] | {"rms_norm_eps": 1e-5, "intermediate_size": 192}, Grid(4, 32), embedding_bits=8,
         linear={"adapter_rank": 4, "adapter_packed": True}, activations="int8", new=16,
     ),
+    Case("llama, 4 bit, 2:4", llama(192, 384, 6, 3, 300), Grid(4, 64), linear={"pattern": Pattern(2, 4)}),
     Case("llama, 3 bit, 8-bit cache", llama(192, 512, 6, 3, 1000), Grid(3, 64), embedding_bits=8, kv_bits=8),
     Case("qwen3, 8 bit", llama(128, 384, 4, 2, 600, model_type="qwen3", head_dim=32), Grid(8, 128), embedding_bits=4),
     Case("gemma2, 4 bit", llama(128, 320, 8, 8, 400) | _GEMMA | {"model_type": "gemma2"}, Grid(4, 32, True)),
@@ -139,7 +144,7 @@ def measured(
     dice = np.random.default_rng(1)
     contents = {name: _random(name, part.nbytes, case, dice) for name, part in layout.parts.items()}
     for index, block in enumerate(shape.blocks) if case.grid else ():
-        contents |= {f"{index}.{layer.name}.codes": _codes(layer.shape, dice) for layer in layers(shape, block)}
+        contents |= {f"{index}.{x.name}.codes": _codes(shape, x.shape, dice) for x in layers(shape, block)}
     tables = table_bytes(shape, len(run.prompt), len(run.ends), run.context)
     uses = memory_use(
         shape, load_soc("siracusa"), layout.nbytes, tables, run.context, run.kv_bits, activations=run.activations
@@ -165,12 +170,17 @@ def measured(
     return simulate(folder)
 
 
-def _codes(x: LinearShape, dice: np.random.Generator) -> bytes:
+def _codes(shape: ModelShape, x: LinearShape, dice: np.random.Generator) -> bytes:
     assert isinstance(x.grid, Grid)
     sides = x.out_features, x.grid.groups(x.in_features)
     codes, zeros = (dice.integers(0, 2**x.grid.bits - 1, size, np.uint8) for size in ((sides[0], x.in_features), sides))
     scales = dice.uniform(0.01, 0.02, sides).astype(np.float16)
-    return encode(code_form(x.grid), codes, scales, None if x.grid.symmetric else zeros)
+    form = code_form(shape, x)
+    if form.of:
+        points = np.full(sides, 2 ** (x.grid.bits - 1)) if x.grid.symmetric else zeros + 1
+        gone = np.arange(x.in_features) % form.of < form.of - form.kept
+        codes = np.where(gone, points.repeat(x.in_features // sides[1], 1), codes)
+    return encode(form, codes, scales, None if x.grid.symmetric else zeros)
 
 
 def _random(name: str, nbytes: int, case: Case, dice: np.random.Generator) -> bytes:

@@ -99,6 +99,8 @@ def export(
     for use in planned.uses:
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in use.parts.items())
         typer.echo(f"{use.name}: {use.nbytes:,} of {use.capacity:,} bytes ({parts})")
+    for note in planned.notes:
+        typer.echo(note)
     _require_fit(planned, force)
     quality = planned.write(out, measured_on)
     if quality:
@@ -185,7 +187,7 @@ def simulate(
         wanted, whose = expected_tokens(folder), expected_of(folder)
         unrounded = tokens_of(folder / FLOAT_TOKENS) if activations == "int8" else wanted
     new = len(outcome.tokens) - len(planned.run.prompt)  # fewer than asked for where a token ended the text
-    guess = instructions(planned.checkpoint.shape, replace(planned.run, new_tokens=new))
+    guess = instructions(planned.shape, replace(planned.run, new_tokens=new))
     typer.echo("\n\n" + "\n".join(operator_lines(outcome, guess)) + "\n")
     for row in used_bytes(outcome, [use.to_dict() for use in planned.uses]):
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in row["parts"].items())
@@ -221,7 +223,7 @@ def _require_fit(planned: Export, force: bool) -> None:
     from edgepress.hardware.show import print_verdict
     from edgepress.pipeline.cli_hardware import EXIT_DOES_NOT_FIT
 
-    missing = misfit(planned.checkpoint.shape, planned.run, planned.uses)
+    missing = misfit(planned.shape, planned.run, planned.uses)
     if not missing:
         return
     typer.echo(f"the program does not fit {planned.soc.label}: {missing}")

@@ -229,7 +229,7 @@ class _Reader:
             stored = self._part(name, dtype, (-1, *width))
             if kind == "codes" and isinstance(x.grid, Grid):
                 sizes = x.out_features, x.in_features, x.grid.groups(x.in_features)
-                apart = decode(code_form(x.grid), stored.numpy().tobytes(), *sizes, not x.grid.symmetric)
+                apart = decode(code_form(self._shape, x), stored.numpy().tobytes(), *sizes, not x.grid.symmetric)
                 found |= {kind: torch.from_numpy(array) for kind, array in apart.items()}
             else:
                 found[kind] = stored

@@ -42,8 +42,11 @@ from edgepress.hardware.rv32.layout import (
     FINAL_NORM,
     Layout,
     code_form,
+    form_facts,
+    form_notes,
     is_ordered,
     matrices,
+    program_shape,
     require_runnable,
     shared,
 )
@@ -91,24 +94,35 @@ class Export:
     layout: Layout
     uses: tuple[Use, Use, Use]
 
+    @property
+    def shape(self) -> ModelShape:
+        """The checkpoint's, as the program has it."""
+        return program_shape(self.checkpoint.shape, self.run.activations)
+
+    @property
+    def notes(self) -> list[str]:
+        """What became of the zeros of N:M patterns."""
+        return form_notes(self.checkpoint.shape, self.run.activations)
+
     @torch.no_grad()
     def write(self, folder: Path, text: Text | None = None) -> Quality | None:
         """Write the program's files; nothing where the weights hold what the program cannot run (CheckpointError).
 
         text: what rounding to int8 costs is measured on; it has to have a window of tokens (TextError).
         """
-        shape, layout, run = self.checkpoint.shape, self.layout, self.run
+        shape, layout, run = self.shape, self.layout, self.run
         windows = None if text is None else self._windows(text)
         model = exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
         with readable(f"transformers cannot run {self.checkpoint.folder}"):
             expected = _greedy(model, run)
-        weights = layout.joined(program_contents(self.checkpoint, self.pieces))
+        weights = layout.joined(program_contents(self.checkpoint, self.pieces, run.activations))
         ropes = _ropes(model, shape)
         facts = {
             "soc": self.soc.label,
             "memories": [use.to_dict() for use in self.uses],
             # By which the simulator names a layer.
             "linears": {"roles": [layer.role for layer in layers(shape, shape.blocks[0])], "bytes": LINEAR_BYTES},
+            "zeros": form_facts(shape),
         }
         files = {
             **sources(),
@@ -176,7 +190,7 @@ def plan_export(
 
     Raises PlanError for what the program or the chip cannot do, CheckpointError without a tokenizer.
     """
-    shape = checkpoint.shape
+    shape = program_shape(checkpoint.shape, activations)
     require_kv_bits(kv_bits)
     require_runnable(shape, context)
     numbers = numbers_of(shape, checkpoint.hf_config().to_dict(), context)
@@ -251,9 +265,9 @@ def ends_of(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
 # --- the parts of weights.bin -----------------------------------------------------------------------------------------
 
 
-def program_contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, bytes]:
+def program_contents(checkpoint: Checkpoint, pieces: list[bytes], activations: str = "float") -> dict[str, bytes]:
     """The parts of weights.bin by name. Raises CheckpointError for weights that the program cannot read."""
-    shape, outer = checkpoint.shape, checkpoint.outer()
+    shape, outer = program_shape(checkpoint.shape, activations), checkpoint.outer()
     found: dict[str, bytes] = {FINAL_NORM: _norm(shape, outer[f"{FINAL_NORM}.weight"])}
     edge = checkpoint.edge()
     for name in matrices(shape):
@@ -274,7 +288,7 @@ def program_contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, b
                 parts |= _adapter(x, adapter, codes, checkpoint.adapter_scale)
             if order is not None:
                 parts |= {"order": order.to(torch.uint16)} | ({"a": parts["a"][:, order]} if x.adapter_rank else {})
-            found |= {f"{index}.{layer.name}.{kind}": data for kind, data in _own(layer, parts).items()}
+            found |= {f"{index}.{layer.name}.{kind}": data for kind, data in _own(shape, layer, parts, where).items()}
     starts = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0).to(torch.int32)
     return found | {"piece_starts": _raw(starts), "pieces": b"".join(pieces)}
 
@@ -286,7 +300,7 @@ def _norm(shape: ModelShape, weight: Tensor, of_heads: bool = False) -> bytes:
     return _raw(1.0 + weight if family.one_more else weight)
 
 
-def _own(layer: Layer, parts: Mapping[str, Tensor]) -> dict[str, bytes]:
+def _own(shape: ModelShape, layer: Layer, parts: Mapping[str, Tensor], where: str) -> dict[str, bytes]:
     """Of a linear layer's parts those of a program's layer, with its rows alone in its order."""
     own = {kind: tensor for kind, tensor in parts.items() if kind not in shared(layer)}
     if layer.rows is not None:
@@ -296,8 +310,11 @@ def _own(layer: Layer, parts: Mapping[str, Tensor]) -> dict[str, bytes]:
     if isinstance(layer.shape.grid, Grid):
         codes, scales, zeros = (own.pop(kind, None) for kind in ("codes", "scales", "zeros"))
         assert codes is not None and scales is not None
-        form = code_form(layer.shape.grid)
-        found["codes"] = encode(form, codes.numpy(), scales.numpy(), None if zeros is None else zeros.numpy())
+        form = code_form(shape, layer.shape)
+        try:
+            found["codes"] = encode(form, codes.numpy(), scales.numpy(), None if zeros is None else zeros.numpy())
+        except ValueError as error:
+            raise CheckpointError(f"{where} is said to hold {layer.shape.pattern}, but has {error}") from None
     return found | {kind: _raw(tensor) for kind, tensor in own.items()}
 
 

@@ -24,7 +24,7 @@ from edgepress.hardware.rv32.families import (
     rope_kinds,
     rope_sets,
 )
-from edgepress.hardware.rv32.layout import EMBEDDING, is_ordered, matrices, most_ordered
+from edgepress.hardware.rv32.layout import EMBEDDING, code_form, is_ordered, matrices, most_ordered, program_shape
 from edgepress.hardware.rv32.memory import chunk, head_is_rounded
 from edgepress.hardware.rv32.project import Run, adapter_format, formats, linear_format, matrix_format
 
@@ -59,12 +59,12 @@ def constants(table: str) -> dict[str, float]:
 
 def token_counts(shape: ModelShape, run: Run) -> Counts:
     """What the constants are multiplied by. The operators' names are the simulator's."""
-    fed, blocks = fed_tokens(run), len(shape.blocks)
+    shape, fed, blocks = program_shape(shape, run.activations), fed_tokens(run), len(shape.blocks)
     found: Counts = {}
     for block in shape.blocks:
         for layer in layers(shape, block):
             sums = found.setdefault(f"linear {layer.role}", {})
-            for what, count in _linear(layer.shape, run).items():
+            for what, count in _linear(shape, layer.shape, run).items():
                 sums[what] = sums.get(what, 0.0) + count
             if is_ordered(shape, layer.shape):
                 sums = found.setdefault("order of inputs", {"ordered": 0.0})
@@ -93,12 +93,24 @@ def fed_tokens(run: Run) -> int:
     return len(run.prompt) + run.new_tokens - 1
 
 
-def _linear(x: LinearShape, run: Run) -> Amounts:
-    form = _product(linear_format(x), run)
+def _linear(shape: ModelShape, x: LinearShape, run: Run) -> Amounts:
+    form = _product(linear_format(shape, x), run)
     found: Amounts = {f"{form} layer": 1, f"{form} row": x.out_features, f"{form} weight": x.weights}
     if isinstance(x.grid, Grid):
-        found[f"{form} column"] = x.in_features  # of which products are prepared, once for all rows
-        found[f"{form} group"] = x.out_features * x.grid.groups(x.in_features)
+        codes, groups = code_form(shape, x), x.out_features * x.grid.groups(x.in_features)
+        if codes.of:
+            kind = "tabled" if codes.tabled else "gathered"
+            found = {
+                f"{kind} layer": 1,
+                f"{kind} row": x.out_features,
+                f"{kind} group": groups,
+                f"{kind} set": x.weights // codes.of,
+                f"Q{codes.bits} {kind} weight": x.weights // codes.of * codes.kept,
+                "table number": codes.prepared(x.in_features),
+            }
+        else:
+            found[f"{form} column"] = x.in_features  # of which products are prepared, once for all rows
+            found[f"{form} group"] = groups
         if run.activations == "int8":
             found[f"{form} chunk"] = x.out_features * (x.in_features // chunk(x.grid.bits, x.in_features, x.grid.group))
     if x.bias:
@@ -159,12 +171,19 @@ def _head(shape: ModelShape, run: Run, with_head: float) -> Amounts:
 
 def code_parts(shape: ModelShape, run: Run) -> Amounts:
     """What the program has code for; what a model has not is not compiled."""
+    shape = program_shape(shape, run.activations)
     family, first = family_of(shape), shape.blocks[0]
     linears = [x for block in shape.blocks for x in block.linears]
     parts: Amounts = {"program": 1, f"kv{run.kv_bits}": 1, activation(shape.config): 1}
-    parts |= {name if name[0] == "U" else _product(name, run): 1 for name in formats(shape)}
+    parts |= {name if name[0] == "U" else _product(name, run): 1 for name in formats(shape) if "_" not in name}
     if run.activations == "int8" and head_is_rounded(shape):
         parts[f"int8 U{shape.embedding_bits} head"] = 1
+    listed = {code_form(shape, x) for x in linears if isinstance(x.grid, Grid)}
+    for form in (form for form in listed if form.of):
+        kind, sets = "tabled" if form.tabled else "gathered", form.unit // form.of
+        more = {kind: 1, f"{kind} sets": sets, f"Q{form.bits} {kind} kept": sets * form.kept}
+        more |= {"table": len(form.sets) * form.kept} if form.tabled else {}
+        parts |= {name: parts.get(name, 0) + count for name, count in more.items()}
     parts |= {
         "adapter": any(x.adapter_rank for x in linears),
         "short heads": shape.head_dim <= 16,  # which compilers unroll

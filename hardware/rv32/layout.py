@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
 
 from edgepress.checkpoints.config import tied
 from edgepress.checkpoints.errors import PlanError
@@ -18,6 +21,7 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 MAGIC = b"edgepress rv32 2"  # the file's first bytes: no part lies at offset 0, which the tables read as none
 _DENSE = {"F32": 4, "F16": 2, "BF16": 2}
 ROWS = 4  # of a grid's matrix that lie side by side
+_SETS, _TABLE = 256, 8  # the most sets of an N:M pattern, and numbers an input that a table of them may have
 _FARTHEST = 12_000  # positions whose angles the program's own sine reduces without losing digits
 
 
@@ -32,28 +36,132 @@ class Part:
 
 @dataclass(frozen=True)
 class CodeForm:
-    """How the codes of a grid's matrix lie in weights.bin."""
+    """How the codes of a grid's matrix lie in weights.bin: all of them, or of an N:M pattern those of the kept weights.
+
+    Of the latter each group of the pattern has the number of the set of places that are kept.
+    """
 
     bits: int
+    kept: int = 0  # of each `of` weights; 0 of 0: all codes are stored
+    of: int = 0
 
     @property
     def name(self) -> str:
-        return f"Q{self.bits}"
+        return f"Q{self.bits}_{self.kept}_{self.of}" if self.of else f"Q{self.bits}"
 
     @property
     def unit(self) -> int:
-        """The least columns whose codes fill whole words."""
-        return 32 if self.bits == 3 else 32 // self.bits
+        """Columns that lie together: the least whose codes fill whole words; 32 where zeros are left out."""
+        return 32 if self.bits == 3 or self.of else 32 // self.bits
+
+    @property
+    def sets(self) -> list[tuple[int, ...]]:
+        """The places that a group of the pattern may keep, by their number."""
+        return list(combinations(range(self.of), self.kept))
+
+    @property
+    def set_bits(self) -> int:
+        return (math.comb(self.of, self.kept) - 1).bit_length()
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the sets' numbers in a row's unit."""
+        return -(-self.unit // self.of * self.set_bits // 8) if self.of else 0
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes in a row's unit."""
+        return -(-self.unit * self.kept * self.bits // (8 * self.of)) if self.of else self.unit * self.bits // 8
+
+    @property
+    def entry(self) -> int:
+        """Numbers of a set in the program's table: the kept inputs and their sum, filled up to a power of two."""
+        return 1 << self.kept.bit_length()
+
+    @property
+    def tabled(self) -> bool:
+        """Whether the program makes a table of the inputs that each set keeps, or gathers them one by one."""
+        return 0 < math.comb(self.of, self.kept) * self.entry <= _TABLE * self.of
+
+    def prepared(self, columns: int) -> int:
+        """Numbers that the program makes of a vector of inputs before it multiplies."""
+        if self.of:
+            return columns // self.of * math.comb(self.of, self.kept) * self.entry if self.tabled else 0
+        return columns if self.bits < 8 else 0
 
     def nbytes(self, x: LinearShape, grid: Grid) -> int:
         """Bytes of a matrix with its scales and zero points; its rows are filled up to whole fours."""
         fours, groups = -(-x.out_features // ROWS), grid.groups(x.in_features)
         sides = 2 * ROWS + (0 if grid.symmetric else ROWS)
-        return fours * (groups * sides + ROWS * x.in_features * self.bits // 8)
+        return fours * (groups * sides + ROWS * x.in_features // self.unit * (self.index_bytes + self.code_bytes))
 
 
-def code_form(grid: Grid) -> CodeForm:
-    return CodeForm(grid.bits)
+def code_forms(shape: ModelShape, x: LinearShape, grid: Grid) -> list[CodeForm]:
+    """The forms that a matrix can have; the first stores all codes."""
+    forms = [CodeForm(grid.bits)]
+    if x.pattern is not None and not is_ordered(shape, x):
+        pattern = x.pattern.on(x.in_features, x.out_features)
+        n, m, group = pattern.removed, pattern.of, x.in_features if grid.group == -1 else grid.group
+        if n and 32 % m == 0 and group % 32 == 0 and math.comb(m, n) <= _SETS:
+            forms.append(CodeForm(grid.bits, m - n, m))
+    return forms
+
+
+def code_form(shape: ModelShape, x: LinearShape) -> CodeForm:
+    """The smallest form of a grid's matrix, of equals the simplest."""
+    grid = x.grid
+    assert isinstance(grid, Grid)
+    return min(code_forms(shape, x, grid), key=lambda form: form.nbytes(x, grid))
+
+
+def program_shape(shape: ModelShape, activations: str) -> ModelShape:
+    """The shape as the program has it: integers (int8) are multiplied by codes of which none is left out."""
+    if activations != "int8":
+        return shape
+    blocks = (replace(b, linears=tuple(replace(x, pattern=None) for x in b.linears)) for b in shape.blocks)
+    return replace(shape, blocks=tuple(blocks))
+
+
+def form_facts(shape: ModelShape) -> list[dict[str, Any]]:
+    """Of each matrix with an N:M pattern and a grid its form, and the bytes of each that it can have."""
+    return [
+        {
+            "name": f"{index}.{layer.name}",
+            "pattern": str(layer.shape.pattern),
+            "form": code_form(shape, layer.shape).name,
+            "bytes": {
+                form.name: form.nbytes(layer.shape, layer.shape.grid)
+                for form in code_forms(shape, layer.shape, layer.shape.grid)
+            },
+        }
+        for index, block in enumerate(shape.blocks)
+        for layer in layers(shape, block)
+        if layer.shape.pattern is not None and isinstance(layer.shape.grid, Grid)
+    ]
+
+
+def form_notes(shape: ModelShape, activations: str = "float") -> list[str]:
+    """What became of the zeros of N:M patterns, in a line for each pattern and form."""
+    if activations == "int8":
+        patterns = dict.fromkeys(facts["pattern"] for facts in form_facts(shape))
+        return [f"zeros of {pattern} are stored: with --activations int8 all codes are" for pattern in patterns]
+    sums: dict[tuple[str, str, bool], list[int]] = {}
+    for facts in form_facts(shape):
+        other = max(facts["bytes"].values()) if len(facts["bytes"]) > 1 else 0
+        found = sums.setdefault((facts["pattern"], facts["form"], other > 0), [0, 0, 0])
+        found[0] += 1
+        found[1] += facts["bytes"][facts["form"]]
+        found[2] += other
+    notes = []
+    for (pattern, form, both), (count, taken, other) in sums.items():
+        if "_" in form:
+            why = f"left out of {count} matrices: {taken:,} bytes where all codes take {other:,}"
+        elif both:
+            why = f"stored in {count} matrices: {taken:,} bytes, and {other:,} with them left out"
+        else:
+            why = f"stored in {count} matrices: they cannot be left out (FORMAT.md)"
+        notes.append(f"zeros of {pattern} are {why}")
+    return notes
 
 
 class Layout:
@@ -100,7 +208,7 @@ def _parts(shape: ModelShape, pieces: int) -> Iterator[tuple[str, int]]:
         for kind, norm in norms(shape, block).items():
             yield f"{index}.{kind}", 4 * norm.elements
         for layer in layers(shape, block):
-            for kind, nbytes in _linear_parts(layer.shape):
+            for kind, nbytes in _linear_parts(shape, layer.shape):
                 if kind not in shared(layer):
                     yield f"{index}.{layer.name}.{kind}", nbytes
             if is_ordered(shape, layer.shape) and not layer.first:
@@ -109,9 +217,9 @@ def _parts(shape: ModelShape, pieces: int) -> Iterator[tuple[str, int]]:
     yield "pieces", pieces
 
 
-def _linear_parts(x: LinearShape) -> Iterator[tuple[str, int]]:
+def _linear_parts(shape: ModelShape, x: LinearShape) -> Iterator[tuple[str, int]]:
     if isinstance(x.grid, Grid):
-        yield "codes", code_form(x.grid).nbytes(x, x.grid)
+        yield "codes", code_form(shape, x).nbytes(x, x.grid)
     else:
         yield "codes", x.weights * _DENSE[x.dtype]
     if x.bias:
@@ -209,7 +317,7 @@ def _linear_faults(x: LinearShape) -> Iterator[str]:
         yield f"{what}: quantise to an integer grid instead (--quant gptq4)"
     else:
         group = x.in_features if x.grid.group == -1 else x.grid.group
-        unit = code_form(x.grid).unit
+        unit = CodeForm(x.grid.bits).unit
         if x.in_features % group or group % unit:
             yield (
                 f"groups of {group} in rows of {x.in_features} {x.grid.bits}-bit codes: a row must be whole groups, "

@@ -13,7 +13,7 @@ from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.rv32.families import branches_are_buffered, layers, norms, rooms, rope_kinds, rope_sets
-from edgepress.hardware.rv32.layout import most_ordered
+from edgepress.hardware.rv32.layout import code_form, most_ordered
 from edgepress.hardware.soc import Memory, Soc
 
 # Upper ends, in bytes, of what only a compiler knows. Of 4-bit codes with an adapter zig 0.17's clang makes 8.0 KiB of
@@ -75,7 +75,7 @@ def activation_bytes(shape: ModelShape, context: int, kv_bits: int, activations:
     vectors += (2 if gated else 1) * inner(shape)
     vectors += 2 * shape.kv_heads * shape.head_dim if kv_bits == 8 else 0
     vectors += most_ordered(shape)
-    vectors += input_words(shape) if activations == "int8" else packed_columns(shape) + most_groups(shape)
+    vectors += input_words(shape) if activations == "int8" else prepared(shape) + most_groups(shape)
     angles = len(rope_kinds(shape)) * rotary_width(shape.config)
     return 4 * (vectors + max(rooms(shape, context)) + angles + max(rank(shape), 1))
 
@@ -92,16 +92,17 @@ def rank(shape: ModelShape) -> int:
     return max(x.adapter_rank for block in shape.blocks for x in block.linears)
 
 
-def packed_columns(shape: ModelShape) -> int:
-    """The widest row of codes that share words, 0 without any: the program keeps a vector divided for them."""
-    grids = ((x, x.grid) for block in shape.blocks for x in block.linears)
-    return max((x.in_features for x, grid in grids if isinstance(grid, Grid) and grid.bits < 8), default=0)
+def prepared(shape: ModelShape) -> int:
+    """The most numbers that the program makes of a vector before it multiplies a grid's matrix with it."""
+    linears = [x for block in shape.blocks for x in block.linears if isinstance(x.grid, Grid)]
+    return max((code_form(shape, x).prepared(x.in_features) for x in linears), default=0)
 
 
 def most_groups(shape: ModelShape) -> int:
-    """The most groups in a row of a grid, 0 without any: the program keeps the sum of a vector in each."""
+    """The most groups in a row of a grid all of whose codes are stored: the program keeps a vector's sum in each."""
     grids = ((x, x.grid) for block in shape.blocks for x in block.linears)
-    return max((grid.groups(x.in_features) for x, grid in grids if isinstance(grid, Grid)), default=0)
+    found = (grid.groups(x.in_features) for x, grid in grids if isinstance(grid, Grid) and not code_form(shape, x).of)
+    return max(found, default=0)
 
 
 def head_is_rounded(shape: ModelShape) -> bool:

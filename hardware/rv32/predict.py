@@ -10,7 +10,7 @@ from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.rv32.cost import code_bytes, instructions
-from edgepress.hardware.rv32.layout import Layout, require_runnable
+from edgepress.hardware.rv32.layout import Layout, form_notes, program_shape, require_runnable
 from edgepress.hardware.rv32.memory import (
     Use,
     activation_bytes,
@@ -108,13 +108,20 @@ def predict(
     pieces: bytes of all tokens' texts. Raises PlanError for what the program or the chip cannot do.
     """
     require_kv_bits(run.kv_bits)
+    zeros, shape = form_notes(shape, run.activations), program_shape(shape, run.activations)
     require_activations(shape, run.activations)
     require_runnable(shape, run.context)
     tables = table_bytes(shape, len(run.prompt), len(run.ends), run.context)
     weights, code = Layout(shape, pieces).nbytes, code_bytes(shape, run)
     uses = memory_use(shape, soc, weights, tables, run.context, run.kv_bits, code, run.activations)
     return Prediction(
-        name or shape.family, soc.label, run, uses, instructions(shape, run), notes, misfit(shape, run, uses)
+        name or shape.family,
+        soc.label,
+        run,
+        uses,
+        instructions(shape, run),
+        (*zeros, *notes),
+        misfit(shape, run, uses),
     )
 
 

@@ -28,6 +28,7 @@ from edgepress.hardware.rv32.layout import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    CodeForm,
     Layout,
     code_form,
     matrices,
@@ -35,7 +36,7 @@ from edgepress.hardware.rv32.layout import (
     outer_dtype,
     shared,
 )
-from edgepress.hardware.rv32.memory import head_is_rounded, inner, input_words, most_groups, packed_columns, rank
+from edgepress.hardware.rv32.memory import head_is_rounded, inner, input_words, most_groups, prepared, rank
 from edgepress.hardware.rv32.simulator import AUTO, SIMULATORS
 
 HEADERS = ("runtime.h", "numbers.h", "products.h")
@@ -76,7 +77,7 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
         "KV_BITS": run.kv_bits,
         "INPUT_BITS": 8 if run.activations == "int8" else 32,
         "RANK": rank(shape),
-        "PACKED_COLUMNS": packed_columns(shape),
+        "INPUT_NUMBERS": prepared(shape),
         "GROUPS": most_groups(shape),
         "FORMATS": f"({' | '.join(f'1u << {name}' for name in formats(shape) if name[0] != 'Q')})",
         "PROMPT_TOKENS": len(run.prompt),
@@ -162,15 +163,33 @@ def _parts(shape: ModelShape, numbers: Numbers, ropes: Sequence[Rope]) -> dict[s
 
 
 def _grids(shape: ModelShape) -> list[str]:
-    """The grids of the model's matrices, which products.c compiles a product for."""
-    linears = {(_c_format(x), x.grid) for block in shape.blocks for x in block.linears if isinstance(x.grid, Grid)}
-    if not linears:
+    """The forms of the model's grids, for each of which products.c compiles a product."""
+    found: dict[str, tuple[CodeForm, Grid]] = {}
+    for x in (x for block in shape.blocks for x in block.linears):
+        if isinstance(x.grid, Grid):
+            found[_c_format(shape, x)] = code_form(shape, x), x.grid
+    if not found:
         return []
-    found = {name: f"{grid.bits}, {int(not grid.symmetric)}" for name, grid in linears}
-    first, *others = sorted(found)
+    names = sorted(found, key=lambda name: (found[name][0].of > 0, name))  # those that store all codes first
+    grids, lists = [], []
+    places: dict[str, object] = {}
+    for name in names:
+        form, grid = found[name]
+        if form.of:
+            lists.append(f"LIST({name}, {form.bits}, {int(not grid.symmetric)}, {form.kept}, {form.of})")
+            sets = ", ".join("{" + ", ".join(map(str, kept)) + "}" for kept in form.sets)
+            about = {"SETS": len(form.sets), "SET_BITS": form.set_bits, "TABLED": int(form.tabled), "PLACES": sets}
+            places |= {f"{what}_{form.kept}_{form.of}": value for what, value in about.items()}
+        else:
+            grids.append(f"GRID({name}, {form.bits}, {int(not grid.symmetric)})")
+    first, *others = names
     return [
-        "/* Of each grid its name, the bits of a code, and whether zero points lie beside the scales. */",
-        f"#define GRIDS(GRID) {' '.join(f'GRID({name}, {found[name]})' for name in sorted(found))}",
+        "/* Of each grid its name, the bits of a code, whether zero points lie beside the scales; in lists also how",
+        " * many weights of how many are kept, in which sets of places. */",
+        f"#define GRIDS(GRID) {' '.join(grids)}",
+        f"#define LISTS(LIST) {' '.join(lists)}",
+        f"#define LISTED {int(bool(lists))}  /* whether there are any */",
+        *(f"#define {name} {value}" for name, value in places.items()),
         f"enum grid {{ {', '.join([f'{first} = GRID', *others])} }};",
         "",
     ]
@@ -212,7 +231,7 @@ def model_source(shape: ModelShape, layout: Layout, run: Run, ropes: Sequence[Ro
     ]
     for index, block in enumerate(shape.blocks):
         lines.append("    {")
-        lines += [f"        {_linear(x, index, layout)},  /* {x.name} */" for x in layers(shape, block)]
+        lines += [f"        {_linear(shape, x, index, layout)},  /* {x.name} */" for x in layers(shape, block)]
         lines.append("    },")
     table = ", ".join(
         "{" + ", ".join(str(layout.offset(f"{k}.{kind}")) for kind in norms(shape, block)) + "}"
@@ -247,17 +266,18 @@ def model_source(shape: ModelShape, layout: Layout, run: Run, ropes: Sequence[Ro
 def formats(shape: ModelShape) -> list[str]:
     """The formats of runtime.h in which this model has a matrix."""
     linears = [x for block in shape.blocks for x in block.linears]
-    found = {linear_format(x) for x in linears} | {adapter_format(x) for x in linears if x.adapter_rank}
+    found = {linear_format(shape, x) for x in linears} | {adapter_format(x) for x in linears if x.adapter_rank}
     return sorted(found | {matrix_format(shape, name) for name in matrices(shape)})
 
 
-def linear_format(x: LinearShape) -> str:
-    return code_form(x.grid).name if isinstance(x.grid, Grid) else x.dtype
+def linear_format(shape: ModelShape, x: LinearShape) -> str:
+    return code_form(shape, x).name if isinstance(x.grid, Grid) else x.dtype
 
 
-def _c_format(x: LinearShape) -> str:
+def _c_format(shape: ModelShape, x: LinearShape) -> str:
     """A symmetric grid's own code has no zero points."""
-    return f"{linear_format(x)}_SYMMETRIC" if isinstance(x.grid, Grid) and x.grid.symmetric else linear_format(x)
+    name = linear_format(shape, x)
+    return f"{name}_SYMMETRIC" if isinstance(x.grid, Grid) and x.grid.symmetric else name
 
 
 def adapter_format(x: LinearShape) -> str:
@@ -268,9 +288,9 @@ def matrix_format(shape: ModelShape, name: str) -> str:
     return outer_dtype(shape, name) if shape.embedding_bits is None else f"U{shape.embedding_bits}"
 
 
-def _linear(layer: Layer, index: int, layout: Layout) -> str:
+def _linear(shape: ModelShape, layer: Layer, index: int, layout: Layout) -> str:
     x = layer.shape
-    form, group = _c_format(x), x.in_features
+    form, group = _c_format(shape, x), x.in_features
     if isinstance(x.grid, Grid) and x.grid.group != -1:
         group = x.grid.group
     adapter = adapter_format(x) if x.adapter_rank else "F32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,17 @@ import pytest
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid, RealGrid
-from edgepress.checkpoints.shape import LinearShape
+from edgepress.checkpoints.shape import LinearShape, Pattern, parse_sparsity
 from edgepress.hardware.rv32.build import build, compilers, find_compiler
-from edgepress.hardware.rv32.layout import MAGIC, Layout, code_form, require_runnable
+from edgepress.hardware.rv32.layout import (
+    MAGIC,
+    CodeForm,
+    Layout,
+    code_form,
+    code_forms,
+    form_notes,
+    require_runnable,
+)
 from edgepress.hardware.rv32.memory import Use, does_not_fit, linker_script, memory_use
 from edgepress.hardware.rv32.project import sources
 from edgepress.hardware.rv32.rows import decode, encode
@@ -63,11 +72,16 @@ def test_the_layouts_bytes_are_those_of_its_parts(make: Make) -> None:
     assert all(part.offset - end in range(17) for part, end in zip(layout.parts.values(), ends, strict=False))
 
 
-def read_back(data: bytes, bits: int, rows: int, columns: int, group: int, symmetric: bool) -> list[list[float]]:
+def read_back(data: bytes, form: CodeForm, rows: int, columns: int, group: int, symmetric: bool) -> list[list[float]]:
     """The weights (rows, columns) that the codes of a grid stand for, bit by bit as FORMAT.md has it."""
-    unit, middle = {2: 16, 3: 32, 4: 8, 8: 4}[bits], 2 ** (bits - 1)
-    sides = 8 if symmetric else 12
-    record = sides + 4 * group * bits // 8
+    bits, middle, sides = form.bits, 2 ** (form.bits - 1), 8 if symmetric else 12
+    unit = 32 if form.of else {2: 16, 3: 32, 4: 8, 8: 4}[bits]
+    sets = list(combinations(range(form.of), form.kept))
+    wide = (len(sets) - 1).bit_length()  # bits of a set's number
+    index, stored = 0, unit * bits // 8
+    if form.of:
+        index, stored = -(-unit // form.of * wide // 8), -(-unit // form.of * form.kept * bits // 8)
+    record = sides + 4 * (index + stored) * group // unit
     weights = []
     for row in range(rows):
         values = []
@@ -75,33 +89,93 @@ def read_back(data: bytes, bits: int, rows: int, columns: int, group: int, symme
             at = (row // 4 * (columns // group) + column // group) * record
             (scale,) = struct.unpack_from("<e", data, at + 2 * (row % 4))
             zero = middle if symmetric else data[at + 8 + row % 4] + 1
-            place, words = column % group, unit * bits // 32
-            first = at + sides + (place // unit * 4 + row % 4) * 4 * words
-            stream = int.from_bytes(data[first : first + 4 * words], "little")
-            values.append(scale * ((stream >> place % unit * bits & 2**bits - 1) - zero))
+            first = at + sides + column % group // unit * 4 * (index + stored)
+            numbers = int.from_bytes(data[first + row % 4 * index :][:index], "little")
+            codes = int.from_bytes(data[first + 4 * index + row % 4 * stored :][:stored], "little")
+            place, code = column % unit, zero
+            if form.of:
+                kept = sets[numbers >> place // form.of * wide & 2**wide - 1]
+                if place % form.of in kept:
+                    place = place // form.of * form.kept + kept.index(place % form.of)
+                    code = codes >> place * bits & 2**bits - 1
+            else:
+                code = codes >> place * bits & 2**bits - 1
+            values.append(scale * (code - zero))
         weights.append(values)
     return weights
 
 
+PATTERNS = ["", "2:4", "1:4", "3:4", "1:2", "1:8", "4:8", "6:8", "2:8", "1:16", "1:32"]
+
+
 @pytest.mark.unit
-@pytest.mark.parametrize("rows", [4, 6])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_codes_lie_as_the_format_says_and_come_back(bits: int, symmetric: bool, rows: int) -> None:
-    dice, columns, group = np.random.default_rng(bits), 96, 32
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_codes_lie_as_the_format_says_and_come_back(pattern: str, bits: int, symmetric: bool) -> None:
+    dice, rows, columns, group = np.random.default_rng(bits), 6, 192, 64
+    form, nm = CodeForm(bits), Pattern.parse(pattern) if pattern else None
     codes = dice.integers(0, 2**bits, (rows, columns), np.uint8)
     zeros = dice.integers(0, 2**bits - 1, (rows, 3), np.uint8)
     scales = dice.uniform(0.01, 0.02, (rows, 3)).astype(np.float16)
-    grid = Grid(bits, group, symmetric)
-    form = code_form(grid)
-    data = encode(form, codes, scales, None if symmetric else zeros)
-    assert len(data) == form.nbytes(LinearShape("", rows, columns, "F32", grid=grid), grid)
     points = np.full((rows, 3), 2 ** (bits - 1)) if symmetric else zeros.astype(int) + 1
+    if nm:
+        form = CodeForm(bits, nm.of - nm.removed, nm.of)
+        gone = dice.random((rows, columns // nm.of, nm.of)).argsort(-1) < nm.removed
+        codes = np.where(gone.reshape(codes.shape), points.repeat(group, 1), codes).astype(np.uint8)
+    grid = Grid(bits, group, symmetric)
+    data = encode(form, codes, scales, None if symmetric else zeros)
+    assert len(data) == form.nbytes(LinearShape("", rows, columns, "F32", grid=grid), grid) and len(data) % 4 == 0
     wanted = scales.astype(float).repeat(group, 1) * (codes.astype(int) - points.repeat(group, 1))
-    assert np.array_equal(read_back(data, bits, rows, columns, group, symmetric), wanted)
+    assert np.array_equal(read_back(data, form, rows, columns, group, symmetric), wanted)
     back = decode(form, data, rows, columns, 3, not symmetric)
     given = {"codes": codes, "scales": scales} | ({} if symmetric else {"zeros": zeros})
     assert back.keys() == given.keys() and all(np.array_equal(back[name], array) for name, array in given.items())
+
+
+@pytest.mark.unit
+def test_codes_without_the_zeros_of_their_pattern_are_no_such_form() -> None:
+    with pytest.raises(ValueError, match="groups of 4 weights with fewer zeros than 2"):
+        encode(CodeForm(4, 2, 4), np.zeros((4, 32), np.uint8), np.ones((4, 1), np.float16), None)
+
+
+# Bytes of 32 codes of a row, all or those that are kept with their sets' numbers; counted by hand.
+SMALLER = [
+    ("2:4", 2, 8, 7), ("2:4", 3, 12, 9), ("2:4", 4, 16, 11), ("2:4", 8, 32, 19),
+    ("1:8", 2, 8, 9), ("1:8", 3, 12, 13), ("1:8", 4, 16, 16), ("1:8", 8, 32, 30),
+    ("1:4", 2, 8, 8), ("1:4", 3, 12, 11), ("1:4", 4, 16, 14), ("1:4", 8, 32, 26),
+    ("4:8", 2, 8, 8), ("4:8", 3, 12, 10), ("4:8", 4, 16, 12), ("4:8", 8, 32, 20),
+]  # fmt: skip
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("pattern", "bits", "whole", "left_out"), SMALLER)
+def test_zeros_are_left_out_where_that_is_smaller(
+    pattern: str, bits: int, whole: int, left_out: int, make: Make
+) -> None:
+    grid = Grid(bits, 32, True)
+    shape = make("stories15m", grid=grid, pattern=Pattern.parse(pattern))
+    (x,) = (x for x in shape.blocks[0].linears if x.name.endswith("up_proj"))  # 768 x 288
+    units, scales = 768 * 288 // 32, 768 * 288 // 32 * 2
+    first, second = code_forms(shape, x, grid)
+    assert (first.nbytes(x, grid), second.nbytes(x, grid)) == (units * whole + scales, units * left_out + scales)
+    assert code_form(shape, x) == (second if left_out < whole else first)
+    notes = " ".join(form_notes(shape))
+    assert ("left out of" if left_out < whole else "stored in") in notes and pattern in notes
+    assert Layout(shape, 0).parts["0.mlp.up_proj.codes"].nbytes == units * min(whole, left_out) + scales
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("group", "pattern", "config"), [
+    (16, "2:4", {}), (32, "3:5", {}), (32, "8:16", {}), (32, "0.5", {}), (32, "2:4", {"desc_act": True}),
+])  # fmt: skip
+def test_zeros_that_cannot_be_left_out_are_stored(
+    group: int, pattern: str, config: dict[str, bool], make: Make
+) -> None:
+    shape = make("stories15m", grid=Grid(4, group), pattern=parse_sparsity(pattern))
+    shape = replace(shape, config=dict(shape.config) | {"quantization_config": config})
+    assert code_form(shape, shape.blocks[0].linears[0]) == CodeForm(4)
+    assert "cannot be left out" in form_notes(shape)[0]
 
 
 @pytest.mark.unit

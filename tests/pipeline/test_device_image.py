@@ -29,6 +29,7 @@ pytestmark = pytest.mark.pipeline
     ("qwen2", "1:8", 3, {"rank": 4, "edge_bits": 4}),
     ("mistral", None, 8, {"symmetric": True, "group": -1}),
     ("llama", None, 4, {"order": True, "rank": 4}),
+    ("llama", "4:8", 3, {"symmetric": True}),
     ("gemma2", None, 4, {}),
     ("cohere", None, 4, {"rank": 4}),
     ("phi3", None, 4, {"rank": 4, "adapter_bits": 8}),

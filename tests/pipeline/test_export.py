@@ -196,6 +196,11 @@ OTHERS: list[tuple[str, int | None, dict[str, Any], dict[str, Any]]] = [
     ("llama", None, {}, {"dtype": "float16", "head_dim": 32, "num_key_value_heads": 4}),
     ("llama", None, {"rank": 5}, {"head_dim": 6, "num_key_value_heads": 1}),  # six rows: not whole fours
     ("llama", 2, {"rank": 7, "adapter_bits": 8, "edge_bits": 4}, {}),
+    ("llama", 2, {"pattern": "2:4"}, {}),
+    ("llama", 4, {"pattern": "4:8", "symmetric": True}, {}),
+    ("llama", 3, {"pattern": "4:8"}, {}),
+    ("llama", 8, {"pattern": "1:8", "group": -1}, {}),
+    ("llama", 4, {"pattern": "3:4", "symmetric": True, "edge_bits": 8}, {}),
     ("llama", 3, {"edge_bits": 8}, {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
@@ -209,13 +214,15 @@ def test_everything_else_that_can_be_stored(
     tmp_path: Path, on_this_machine: Any,
 ) -> None:  # fmt: skip
     model = tiny_model(family, num_hidden_layers=2, **FULL[family] | overrides)
-    folder = exported(compressed(tmp_path / "model", model, None, bits, **how), tmp_path / "chip")
+    made = compressed(tmp_path / "model", model, bits=bits, **{"pattern": None} | how)
+    folder = exported(made, tmp_path / "chip")
     assert on_this_machine(folder) == list(expected_tokens(folder))
 
 
 @pytest.mark.parametrize(("family", "pattern", "bits", "rank"), [
-    ("llama", None, 4, 4), ("llama", "1:8", 3, 0), ("qwen2", "2:4", 8, 4), ("mistral", "1:8", 4, 0),
-    ("llama", None, None, 0), ("gemma2", None, 4, 0), ("cohere", None, 4, 4), ("phi3", "2:4", 4, 0),
+    ("llama", None, 4, 4), ("llama", "1:8", 3, 0), ("llama", "2:4", 3, 4), ("qwen2", "2:4", 8, 4),
+    ("mistral", "1:8", 4, 0), ("llama", None, None, 0), ("gemma2", None, 4, 0), ("cohere", None, 4, 4),
+    ("phi3", "2:4", 4, 0),
 ])  # fmt: skip
 def test_on_a_simulated_core_they_are_the_same_in_the_memory_that_was_predicted(
     family: str,

@@ -32,6 +32,8 @@ NEAR = 2 * 1024  # bytes by which code and stack may be below what was predicted
 @pytest.mark.parametrize(("family", "bits", "kv_bits", "activations", "how"), [
     ("llama", 4, 32, "float", {"rank": 4, "adapter_bits": 8, "edge_bits": 8}),
     ("qwen2", 3, 8, "float", {"edge_bits": 4}),
+    ("llama", 4, 32, "float", {"pattern": "2:4"}),
+    ("llama", 4, 32, "int8", {"pattern": "2:4"}),
     ("gemma2", 8, 32, "float", {}),
     ("llama", None, 8, "float", {}),
     ("llama", 4, 8, "int8", {"rank": 4, "adapter_bits": 8, "edge_bits": 8}),
@@ -43,7 +45,7 @@ def test_check_predicts_what_is_written_linked_and_counted(
     tmp_path: Path, compress: Callable[..., Any], rv32: list[str],  # noqa: F811
 ) -> None:  # fmt: skip
     model = tiny_model(family, num_hidden_layers=2, **FULL.get(family, {}))
-    made, chip = compressed(tmp_path / "model", model, None, bits, **how), tmp_path / "chip"
+    made, chip = compressed(tmp_path / "model", model, bits=bits, **{"pattern": None} | how), tmp_path / "chip"
     asked = ("--context", 48, "--kv-bits", kv_bits, "--activations", activations)
     done = compress("check", made, "--program", "rv32", *asked, "--json")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -35,10 +35,9 @@ static inline float from_brain(word h) { return from_bits(h << 16); }
  * same numbers, to the last bit, on every machine it is compiled for. */
 static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
-static inline float exponential(float x) {
-    if (x < -87.0f) return 0.0f;
-    if (x > 88.0f) x = 88.0f;
-    int n = (int)fused(x, 1.44269504f, x < 0.0f ? -0.5f : 0.5f);
+/* half: 0.5 with the sign of x */
+static inline float exponential_within(float x, float half) {
+    int n = (int)fused(x, 1.44269504f, half);
     /* ln 2 in two parts, so that the difference keeps its digits; then Taylor's series for |r| <= ln 2 / 2. */
     float r = fused((float)n, 2.12194440e-4f, fused((float)n, -0.693359375f, x));
     float p = 1.0f / 5040;
@@ -51,6 +50,15 @@ static inline float exponential(float x) {
     p = fused(p, r, 1.0f);
     return p * from_bits((word)(n + 127) << 23);
 }
+
+static inline float exponential(float x) {
+    if (x < -87.0f) return 0.0f;
+    if (x > 88.0f) x = 88.0f;
+    return exponential_within(x, x < 0.0f ? -0.5f : 0.5f);
+}
+
+/* Of x <= 0. */
+static inline float decay(float x) { return x < -87.0f ? 0.0f : exponential_within(x, -0.5f); }
 
 /* Of an angle from 0 to 12,000: less a multiple of pi / 2 in three parts, then Taylor's series for |r| <= pi / 4. */
 static inline void turn(float angle, float *cosine, float *sine) {

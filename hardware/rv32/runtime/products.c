@@ -4,7 +4,7 @@
 
 /* A constant: what this model has no matrix in is not compiled. */
 #define HAS(format) (FORMATS >> format & 1)
-#define TOGETHER 16 /* tokens whose logits are computed in one call */
+#define TOGETHER 32 /* tokens whose logits are computed in one call */
 
 static float low[RANK + !RANK]; /* between the two matrices of an adapter */
 
@@ -41,12 +41,12 @@ INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x
         const float *v = x;
         float sum[ROWS] = {0.0f};
         int n = columns;
-        for (; n >= 4; n -= 4, v += 4)
+        for (; n >= 8; n -= 8, v += 8)
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sum[r] = fused(number(format, row[r], i), v[i], sum[r]);
-                row[r] += row_bytes(format, 4);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) sum[r] = fused(number(format, row[r], i), v[i], sum[r]);
+                row[r] += row_bytes(format, 8);
             }
 #pragma GCC unroll 1
         for (int i = 0; i < n; i++)
@@ -74,21 +74,24 @@ static __attribute__((noinline)) void plain(
 
 /* --- codes of a grid ---------------------------------------------------------------------------------------------- */
 
-#if GROUPS && INPUT_BITS == 32 /* there are any, and inputs are not rounded */
+#if defined GRIDS && INPUT_BITS == 32 /* there are any, and inputs are not rounded */
+
+#if INPUT_NUMBERS
+static float prepared[INPUT_NUMBERS]; /* what is made of x for a product */
+#else
+#define prepared x
+#endif
+
+#if GROUPS /* there are any all of whose codes are stored */
 
 /* A code is not moved to the lower end of its word: x is divided by what it stands too high instead, which is a power
  * of two and costs no digit. So a weight takes three instructions: mask, convert, multiply and add. */
 static float sums[GROUPS]; /* of x in each group of columns, negated */
-#if PACKED_COLUMNS
-static float shifted[PACKED_COLUMNS]; /* x, so divided */
-#else
-#define shifted x
-#endif
 
 /* The least columns whose codes fill whole words. */
 #define UNIT(bits) (bits == 2 ? 16 : bits == 3 ? 32 : bits == 4 ? 8 : 4)
 
-/* Fill `sums` and, for codes that share words, `shifted`. */
+/* Fill `sums` and, for codes that share words, `prepared`: with x, so divided. */
 static __attribute__((noinline)) void shift(const struct linear *l, int bits, const float *x) {
     float *to = sums;
     for (const float *last = x + l->columns; x < last; to++) {
@@ -96,7 +99,7 @@ static __attribute__((noinline)) void shift(const struct linear *l, int bits, co
         for (const float *end = x + l->group; x < end; x++) sum -= *x;
         *to = sum;
     }
-#if PACKED_COLUMNS
+#if INPUT_NUMBERS
     /* Where a column's code begins in its word; those of 3 bits that cross the border of two words are moved together. */
     int unit = UNIT(bits);
     x -= l->columns;
@@ -104,7 +107,7 @@ static __attribute__((noinline)) void shift(const struct linear *l, int bits, co
         for (int place = 0; place < unit; place++) {
             int bit = place * bits & 31;
             float factor = from_bits((word)(127 - (bit + bits > 32 ? 0 : bit)) << 23);
-            for (int i = place; i < l->columns; i += unit) shifted[i] = x[i] * factor;
+            for (int i = place; i < l->columns; i += unit) prepared[i] = x[i] * factor;
         }
 #else
     (void)bits;
@@ -170,15 +173,127 @@ INLINED void grid_rows(int bits, int zeros, const struct linear *l, const float 
     }
 }
 
+#endif
+
+#if LISTED
+
+/* Lists: of an N:M pattern the codes of the kept weights alone. A group of the pattern has the number of the set of its
+ * places that are kept. */
+#define LIST_UNIT 32 /* columns whose numbers and codes lie together */
+#define ENTRY(kept) (kept == 1 ? 2 : kept < 4 ? 4 : kept < 8 ? 8 : kept < 16 ? 16 : 32)
+/* The bit of its word at which the code `place` of a row's unit begins, unless it is moved. */
+#define LOW_BIT(bits, place) (bits == 8 || (bits * (place) & 31) + bits > 32 ? 0 : bits * (place) & 31)
+
+/* The 32 bits of a stream of words from bit `first` on, of which `count` are asked for. */
+INLINED word bits_at(const word *w, int first, int count) {
+    int at = first / 32, from = first % 32;
+    return from + count > 32 ? w[at] >> from | w[at + 1] << (32 - from) : w[at] >> from;
+}
+
+/* A table in `prepared`: of each group and each set the inputs that are kept, divided as their codes stand, and their
+ * sum. */
+INLINED void tabulate(int bits, int kept, int of, int sets, const byte (*places)[kept], const float *x, int columns) {
+#if INPUT_NUMBERS
+    float *to = prepared;
+    int place = 0;
+    for (const float *last = x + columns; x < last; x += of, place = (place + kept) % (LIST_UNIT / of * kept)) {
+        float factors[8]; /* tables have sets of fewer */
+#pragma GCC unroll 8
+        for (int j = 0; j < kept; j++) factors[j] = from_bits((word)(127 - LOW_BIT(bits, place + j)) << 23);
+#pragma GCC unroll 8
+        for (int set = 0; set < sets; set++, to += ENTRY(kept)) {
+            float sum = 0.0f;
+#pragma GCC unroll 8
+            for (int j = 0; j < kept; j++) {
+                float value = x[places[set][j]];
+                sum = j ? sum + value : value;
+                to[j] = bits == 8 ? value : value * factors[j];
+            }
+            to[kept] = sum;
+        }
+    }
+#else /* every form gathers */
+    (void)bits, (void)of, (void)sets, (void)places, (void)x, (void)columns;
+#endif
+}
+
+/* Four rows side by side as in a grid; of each unit the numbers of their sets, then their codes. */
+INLINED void list_rows(
+    int bits, int zeros, int kept, int of, int sets, int set_bits, int tabled, const byte (*places)[kept],
+    const struct linear *l, const float *x, float *y, int add
+) {
+    const int groups = LIST_UNIT / of, index = (groups * set_bits + 7) / 8, codes = (groups * kept * bits + 7) / 8;
+    const int entry = ENTRY(kept), step = tabled ? groups * sets * entry : LIST_UNIT;
+    const word *w = (const word *)(weights + l->codes);
+    for (int left = l->rows; left > 0; left -= ROWS, y += ROWS) {
+        const float *v = x;
+        float all[ROWS] = {0.0f};
+        for (int column = 0; column < l->columns; column += l->group) {
+            const half *scales = (const half *)w;
+            const byte *points = (const byte *)(w + 2);
+            float sum[ROWS] = {0.0f}, inputs[ROWS] = {0.0f}; /* of the products, and of the inputs that were kept */
+            w += zeros ? 3 : 2;
+            for (int n = l->group; n > 0; n -= LIST_UNIT, v += step, w += index + codes)
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) {
+                    word numbers = bits_at(w, 8 * index * r, 8 * index);
+                    word own[8]; /* the row's codes from a word's lowest bit on */
+                    if (bits < 8)
+#pragma GCC unroll 8
+                        for (int k = 0; k < (codes + 3) / 4; k++) {
+                            int rest = 8 * codes - 32 * k;
+                            own[k] = bits_at(w + index, 8 * codes * r + 32 * k, rest < 32 ? rest : 32);
+                        }
+#pragma GCC unroll 16
+                    for (int g = 0; g < groups; g++) {
+                        int size = tabled ? 4 * entry : kept; /* of what a set's number finds, in bytes */
+                        word number = numbers >> g * set_bits & ((1u << set_bits) - 1);
+                        const float *in = (const float *)((const char *)(v + g * sets * entry) + number * (word)size);
+                        const byte *at = (const byte *)places + number * (word)size;
+#pragma GCC unroll 16
+                        for (int j = 0; j < kept; j++) {
+                            int place = g * kept + j, bit = bits * place & 31, last = bits * place / 32;
+                            word mask = (1u << bits) - 1, code;
+                            if (bits == 8) code = ((const byte *)(w + index))[codes * r + place];
+                            else if (bit + bits > 32) code = (own[last] >> bit | own[last + 1] << (32 - bit)) & mask;
+                            else code = tabled ? own[last] & mask << bit : own[last] >> bit & mask;
+                            float value = tabled ? in[j] : v[g * of + at[j]];
+                            sum[r] = fused((float)code, value, sum[r]);
+                            if (!tabled) inputs[r] += value;
+                        }
+                        if (tabled) inputs[r] += in[kept];
+                    }
+                }
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                float zero = zeros ? (float)(points[r] + 1) : (float)(1 << (bits - 1));
+                all[r] = fused(from_half(scales[r]), fused(-zero, inputs[r], sum[r]), all[r]);
+            }
+        }
+        put_sums(all, left, y, add);
+    }
+}
+#endif
+
 /* y = W x or y += W x. */
 static __attribute__((noinline)) void grid(const struct linear *l, const float *x, float *y, int add) {
     switch (l->format) {
 #define CASE(name, bits, zeros)                                                                                        \
     case name:                                                                                                         \
         shift(l, bits, x);                                                                                             \
-        grid_rows(bits, zeros, l, bits < 8 ? shifted : x, y, add);                                                     \
+        grid_rows(bits, zeros, l, bits < 8 ? prepared : x, y, add);                                                    \
         break;
     GRIDS(CASE)
+#undef CASE
+#define CASE(name, bits, zeros, kept, of)                                                                              \
+    case name: {                                                                                                       \
+        static const byte places[][kept] = {PLACES_##kept##_##of};                                                     \
+        const int sets = SETS_##kept##_##of, set_bits = SET_BITS_##kept##_##of, tabled = TABLED_##kept##_##of;         \
+        if (tabled) tabulate(bits, kept, of, sets, places, x, l->columns);                                             \
+        list_rows(bits, zeros, kept, of, sets, set_bits, tabled, places, l, tabled ? prepared : x, y, add);            \
+        break;                                                                                                         \
+    }
+    LISTS(CASE)
 #undef CASE
     }
 }
@@ -197,7 +312,7 @@ void linear(const struct linear *l, const float *x, float *y, int add) {
         plain(l->adapter_format, weights + l->b, l->rows, low, l->rank, y, add);
         add = 1;
     }
-#if GROUPS
+#ifdef GRIDS
     if (l->format >= GRID) {
 #if INPUT_BITS == 8
         integer_linear(l, x, y, add);
@@ -243,8 +358,9 @@ extern float logits[VOCABULARY];
 #endif
 
 int likeliest(const float *x) {
+    const half *scales = (const half *)(weights + HEAD.scales), *minimum = (const half *)(weights + HEAD.minimum);
     float best = 0.0f;
-    int found = -1;
+    int found = -1, coded = HEAD.scales != 0;
 #ifdef HEAD_BITS
     float sum = round_state(x);
 #else
@@ -261,7 +377,7 @@ int likeliest(const float *x) {
 #endif
         for (int r = 0, token = first; r < count; r++, token++) {
             float logit = some[r];
-            if (HEAD.scales) logit = fused(logit, half_at(HEAD.scales, token), half_at(HEAD.minimum, token) * sum);
+            if (coded) logit = fused(logit, from_half(scales[token]), from_half(minimum[token]) * sum);
 #ifdef EVERY_LOGIT
             logits[token] = logit;
 #endif

@@ -145,6 +145,9 @@ static OPERATOR void keep(const float *x, int which, int slot) {
 #define KEPT_SCALE(which, slot, head) 1.0f
 #endif
 
+/* Channels of a head that stay in registers while all tokens are gone through. */
+#define TOGETHER (HEAD_DIM % 8 ? HEAD_DIM % 2 ? 1 : 2 : 8)
+
 static OPERATOR void attention(int layer, int position) {
     int first = ROOM_START(layer);
     int seen = SEEN(layer, position);
@@ -153,26 +156,39 @@ static OPERATOR void attention(int layer, int position) {
         float *out = act.normed + h * HEAD_DIM;
         int shared = h / (HEADS / KV_HEADS), own = shared * HEAD_DIM;
         float top = 0.0f, sum = 0.0f;
-        for (int t = 0; t < seen; t++) {
-            const kept *k = cache.numbers[0][first + t] + own;
-            float score = 0.0f;
-            for (int i = 0; i < HEAD_DIM; i++) score = fused((float)k[i], q[i], score);
-            score *= ATTENTION_SCALE * KEPT_SCALE(0, first + t, shared);
+        for (int i = 0; i < HEAD_DIM; i += TOGETHER) {
+            const kept *k = cache.numbers[0][first] + own + i;
+            float some[TOGETHER]; /* of the query */
+#pragma GCC unroll 8
+            for (int c = 0; c < TOGETHER; c++) some[c] = q[i + c];
+            for (int t = 0; t < seen; t++, k += KEY) {
+                float score = i ? act.scores[t] : 0.0f;
+#pragma GCC unroll 8
+                for (int c = 0; c < TOGETHER; c++) score = fused((float)k[c], some[c], score);
+                if (i == HEAD_DIM - TOGETHER) { /* the last of them */
+                    score *= ATTENTION_SCALE * KEPT_SCALE(0, first + t, shared);
 #ifdef ATTENTION_CAP
-            score = ATTENTION_CAP * hyperbolic_tangent(score / ATTENTION_CAP);
+                    score = ATTENTION_CAP * hyperbolic_tangent(score / ATTENTION_CAP);
 #endif
-            act.scores[t] = score;
-            if (t == 0 || score > top) top = score;
+                    if (t == 0 || score > top) top = score;
+                }
+                act.scores[t] = score;
+            }
         }
-        for (int i = 0; i < HEAD_DIM; i++) out[i] = 0.0f;
         for (int t = 0; t < seen; t++) {
-            float share = exponential(act.scores[t] - top);
-            const kept *v = cache.numbers[1][first + t] + own;
+            float share = decay(act.scores[t] - top);
             sum += share;
-            share *= KEPT_SCALE(1, first + t, shared);
-            for (int i = 0; i < HEAD_DIM; i++) out[i] = fused(share, (float)v[i], out[i]);
+            act.scores[t] = share * KEPT_SCALE(1, first + t, shared);
         }
-        for (int i = 0; i < HEAD_DIM; i++) out[i] /= sum;
+        for (int i = 0; i < HEAD_DIM; i += TOGETHER) {
+            const kept *v = cache.numbers[1][first] + own + i;
+            float all[TOGETHER] = {0.0f};
+            for (int t = 0; t < seen; t++, v += KEY)
+#pragma GCC unroll 8
+                for (int k = 0; k < TOGETHER; k++) all[k] = fused(act.scores[t], (float)v[k], all[k]);
+#pragma GCC unroll 8
+            for (int k = 0; k < TOGETHER; k++) out[i + k] = all[k] / sum;
+        }
     }
 }
 
