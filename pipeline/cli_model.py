@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from edgepress.pipeline.flags import Device, Dtype, Json, with_model
 from edgepress.pipeline.recipe import build
 
 if TYPE_CHECKING:
+    from edgepress.hardware.soc import Soc
     from edgepress.pipeline.page.content import Chip
     from edgepress.pipeline.page.read import StageRun, Study
 
@@ -194,31 +195,41 @@ def report(
 
 
 def chip_of(study: Study, soc: str) -> Chip:
-    """The chip and its verdict: the run's own, or made now from the files of a sweep's smallest result."""
+    """The chip, what fits it, and the verdict of the checkpoint to take, made now from its files where they are here.
+
+    A checkpoint of more packed bytes than twice the chip's memory for weights is not judged, and fits not.
+    """
     from edgepress.hardware.soc import load_soc
     from edgepress.pipeline.page.content import Chip
-    from edgepress.pipeline.page.facts import weight_room
 
-    result = study.smallest.result
-    subject = f"{study.model}, {result.name}"
-    known = study.verdict if not soc else None
-    if known is not None and "memories" in known:
-        return Chip(str(known["soc"]), weight_room(known), known, subject)
     chip = load_soc(soc or study.soc)
     room = sum(memory.capacity_bytes for memory in chip.with_role("weights"))
-    if known is not None:
-        return Chip(chip.name, room, known, subject)
-    try:
-        return Chip(chip.name, room, _judged(result, soc or study.soc, subject), subject)
-    except EdgepressError as error:
-        return Chip(chip.name, room, None, subject, str(error))
+    fits = {}
+    for run in (c.run for c in study.comparable):
+        if study.size(run) > 2 * room:
+            fits[run.fingerprint] = False
+        elif run.folder is not None and (verdict := _judged(run, chip, "", more=False).get("fits")) is not None:
+            fits[run.fingerprint] = bool(verdict)
+    bare = Chip(chip.label, room, None, fits=fits, soc=soc or study.soc)
+    taken = bare.taken(study)
+    if taken is None:
+        return replace(bare, why_not="there is no checkpoint to take.")
+    subject = f"{study.model_title}, {taken.choice.name}"
+    known = study.verdict if not soc and taken.run is study.configurations[0].result else None
+    if taken.run.folder is not None:
+        made = _judged(taken.run, chip, subject, more=True)
+        return replace(bare, verdict=known if known and made["fits"] is None else made, subject=subject)
+    missing = f"the checkpoint {taken.choice.name} is not on this disk."
+    return replace(bare, verdict=known, subject=subject, why_not="" if known else missing)
 
 
-def _judged(result: StageRun, soc: str, name: str) -> dict[str, object]:
-    from edgepress.hardware.soc import load_soc
+def _judged(run: StageRun, chip: Soc, name: str, more: bool) -> dict[str, Any]:
+    """more: with levers and time."""
     from edgepress.pipeline.plan import judge, to_dict
     from edgepress.pipeline.shapes import model_shape
 
-    if result.folder is None:
-        raise PlanError(f"the checkpoint {result.name} is not on this disk.")
-    return to_dict(judge(model_shape(str(result.folder)), load_soc(soc), name))
+    try:
+        shape = model_shape(str(run.folder))
+    except EdgepressError as error:
+        return {"fits": None, "summary": str(error)}
+    return to_dict(judge(shape, chip, name, timing=more, levers=more))

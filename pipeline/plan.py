@@ -281,11 +281,13 @@ def _surely_has(text: Text, tokens: int, folder: Path) -> bool:
 CONTEXT = 256  # as `compress check`
 
 
-def judge(shape: ModelShape, soc: Soc, name: str, file_bytes: int | None = None, timing: bool = False) -> Verdict | str:
+def judge(
+    shape: ModelShape, soc: Soc, name: str, file_bytes: int | None = None, timing: bool = False, levers: bool = False
+) -> Verdict | str:
     """The verdict, or why there is none: a model that no chip's file can judge is compressed all the same."""
     try:
         context = min(CONTEXT, shape.positions)
-        return check(shape, soc, context=context, name=name, file_bytes=file_bytes, timing=timing)
+        return check(shape, soc, context=context, name=name, file_bytes=file_bytes, timing=timing, levers=levers)
     except PlanError as error:
         return f"no verdict: {str(error).removeprefix('no verdict: ')}"
     except Exception as error:  # whatever it is: hours of compression must not be lost to a forecast

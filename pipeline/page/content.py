@@ -1,22 +1,27 @@
-"""The sections of the page: the summary, the table, the figures, how to get the same again."""
+"""The sections of the page: what to take, the table, the figures, what to do next, how to get the same again."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.memory import size_text
+from edgepress.eval.results import Difference, Result, Score, compare
 from edgepress.hardware.units import times_text
 from edgepress.pipeline.page import facts, figures
 from edgepress.pipeline.page.figures import Picture, number, pareto_figure
-from edgepress.pipeline.page.read import Configuration, StageRun, Study
+from edgepress.pipeline.page.read import EVALUATION, Configuration, StageRun, Study, clean
+from edgepress.pipeline.page.recommend import Taken, Worth, chain_of, take, worth
 
 _MIB = 2**20
 _MOST = 4  # heat maps and rankings on one page
@@ -29,9 +34,34 @@ class Chip:
 
     name: str
     room: int  # bytes of its memories for weights
-    verdict: dict[str, Any] | None  # of the result, or of a sweep's smallest
+    verdict: dict[str, Any] | None  # of the checkpoint to take
     subject: str = ""  # what the verdict judges
     why_not: str = ""  # there is no verdict
+    fits: Mapping[str, bool] = field(default_factory=dict)  # by fingerprint, of all that could be judged
+    soc: str = ""  # what `--soc` calls it
+
+    def taken(self, study: Study) -> Taken | None:
+        return take(study, self.room, self.fits)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A small table: a cell is lines, the first the larger."""
+
+    headings: list[str]
+    rows: list[list[tuple[str, ...]]]
+    name: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """Whether a stage's bytes paid."""
+
+    name: str
+    change: str
+    verdict: str
+    words: str
+    tone: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,14 +71,19 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     lead: str = ""
     notes: list[str] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
+    grid: Grid | None = None
+    after: list[str] = field(default_factory=list)  # sentences below the grid
+    command: str = ""
 
 
 def sections(study: Study, chip: Chip) -> tuple[list[Section], list[str]]:
     """The sections there is data for, and one sentence for each that is left out."""
     made = [
         _quality(study, chip),
-        _changes(study),
-        _memory(chip),
+        _changes(study, chip),
+        _memory(study, chip),
+        _evaluated(study),
         _importance(study),
         _training(study),
         _errors(study),
@@ -63,15 +98,20 @@ def _quality(study: Study, chip: Chip) -> Section | str:
     notes = [f"{left_out} not drawn: measured in another way, or not finite."] if left_out else []
     if not study.all_packed:
         notes.append("Some stage runs do not say their packed bytes, so the bytes of the files are compared.")
-    return Section("quality", "Quality against size", [pareto_figure(study, chip.name, chip.room)], notes=notes)
+    picture = pareto_figure(study, chip.name, chip.room, chip.taken(study))
+    return Section("quality", "Quality against size", [picture], notes=notes)
 
 
-def _changes(study: Study) -> Section | str:
-    configuration = study.smallest
+def _followed(study: Study, chip: Chip) -> Configuration:
+    """The configuration that the figures of single stages follow: that of the checkpoint to take."""
+    taken = chip.taken(study)
+    found = chain_of(study, taken.choice) if taken else study.configurations[0]
+    return found if len(found.runs) > 1 else max(study.configurations, key=lambda c: len(c.runs))
+
+
+def _changes(study: Study, chip: Chip) -> Section | str:
+    configuration = _followed(study, chip)
     runs = configuration.runs
-    if len(runs) < 2 and study.kind == "sweep":
-        configuration = max(study.configurations, key=lambda c: len(c.runs))
-        runs = configuration.runs
     if len(runs) < 2:
         return "What each stage did: no stage ran."
     pictures = []
@@ -79,25 +119,198 @@ def _changes(study: Study) -> Section | str:
         pictures.append(figures.effects_figure(by_stage))
     names = [run.stage for run in runs]
     of = "" if study.kind == "run" else f": {configuration.name}"
+    quality = study.quality_name
     if all(math.isfinite(run.perplexity) for run in runs):
-        steps = facts.waterfall(names, [run.perplexity for run in runs])
-        pictures.append(
-            figures.waterfall_figure("waterfall-perplexity", f"Perplexity{of}", steps, "source", "perplexity", 1)
-        )
+        steps = facts.waterfall(names, [study.quality(run) for run in runs])
+        title = f"{quality.capitalize()}{of}"
+        pictures.append(figures.waterfall_figure("waterfall-perplexity", title, steps, "source", quality, 1))
     steps = facts.waterfall(names, [study.size(run) for run in runs])
     unit = f"{study.size_name}, MiB"
     title = f"{study.size_name.capitalize()}{of}"
     pictures.append(figures.waterfall_figure("waterfall-bytes", title, steps, "source", unit, _MIB))
-    return Section("stages", "What each stage did", pictures)
+    found = [w for before, after in itertools.pairwise(runs) if (w := worth(study, before, after))]
+    whole = worth(study, runs[0], runs[-1])
+    price = whole.per_mib if whole and whole.nbytes < 0 else None
+    items = [_item(study, w, price) for w in found]
+    return Section("stages", "Did each stage’s bytes pay?", pictures, _lead(study, configuration, found),
+                   _elsewhere(study, runs), items)  # fmt: skip
 
 
-def _memory(chip: Chip) -> Section | str:
+def _lead(study: Study, configuration: Configuration, found: list[Worth]) -> str:
+    words = [] if study.kind == "run" else [f"Of {configuration.name}, stage by stage."]
+    if any(w.outcome == "price" for w in found):
+        words.append(
+            f"Where this {study.kind} has nothing else at equal or fewer bytes, a stage has its price in place of a "
+            "verdict."
+        )
+    if any(w.difference is None for w in found):
+        words.append("Changes without an interval were measured once, on one text; `compress eval` gives intervals.")
+    return " ".join(words)
+
+
+_TONES = {"paid": "good", "cost nothing": "good", "did not pay": "bad"}
+
+
+def _item(study: Study, w: Worth, whole: float | None) -> Item:
+    """One stage in words: what it changed, and what else the study has at its bytes.
+
+    whole: what the whole chain gave up for each MiB.
+    """
+    quality = study.quality_name
+    mib, change = w.nbytes / _MIB, figures.signed(w.change)
+    size = "no byte" if w.nbytes == 0 else f"{'+' if mib > 0 else '−'}{size_text(abs(w.nbytes))}"
+    words, verdict = [], w.outcome if w.per_mib is None or w.outcome != "price" else f"{w.per_mib:.2g} a MiB"
+    if (d := w.difference) is not None:
+        noise = ", within noise" if d.within_noise else ""
+        words.append(f"Window by window {signed_range(d)}{noise}.")
+        if noise and w.outcome == "paid":
+            verdict = "not shown"
+    if w.per_mib is not None:
+        deal = f"It {'bought' if w.nbytes > 0 else 'gave up'} {w.per_mib:.2g} of {quality} for each MiB"
+        if whole is not None and w.outcome == "price":
+            deal += f", {'more' if w.per_mib > whole else 'no more'} than the {whole:.2g} that the whole chain gave up"
+        words.append(f"{deal}.")
+    if w.outcome == "did not pay" and w.nbytes >= 0 and w.change >= 0:
+        words.append("What it started from is no larger and no worse.")
+    elif w.outcome == "cost nothing":
+        words.append("It is no larger and no worse than what it started from.")
+    elif w.rival is not None:
+        there = f"{w.rival.name}, {number(study.quality(w.rival.run))} in {size_text(study.size(w.rival.run))}"
+        if w.outcome == "did not pay":
+            words.append(f"Better at equal or fewer bytes: {there}.")
+        else:
+            others = "The one other" if w.rivals == 1 else f"None of the {w.rivals} others"
+            words.append(f"{others} at equal or fewer bytes is {'not ' * (w.rivals == 1)}better; nearest: {there}.")
+    return Item(w.after.name, f"{size}, {change} {quality}", verdict, " ".join(words), _TONES.get(verdict, ""))
+
+
+def signed_range(d: Difference) -> str:
+    low, high = figures.signed(d.low), figures.signed(d.high)
+    return f"{figures.signed(d.difference)} (95 %: {low} to {high}; {d.n} windows)"
+
+
+def _elsewhere(study: Study, shown: Sequence[StageRun]) -> list[str]:
+    """The stage runs of a sweep that the list leaves out, counted by stage and outcome."""
+    known = {run.fingerprint for run in shown}
+    found: dict[str, Worth] = {}
+    for configuration in study.configurations:
+        for before, after in itertools.pairwise(configuration.runs):
+            if after.fingerprint not in known | set(found) and (w := worth(study, before, after)):
+                found[after.fingerprint] = w
+    by_stage: dict[str, list[str]] = {}
+    for w in found.values():
+        by_stage.setdefault(w.after.stage, []).append("without a rival" if w.outcome == "price" else w.outcome)
+    return [
+        f"{stage} elsewhere, {len(outcomes)} {'place' if len(outcomes) == 1 else 'places'}: "
+        + ", ".join(f"{outcomes.count(o)} {o}" for o in dict.fromkeys(outcomes))
+        for stage, outcomes in by_stage.items()
+    ]
+
+
+def _memory(study: Study, chip: Chip) -> Section | str:
     if chip.verdict is None or "memories" not in chip.verdict:
         return f"Memory map: {chip.why_not or (chip.verdict or {}).get('summary', 'there is no verdict')}"
     verdict = chip.verdict
-    lead = str(verdict["summary"])
+    lead = " ".join(filter(None, (str(verdict["summary"]), _speed(verdict))))
     picture = figures.memory_figure(facts.memories(verdict), chip.name, chip.subject)
-    return Section("memory", f"On {chip.name}", [picture], lead, [str(note) for note in verdict.get("notes", ())])
+    notes = [str(note) for note in verdict.get("notes", ())]
+    levers = verdict.get("levers")
+    if verdict["fits"] or not levers:
+        return Section("memory", f"On {chip.name}", [picture], lead, notes)
+    rows: list[list[tuple[str, ...]]] = [
+        [(x["lever"],), (x["now"],), (x["furthest"],), (size_text(x["saved_bytes"]),), (x["enough"] or "no",)]
+        for x in levers["ranked"]
+    ]
+    grid = Grid(["lever", "now", "furthest", "saves at most", "enough alone"], rows, "What would have to give")
+    after = [f"Options of stages are for {levers['options_for']}."] if levers["options_for"] else []
+    if levers["smallest"]:
+        steps = listed([f"`{step}`" for step in levers["smallest"]])
+        after.append(f"Smallest change that fits: {steps}. What it costs in quality is not known.")
+        if levers["spread"]:
+            after.append(f"Or, spread over more of them: {listed([f'`{step}`' for step in levers['spread']])}.")
+    else:
+        missing = listed([f"{size_text(size)} of {role}" for role, size in levers["missing_then"].items()])
+        after.append(f"Nothing here is enough: with every lever at its end {missing} are missing on {chip.name}.")
+    taken, plan = chip.taken(study), ""
+    if levers["options"] and not levers["options_for"] and taken and taken.run.folder:
+        plan = f"compress plan --model {shlex.quote(path_of(study, taken.run))} {levers['options']}"
+    return Section("memory", f"On {chip.name}", [picture], lead, notes, grid=grid, after=after, command=plan)
+
+
+def path_of(study: Study, run: StageRun) -> str:
+    result = study.out / "result"
+    assert run.folder is not None
+    return str(result if result.is_dir() and result.resolve() == run.folder.resolve() else run.folder)
+
+
+def _speed(verdict: dict[str, Any]) -> str:
+    timing = verdict.get("timing")
+    if not isinstance(timing, dict):
+        return ""
+    run = timing["decode"]
+    low, high = 1 / run["seconds"]["high"], 1 / run["seconds"]["low"]
+    return (
+        f"Estimated and not measured, it would write {run['tokens_per_second']:.3g} tokens/s there at context "
+        f"{run['context']} ({low:.3g} to {high:.3g})."
+    )
+
+
+def _evaluated(study: Study) -> Section | str:
+    """Answers, speed and intervals as `compress eval` found them, each with its difference from the first."""
+    rows = {r.fingerprint: r for r in study.runs if r.fingerprint in study.evaluated}
+    if not rows:
+        return f"Answers, measured speed and intervals: there is no {EVALUATION} of these checkpoints here."
+    first, *_ = rows
+    tasks = list(dict.fromkeys(task for key in rows for task in study.evaluated[key]))
+    columns = list(dict.fromkeys(
+        (task, score.metric, score.unit)
+        for key in rows for task in tasks if (found := study.evaluated[key].get(task)) for score in _main(found)
+    ))  # fmt: skip
+    names = _names(study)
+    table = [
+        [(names[key],), *(_measured(study, key, first, *column) for column in columns)] for key in rows
+    ]  # fmt: skip
+    headings = ["checkpoint", *(f"{clean(t)}: {clean(m)}{', %' if u == '%' else ''}" for t, m, u in columns)]
+    scores = [s for key in rows for found in study.evaluated[key].values() for s in _main(found)]
+    lead = (
+        f"By `compress eval`, so not always on the text of the table above. Below each number its interval, and its "
+        f"difference from {names[first]}, item by item."
+    )
+    notes = list(dict.fromkeys(f"{clean(s.metric)}: {clean(s.protocol)}; {clean(s.interval)}" for s in scores))
+    grid = Grid(headings, table, "Answers, speed and intervals")
+    return Section("measured", "Answers, speed and intervals", [], lead, notes, grid=grid)
+
+
+def _main(result: Result) -> list[Score]:
+    """The first score, and others of that name by another protocol or engine."""
+    first = result.scores[0].metric.split(",")[0]
+    return [score for score in result.scores if score.metric.split(",")[0] == first]
+
+
+def _names(study: Study) -> dict[str, str]:
+    """What the table calls a stage run, by fingerprint; its label where it is no row of it."""
+    return {r.fingerprint: r.name for r in study.runs} | {c.run.fingerprint: c.name for c in study.candidates}
+
+
+def _measured(study: Study, key: str, first: str, task: str, metric: str, unit: str) -> tuple[str, ...]:
+    result = study.evaluated[key].get(task)
+    score = next((s for s in _main(result) if s.metric == metric), None) if result else None
+    if result is None or score is None or math.isnan(score.value):
+        return ("–",)
+    scale = 100 if unit == "%" else 1
+    lines = [number(scale * score.value) + (f" {unit}" if unit not in ("", "%") else "")]
+    if not math.isnan(score.low):
+        lines.append(f"{number(scale * score.low)} to {number(scale * score.high)}")
+    reference = study.evaluated[first].get(task)
+    if key != first and reference is not None:
+        try:
+            found = next((d for d in compare(reference, result) if d.metric == metric), None)
+        except PlanError:  # no value for each item, or other items
+            found = None
+        if found is not None:
+            noise = "within noise" if found.within_noise else "better" if found.b_is_better else "worse"
+            lines.append(f"{figures.signed(scale * found.difference)}: {noise}")
+    return tuple(lines)
 
 
 def _importance(study: Study) -> Section | str:
@@ -189,7 +402,7 @@ def table(study: Study, chip: Chip) -> tuple[list[tuple[str, str]], list[list[Ce
         ("N:M", "N of every M consecutive weights are zero, proven on the files"),
         ("seconds", "of the stage" if study.kind == "run" else "of all its stages"),
         ("peak MiB", "memory while it ran, the most of its stages"),
-        ("best", "no other is both smaller and better"),
+        ("not beaten", "no other is as small and as good, and smaller or better"),
     ]
     front = {id(choice.run) for choice in study.front}
     rows = []
@@ -198,7 +411,7 @@ def table(study: Study, chip: Chip) -> tuple[list[tuple[str, str]], list[list[Ce
         chain = (run,) if study.kind == "run" else study.configurations[place].runs
         peak = max((r.peak_memory_bytes for r in chain if r.peak_memory_bytes), default=None)
         ratio = run.perplexity / choice.source.perplexity if run.measured == choice.source.measured else None
-        best = id(run) in front
+        unbeaten = id(run) in front
         rows.append(
             [
                 Cell(str(place), place),
@@ -211,7 +424,7 @@ def table(study: Study, chip: Chip) -> tuple[list[tuple[str, str]], list[list[Ce
                 Cell(run.pattern, run.pattern or None, numeric=False),
                 _cell(sum(r.seconds for r in chain) if run.position else None, 0),
                 _cell(peak, 0, _MIB),
-                Cell("●" if best else "", 0 if best else 1, numeric=False),
+                Cell("●" if unbeaten else "", 0 if unbeaten else 1, numeric=False),
             ]
         )
     return headings, rows
@@ -224,20 +437,25 @@ def _cell(value: float | None, digits: int, divisor: float = 1) -> Cell:
 
 
 def tiles(study: Study, chip: Chip) -> list[Tile]:
-    """The four numbers a reader wants first."""
-    configuration = study.smallest
-    source, result = configuration.source, configuration.result
+    """The four numbers a reader wants first, of the checkpoint to take."""
+    taken = chip.taken(study)
+    if taken is None:
+        return []
+    source, result = taken.choice.source, taken.run
     small, large = study.size(result), study.size(source)
-    worse = result.perplexity / source.perplexity - 1
-    made = [
-        Tile(study.size_name.capitalize(), size_text(small), f"of {size_text(large)}, {large / small:.3g} × smaller"),
-        Tile("Perplexity", number(result.perplexity), f"from {number(source.perplexity)}, {_percent(worse)}"),
-    ]
+    change = f"of {size_text(large)}, {large / small:.3g} × smaller" if small != large else "uncompressed"
+    made = [Tile(study.size_name.capitalize(), size_text(small), change)]
+    after, before = study.quality(result), study.quality(source)
+    if result.measured == source.measured:
+        detail = f"from {number(before)}, {percent(after / before - 1)}" if result is not source else "uncompressed"
+    else:
+        detail = "measured unlike the uncompressed model"
+    made.append(Tile(study.quality_name.capitalize(), number(after), detail))
     if study.kind == "sweep":
         shared = study.counts.get("shared")
         runs = len({r.fingerprint for r in study.runs if r.position})
         detail = f"{runs} stage runs" + (f", {shared} shared" if shared is not None else "")
-        made.insert(0, Tile("Configurations", str(len(study.configurations)), detail))
+        made.append(Tile("Configurations", str(len(study.configurations)), detail))
     elif result.parameters_nonzero and result.parameters_total:
         zeros = 1 - result.parameters_nonzero / result.parameters_total
         made.append(Tile("Non-zero", f"{result.parameters_nonzero / 1e6:.4g} M", f"{zeros:.1%} of parameters are zero"))
@@ -250,35 +468,7 @@ def tiles(study: Study, chip: Chip) -> list[Tile]:
     return made
 
 
-def summary(study: Study, chip: Chip) -> str:
-    """What happened, in a sentence or two."""
-    configuration = study.smallest
-    source, result = configuration.source, configuration.result
-    small, large = study.size(result), study.size(source)
-    change = (
-        f"from {size_text(large)} to {size_text(small)} of {study.size_name} and from perplexity "
-        f"{number(source.perplexity)} to {number(result.perplexity)} "
-        f"({_percent(result.perplexity / source.perplexity - 1)})"
-    )
-    if study.kind == "run":
-        if configuration.stages:
-            words = f"Through {_listed(configuration.stages)}, {study.model} went {change}."
-        else:
-            quality = f"perplexity {number(source.perplexity)}"
-            words = f"{study.model} was measured and not compressed: {size_text(large)}, {quality}."
-    else:
-        front = study.front
-        words = f"Of {len(study.configurations)} configurations of {study.model}, "
-        words += (
-            f"{len(front)} {'is' if len(front) == 1 else 'are'} not beaten in both quality and size. The smallest of "
-            f"them, {configuration.name}, goes {change}."
-        )
-    if study.failures:
-        words += f" {len(study.failures)} failed."
-    return f"{words} {_chip_words(chip)}".strip()
-
-
-def _chip_words(chip: Chip) -> str:
+def chip_words(chip: Chip) -> str:
     if chip.verdict is None or chip.verdict.get("fits") is None:
         return ""
     if chip.verdict["fits"]:
@@ -288,14 +478,14 @@ def _chip_words(chip: Chip) -> str:
         for m in facts.memories(chip.verdict)
         if not m.fits and m.role != "off_chip"
     ]
-    return f"It does not fit {chip.name}: it needs {_listed(over)}."
+    return f"It does not fit {chip.name}: it needs {listed(over)}."
 
 
-def _listed(words: list[str] | tuple[str, ...]) -> str:
+def listed(words: list[str] | tuple[str, ...]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return (
         f"{'+' if share >= 0 else '−'}{abs(share):.1%}"
         if math.isfinite(share) and abs(share) < 10

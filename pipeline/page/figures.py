@@ -21,6 +21,7 @@ from edgepress.checkpoints.memory import size_text
 from edgepress.hardware.units import times_text
 from edgepress.pipeline.page.facts import Effect, Importance, LayerErrors, Losses, Memory, Step
 from edgepress.pipeline.page.read import Choice, Study
+from edgepress.pipeline.page.recommend import Taken
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 # Figures as pictures: each drawn for a wide and for a narrow screen as SVG, and once as PNG.
@@ -63,6 +64,17 @@ _STYLE: dict[Any, Any] = {  # its keys are literals to the type checker
     "svg.hashsalt": "edgepress",
 }
 
+_DARK = {
+    INK: "#E6EDF3", MUTED: "#9DA7B3", FAINT: "#3D444D", "#E6EAEE": "#262C36", "#F1F3F5": "#1C2128",
+    "#FFFFFF": "#0D1117", BLUE: "#4A9FE0", RED: "#F0783C",
+    "#A33B00": "#FF9A66", "#00694C": "#3FD6A3", "#666666": "#8A8A8A",
+}  # fmt: skip
+# A picture in an <img> follows the reader's setting too; matplotlib writes colours into style attributes.
+_AT_NIGHT = "@media (prefers-color-scheme: dark) {" + "".join(
+    f'[style*="{what}: {light.lower()}"]{{{what}:{dark}!important}}'
+    for light, dark in _DARK.items() for what in ("fill", "stroke")
+) + "}"  # fmt: skip
+
 Plot = Callable[[Figure, bool], None]  # draws on an empty figure; whether it is the narrow one
 
 
@@ -104,6 +116,8 @@ def _svg(figure: Figure) -> str:
     with mpl.rc_context(_STYLE):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = file.getvalue().decode().replace("'DejaVu Sans'", FONT.replace('"', ""))
+    head, _, rest = text.partition("<defs>")
+    text = f"{head}<style>{_AT_NIGHT}</style><defs>{rest}"
     return "data:image/svg+xml;base64," + b64encode(text.encode()).decode()
 
 
@@ -131,12 +145,15 @@ def short(text: str, most: int) -> str:
 
 def plain_ticks(axes: Axes, which: str) -> None:
     """Numbers rather than powers of ten on a logarithmic axis, a few of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = sorted(axes.get_xlim() if which == "x" else axes.get_ylim())
-    subs = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    if high < 4 * low:  # too narrow for three ticks at 1, 2 and 5
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -173,7 +190,7 @@ def waterfall_figure(key: str, title: str, steps: list[Step], start: str, unit: 
             axes.plot(
                 [place + (0.31 if after != before else -0.31), place + 0.69], [after, after], color=MUTED, linewidth=0.8
             )
-            _bar_text(axes, place, max(before, after), _signed(after - before), INK if after != before else MUTED)
+            _bar_text(axes, place, max(before, after), signed(after - before), INK if after != before else MUTED)
         if logarithmic:
             axes.set_yscale("log")
             axes.set_ylim(floor, max(values) * 1.5)
@@ -197,8 +214,9 @@ def _bar_text(axes: Axes, x: float, y: float, words: str, colour: str) -> None:
     )
 
 
-def _signed(value: float) -> str:
-    return "±0" if value == 0 else f"{'+' if value > 0 else '−'}{number(abs(value))}"
+def signed(value: float) -> str:
+    size = f"{abs(value):.2g}" if abs(value) < 0.095 else number(abs(value))
+    return "±0" if value == 0 else f"{'+' if value > 0 else '−'}{size}"
 
 
 def effects_figure(by_stage: dict[str, list[Effect]]) -> Picture:
@@ -308,8 +326,8 @@ _ROW = 10.5  # points between two labels
 _OFFSETS = [(side, rise) for rise in (0, 11, -11, 22, -22, 33, -33, 44, 55) for side in (1, -1)]
 
 
-def pareto_figure(study: Study, soc: str, room: int) -> Picture:
-    """room: bytes of the memories for weights of the chip `soc`."""
+def pareto_figure(study: Study, soc: str, room: int, taken: Taken | None) -> Picture:
+    """room: bytes of the memories for weights of the chip `soc`; taken: the checkpoint to take, which gets a ring."""
     points, front = study.comparable, study.front
     numbers = {id(c.run): i for i, c in enumerate(study.candidates)}
     sizes = [study.size(c.run) / _MIB for c in points]
@@ -323,10 +341,13 @@ def pareto_figure(study: Study, soc: str, room: int) -> Picture:
         else:
             left = axes = figure.add_subplot()
         _draw_points(axes, study, points, front)
+        if taken is not None:
+            at = (study.size(taken.run) / _MIB, study.quality(taken.run))
+            axes.scatter(*at, s=190, facecolor="none", edgecolor=INK, linewidth=1.6, zorder=5)
         if not far:
             axes.set_xlim(min(*sizes, room / _MIB) / 1.4, max(*sizes, room / _MIB) * 1.4)
         _draw_room(left, soc, room, far)
-        left.set_ylabel("perplexity" + (" (logarithmic)" if left.get_yscale() == "log" else ""))
+        left.set_ylabel(study.quality_name + (" (logarithmic)" if left.get_yscale() == "log" else ""))
         axes.grid(True)
         axes.set_xlabel(f"{study.size_name}, MiB" + (" (logarithmic)" if axes.get_xscale() == "log" else ""))
         if far:
@@ -334,15 +355,17 @@ def pareto_figure(study: Study, soc: str, room: int) -> Picture:
         figure.draw_without_rendering()
         _name_points(axes, points if len(points) <= 12 else front, study, numbers, narrow)
 
-    best = ", ".join(f"{c.name} ({size_text(study.size(c.run))}, perplexity {number(c.run.perplexity)})" for c in front)
+    unbeaten = ", ".join(
+        f"{c.name} ({size_text(study.size(c.run))}, {study.quality_name} {number(study.quality(c.run))})" for c in front
+    )
     fitting = [c for c in points if study.size(c.run) <= room]
     alt = (
-        f"Scatter plot of perplexity against {study.size_name} for {len(points)} checkpoints. Not beaten in both: "
-        f"{best}. {len(fitting)} of {len(points)} lie within the {size_text(room)} of {soc} for weights."
+        f"Scatter plot of {study.quality_name} against {study.size_name} for {len(points)} checkpoints. Not beaten "
+        f"in both: {unbeaten}. {len(fitting)} of {len(points)} lie within the {size_text(room)} of {soc} for weights."
     )
     caption = (
-        "Lower and further left is better. Filled points are beaten by no other in both; numbers are those of the "
-        f"table. The green part is what the memory for weights of {soc} holds"
+        "Lower and further left is better. Filled points are not beaten in both by any other; the ring is the one to "
+        f"take; numbers are those of the table. The green part is what the memory for weights of {soc} holds"
         + ("; the axis is broken between it and the points." if far else ".")
         + " The chip's own layout can need other bytes than the packed file: the memory map counts those."
     )
@@ -351,21 +374,20 @@ def pareto_figure(study: Study, soc: str, room: int) -> Picture:
 
 def _draw_points(axes: Axes, study: Study, points: list[Choice], front: list[Choice]) -> None:
     if study.kind == "run":
-        way = [(study.size(c.run) / _MIB, c.run.perplexity) for c in points]
+        way = [(study.size(c.run) / _MIB, study.quality(c.run)) for c in points]
         axes.plot(*zip(*way, strict=True), color=FAINT, linewidth=1.2, zorder=1)
-    line = [(study.size(c.run) / _MIB, c.run.perplexity) for c in front]
+    line = [(study.size(c.run) / _MIB, study.quality(c.run)) for c in front]
     axes.plot(*zip(*line, strict=True), color=BLUE, linewidth=1.6, drawstyle="steps-post", alpha=0.5, zorder=2)
     for choice in points:
-        best = any(choice.run is other.run for other in front)
+        unbeaten = any(choice.run is other.run for other in front)
         style: dict[str, Any] = (
-            {"color": BLUE, "s": 52} if best else {"facecolor": "white", "edgecolor": MUTED, "s": 34}
+            {"color": BLUE, "s": 52} if unbeaten else {"facecolor": "white", "edgecolor": MUTED, "s": 34}
         )
-        axes.scatter(
-            [study.size(choice.run) / _MIB], [choice.run.perplexity], zorder=4 if best else 3, linewidth=1.2, **style
-        )
+        at = (study.size(choice.run) / _MIB, study.quality(choice.run))
+        axes.scatter(*at, zorder=4 if unbeaten else 3, linewidth=1.2, **style)
     axes.margins(x=0.1, y=0.14)
     sizes = [x for x, _ in line] + [study.size(c.run) / _MIB for c in points]
-    worst, least = (f(c.run.perplexity for c in points) for f in (max, min))
+    worst, least = (f(study.quality(c.run) for c in points) for f in (max, min))
     if max(sizes) > 5 * min(sizes):
         axes.set_xscale("log")
         plain_ticks(axes, "x")
@@ -414,16 +436,16 @@ def _name_points(axes: Axes, points: list[Choice], study: Study, numbers: dict[i
     assert figure is not None
     scale = figure.dpi / 72
     box = axes.get_window_extent()
-    spots = [axes.transData.transform((study.size(c.run) / _MIB, c.run.perplexity)) for c in study.comparable]
+    spots = [axes.transData.transform((study.size(c.run) / _MIB, study.quality(c.run))) for c in study.comparable]
     taken = [(x - 5 * scale, x + 5 * scale, y) for x, y in spots]
-    for choice in sorted(points, key=lambda c: c.run.perplexity):
-        at = (study.size(choice.run) / _MIB, choice.run.perplexity)
+    for choice in sorted(points, key=lambda c: study.quality(c.run)):
+        at = (study.size(choice.run) / _MIB, study.quality(choice.run))
         words = str(numbers[id(choice.run)]) + ("" if narrow else f"  {short(choice.name, 28)}")
         x, y = axes.transData.transform(at)
         width = (5.4 * len(words) + 4) * scale
 
         def span(side: int, x: float = x, width: float = width) -> tuple[float, float]:
-            return (x + 6 * scale, x + 6 * scale + width) if side > 0 else (x - 6 * scale - width, x - 6 * scale)
+            return (x + 9 * scale, x + 9 * scale + width) if side > 0 else (x - 9 * scale - width, x - 9 * scale)
 
         def free(side: int, rise: int, y: float = y) -> bool:
             low, high = span(side)
@@ -435,7 +457,7 @@ def _name_points(axes: Axes, points: list[Choice], study: Study, numbers: dict[i
         side, rise = next((place for place in _OFFSETS if free(*place)), (1, 0))
         taken.append((*span(side), y + rise * scale))
         axes.annotate(
-            words, at, xytext=(7 * side, rise), textcoords="offset points", ha="left" if side > 0 else "right",
+            words, at, xytext=(10 * side, rise), textcoords="offset points", ha="left" if side > 0 else "right",
             va="center", fontsize=8.5, color=INK, zorder=6,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
             arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.8} if abs(rise) > 15 else None,
@@ -457,35 +479,38 @@ _MEANING = {
 def importance_figure(key: str, found: Importance) -> Picture:
     scores = found.scores
     low, high = min(scores.values()), max(scores.values())
-    logarithmic = low > 0 and high > 12 * low
+    logarithmic = low > 0  # scores of one ranking often differ a thousandfold
     meaning = _MEANING.get(found.metric, found.metric)
 
     def plot(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()
-        base = low - 0.12 * (high - low) if not logarithmic and high < 3 * low else 0.0
-        base = low / 1.4 if logarithmic else base
+        base = low / (high / low) ** 0.12 / 1.02 if logarithmic else min(low, 0.0)
         for block, score in scores.items():
             gone = block in found.removed
-            axes.bar(block, score - base, bottom=base, color=RED if gone else BLUE, width=0.74)
+            colour = RED if gone else BLUE
+            # A stem and a dot: a bar's length would say nothing above a base that is no zero.
+            axes.plot([block, block], [base, score], color=colour, linewidth=2, alpha=0.45, solid_capstyle="butt")
+            axes.scatter([block], [score], color=colour, s=30, zorder=3, linewidth=0)
             if gone:
                 order = f"{found.removed.index(block) + 1}."
-                axes.annotate(order, (block, score), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+                axes.annotate(order, (block, score), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
         if logarithmic:
             axes.set_yscale("log")
+            axes.set_ylim(base, high * (high / low) ** 0.12 * 1.02)
             plain_ticks(axes, "y")
         axes.xaxis.set_major_locator(MaxNLocator(8 if narrow else 18, integer=True))
         axes.grid(True, axis="y")
         axes.set_xlabel("block")
-        axes.set_ylabel(meaning + (" (log.)" if logarithmic else ""))
+        axes.set_ylabel(meaning + (" (logarithmic)" if logarithmic else ""))
 
     order = sorted(scores, key=lambda block: (scores[block], block))
     alt = (
-        f"Bar chart of {meaning} for blocks {min(scores)} to {max(scores)}. Least important: blocks "
+        f"Chart of {meaning} for blocks {min(scores)} to {max(scores)}. Least important: blocks "
         f"{', '.join(map(str, order[:3]))}; most important: {', '.join(map(str, order[-3:][::-1]))}. "
         f"Removed: {', '.join(map(str, found.removed)) or 'none'}."
     )
     caption = (
-        "A low bar is a block that the model hardly needs. Red blocks were removed, in the order of their numbers."
+        "A low dot is a block that the model hardly needs. Red blocks were removed, in the order of their numbers."
     )
     if found.rounds > 1:
         caption += f" The ranking was made anew after each removal; this is the first of {found.rounds}."

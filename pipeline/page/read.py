@@ -6,16 +6,18 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.manifest import MANIFEST, MARKER, Manifest, seal_holds, sha256_file
+from edgepress.eval.results import Result
 from edgepress.pipeline.store import require_own
 from edgepress.pipeline.tables import read_cell
 
 _RUN, _SWEEP, _TABLES = "report.json", "sweep.json", ("results.parquet", "results.csv")
+EVALUATION = "evaluation.json"  # of `compress eval OUT`: answers, speed, and a loss for each window
 _NEEDED = (
     *("sweep", "configurations", "result_of", "model", "position", "stage", "fingerprint", "folder", "metric"),
     *("value", "protocol", "text", "dtype", "seconds", "peak_memory_bytes", "file_bytes", "packed_bytes"),
@@ -42,6 +44,8 @@ def read_study(out: Path) -> Study:
     if both:
         other = "an older sweep" if newest.name == _RUN else "an older single run"
         study = _with_notes(study, f"{out} also holds {other}, which is not shown")
+    evaluated, faults = _evaluated(out)
+    study = replace(_with_notes(study, *faults), evaluated=evaluated)
     kinds = {run.measured for run in study.runs}
     if len(kinds) > 1:
         study = _with_notes(study, f"perplexity was measured in {len(kinds)} ways; only rows measured alike compare")
@@ -54,9 +58,14 @@ def clean(text: object, most: int = 400) -> str:
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
-def _with_notes(study: Study, *notes: str) -> Study:
-    from dataclasses import replace
+def stem(model: str) -> str:
+    """What to call a model: the last part of its path or hub id; of a run's `result` the run's too."""
+    parts = [part for part in re.split(r"[/\\]+", model) if part not in ("", ".", "~")] or [model]
+    name = re.sub(r"\.(gguf|bin|safetensors)$", "", parts[-1])
+    return f"{parts[-2]}/{name}" if name == "result" and len(parts) > 1 else name
 
+
+def _with_notes(study: Study, *notes: str) -> Study:
     return replace(study, notes=(*study.notes, *notes))
 
 
@@ -86,7 +95,7 @@ def _run_study(out: Path, report: dict[str, Any]) -> Study:
         manifest = _manifest(folder, notes)
         quality = manifest.quality.get("after", {}) if manifest else {}
         after = stage["perplexity"]["after"]
-        same = quality.get("perplexity") == after
+        bits = quality.get("bits_per_byte") if quality.get("perplexity") == after else None
         runs.append(
             StageRun(
                 position=position,
@@ -95,7 +104,7 @@ def _run_study(out: Path, report: dict[str, Any]) -> Study:
                 fingerprint=stage["fingerprint"],
                 folder=folder,
                 perplexity=float(after),
-                bits_per_byte=quality.get("bits_per_byte") if same else None,
+                bits_per_byte=stage.get("bits_per_byte", {}).get("after", bits),
                 measured=measured,
                 file_bytes=stage["file_bytes"],
                 packed_bytes=stage.get("packed_bytes"),
@@ -228,6 +237,24 @@ def _whole(value: Any) -> int | None:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
+def _evaluated(out: Path) -> tuple[dict[str, dict[str, Result]], list[str]]:
+    """What `compress eval` measured, by fingerprint and task; where its file cannot be read, a note why."""
+    if not (out / EVALUATION).is_file():
+        return {}, []
+    try:
+        entries = _json(out / EVALUATION)["checkpoints"]
+        return {
+            str(entry["fingerprint"]): {
+                clean(task): Result.from_dict(found) for task, found in entry["results"].items()
+            }
+            for entry in entries
+        }, []
+    except CheckpointError as error:
+        return {}, [clean(error)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return {}, [clean(_damaged(out / EVALUATION, error))]
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
@@ -358,6 +385,15 @@ class Study:
     machine: str = ""  # that the command ran on
     counts: dict[str, int] = field(default_factory=dict)  # of a sweep: stage runs asked, distinct, shared
     notes: tuple[str, ...] = ()
+    evaluated: dict[str, dict[str, Result]] = field(default_factory=dict)  # by fingerprint and task
+
+    @property
+    def title(self) -> str:
+        return stem(self.name) if self.kind == "run" else self.name
+
+    @property
+    def model_title(self) -> str:
+        return ", ".join(stem(model) for model in self.model.split(", "))
 
     @property
     def source(self) -> StageRun:
@@ -384,6 +420,21 @@ class Study:
         return [Choice(c.name, c.result, c.source) for c in self.configurations]
 
     @property
+    def by_bits(self) -> bool:
+        """Whether tokens are not the same everywhere, so that bits per byte compare and perplexities do not."""
+        several = len({c.source.fingerprint for c in self.configurations}) > 1
+        changed = several or any(run.stage == "vocabulary" for run in self.runs)
+        return changed and all(run.bits_per_byte is not None for run in self.runs)
+
+    @property
+    def quality_name(self) -> str:
+        return "bits per byte" if self.by_bits else "perplexity"
+
+    def quality(self, run: StageRun) -> float:
+        """What checkpoints are compared by: less is better."""
+        return run.bits_per_byte if self.by_bits and run.bits_per_byte is not None else run.perplexity
+
+    @property
     def comparable(self) -> list[Choice]:
         """The candidates measured like most of them, with a finite perplexity."""
         kinds = Counter(c.run.measured for c in self.candidates)
@@ -392,9 +443,9 @@ class Study:
 
     @property
     def front(self) -> list[Choice]:
-        """The comparable candidates that no other beats in both bytes and perplexity, the smallest first."""
+        """The comparable candidates that no other beats in both bytes and quality, the smallest first."""
         choices = self.comparable
-        kept = pareto([(self.size(c.run), c.run.perplexity) for c in choices])
+        kept = pareto([(self.size(c.run), self.quality(c.run)) for c in choices])
         return sorted((choices[i] for i in kept), key=lambda c: self.size(c.run))
 
     @property
@@ -412,11 +463,6 @@ class Study:
 
     def configuration_of(self, choice: Choice) -> Configuration:
         return next(c for c in self.configurations if any(r is choice.run for r in c.runs))
-
-    @property
-    def smallest(self) -> Configuration:
-        """The configuration that the detailed figures follow: a run's own, the smallest of a sweep's front."""
-        return self.configurations[0] if self.kind == "run" or not self.front else self.configuration_of(self.front[0])
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from importlib import resources
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.manifest import SEAL, seal_holds, sealed, write_bytes, write_json
-from edgepress.pipeline.page import content
+from edgepress.pipeline.page import advice, content
 from edgepress.pipeline.page.content import Chip
 from edgepress.pipeline.page.read import StageRun, Study, clean
 
@@ -63,10 +63,14 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["ticked"] = ticked
     return environment.from_string(_text("report.html.j2")).render(
         study=study,
         chip=chip,
-        summary=content.summary(study, chip),
+        recommendation=advice.recommendation(study, chip),
+        reasons=advice.reasons(study, chip),
+        rule=advice.rule(study, chip),
+        deeds=advice.deeds(study, chip),
         tiles=content.tiles(study, chip),
         headings=headings,
         rows=rows,
@@ -82,6 +86,12 @@ def render(
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )
+
+
+def ticked(words: str) -> Markup:
+    """Escaped, what stands between backticks as code."""
+    parts = [escape(part) for part in words.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
 
 
 def _text(name: str) -> str:

@@ -33,6 +33,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report's figures are not drawn where only the words matter: drawing takes most of a page's time."""
+    from edgepress.pipeline.page import figures
+
+    def named(key: str, title: str, alt: str, *_: object, **__: object) -> figures.Picture:
+        return figures.Picture(key, title, alt, "data:,", "data:,", b"", True)
+
+    monkeypatch.setattr(figures, "picture", named)
+
+
 @dataclass
 class Done:
     returncode: int

@@ -92,6 +92,51 @@ def test_the_table_takes_the_newest_line_of_a_row_and_reasons(tmp_path: Path) ->
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_name_in_the_figure_lies_on_another() -> None:
+    """With as many methods on nearly one spot as the real table has."""
+    from matplotlib import pyplot
+
+    from benchmarks.method_figure import figure_of
+
+    kinds = ["base", *["quantiser"] * 12, *["recovery"] * 9]
+    found = [
+        {
+            "method": f"method-{i}-of-many",
+            "base": base,
+            "kind": kind,
+            "perplexity": 1e6 if i == 5 else 28 + (i % 7) * 0.1,
+            "packed_bytes": (100 + i % 3 + 60 * (i % 4 == 0)) * 2**20,
+        }
+        for base in ("dense", "2:4")
+        for i, kind in enumerate(kinds)
+    ]
+    figure = figure_of(found)
+    figure.draw_without_rendering()
+    whole = figure.bbox
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert len(boxes) == len(kinds)
+        for i, box in enumerate(boxes):
+            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+            assert not any(box.overlaps(other) for other in boxes[:i])
+    pyplot.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "placed"),
+    [
+        ([1.0, 3.0, 5.0], [1.0, 3.0, 5.0]),
+        ([4.0, 4.0, 4.0], [3.0, 4.0, 5.0]),
+        ([0.0, 0.0, 0.5], [0.0, 1.0, 2.0]),
+        ([9.9, 10.0], [9.0, 10.0]),
+    ],
+)
+def test_names_spread_around_where_they_would_be(wanted: list[float], placed: list[float]) -> None:
+    from benchmarks.method_figure import spread
+
+    assert spread(wanted, 1.0, 10.0) == pytest.approx(placed)
+
+
 @pytest.mark.pipeline
 def test_a_tiny_run_writes_a_line_for_each_row_and_goes_on(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -70,25 +70,16 @@ def test_memory_map_leaves_out_what_holds_nothing() -> None:
     assert facts.weight_room(made.VERDICT) == 4 * made.MIB
 
 
-def test_summary_and_tiles_say_the_run_in_numbers(tmp_path: Path) -> None:
+def test_the_tiles_say_the_checkpoint_to_take_in_numbers(tmp_path: Path) -> None:
     study = read_study(made.write_run(tmp_path / "out"))
-    words = content.summary(study, made.chip(study))
-    assert words == (
-        "Through depth, wanda, lora, gptq and eora, tiny went from 100 MiB to 30 MiB of packed bytes and from "
-        "perplexity 20.0 to 24.0 (+20.0%). It does not fit Siracusa: it needs 2.25 x the 4 MiB of MRAM."
-    )
     tiles = {tile.label: (tile.value, tile.detail) for tile in content.tiles(study, made.chip(study))}
     assert tiles["Packed bytes"] == ("30 MiB", "of 100 MiB, 3.33 × smaller")
     assert tiles["Siracusa"] == ("does not fit", "weights: 9 MiB of 4 MiB")
 
 
-def test_a_sweep_is_summed_up_by_its_front(tmp_path: Path) -> None:
+def test_the_table_marks_what_is_not_beaten(tmp_path: Path) -> None:
     study = read_study(made.write_sweep(tmp_path / "out", made.sweep_rows()))
     assert [choice.name for choice in study.front] == ["both", "pruned", "none"]
-    assert study.smallest.name == "both"
-    assert study.smallest.stages == ("wanda", "gptq")
-    words = content.summary(study, made.chip(study))
-    assert words.startswith("Of 4 configurations of tiny, 3 are not beaten in both quality and size. The smallest of")
     _, rows = content.table(study, made.chip(study))
     assert [(row[1].text, row[2].text, row[3].text, row[-1].text) for row in rows] == [
         ("none", "20.00", "1.00", "●"),

@@ -20,3 +20,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+// A line of words above a table that is wider than the screen, until it has been scrolled to its end.
+for (const cue of document.querySelectorAll(".cue")) {
+  const box = cue.nextElementSibling;
+  const show = () => cue.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
+  box.addEventListener("scroll", show, { passive: true });
+  new ResizeObserver(show).observe(box);
+}
