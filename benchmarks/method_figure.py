@@ -91,7 +91,7 @@ def _names(axes: Any, rows: list[dict[str, Any]], right: bool, top: float) -> No
     for row, at in zip(ordered, spread(wanted, _LINE, height), strict=True):
         words = f"{row['method']}  {row['perplexity']:,.1f}  {row['packed_bytes'] / 2**20:.0f} MiB"
         if row["perplexity"] > top:
-            words += " (off the scale)"
+            words = f"{row['method']}  {row['perplexity']:,.0f}, off the scale"
         point = (row["packed_bytes"] / 2**20, min(row["perplexity"], top))
         axes.annotate(
             words, point, xycoords="data", xytext=(1.03 if right else -0.03, at / height), textcoords="axes fraction",
