@@ -62,6 +62,12 @@ FORMATS: dict[str, Format] = {
         "Effective weights with the adapter merged, in the model's own precision or that of --type: codes and zeros of "
         "a pattern take the room of dense weights", ("bfloat16", "float16", "float32"),
     ),
+    "gguf": Format(
+        "edgepress.pipeline.formats.gguf", "model.gguf", "llama.cpp",
+        "Codes of 2, 3, 4 and 8 bits take the smallest type that holds them without loss (Q4_0, Q5_0, Q8_0), the grids "
+        "of --quant q2_k to q6_k are GGUF's own; what no type holds is dense. Zeros of a pattern take room. lora: the "
+        "adapter is a file beside; merged: its layers become dense", ("lora", "merged"),
+    ),
     "llama2c": Format(
         "edgepress.pipeline.formats.llama2c", "model-llama2c", "llama2.c",
         "float32 (run.c): codes decoded, the adapter merged, nothing rounded; int8 (runq.c): codes of up to 4 bits go "
