@@ -9,7 +9,8 @@ from typing import Any
 
 from edgepress.checkpoints.errors import PlanError
 from edgepress.pipeline.recipe import DISTILL, Recipe, assemble
-from edgepress.stages.options import QUANTS
+from edgepress.stages.options import QUANTS, Gptq
+from edgepress.stages.quantisers import form
 from edgepress.stages.recovery import ADAPTERS, SETTINGS, parse
 
 BASES = ("dense", "2:4")
@@ -60,7 +61,7 @@ def rows(given: argparse.Namespace) -> list[Row]:
     found = []
     for base in given.base.split(","):
         start: Stages = {} if base == "dense" else {"wanda": {"pattern": base, **windows}}
-        for method, kind, stages in methods(windows, budget):
+        for method, kind, stages in methods(windows, budget, masked=bool(start)):
             # The time of a base is its own.
             found.append(Row(method, base, kind, *_recipe(plain, start | stages), len(start) if stages else 0))
         if start:
@@ -75,11 +76,20 @@ def rows(given: argparse.Namespace) -> list[Row]:
     return [row for row in found if not only or row.method in only]
 
 
-def methods(windows: Mapping[str, int], budget: Mapping[str, Any]) -> Iterator[tuple[str, str, Stages]]:
+def keeps_masks(name: str) -> bool:
+    """Whether a quantiser can hold an N:M pattern: GGUF's types with a minimum cannot."""
+    try:
+        form(Gptq(quant=name), masked=True)
+    except PlanError:
+        return False
+    return True
+
+
+def methods(windows: Mapping[str, int], budget: Mapping[str, Any], masked: bool) -> Iterator[tuple[str, str, Stages]]:
     """Name, kind and the stages behind the base. Quantisers and recovery methods are those of the registries."""
     yield "none", "base", {}
     for name in QUANTS:
-        if name != "none":
+        if name != "none" and (not masked or keeps_masks(name)):
             yield name, "quantiser", {"gptq": {"quant": name, **windows}}
     quantised = [name for name in SETTINGS if parse(name).quantised]
     for name in (*ADAPTERS, *(name for name in SETTINGS if name not in quantised)):
