@@ -101,6 +101,8 @@ def _models() -> Iterator[Case]:
         yield Case(f"4 bit, wider adapter {dtype}", THIRD, Grid(4, 32), dtype, embedding_bits=8, linear=beside)
     for act in ("gelu", "gelu_pytorch_tanh", "relu", "relu2"):
         yield Case(act, SMALL | {"hidden_act": act}, Grid(4, 32))
+    for kv_bits in (8, 32):
+        yield Case(f"heads of 8, {kv_bits} bit cache", llama(64, 128, 8, 4), Grid(4, 32), kv_bits=kv_bits, new=16)
     for name, more in (("small", SMALL), ("wide", WIDE)):
         yield Case(f"8 bit cache, {name}", more, Grid(4, 32), kv_bits=8)
         yield Case(f"8 bit cache, {name}, longer", more, Grid(4, 32), kv_bits=8, new=16)

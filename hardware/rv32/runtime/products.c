@@ -32,6 +32,7 @@ INLINED float number(unsigned format, const byte *w, int i) {
 }
 
 INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x, int columns, float *y, int add) {
+    const int step = format == I8 ? 4 : 8; /* B of an adapter in bytes has few columns */
     word stride = row_bytes(format, (word)columns);
     for (int left = rows; left > 0; left -= ROWS, w += ROWS * stride, y += ROWS) {
         /* Rows that are missing at the end are read as the first one. */
@@ -41,12 +42,12 @@ INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x
         const float *v = x;
         float sum[ROWS] = {0.0f};
         int n = columns;
-        for (; n >= 8; n -= 8, v += 8)
+        for (; n >= step; n -= step, v += step)
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 8
-                for (int i = 0; i < 8; i++) sum[r] = fused(number(format, row[r], i), v[i], sum[r]);
-                row[r] += row_bytes(format, 8);
+                for (int i = 0; i < step; i++) sum[r] = fused(number(format, row[r], i), v[i], sum[r]);
+                row[r] += row_bytes(format, (word)step);
             }
 #pragma GCC unroll 1
         for (int i = 0; i < n; i++)
