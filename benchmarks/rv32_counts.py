@@ -25,7 +25,8 @@ from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.shape import LinearShape, ModelShape, Pattern
 from edgepress.hardware.rv32 import cost
-from edgepress.hardware.rv32.build import build, find_compiler
+from edgepress.hardware.rv32.build import build, compilers, find_compiler
+from edgepress.hardware.rv32.elf import read_elf
 from edgepress.hardware.rv32.families import Rope, layers, numbers_of, rope_kinds
 from edgepress.hardware.rv32.layout import Layout, code_form
 from edgepress.hardware.rv32.memory import LINEAR_BYTES, linker_script, memory_use, table_bytes
@@ -168,7 +169,7 @@ def measured(
         (folder / name).write_bytes(data)
     if change is not None:
         change(folder)
-    build(folder, find_compiler())
+    build(folder, compilers().get("clang") or find_compiler())
     return simulate(folder)
 
 
@@ -212,11 +213,16 @@ def fitted(outcomes: dict[str, Outcome]) -> dict[str, float]:
     return _solved(rows, [1.0] * len(rows))
 
 
-def fitted_code(outcomes: dict[str, Outcome]) -> dict[str, float]:
+def code_with_gcc(folder: Path) -> int:
+    """Bytes of an exported program's code as gcc makes it."""
+    return next(s.nbytes for s in read_elf(build(folder, compilers()["gcc"])).sections if s.name == ".text")
+
+
+def fitted_code(sizes: dict[str, int]) -> dict[str, float]:
     """Bytes of code by what a model has, and `most over`: what the program of any of them has beyond their sum."""
     cases = [*MODELS, *OTHERS]
     rows = [cost.code_parts(case.shape(), case.run()) for case in cases]
-    bytes_of = [float(outcomes[case.name].sections[".text"]) for case in cases]
+    bytes_of = [float(sizes[case.name]) for case in cases]
     found = _solved(rows, bytes_of)
     over = [size - sum(found[name] * n for name, n in row.items()) for row, size in zip(rows, bytes_of, strict=True)]
     return found | {"most over": max(over)}
@@ -235,19 +241,28 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="fit the constants anew and write them")
     write = arguments.parse_args().write
     cases = (*(MODELS if write else ()), *OTHERS)
-    outcomes = {}
+    if write and compilers().keys() != {"gcc", "clang"}:
+        raise SystemExit(
+            "the constants are those of gcc and of clang: apt-get install gcc-riscv64-unknown-elf, and "
+            "pip install ziglang"
+        )
+    outcomes, gcc = {}, {}
     for case in cases:
         with tempfile.TemporaryDirectory() as made:
             outcomes[case.name] = measured(case, Path(made))
+            gcc |= {case.name: code_with_gcc(Path(made))} if write else {}
             print(f"{case.name}: {outcomes[case.name].instructions:,} instructions", file=sys.stderr, flush=True)
     if write:
         text = "# Instructions, and bytes of code, for one of each; by `python -m benchmarks.rv32_counts --write`.\n"
-        for table, found in (("instructions", fitted(outcomes)), ("code", fitted_code(outcomes))):
+        clang = {name: outcome.sections[".text"] for name, outcome in outcomes.items()}
+        tables = {"instructions": fitted(outcomes), "code": fitted_code(clang), "code gcc": fitted_code(gcc)}
+        for table, found in tables.items():
             lines = [f'"{name}" = {value:.4g}' for name, value in found.items() if value]
-            text += "\n".join([f"[{table}]", *lines, ""])
+            text += "\n".join([f'["{table}"]' if " " in table else f"[{table}]", *lines, ""])
         CONSTANTS.write_text(text)
         cost.constants.cache_clear()
     print(f"{'model':<38}{'counted':>12}{'estimated':>12}{'off':>8}{'code':>7}{'at most':>8}  worst operator")
+    used = "clang" if "clang" in compilers() else "gcc"
     for case in cases:
         outcome, guess = outcomes[case.name], cost.instructions(case.shape(), case.run())
         counted = {name: taken / outcome.fed for name, taken in outcome.operators.items()}
@@ -257,7 +272,7 @@ def main() -> None:
         print(
             f"{case.name:<38}{outcome.instructions_a_token:>12,.0f}{total:>12,.0f}"
             f"{total / outcome.instructions_a_token - 1:>8.1%}{outcome.sections['.text']:>7,}"
-            f"{cost.code_bytes(case.shape(), case.run()):>8,}  {worst} {large[worst]:+.1%}"
+            f"{cost.code_bytes(case.shape(), case.run(), used):>8,}  {worst} {large[worst]:+.1%}"
         )
 
 

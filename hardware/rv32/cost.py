@@ -14,6 +14,7 @@ from importlib.resources import files
 from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.shape import LinearShape, ModelShape
+from edgepress.hardware.rv32.build import compilers
 from edgepress.hardware.rv32.families import (
     activation,
     branches_are_buffered,
@@ -43,9 +44,10 @@ def instructions(shape: ModelShape, run: Run) -> dict[str, float]:
     }
 
 
-def code_bytes(shape: ModelShape, run: Run) -> int:
-    """An upper end of the program's code in bytes."""
-    known = constants("code")
+def code_bytes(shape: ModelShape, run: Run, compiler: str = "") -> int:
+    """An upper end of the program's code in bytes. compiler: gcc or clang; else what would be taken here, or clang."""
+    compiler = compiler or next(iter(compilers()), "clang")
+    known = constants("code gcc" if compiler == "gcc" else "code")
     found = sum(known.get(what, 0.0) * count for what, count in code_parts(shape, run).items())
     return 4 * round((found + known["most over"] + _SPARE) / 4)
 
