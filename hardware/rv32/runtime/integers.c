@@ -57,9 +57,12 @@ INLINED int round_unit(int bits, const float *x, float inverse, word *to) {
             PAIR(i + 10, i + 22, i + 27);
         }
         PAIR(15, 10, 21);
+    } else if (bits == 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) PAIR(i, i, i + 4);
     } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < UNIT(bits) / 2; i++) PAIR(i, i, i + UNIT(bits) / 2);
+        for (int i = 0; i < 8; i++) PAIR(i, i, i + 8);
     }
 #undef PAIR
     return sum;
