@@ -46,6 +46,8 @@ def write(source: Checkpoint, wanted: Wanted, runtime: Runtime) -> Written:
     adapter = None if merged or not _adapted(source) else wanted.out.with_name(f"{wanted.out.stem}-lora.gguf")
     if wanted.out.is_dir() or (adapter is not None and adapter.is_dir()):
         raise PlanError(f"{wanted.out} is a folder; name a file with -o")
+    if adapter is not None and adapter.exists() and not wanted.out.exists():
+        raise PlanError(f"{adapter}, where the adapter would lie, is there already; choose another name with -o")
     names = gguf.get_tensor_name_map(_key_of(architecture), len(source.shape.blocks))
     with drafted(wanted.out) as draft:
         kinds, notes = _write_model(source, draft, architecture, names, merged, runtime)

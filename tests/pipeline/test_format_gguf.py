@@ -147,6 +147,9 @@ def test_the_adapter_lies_beside_or_is_merged(tiny_model: TinyModel, tmp_path: P
             torch.testing.assert_close(merged[stem][0], effective, rtol=0, atol=0)
     assert written.nbytes == sum((tmp_path / n).stat().st_size for n in ("model.gguf", "model-lora.gguf"))
     assert "--lora" in " ".join(written.notes)
+    (tmp_path / "model.gguf").unlink()
+    with pytest.raises(PlanError, match=r"model-lora\.gguf, where the adapter would lie, is there already"):
+        export(source, tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(("method", "kind"), [("q4_k", "Q4_K"), ("gptq4-s", "Q4_K"), ("gptq3-s", "Q4_K")])
