@@ -25,6 +25,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 2.0  # seconds until a running step is not waited for, and a lost exception is raised again
 _LEAVING = 5.0  # seconds the process may take to end once all is said
 NEXT = "the same command goes on from the last finished block or step"
+_ANEW = "the same command begins anew"
 
 _BEFORE, _WORKING, _AFTER = range(3)
 _phase = _AFTER
@@ -33,6 +34,7 @@ _ended: int | None = None  # the exit code, once the command has one
 _heard = 0  # the first signal
 _held, _waiting = False, 0  # signals wait, and which one does
 _saying, _hurried, _told = False, False, False  # a line for it is being printed; another signal came; it is printed
+_next = NEXT  # what a person is told of the same command
 _gently: Callable[[], object] | None = None  # told first, where a loop of steps can stop by itself
 _undo: dict[object, Callable[[], object]] = {}  # what a process that stops at once does first
 
@@ -64,8 +66,8 @@ def listen() -> None:
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Around the command in a process that does other things too; the handlers of before are put back."""
-    global _heard, _told, _hurried, _gently
-    _heard, _told, _hurried, _gently = 0, False, False, None
+    global _heard, _told, _hurried, _gently, _next
+    _heard, _told, _hurried, _gently, _next = 0, False, False, None, NEXT
     before = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGALRM)}
     _install()
     try:
@@ -125,6 +127,12 @@ def _leave() -> None:
         os._exit(code() or _ended)
 
 
+def begins_anew() -> None:
+    """Say so, once interrupted: this command keeps nothing of what it has done."""
+    global _next
+    _next = _ANEW
+
+
 # --- within the command ----------------------------------------------------------------------------------------------
 
 
@@ -139,7 +147,7 @@ def gently(stop: Callable[[], object]) -> Iterator[None]:
         _gently = before
 
 
-def caught(say: Callable[[str], Any] | None = None, words: str = NEXT) -> None:
+def caught(say: Callable[[str], Any] | None = None, words: str = "") -> None:
     """The exception has arrived where the command can end in order: it is not raised again."""
     global _saying, _told
     if _heard and _phase == _WORKING:
@@ -148,7 +156,7 @@ def caught(say: Callable[[str], Any] | None = None, words: str = NEXT) -> None:
         _saying = True
         try:
             with contextlib.suppress(OSError):  # of a terminal that was closed
-                say(f"interrupted; {words}")
+                say(f"interrupted; {words or _next}")
         finally:
             _told, _saying = True, False
         if _hurried:

@@ -191,10 +191,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "What a result is worth": (cli_eval.evaluate, cli_eval.compare, cli_eval.generate),
     "A result's files": (cli_model.verify, cli_model.pack, cli_model.unpack, cli_export.export, cli_export.simulate),
 }
+_RESUMED = (run, cli_sweep.sweep, cli_sweep.ablate, cli_eval.evaluate, cli_eval.compare)  # the others begin anew
 for panel, commands in _COMMANDS.items():
     for command in commands:
         name = {"evaluate": "eval"}.get(command.__name__, command.__name__)
-        app.command(name=name, cls=PlainCommand, rich_help_panel=panel)(with_verbosity(command))
+        app.command(name=name, cls=PlainCommand, rich_help_panel=panel)(with_verbosity(command, command in _RESUMED))
 
 
 def main() -> None:

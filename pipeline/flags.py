@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.quiet import set_verbosity
 from edgepress.eval.tasks import Settings
@@ -117,14 +118,19 @@ _QUIET = typer.Option("--quiet", "-q", help="Results and warnings only.", show_d
 _VERBOSE = typer.Option("--verbose", "-v", help="Every step, and what libraries say.", show_default=False)
 
 
-def with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command --quiet and --verbose, which hold for all that it calls, and over those before the command."""
+def with_verbosity(command: Callable[..., None], resumed: bool = True) -> Callable[..., None]:
+    """Give a command --quiet and --verbose, which hold for all that it calls, and over those before the command.
+
+    resumed: whether the command goes on from what it had done when it was interrupted.
+    """
 
     def wrapper(quiet: bool, verbose: bool, **given: Any) -> None:
         if quiet and verbose:
             raise PlanError("--quiet and --verbose exclude each other")
         if quiet or verbose or "ctx" in given:  # the group: it comes first, and begins anew
             set_verbosity(verbose - quiet)
+        if not resumed:
+            interrupts.begins_anew()
         command(**given)
 
     declared = (("quiet", Annotated[bool, _QUIET]), ("verbose", Annotated[bool, _VERBOSE]))

@@ -327,3 +327,19 @@ def _raising(error: Exception) -> Callable[..., Any]:
         raise error
 
     return app
+
+
+def test_what_begins_anew_does_not_say_that_it_goes_on(
+    tiny_llama: Path, compress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """rank keeps nothing, a run keeps its blocks: each says so when a signal comes as its model is opened."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for where in ("rank", "run"):
+        monkeypatch.setattr(f"edgepress.pipeline.{where}.open_model", killed)
+    ranked = compress("rank", tiny_llama)
+    assert (ranked.returncode, ranked.stderr.splitlines()[-1]) == (130, "interrupted; the same command begins anew")
+    ran = compress("run", tiny_llama, "-o", tmp_path / "out")
+    assert ran.returncode == 130 and "interrupted; the same command goes on from" in ran.stdout + ran.stderr
