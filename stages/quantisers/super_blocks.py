@@ -106,9 +106,8 @@ class TunedSuperBlocks:
     def steps(self) -> list[Tensor]:
         return [self.log_d, self.log_e] if self.grid.form.minimum else [self.log_d]
 
-    @torch.no_grad()
     def codes(self) -> Tensor:
-        nearest = self.position.round().clamp_(0, 2**self.grid.form.bits - 1)
+        nearest = self.position.detach().round().clamp_(0, 2**self.grid.form.bits - 1)
         return nearest if self.mask is None else nearest.masked_fill_(~self.mask, self.grid.form.middle)
 
     def changed(self) -> Steps:
