@@ -69,7 +69,7 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (
         Gptq,
         {"quant": "gptq5"},
-        "--quant gptq5 (near: gptq8, gptq4, gptq3): there are gptq4, gptq3, gptq8, gptq4-channel, ",
+        "--quant gptq5 (near: gptq5-s, gptq8, gptq4): there are gptq4, gptq3, gptq8, gptq4-channel, ",
     ),
     (Gptq, {"group": 0}, "--group 0"),
     (Gptq, {"group": 16}, "--group 16: at least 32, or -1 for whole rows"),
