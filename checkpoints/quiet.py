@@ -28,7 +28,14 @@ def quiet_import() -> Iterator[None]:
     """
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     _keep_hub_cache()
-    logger = logging.getLogger("torch.utils.cpp_extension")
+    with silenced("torch.utils.cpp_extension"):
+        yield
+
+
+@contextlib.contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Nothing is printed within, and the logger of this name tells errors alone."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

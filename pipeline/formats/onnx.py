@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -28,6 +26,7 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid, RealGrid
 from edgepress.checkpoints.manifest import drafted, require_output
 from edgepress.checkpoints.packing import group_of, unpack_linear, unpack_real
+from edgepress.checkpoints.quiet import silenced
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import LinearShape
 from edgepress.pipeline.formats import Wanted, Written
@@ -244,7 +243,7 @@ def _exported(model: Any, source: Checkpoint) -> Any:
     inputs, outputs = _names(len(shape.blocks))
     sizes = {0: "batch", 1: "tokens"}
     kept = {0: "batch", 2: "tokens_before"}
-    with _quiet(), torch.no_grad():
+    with silenced("torch.onnx"), torch.no_grad():
         try:
             program: Any = torch.onnx.export(
                 _WithCache(model).eval(), (ids, mask, positions, past), input_names=inputs, output_names=outputs,
@@ -264,19 +263,6 @@ def _names(blocks: int) -> tuple[list[str], list[str]]:
     sides = [(index, side) for index in range(blocks) for side in ("key", "value")]
     inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}.{side}" for n, side in sides)]
     return inputs, ["logits", *(f"present.{n}.{side}" for n, side in sides)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.onnx prints what it does, and logs which packages it could look into."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 # --- files, and what reads them ---------------------------------------------------------------------------------------

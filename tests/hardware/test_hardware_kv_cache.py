@@ -15,7 +15,7 @@ from edgepress.hardware.operators import Operator, forward
 from edgepress.hardware.orders import CacheRule, with_cache
 from edgepress.hardware.soc import load_soc
 from edgepress.hardware.tiling import tile
-from edgepress.pipeline.cli_hardware import _as_if
+from edgepress.pipeline.shapes import with_other_bits
 from tests.models import FAMILIES, WINDOW, tiny_config
 
 pytestmark = pytest.mark.unit
@@ -87,7 +87,7 @@ def test_an_option_reaches_its_figures_and_no_others(make: Make, option: str, va
         window, chunk = (30 if option == "kv_sinks" else 0), (8 if option in ("kv_window", "kv_sinks") else None)
         given = {"context": 64, "kv_window": window, "prefill_chunk": chunk, **how}
         shape = with_bits(make("smollm2-135m", embedding_bits=8), 8)
-        shape = _as_if(shape, given.pop("bits", 0), given.pop("embedding_bits", 0), soc)
+        shape = with_other_bits(shape, given.pop("bits", 0), given.pop("embedding_bits", 0), soc)
         return figures(check(shape, soc, timing=True, **given))
 
     before, after = judged(), judged(**{option: value})
