@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from edgepress.checkpoints.disturb import find_attention
 from edgepress.checkpoints.errors import CheckpointError, NumericsError
 from edgepress.checkpoints.kv_format import GROUP, KVFormat, value_group
 from edgepress.checkpoints.shape import ModelShape
-from edgepress.eval.disturb import find_attention
 
 
 class KVCache(Cache):

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.disturb import Disturbance
 from edgepress.checkpoints.errors import NumericsError, TextError
 from edgepress.checkpoints.kv_format import PLAIN, KVFormat
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import beyond_positions, require_known
 from edgepress.checkpoints.walk import BlockVisit, Walk
-from edgepress.eval.disturb import Disturbance
 from edgepress.eval.protocol import Protocol as Protocol  # also by its name here
 from edgepress.eval.results import Result, Score, exp_of, mean
 from edgepress.eval.subject import Subject

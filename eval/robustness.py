@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.disturb import KINDS, Disturbance
 from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.checkpoints.runtime import Runtime, Silent
-from edgepress.eval.disturb import KINDS, Disturbance
 from edgepress.eval.perplexity import Protocol, in_words, measure, protocol_of, text_of
 from edgepress.eval.results import Result, Score
 from edgepress.eval.subject import Subject

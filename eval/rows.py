@@ -1,7 +1,7 @@
 """Read rows of data from files or the hub: text to train on, instructions with reference answers; no torch.
 
-A row is a string, or a mapping with the fields of one of the FORMS. Question and answer read as in the thesis's
-evaluation (section 3.6.2): "Question: ...", "Answer: ..." on a line of its own.
+A row is a string, or a mapping with the fields of one of the FORMS. What is asked is written once for training and
+for the tasks that measure: questions as in the thesis's evaluation (section 3.6.2), "Question: ... Answer:".
 """
 
 from __future__ import annotations
@@ -23,27 +23,50 @@ from edgepress.checkpoints.errors import TextError, installed, missing, require_
 _END_MARKS = ("###eos_token###", "<|endoftext|>", "</s>")
 
 
+def question_prompt(question: str, context: str = "") -> str:
+    """A question for closed book, or with a context for open book."""
+    return f"Context: {context} {question_prompt(question)}" if context else f"Question: {question} Answer:"
+
+
+def instruction_prompt(instruction: str, given: str = "") -> str:
+    """An instruction, and the input that it speaks of."""
+    return "\n".join([f"Instruction: {instruction}", *([f"Input: {given}"] if given else []), "Response:"])
+
+
+def prepared_prompt(prompt: str) -> str:
+    """A prompt as it stands. An answer follows a colon after a space, anything else on a line of its own."""
+    prompt = prompt.rstrip(" ")
+    return prompt if prompt.endswith(":") or prompt[-1:].isspace() else prompt + "\n"
+
+
+def question_of(context: str) -> str:
+    """The question in a text "Question: ... Answer:", or the text itself."""
+    return context.strip().removeprefix("Question:").removesuffix("Answer:").strip()
+
+
 def _question(row: Mapping[str, Any]) -> tuple[str, str]:
-    return f"Question: {row['question'].strip()}\nAnswer:", row["answer"]
+    return question_prompt(row["question"].strip()), row["answer"]
 
 
 def _about(row: Mapping[str, Any]) -> tuple[str, str]:
-    asked, answered = _question(row)
-    return f"Context: {row['context'].strip()}\n{asked}", answered
+    return question_prompt(row["question"].strip(), row["context"].strip()), row["answer"]
+
+
+def _written(row: Mapping[str, Any]) -> tuple[str, str]:
+    context = row["context"].strip()
+    whole = context.startswith("Question:") and context.endswith("Answer:")
+    return question_prompt(question_of(context)) if whole else row["context"], row["answer"]
 
 
 def _instruction(given: str, answered: str) -> _Form:
-    def form(row: Mapping[str, Any]) -> tuple[str, str]:
-        words = str(row.get(given) or "").strip()
-        parts = [f"Instruction: {row['instruction'].strip()}", *([f"Input: {words}"] if words else []), "Response:"]
-        return "\n".join(parts), row[answered]
-
-    return form
+    return lambda row: (
+        instruction_prompt(row["instruction"].strip(), str(row.get(given) or "").strip()),
+        row[answered],
+    )
 
 
 def _prompt(answered: str) -> _Form:
-    # A prompt may end in anything, a heading for example: the answer gets a line of its own.
-    return lambda row: (row["prompt"] + ("" if row["prompt"][-1].isspace() else "\n"), row[answered])
+    return lambda row: (prepared_prompt(row["prompt"]), row[answered])
 
 
 _Form = Callable[[Mapping[str, Any]], tuple[str, str]]
@@ -55,7 +78,7 @@ FORMS: dict[tuple[str, ...], _Form] = {
     ("prompt", "completion"): _prompt("completion"),
     ("prompt", "response"): _prompt("response"),
     ("context", "question", "answer"): _about,  # SQuAD's order
-    ("context", "answer"): lambda row: (row["context"], row["answer"]),
+    ("context", "answer"): _written,
     ("question", "answer"): _question,
 }
 _OPTIONAL: dict[tuple[str, ...], str] = {("instruction", "output"): "input", ("instruction", "response"): "context"}
@@ -71,25 +94,25 @@ FORMS_TEXT = "text; " + "; ".join(
 )
 
 
-def row_text(row: Any) -> tuple[str, bool]:
-    """A row's text, and whether it is an exchange that an end token should close.
+def row_text(row: Any) -> tuple[str, int]:
+    """A row's text, and in an exchange, which an end token should close, the place where its answer begins; else 0.
 
     Raises RowError where no field is known, a field is no text, nothing was asked or answered, or a known field
     would be left unread.
     """
     if isinstance(row, str):
-        return _text({"row": row}, "row"), False
+        return _text({"row": row}, "row"), 0
     if not isinstance(row, Mapping):
         raise RowError("null" if row is None else f"neither text nor fields but {type(row).__name__}")
     values = _with_answer(row)
     there = [name for name in _KNOWN if not _is_blank(values.get(name))]
     names = next((n for n in FORMS if {*there} <= {*n, _OPTIONAL.get(n)} and all(m in values for m in n)), None)
     if names is None and there == ["text"]:
-        return _text(values, "text"), False
+        return _text(values, "text"), 0
     if names is None:
         names = _best_form(values, there)
     if names is None:
-        return _text(values, "text"), False
+        return _text(values, "text"), 0
     for name in names:
         if not _text(values, name).strip():
             raise RowError(f"'{name}' is empty")
@@ -99,7 +122,7 @@ def row_text(row: Any) -> tuple[str, bool]:
     answered = _without_end_mark(answered)
     if not answered:
         raise RowError(f"'{names[-1]}' is empty")
-    return asked + ("" if asked[-1].isspace() else " ") + answered, True
+    return asked + ("" if asked[-1].isspace() else " ") + answered, len(asked)
 
 
 def _best_form(values: Mapping[str, Any], there: list[str]) -> tuple[str, ...] | None:
@@ -223,26 +246,26 @@ def _without_end_mark(answer: str) -> str:
     return answer
 
 
-def usable_texts(rows: Iterable[Any]) -> tuple[list[str], int]:
-    """The texts of a hub's rows, and how many rows hold nothing to learn from; nobody here can mend those."""
+def usable_texts(rows: Iterable[Any]) -> tuple[list[tuple[str, int]], int]:
+    """As `row_text` of a hub's rows, and how many rows hold nothing to learn from; nobody here can mend those."""
     texts, unusable = [], 0
     for row in rows:
         try:
-            texts.append(row_text(row)[0])
+            texts.append(row_text(row))
         except RowError:
             unusable += 1
     return texts, unusable
 
 
-def file_texts(path: Path) -> tuple[list[str], bool, bool]:
-    """The texts of a file's rows, and whether they are exchanges, or chats as JSON (`chat_of`).
+def file_texts(path: Path) -> tuple[list[tuple[str, int]], bool]:
+    """The texts of a file's rows with the places where answers begin, and whether they are chats as JSON (`chat_of`).
 
     Raises TextError naming the place of every fault.
     """
 
-    def parse(_: int, row: Any) -> tuple[str, bool, bool]:
+    def parse(_: int, row: Any) -> tuple[str, int, bool]:
         chat = chat_of(row)
-        return (*row_text(row), False) if chat is None else (chat, False, True)
+        return (*row_text(row), False) if chat is None else (chat, 0, True)
 
     rows = read_rows(path, parse, f"rows that are text or have the fields {FORMS_TEXT}; or {'; '.join(_CHATS)}")
     if not any(text.strip() for text, _, _ in rows):
@@ -250,7 +273,7 @@ def file_texts(path: Path) -> tuple[list[str], bool, bool]:
     chats = any(chat for _, _, chat in rows)
     if chats and not all(chat for _, _, chat in rows):
         raise TextError(f"{path} mixes conversations with other rows; put them in two files")
-    return [text for text, _, _ in rows], any(exchange for _, exchange, _ in rows), chats
+    return [(text, answer) for text, answer, _ in rows], chats
 
 
 # --- files of rows ----------------------------------------------------------------------------------------------------
@@ -489,11 +512,10 @@ class Instruction:
     def prompt(self, chat: bool) -> str:
         """What the model reads: the request alone for a chat template, otherwise with headings to be continued."""
         if self.prepared:
-            return self.instruction
+            return self.instruction.strip() if chat else prepared_prompt(self.instruction)
         if chat:
             return "\n\n".join(part for part in (self.instruction, self.context) if part)
-        given = f"Input: {self.context}\n" if self.context else ""
-        return f"Instruction: {self.instruction}\n{given}Response:"
+        return instruction_prompt(self.instruction, self.context)
 
 
 @dataclass(frozen=True)
@@ -552,7 +574,8 @@ def parse_row(number: int, row: Any) -> Instruction:
 def _plain(asked: str, context: str, answered: str, prepared: bool = False) -> Callable[[str, Any], Instruction]:
     def parse(number: str, row: Mapping[str, Any]) -> Instruction:
         given = _field_text(row, context, may_be_empty=True) if context in row else ""
-        return Instruction(number, _field_text(row, asked), given, _field_text(row, answered), prepared)
+        wanted = _field_text(row, asked)
+        return Instruction(number, row[asked] if prepared else wanted, given, _field_text(row, answered), prepared)
 
     return parse
 

@@ -53,12 +53,16 @@ class Text:
     documents: tuple[str, ...]
     exchanges: bool = False  # questions with answers: the tokenizer's end token closes each
     chats: bool = False  # each document is JSON, a list of {role, content}; the tokenizer's chat template writes it
+    answers: tuple[int, ...] = ()  # of exchanges: where in each document the answer begins, 0 where nothing is asked
+    whole_rows: bool = False  # documents are a data set's rows, each a text of its own however many lines it has
 
     @cached_property
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for document in self.documents:
             digest.update(f"{len(document)} ".encode() + document.encode())
+        if self.whole_rows and any("\n" in document.strip() for document in self.documents):
+            digest.update(b"rows")  # its lines were rows once
         return digest.hexdigest()
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Tensor:
@@ -66,22 +70,53 @@ class Text:
 
         Raises TextError where there are fewer than `limit`.
         """
-        # A text shorter than the model's positions is the exception here; transformers would warn each time.
-        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         ids: list[int] = []
-        end = getattr(tokenizer, "eos_token_id", None) if self.exchanges else None
-        for document in self._in_templates(tokenizer) if self.chats else self.documents:
-            if self.chats:  # special tokens are the template's
-                ids += tokenizer(document, add_special_tokens=False)["input_ids"]
-            else:
-                ids += tokenizer(_enough(document, limit, len(ids)))["input_ids"]
-            if end is not None and ids and ids[-1] != end:  # some tokenizers add it themselves
-                ids.append(end)
+        for found in self._tokenised(tokenizer, limit):
+            ids += found
             if limit is not None and len(ids) >= limit:
                 return torch.tensor(ids[:limit])
         if limit is not None:
             raise TextError(f"the text '{self.name}' has {len(ids)} tokens; {limit} are asked for")
         return torch.tensor(ids)
+
+    def _tokenised(self, tokenizer: Any, limit: int | None = None) -> Iterator[list[int]]:
+        """Each document's ids, with the end token after an exchange; what lies far behind `limit` tokens may be cut."""
+        # A text shorter than the model's positions is the exception here; transformers would warn each time.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        end = getattr(tokenizer, "eos_token_id", None) if self.exchanges else None
+        read = 0
+        for document in self._in_templates(tokenizer) if self.chats else self.documents:
+            if self.chats:  # special tokens are the template's
+                ids = list(tokenizer(document, add_special_tokens=False)["input_ids"])
+            else:
+                ids = list(tokenizer(_enough(document, limit, read))["input_ids"])
+            if end is not None and ids and ids[-1] != end:  # some tokenizers add it themselves
+                ids.append(end)
+            read += len(ids)
+            yield ids
+
+    def row_ids(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+        """The ids of each row: of a data set's rows and exchanges one by one, else of each line that is not empty."""
+        text = self
+        if not (self.whole_rows or self.exchanges or self.chats):
+            text = replace(self, documents=tuple(self.rows()), whole_rows=True)
+        return text._tokenised(tokenizer)
+
+    def learnt(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
+        """Each document's ids, and at which of them its answer begins: 0 where nothing is asked.
+
+        What is asked reads as when the model is measured, so the answer begins where the ids are no longer those of
+        the prompt alone. Raises TextError for conversations, whose turns a template joins.
+        """
+        if self.chats:
+            raise TextError(
+                f"the text '{self.name}' holds conversations, in which answers are not told from what was asked; use "
+                "--lora-loss all, or rows of what was asked and what was answered"
+            )
+        starts = self.answers or (0,) * len(self.documents)
+        for document, start, ids in zip(self.documents, starts, self._tokenised(tokenizer), strict=True):
+            asked = tokenizer(document[:start])["input_ids"] if start else []
+            yield ids, next((i for i, (a, b) in enumerate(zip(asked, ids, strict=False)) if a != b), len(asked))
 
     def _in_templates(self, tokenizer: Any) -> Iterator[str]:
         """Conversations as the tokenizer's own chat template writes them."""
@@ -96,9 +131,11 @@ class Text:
             yield from in_template(tokenizer, turns, where, f"the text '{self.name}'", answer_next=False)
 
     def rows(self) -> list[str]:
-        """Lines that are not empty: WikiText-2's rows, or the lines of any other text. Raises TextError for chats."""
+        """Rows that are not empty: a data set's own, else lines, as WikiText-2's are. Raises TextError for chats."""
         if self.chats:
             raise TextError(f"the text '{self.name}' holds conversations, which have no rows; use --protocol windows")
+        if self.whole_rows:
+            return [document for document in self.documents if document.strip()]
         return [line for document in self.documents for line in document.splitlines() if line.strip()]
 
 
@@ -144,25 +181,28 @@ def held_out_of(spec: str, others: Iterable[str]) -> bool:
 
 def _part(text: Text, use: Use, origin: Path | str) -> Text:
     """The first four fifths of a text's documents, or of its lines where it has few documents; or the rest."""
+    answers = text.answers
     if len(text.documents) >= _HELD_OUT:
         cut = len(text.documents) * (_HELD_OUT - 1) // _HELD_OUT
         parts: Sequence[tuple[str, ...]] = (text.documents[:cut], text.documents[cut:])
+        answers = answers[:cut] if use == "calibrate" else answers[cut:]
     else:
         whole = "\n".join(text.documents)
         cut = whole.find("\n", len(whole) * (_HELD_OUT - 1) // _HELD_OUT) + 1
         if cut == 0:
             raise TextError(f"{origin} has no line end in its last fifth to be split at; give --text as well as --data")
-        parts = ((whole[:cut],), (whole[cut:],))
+        parts, answers = ((whole[:cut],), (whole[cut:],)), ()
     first = use == "calibrate"
     name = text.name + (FIRST_PART if first else " (last fifth)")
-    return Text(name, parts[0 if first else 1], text.exchanges, text.chats)
+    rows = text.whole_rows and len(text.documents) >= _HELD_OUT
+    return Text(name, parts[0 if first else 1], text.exchanges, text.chats, answers, rows)
 
 
 def read_file(path: Path) -> Text:
     """A text file, JSON lines, JSON or parquet; rows as in eval/rows.py. Raises TextError naming each bad row."""
     if path.suffix.lower() in SUFFIXES:
-        texts, exchanges, chats = file_texts(path)
-        return Text(path.name, tuple(texts), exchanges, chats)
+        texts, chats = file_texts(path)
+        return _of_rows(path.name, texts, chats)
     require_plain(path)
     try:
         text = read_utf8(path)
@@ -173,6 +213,12 @@ def read_file(path: Path) -> Text:
     if not any(part.strip() for part in parts):
         raise TextError(f"{path} holds no text: it is empty or has nothing but spaces")
     return Text(path.name, tuple(part.strip() for part in parts if part.strip()) if len(parts) > 1 else (parts[0],))
+
+
+def _of_rows(name: str, texts: Sequence[tuple[str, int]], chats: bool = False) -> Text:
+    answers = tuple(answer for _, answer in texts)
+    exchanges = any(answers)
+    return Text(name, tuple(text for text, _ in texts), exchanges, chats, answers if exchanges else (), whole_rows=True)
 
 
 def _embedded(use: Use) -> Text:
@@ -231,7 +277,7 @@ def _instructions(spec: str, use: Use) -> Text:
     if not texts:
         raise TextError(f"the data set '{spec}' has no row with a question and its answer")
     left_out = f", {unusable} rows without an answer left out" if unusable else ""
-    whole = Text(f"{spec} ({split}{left_out})", tuple(texts), exchanges=True)
+    whole = _of_rows(f"{spec} ({split}{left_out})", texts)
     return whole if measuring or use == "whole" else _part(whole, use, spec)
 
 
@@ -267,7 +313,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30f
 _HIDDEN = re.compile(r"[\u00ad\u200b-\u200f\u2060\ufeff]")  # soft hyphens and the like, which nobody sees
 _LABEL = re.compile(r"(?m)^[^\w\n]*(?:\d[\d.:,/-]*(?!\w)|(?:[a-z]|[ivxlc]+)[.):\]])[^\w\n]*", re.IGNORECASE)
 _UNITS = (re.compile(r"\n"), re.compile(r"[.!?]\s+"))  # ends of lines, of sentences
-_ANSWER = re.compile(r"\n(?:Answer|Response):")
+_ANSWER = re.compile(r"[\n ](?:Answer|Response):")
 _Hashes = NDArray[np.uint64]
 
 
@@ -317,17 +363,19 @@ def without_measured(text: Text, measured: Measured) -> tuple[Text, int, int]:
 
     A text that shares nothing comes back as it is.
     """
+    answers = text.answers
     if len(text.documents) >= 5:
-        kept = [document for document in text.documents if not measured.shares(document, text.exchanges)]
+        places = [i for i, d in enumerate(text.documents) if not measured.shares(d, text.exchanges)]
+        kept, answers = [text.documents[i] for i in places], tuple(answers[i] for i in places) if answers else ()
         left_out, of = len(text.documents) - len(kept), len(text.documents)
     else:
-        kept, left_out, of = [], 0, 0
+        kept, left_out, of, answers = [], 0, 0, ()
         for document in text.documents:
             passages = list(_passages(document))
             own = [passage for passage in passages if not measured.shares(passage, text.exchanges)]
             left_out, of = left_out + len(passages) - len(own), of + len(passages)
             kept += ["".join(own)] if own else []
-    return (replace(text, documents=tuple(kept)) if left_out else text), left_out, of
+    return (replace(text, documents=tuple(kept), answers=answers) if left_out else text), left_out, of
 
 
 def _passages(document: str) -> Iterator[str]:

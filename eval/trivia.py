@@ -19,7 +19,7 @@ from edgepress.checkpoints.errors import TextError
 from edgepress.eval.answers import Answer, Question, answer_all
 from edgepress.eval.metrics import TIERS, VERSION, inside_a_word, match, normalise
 from edgepress.eval.results import Result, Score, proportion
-from edgepress.eval.rows import SUFFIXES, RowError, hub_rows, read_rows
+from edgepress.eval.rows import SUFFIXES, RowError, hub_rows, question_of, question_prompt, read_rows
 from edgepress.eval.subject import Subject
 from edgepress.eval.tasks import Settings
 
@@ -43,7 +43,7 @@ class Item:
 
 def closed(name: str, subject: Subject, settings: Settings) -> Result:
     items = load_items(name, settings)
-    questions = [Question(item.id, f"Question: {item.question} Answer:", item.expected) for item in items]
+    questions = [Question(item.id, question_prompt(item.question), item.expected) for item in items]
     return _asked(name, subject, settings, questions, "closed book")
 
 
@@ -94,7 +94,7 @@ def _with_context(item: Item, subject: Subject, settings: Settings) -> tuple[str
     context = min(item.contexts, key=len)
 
     def prompt(words: str) -> str:
-        return f"Context: {words} Question: {item.question} Answer:"
+        return question_prompt(item.question, words)
 
     # What the prompt needs beside the context; 64 tokens more for a chat template and where words join differently.
     others = len(subject.tokenizer(prompt(""))["input_ids"]) + settings.new_tokens + 64
@@ -167,7 +167,7 @@ def _item(number: str, row: Any) -> Item:
         expected = [*(row.get("answers") or []), answer, *(row.get("aliases") or [])]
     question = row.get("question")
     if question is None and isinstance(row.get("context"), str):
-        question = row["context"].strip().removeprefix("Question:").removesuffix("Answer:")
+        question = question_of(row["context"])
     known = tuple(dict.fromkeys(e for e in expected if isinstance(e, str) and normalise(e)))
     if not isinstance(question, str) or not question.strip() or not known:
         raise RowError("no question" if not isinstance(question, str) or not question.strip() else "no answer")

@@ -17,7 +17,15 @@ from edgepress.checkpoints.errors import PlanError, TextError
 from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.manifest import SEAL, write_bytes
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.tokens import TokenBatches, beyond_positions, require_known, sample_windows
+from edgepress.checkpoints.tokens import (
+    IGNORED,
+    TokenBatches,
+    beyond_positions,
+    by_length,
+    require_known,
+    sample_rows,
+    sample_windows,
+)
 from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, trim
 from edgepress.eval.text import NAMED, Measured, Text, held_out_of, load_text, starts_with_bos, without_measured
 from edgepress.pipeline.recipe import Recipe
@@ -68,17 +76,24 @@ class Calibration:
         runtime = replace(self._runtime, turn=turn)
         generator = runtime.generator(f"{stage} calibration")
         if spec == SELF:
+            if isinstance(options, Lora) and options.loss == "answers":
+                raise TextError("--lora-loss answers: text that the model writes itself has no answers; use all")
             kept = vocabulary.kept if vocabulary and trimmed else None
             return self._sampled(options.samples, options.length, kept, runtime)
+        tokenizer = vocabulary.tokenizer if vocabulary and trimmed else self._tokenizer
+        known = vocabulary.kept.numel() if vocabulary and trimmed else self._source.shape.vocabulary
+        if isinstance(options, Lora) and (options.loss == "answers" or options.packing != "windows"):
+            batches = self._training_rows(self._text(spec), tokenizer, options, generator)
+            require_known(batches.ids, known, f"for the text '{batches.name}'")
+            return replace(batches, left_out=self._left_out[spec])
         if (spec, trimmed) not in self._ids:
             text = self._text(spec)
-            tokenizer = vocabulary.tokenizer if vocabulary and trimmed else self._tokenizer
             ids = text.token_ids(tokenizer)
-            rows = vocabulary.kept.numel() if vocabulary and trimmed else self._source.shape.vocabulary
-            require_known(ids, rows, f"for the text '{text.name}'")
+            require_known(ids, known, f"for the text '{text.name}'")
             self._ids[spec, trimmed] = (text.name, ids)
         name, ids = self._ids[spec, trimmed]
-        samples = self._training_samples(name, ids, options) if isinstance(options, Lora) else options.samples
+        there = ids.numel() // options.length
+        samples = self._training_samples(name, there, options) if isinstance(options, Lora) else options.samples
         try:
             batches = sample_windows(name, ids, samples, options.length, generator)
             batches = replace(batches, left_out=self._left_out[spec])
@@ -110,11 +125,35 @@ class Calibration:
             self._texts[spec], self._left_out[spec] = text, left_out
         return self._texts[spec]
 
-    def _training_samples(self, name: str, ids: Tensor, options: Lora) -> int:
+    def _training_rows(self, text: Text, tokenizer: Any, options: Lora, generator: torch.Generator) -> TokenBatches:
+        """Windows or rows with what is to be learnt of them, shuffled. Raises TextError."""
+        answers = options.loss == "answers"
+        if answers and not any(text.answers):
+            raise TextError(
+                f"--lora-loss answers: the text '{text.name}' has no questions or instructions with answers; give such "
+                "rows with --lora-data, or use --lora-loss all"
+            )
+        rows = list(text.learnt(tokenizer)) if answers else [(ids, 0) for ids in text.row_ids(tokenizer)]
+        if options.packing == "windows":
+            ids = torch.tensor([token for found, _ in rows for token in found])
+            learnt = torch.tensor([place >= start for found, start in rows for place in range(len(found))])
+            labels = torch.where(learnt, ids, IGNORED)
+            batches = sample_windows(text.name, ids, options.samples, options.length, generator, labels)
+        else:
+            batches = sample_rows(text.name, rows, options.samples, options.length, generator)
+        samples = self._training_samples(text.name, len(batches.ids), options)
+        assert batches.labels is not None
+        order = torch.randperm(samples, generator=generator)
+        if options.packing == "grouped":
+            lengths = [batches.lengths()[row] for row in order.tolist()]
+            cut = samples - options.held_out
+            order = torch.cat([order[:cut][by_length(lengths[:cut], options.batch, generator)], order[cut:]])
+        return replace(batches, ids=batches.ids[order].contiguous(), labels=batches.labels[order].contiguous())
+
+    def _training_samples(self, name: str, there: int, options: Lora) -> int:
         """Windows to train on: those asked for, or all that the text has if they fill a batch. Raises TextError."""
         from edgepress.stages.training import require_a_batch
 
-        there = ids.numel() // options.length
         require_a_batch(name, there, options)
         if there < options.samples and name not in self._short:
             self._short.add(name)

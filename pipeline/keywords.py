@@ -71,6 +71,13 @@ class CompressOptions(TypedDict, total=False):
     distill: float
     distill_teacher: str
     recover: str
+    lora_loss: str
+    lora_packing: str
+    lora_schedule: str
+    lora_warmup: float
+    lora_weight_decay: float
+    train_noise: float
+    train_mask: float
     # stage gptq
     quant: str
     group: int

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.config import described
+from edgepress.checkpoints.disturb import FUSED, KINDS, Disturbance, find_gate
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.stages.options import Lora as Options
 from edgepress.stages.recovery.shapes import (
@@ -56,6 +58,8 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     Raises PlanError for unknown targets, and for weights that are not of the kind that the method works on.
     """
     recovery = options.recovery
+    for index, block in enumerate(shape.blocks if options.noise else ()):
+        _require_noise(find_gate(block, index), options, shape)
     if not recovery.quantised:
         require_dense(shape, "lora", beside=f"--recover {recovery.on_quantised()}")
         target_names(shape, options)
@@ -66,6 +70,22 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
         if options.rank > least:
             raise PlanError(f"--lora-rank {options.rank}: the smallest layer to adapt has rank {least}")
     return with_adapters(shape, options)
+
+
+def _require_noise(gate: LinearShape, options: Options, shape: ModelShape) -> None:
+    """Raise PlanError where the adapter of a gate and up-projection in one layer would not see the gate's noise."""
+    name = gate.name.rpartition(".")[2]
+    if name in FUSED and name in target_names(shape, options):
+        raise PlanError(
+            f"--train-noise: gate and up-projection are one layer here, {name}, and an adapter on it would not see the "
+            "noise of the gate alone; leave it out of --lora-targets"
+        )
+
+
+def disturbances(options: Options) -> list[Disturbance]:
+    """What the model is trained under, drawn from the Trainer's own random state."""
+    asked = zip(KINDS, (options.noise, options.mask), strict=True)
+    return [Disturbance(kind, strength, seed=None) for kind, strength in asked if strength]
 
 
 def cost(before: ModelShape, options: Options) -> Cost:
@@ -115,6 +135,8 @@ def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
             f"lora: {options.total_steps} steps of {options.batch} see only {seen} of {windows} training windows; "
             "--lora-steps 0 goes through all of them"
         )
+    if options.noise or options.mask:
+        yield "lora: training and its held-out checks are disturbed; other measurements are not, see --task robustness"
     recovery = options.recovery
     if not recovery.adapter.RANKED:
         yield (
@@ -145,7 +167,10 @@ def run(
         own_random_state(seed),  # again: whether the teacher had to compute anything must make no difference
     ):
         model, layers = adapted(source, options, runtime)
-        training = train(model, calibration, options, runtime, target.work, taught)
+        with ExitStack() as disturbed:
+            for disturbance in disturbances(options):
+                disturbed.enter_context(disturbance.on_model(model.get_base_model(), source.shape))
+            training = train(model, calibration, options, runtime, target.work, taught)
 
     training.curve.write(target.folder)
     for line in (*training.curve.lines(), f"  {training.summary()}"):
@@ -161,7 +186,7 @@ def run(
     return {"method": options.method, "trainable_parameters": trained, "added_bytes": added, **training.facts()}
 
 
-def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:
+def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> tuple[Any, dict[str, nn.Module]]:
     """The model in memory with new adapters, trained through its mask if it has one; and the adapted layers."""
     with quiet_import():  # peft asks GPTQModel, which greets
         from peft import get_peft_model

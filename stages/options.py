@@ -65,6 +65,9 @@ QUANTS = (*quantisers.METHODS, "none")
 METRICS = ("perplexity", "taylor", "magnitude", "influence")
 _MOST_BLOCKS = 10_000
 TEACHERS = ("auto", "held", "streamed")
+LOSSES = ("all", "answers")
+PACKINGS = ("windows", "rows", "grouped")
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class Lora:
     micro_batch: int = option(2, "--lora-micro-batch", "Windows that go through the model at once.")
     steps: int = option(0, "--lora-steps", "Optimiser steps; 0 is --lora-epochs passes over the training windows.")
     epochs: int = option(2, "--lora-epochs", "Passes over the training windows (the thesis: 1).")
-    learning_rate: float = option(1e-3, "--lora-lr", "Peak learning rate of AdamW; cosine with warm-up.")
+    learning_rate: float = option(1e-3, "--lora-lr", "Peak learning rate of AdamW; see --lora-schedule.")
     checkpointing: bool = option(False, "--lora-checkpointing", "Recompute activations to save memory.")
     save_steps: int = option(6, "--lora-save-steps", "Optimiser steps between durable points and held-out checks.")
     held_out: int = option(4, "--lora-held-out", "Training windows kept back to see when to stop; 0 does not look.")
@@ -214,6 +217,15 @@ class Lora:
     method: str = option(
         "lora", "--recover", f"How, joined with +: {', '.join(RECOVERY)}; qlora and loftq come after gptq.", later=True
     )
+    loss: str = option("all", "--lora-loss", "Tokens learnt: all, or of questions and instructions the answers.", True)
+    packing: str = option(
+        "windows", "--lora-packing", "Cut one long text into windows, or rows: each its own; grouped: by length.", True
+    )
+    schedule: str = option("cosine", "--lora-schedule", "Learning rate after warm-up: cosine, linear, constant.", True)
+    warmup: float = option(0.1, "--lora-warmup", "Share of the steps over which the learning rate rises.", True)
+    weight_decay: float = option(0.0, "--lora-weight-decay", "AdamW's weight decay.", True)
+    noise: float = option(0.0, "--train-noise", "Deviation of noise before the MLP gates while training.", True)
+    mask: float = option(0.0, "--train-mask", "Share of attention outputs zeroed while training.", True)
 
     def __post_init__(self) -> None:
         faults = _Faults()
@@ -238,6 +250,14 @@ class Lora:
         faults.one_of("--distill-teacher", self.teacher, TEACHERS)
         faults.require(self.held_out >= 0, f"--lora-held-out {self.held_out}: cannot be negative")
         faults.require(self.patience > 0, f"--lora-patience {self.patience}: must be positive")
+        faults.one_of("--lora-loss", self.loss, LOSSES)
+        faults.one_of("--lora-packing", self.packing, PACKINGS)
+        faults.one_of("--lora-schedule", self.schedule, SCHEDULES)
+        faults.require(0 <= self.warmup < 1, f"--lora-warmup {self.warmup}: a share from 0 to below 1")
+        decay = f"--lora-weight-decay {self.weight_decay}: must be 0 or more, and finite"
+        faults.require(0 <= self.weight_decay < math.inf, decay)
+        faults.require(0 <= self.noise < math.inf, f"--train-noise {self.noise}: must be 0 or more, and finite")
+        faults.require(0 <= self.mask < 1, f"--train-mask {self.mask}: must be in [0, 1)")
         faults.windows("lora", self.samples, self.length)
         faults.require(
             min(self.samples, self.batch) < 1 or self.held_out < 0 or self.samples - self.held_out >= self.batch,

@@ -23,7 +23,7 @@ from edgepress.checkpoints.errors import CheckpointError, NumericsError, TextErr
 from edgepress.checkpoints.manifest import sha256_file, write_bytes, write_json
 from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Progress, Runtime
-from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.tokens import IGNORED, TokenBatches
 from edgepress.checkpoints.walk import States, Walk, Work
 from edgepress.stages.options import Lora
 from edgepress.stages.options import Lora as Options
@@ -81,8 +81,8 @@ def train(
     trainer = _distilling(teacher, options.distill)(
         model=model,
         args=_arguments(options, steps, runtime, work.folder),
-        train_dataset=_Windows(data.ids[:cut], first=0),
-        eval_dataset=_Windows(data.ids[cut:], first=cut) if options.held_out else None,
+        train_dataset=_Windows(data, 0, cut),
+        eval_dataset=_Windows(data, cut, windows) if options.held_out else None,
         data_collator=_collate,
         callbacks=[
             _report(runtime.progress, work),
@@ -113,7 +113,7 @@ def train(
     return Training(
         curve=Curve([float(entry["loss"]) for entry in history if "loss" in entry], checks, best),
         steps=state.global_step,
-        tokens=windows_seen(state.global_step, cut, options) * options.length,
+        tokens=_tokens_seen(data.lengths()[:cut], windows_seen(state.global_step, cut, options)),
         seconds=max(work.seconds - began, 1e-3),
     )
 
@@ -135,6 +135,12 @@ def windows_seen(steps: int, windows: int, options: Options) -> int:
     return passes * windows + min(rest * options.batch, windows)
 
 
+def _tokens_seen(lengths: list[int], windows: int) -> int:
+    """Of so many windows, taken in order and over again."""
+    passes, rest = divmod(windows, len(lengths))
+    return passes * sum(lengths) + sum(lengths[:rest])
+
+
 def _arguments(options: Options, steps: int, runtime: Runtime, folder: Path) -> Any:
     from transformers import TrainingArguments
 
@@ -144,9 +150,9 @@ def _arguments(options: Options, steps: int, runtime: Runtime, folder: Path) -> 
         per_device_train_batch_size=options.micro_batch,
         gradient_accumulation_steps=options.batch // options.micro_batch,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.0,
+        lr_scheduler_type="constant_with_warmup" if options.schedule == "constant" else options.schedule,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
         activation_checkpointing=options.checkpointing,
         train_sampling_strategy="sequential",  # the windows were shuffled by the stage's own generator
         logging_steps=1,
@@ -219,8 +225,10 @@ def _distilling(teacher: Teacher | None, share: float) -> Any:
                 return super().compute_loss(model, inputs, *args, **kwargs)
             loss, outputs = super().compute_loss(model, inputs, *args, **(kwargs | {"return_outputs": True}))
             with torch.no_grad():
-                wanted = teacher(inputs["input_ids"], windows)[:, :-1]
+                wanted = teacher(inputs["input_ids"], windows)[:, : inputs["labels"].shape[1] - 1]
             kl = token_divergence(outputs["logits"][:, :-1], wanted)
+            learnt = inputs["labels"][:, 1:] != IGNORED
+            kl = kl if learnt.all() else kl[learnt]
             count = kwargs.get("num_items_in_batch")
             mixed = (1 - share) * loss + share * (kl.mean() if count is None else kl.sum() / count)
             return (mixed, outputs) if kwargs.get("return_outputs") else mixed
@@ -304,22 +312,28 @@ def _hashes(folder: Path) -> dict[str, str]:
 # --- data and randomness --------------------------------------------------------------------------------------------
 
 
-class _Windows(torch.utils.data.Dataset[tuple[int, Tensor]]):
-    """Windows with their number among all of the stage's, by which a teacher knows them."""
+class _Windows(torch.utils.data.Dataset[tuple[int, Tensor, Tensor]]):
+    """Windows from one number to another of all of the stage's, by which a teacher knows them, with their labels."""
 
-    def __init__(self, ids: Tensor, first: int) -> None:
-        self.ids, self.first = ids, first
+    def __init__(self, data: TokenBatches, first: int, end: int) -> None:
+        self.data, self.first, self.end = data, first, end
 
     def __len__(self) -> int:
-        return int(self.ids.shape[0])
+        return self.end - self.first
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return self.first + index, self.ids[index]
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
+        number = self.first + index
+        ids = self.data.ids[number]
+        return number, ids, ids if self.data.labels is None else self.data.labels[number]
 
 
-def _collate(windows: list[tuple[int, Tensor]]) -> dict[str, Tensor]:
-    ids = torch.stack([ids for _, ids in windows])
-    return {"input_ids": ids, "labels": ids, "windows": torch.tensor([number for number, _ in windows])}
+def _collate(windows: list[tuple[int, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A batch without what follows the last token that is learnt: causal attention does not see it."""
+    labels = torch.stack([labels for _, _, labels in windows])
+    width = int((labels != IGNORED).any(0).nonzero()[-1]) + 1
+    ids = torch.stack([ids for _, ids, _ in windows])
+    numbers = torch.tensor([number for number, _, _ in windows])
+    return {"input_ids": ids[:, :width], "labels": labels[:, :width], "windows": numbers}
 
 
 @contextmanager

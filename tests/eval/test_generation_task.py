@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.disturb import Disturbance
 from edgepress.checkpoints.errors import PlanError, TextError
 from edgepress.checkpoints.runtime import Runtime, Silent
 from edgepress.eval import metrics
 from edgepress.eval.answers import Answer, Question
-from edgepress.eval.disturb import Disturbance
 from edgepress.eval.generation import output_kib
 from edgepress.eval.metrics import bleu, bleu_terms, f1, rouge_l
 from edgepress.eval.perplexity import Protocol, measure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from edgepress.checkpoints.errors import TextError
 from edgepress.eval import text as texts
-from edgepress.eval.rows import RowError, chat_of, row_text
+from edgepress.eval import trivia
+from edgepress.eval.rows import RowError, chat_of, parse_row, question_prompt, row_text
 from edgepress.eval.text import load_text
 
 pytestmark = pytest.mark.unit
@@ -23,30 +25,31 @@ DATA = Path(os.environ.get("EDGEPRESS_DATA") or Path(__file__).parents[3] / "sha
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ("plain", ("plain", False)),
-        ({"text": "plain", "url": "x"}, ("plain", False)),
-        ({"text": ""}, ("", False)),
-        ({"instruction": "Add.", "input": "1 2", "output": "3"}, ("Instruction: Add.\nInput: 1 2\nResponse: 3", True)),
-        ({"instruction": "Add.", "input": "", "output": " 3\n"}, ("Instruction: Add.\nResponse: 3", True)),
-        ({"instruction": "Add.", "output": "3", "text": "Do: Add. It is 3"}, ("Instruction: Add.\nResponse: 3", True)),
-        ({"prompt": "### Response:", "answer": "3###eos_token###"}, ("### Response:\n3", True)),
-        ({"prompt": "Say: ", "answer": "3"}, ("Say: 3", True)),
-        ({"context": "Question: a?\nAnswer:", "answer": "b"}, ("Question: a?\nAnswer: b", True)),
+        ("plain", ("plain", 0)),
+        ({"text": "plain", "url": "x"}, ("plain", 0)),
+        ({"text": ""}, ("", 0)),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, ("Instruction: Add.\nInput: 1 2\nResponse: 3", 38)),
+        ({"instruction": "Add.", "input": "", "output": " 3\n"}, ("Instruction: Add.\nResponse: 3", 27)),
+        ({"instruction": "Add.", "output": "3", "text": "Do: Add. It is 3"}, ("Instruction: Add.\nResponse: 3", 27)),
+        ({"prompt": "### Response:", "answer": "3###eos_token###"}, ("### Response: 3", 13)),
+        ({"prompt": "Say it", "answer": "3"}, ("Say it\n3", 7)),
+        ({"prompt": "Say: ", "answer": "3"}, ("Say: 3", 4)),
+        ({"context": "Question: a?\nAnswer:", "answer": "b"}, ("Question: a? Answer: b", 20)),
         (
             {"context": "C.", "question": "a?", "answers": {"text": ["b", "c"], "answer_start": [0, 1]}, "id": "7"},
-            ("Context: C.\nQuestion: a?\nAnswer: b", True),
+            ("Context: C. Question: a? Answer: b", 32),
         ),
         (
             {"context": "C.", "question": "a?", "answer": "b", "title": "t"},
-            ("Context: C.\nQuestion: a?\nAnswer: b", True),
+            ("Context: C. Question: a? Answer: b", 32),
         ),
-        ({"instruction": "i", "context": "c", "response": "r"}, ("Instruction: i\nInput: c\nResponse: r", True)),
-        ({"instruction": "i", "input": None, "output": "r"}, ("Instruction: i\nResponse: r", True)),
-        ({"question": "a?", "answer": "b"}, ("Question: a?\nAnswer: b", True)),
-        ({"question": "a?", "answer": {"value": "b", "aliases": ["b", "c"]}}, ("Question: a?\nAnswer: b", True)),
+        ({"instruction": "i", "context": "c", "response": "r"}, ("Instruction: i\nInput: c\nResponse: r", 33)),
+        ({"instruction": "i", "input": None, "output": "r"}, ("Instruction: i\nResponse: r", 24)),
+        ({"question": "a?", "answer": "b"}, ("Question: a? Answer: b", 20)),
+        ({"question": "a?", "answer": {"value": "b", "aliases": ["b", "c"]}}, ("Question: a? Answer: b", 20)),
     ],
 )
-def test_every_form_of_a_row(row: Any, expected: tuple[str, bool]) -> None:
+def test_every_form_of_a_row(row: Any, expected: tuple[str, int]) -> None:
     assert row_text(row) == expected
 
 
@@ -227,9 +230,47 @@ def test_an_end_token_closes_each_exchange_and_no_prose(tmp_path: Path) -> None:
     (tmp_path / "qa.json").write_text(json.dumps([{"question": "a", "answer": letter} for letter in "bc"]))
     (tmp_path / "prose.json").write_text(json.dumps([{"text": "b"}, {"text": "c"}]))
     qa, prose = (load_text(str(tmp_path / name), "whole").token_ids(Words()) for name in ("qa.json", "prose.json"))  # type: ignore[arg-type]
-    first = [ord(letter) for letter in "Question: a\nAnswer: "]
+    first = [ord(letter) for letter in "Question: a Answer: "]
     assert qa.tolist() == [*first, ord("b"), 0, *first, ord("c"), 0]
     assert prose.tolist() == [ord("b"), ord("c")]
+
+
+def test_what_is_asked_reads_the_same_in_training_and_when_it_is_measured(tmp_path: Path) -> None:
+    asked = [
+        ({"question": " Who? ", "answer": "b"}, "closed"),
+        ({"context": "Question: Who?\nAnswer:", "answer": "b"}, "closed"),
+        ({"context": "C.", "question": "Who?", "answer": "b", "ctxs": [{"text": "C."}]}, "open"),
+    ]
+    for row, book in asked:
+        item = trivia._item("1", {key: value for key, value in row.items() if (key, book) != ("context", "open")})
+        prompt = question_prompt(item.question, item.contexts[0] if book == "open" else "")
+        text, start = row_text({key: value for key, value in row.items() if key != "ctxs"})
+        assert text[:start] == prompt == ("Context: C. " if book == "open" else "") + "Question: Who? Answer:"
+    for row in (
+        {"instruction": " Add. ", "input": "1 2", "output": "b"},
+        {"instruction": "Add.", "output": "b"},
+        {"instruction": "Add.", "context": "1 2", "response": "b"},
+        {"prompt": "Add.", "answer": "b"},
+        {"prompt": "### Response: ", "answer": "b"},
+        {"prompt": "Below is\n\n", "answer": "b"},
+    ):
+        text, start = row_text(row)
+        assert text[:start] == parse_row(1, row).prompt(chat=False)
+        assert text.endswith("b") and start <= len(text) - 1
+
+
+def test_a_row_of_several_lines_is_one_row(tmp_path: Path) -> None:
+    rows = [{"text": f"Human: {i}\n\nAssistant: yes"} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "lines.txt").write_text("\n".join(row["text"] for row in rows))
+    text = load_text(str(tmp_path / "rows.jsonl"), "whole")
+    assert text.rows() == [row["text"] for row in rows]
+    assert load_text(str(tmp_path / "rows.jsonl"), "evaluate").rows() == [rows[4]["text"]]
+    assert len(load_text(str(tmp_path / "lines.txt"), "whole").rows()) == 10
+    # A measurement of its lines is not taken for one of its rows.
+    assert text.sha256 != replace(text, whole_rows=False).sha256
+    plain = replace(text, documents=("one line", "another"))
+    assert plain.sha256 == replace(plain, whole_rows=False).sha256
 
 
 class Hub:
@@ -266,7 +307,7 @@ def test_trivia_qa_from_the_hub_reads_like_its_local_file(hub: Callable[..., Hub
     served = hub([*rows, {"question": "unanswered", "answer": {"value": ""}, "search_results": {}}])
     train, test = load_text("trivia_qa", "calibrate"), load_text("trivia_qa", "evaluate")
     assert served.asked == [("mandarjoshi/trivia_qa", "rc.nocontext", split) for split in ("train", "validation")]
-    assert train.documents[0] == "Question: q0?\nAnswer: a0"
+    assert train.documents[0] == "Question: q0? Answer: a0"
     assert train.exchanges and "1 rows without an answer left out" in train.name
     assert test.documents == train.documents  # the splits differ, this hub does not
     local = [{"context": f"Question: q{i}?\nAnswer:", "answer": f"a{i}"} for i in range(6)]

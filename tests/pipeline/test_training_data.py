@@ -64,6 +64,38 @@ def test_fewer_windows_than_asked_for_are_all_used_and_it_is_said_once(
     assert 310 <= tokens.count(end) <= 320  # one for each row of four fifths, but for those outside the last window
 
 
+@pytest.mark.parametrize("packing", ["windows", "rows", "grouped"])
+def test_only_answers_are_learnt_where_it_is_asked_for(
+    packing: str, tiny_llama: Path, questions: Path, tmp_path: Path
+) -> None:
+    options = Lora(data=str(questions), samples=40, length=64, batch=8, held_out=4, loss="answers", packing=packing)
+    data, _ = training_windows(tiny_llama, questions, options, tmp_path)
+    tokenizer = Checkpoint.open(tiny_llama).tokenizer()
+    learnt = tokenizer.decode(data.labels[data.labels != -100])
+    assert data.facts()["learnt_tokens"] == int((data.labels != -100).sum())
+    end = tokenizer.eos_token
+    assert learnt.count(end) >= 40 and learnt.replace(end, "").replace(" ", "").isdecimal()
+    if packing == "windows":
+        return
+    for ids, labels in zip(data.ids, data.labels, strict=True):
+        row = tokenizer.decode(ids[: int((labels != -100).nonzero()[-1]) + 1])
+        number = row.removeprefix("Question: What is ").split()[0]
+        assert row == f"Question: What is {number} and {number}? Answer: {2 * int(number)}{end}"
+        assert tokenizer.decode(labels[labels != -100]) == f" {2 * int(number)}{end}"
+
+
+def test_rows_of_plain_text_are_learnt_whole_and_have_no_answers(tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prose.jsonl"
+    path.write_text("".join(json.dumps({"text": f"two\nlines of row {i}"}) + "\n" for i in range(60)))
+    options = Lora(data=str(path), samples=40, length=32, batch=8, packing="rows")
+    data, _ = training_windows(tiny_llama, path, options, tmp_path)
+    tokenizer = Checkpoint.open(tiny_llama).tokenizer()
+    rows = {tokenizer.decode(ids[:length]) for ids, length in zip(data.ids, data.lengths(), strict=True)}
+    assert len(rows) == 40 and all(row.startswith("two\nlines of row ") for row in rows)
+    with pytest.raises(TextError, match="has no questions or instructions with answers"):
+        training_windows(tiny_llama, path, Lora(data=str(path), loss="answers"), tmp_path)
+
+
 def test_no_batch_is_an_error_that_says_what_is_there(tiny_llama: Path, questions: Path, tmp_path: Path) -> None:
     options = Lora(data=str(questions), samples=8192, length=2048)
     with pytest.raises(

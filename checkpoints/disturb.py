@@ -1,8 +1,9 @@
 """Disturb a model with hooks: noise on the inputs of the MLPs' gates, random masking of attention outputs.
 
-Simulates inexact arithmetic and lossy memory while a model is measured; its weights stay as they are. Each block
-draws from a generator of its own, so that a walk (block by block) and a whole model (batch by batch) that see the
-same batches in the same order get the same noise. torch's global generator is never touched.
+Simulates inexact arithmetic and lossy memory while a model is measured or trained; its weights stay as they are. Each
+block draws from a generator of its own, so that a walk (block by block) and a whole model (batch by batch) that see the
+same batches in the same order get the same noise. Without a seed torch's global generator is drawn from, which training
+saves, resumes and replays where activations are computed again.
 """
 
 from __future__ import annotations
@@ -11,23 +12,23 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import CheckpointError, PlanError, near
+from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 KINDS = ("gate-noise", "attention-mask")
 _GATES = ("gate_proj", "w1", "wi_0", "linear_gate", "gate")
-_FUSED = ("gate_up_proj", "gate_and_up_proj")  # the gate's rows come first, as transformers splits them
+FUSED = ("gate_up_proj", "gate_and_up_proj")  # the gate's rows come first, as transformers splits them
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """One kind of disturbance at one strength, drawn from one seed.
+    """One kind of disturbance at one strength, drawn from one seed, or from torch's global generator.
 
     gate-noise: x + e with e ~ N(0, strength^2) before the gate's projection. attention-mask: each element of the
     attention's output is zero with probability `strength`, the others are divided by 1 - strength if `rescale`.
@@ -35,7 +36,7 @@ class Disturbance:
 
     kind: str
     strength: float
-    seed: int = 0
+    seed: int | None = 0
     rescale: bool = False
 
     def __post_init__(self) -> None:
@@ -50,7 +51,9 @@ class Disturbance:
         if self.kind == "attention-mask" and self.rescale and self.strength == 1:
             raise PlanError("attention-mask 1 leaves nothing to rescale; give less than 1, or do not rescale")
 
-    def generator(self, block: int) -> torch.Generator:
+    def generator(self, block: int) -> torch.Generator | None:
+        if self.seed is None:
+            return None
         digest = hashlib.sha256(f"{self.seed} {self.kind} block {block}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -66,7 +69,7 @@ class Disturbance:
             linear = block.get_submodule(gate.name)
             handle = (
                 linear.register_forward_hook(_noise_on_half(self.strength, generator))
-                if _leaf(gate) in _FUSED
+                if _leaf(gate) in FUSED
                 else linear.register_forward_pre_hook(_noise(self.strength, generator))
             )
         else:
@@ -98,11 +101,11 @@ def find_gate(block: BlockShape, index: int) -> LinearShape:
     outside = [x for x in block.linears if "attn" not in x.name and "attention" not in x.name]
     paired = [x for x in outside if any((y.in_features, y.out_features) == _inner(x) for y in outside if y is not x)]
     widening = [x for x in paired if x.out_features > x.in_features]
-    found = [x for x in paired if _leaf(x) in _GATES + _FUSED] or (widening if len(widening) == 1 else [])
+    found = [x for x in paired if _leaf(x) in _GATES + FUSED] or (widening if len(widening) == 1 else [])
     if len(found) == 1:
         return found[0]
     raise CheckpointError(
-        f"block {index}: the MLP's gate cannot be told; it would be called one of {', '.join(_GATES + _FUSED)}, or be "
+        f"block {index}: the MLP's gate cannot be told; it would be called one of {', '.join(_GATES + FUSED)}, or be "
         f"the MLP's only layer beside its down-projection. The block's linear layers are "
         f"{', '.join(f'{x.name} ({x.out_features} x {x.in_features})' for x in block.linears) or 'none'}"
     )
@@ -114,7 +117,7 @@ def _leaf(linear: LinearShape) -> str:
 
 def _inner(linear: LinearShape) -> tuple[int, int]:
     """Width inside the MLP if this is its gate, and width outside."""
-    return linear.out_features // (2 if _leaf(linear) in _FUSED else 1), linear.in_features
+    return linear.out_features // (2 if _leaf(linear) in FUSED else 1), linear.in_features
 
 
 def find_attention(block: nn.Module, index: int) -> nn.Module:
@@ -132,12 +135,14 @@ def find_attention(block: nn.Module, index: int) -> nn.Module:
 # --- the hooks ----------------------------------------------------------------------------------------------------
 
 
-def _normal(shape: Sequence[int], like: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def _normal(shape: Sequence[int], like: Tensor, strength: float, generator: torch.Generator | None) -> Tensor:
     # Drawn in host memory and float32 whatever the device and precision are: the same noise everywhere.
     return (torch.randn(tuple(shape), generator=generator) * strength).to(like.device, like.dtype)
 
 
-def _noise(strength: float, generator: torch.Generator) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _noise(
+    strength: float, generator: torch.Generator | None
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x = inputs[0]
         return (x + _normal(x.shape, x, strength, generator), *inputs[1:])
@@ -145,19 +150,19 @@ def _noise(strength: float, generator: torch.Generator) -> Callable[[nn.Module, 
     return hook
 
 
-def _noise_on_half(strength: float, generator: torch.Generator) -> Callable[..., Tensor]:
+def _noise_on_half(strength: float, generator: torch.Generator | None) -> Callable[..., Tensor]:
     """For gate and up in one layer: (x + e) Wg = x Wg + e Wg, and x Wu stays free of noise."""
 
     def hook(linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         x, weight = inputs[0], linear.get_parameter("weight")
         gate, up = output.chunk(2, dim=-1)
         noise = _normal(x.shape, x, strength, generator)
-        return torch.cat([gate + F.linear(noise, weight[: gate.shape[-1]]), up], dim=-1)
+        return torch.cat([gate + torch.nn.functional.linear(noise, weight[: gate.shape[-1]]), up], dim=-1)
 
     return hook
 
 
-def _mask(strength: float, rescale: bool, generator: torch.Generator) -> Callable[..., Any]:
+def _mask(strength: float, rescale: bool, generator: torch.Generator | None) -> Callable[..., Any]:
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         y = output[0] if isinstance(output, tuple) else output
         kept = (torch.rand(tuple(y.shape), generator=generator) >= strength).to(y.device)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.disturb import Disturbance, find_attention, find_gate
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import BlockShape, LinearShape
-from edgepress.eval.disturb import Disturbance, find_attention, find_gate
 from edgepress.eval.perplexity import Protocol, measure
 from edgepress.eval.robustness import Plan, measure_robustness, perplexity_under
 from edgepress.eval.text import Text, load_text
