@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -191,6 +192,10 @@ class Form(ABC):
         Raises CheckpointError naming the field whose meaning would be lost.
         """
 
+    def own(self, name: str, config: Mapping[str, Any]) -> Form:
+        """The form of the layer of this full name, where `quantization_config` may state another for it."""
+        return self
+
     def layer(self, name: str, members: Mapping[str, TensorShape]) -> Layer | None:
         """The layer called `name` if these tensors hold one in this form, told by their shapes."""
         return None
@@ -315,6 +320,13 @@ class Grid(_Grouped):
             return None
         _require_readable(config)
         return cls(_stated_bits(config), _stated_group(config), bool(config.get("sym", False)))
+
+    def own(self, name: str, config: Mapping[str, Any]) -> Grid:
+        for pattern, settings in (config.get("dynamic") or {}).items():
+            if settings and re.match(pattern.removeprefix("+:"), name):  # the first that fits, as GPTQModel reads it
+                return replace(self, bits=_stated_bits({"bits": self.bits} | settings),
+                               group=_stated_group({"group_size": self.group} | settings))  # fmt: skip
+        return self
 
     def layer(self, name: str, members: Mapping[str, TensorShape]) -> Layer | None:
         codes, order = members.get(f"{name}.qweight"), members.get(f"{name}.g_idx")
@@ -682,10 +694,12 @@ def _require_readable(quantization: Mapping[str, Any]) -> None:
     if quantization.get("lm_head"):
         raise CheckpointError(f"the head is quantised as well (lm_head), which cannot be read. {BEFORE}")
     dynamic = quantization.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping) or any(dynamic.values()):
+    if not isinstance(dynamic, Mapping) or any(
+        not isinstance(own, Mapping) or own.keys() - {"bits", "group_size"} for own in dynamic.values()
+    ):
         raise CheckpointError(
-            f"single layers have settings of their own (dynamic: {json.dumps(dynamic)[:80]}), which cannot be read; "
-            f"layers that are left out are fine. {BEFORE}"
+            f"single layers have settings of their own (dynamic: {json.dumps(dynamic)[:80]}), of which bits and "
+            f"group_size can be read, and layers that are left out. {BEFORE}"
         )
     unknown = sorted(
         key

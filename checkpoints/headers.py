@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,8 @@ def _shape_of(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored]
         start = f"{prefix}.{i}."
         coded = {name.removeprefix(start): x for name, x in noted.items() if name.startswith(start)}
         dense = str((config.get(OWN_KEY) or {}).get(DENSE_DTYPE) or "")
-        blocks.append(_block(members[i], form, coded, pattern, adapters.get(i, {}), dense))
+        form_at = partial(form.own, config=config["quantization_config"]) if form is not None else None
+        blocks.append(_block(members[i], form, coded, pattern, adapters.get(i, {}), dense, form_at, start))
     bits = None
     if (folder / EDGE).is_file():
         rows = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
@@ -380,8 +382,11 @@ def _block(
     pattern: Sparsity | None,
     adapters: dict[str, _Adapter],
     dense_dtype: str,
+    form_at: Callable[[str], Form] | None,
+    start: str,
 ) -> BlockShape:
-    """coded: layers that a note tells of; dense_dtype: of quantised layers before, where that is said.
+    """coded: layers that a note tells of; dense_dtype: of quantised layers before, where that is said;
+    form_at: the form of a layer by its full name, which begins with `start`.
 
     Raises CheckpointError where a tensor makes no sense.
     """
@@ -391,7 +396,9 @@ def _block(
             "quantize_config.json says there into config.json as quantization_config, with quant_method gptq"
         )
     bases = dict.fromkeys(name.rpartition(".")[0] for name in members)
-    told = {base: layer for base in bases if form is not None and (layer := form.layer(base, members))}
+    told = {
+        base: layer for base in bases if form_at is not None and (layer := form_at(start + base).layer(base, members))
+    }
     linears, others = [], []
     dense_dtype = dense_dtype or usual_dtype(members.values())
     for name, tensor in members.items():

@@ -151,7 +151,7 @@ class ModelShape:
 
     @property
     def grid(self) -> Form | None:
-        """How the quantised layers are stored; all have one form."""
+        """How the first quantised layer is stored; single others may have forms of their own."""
         return next((x.grid for block in self.blocks for x in block.linears if x.grid), None)
 
     @property
@@ -496,7 +496,7 @@ def with_form(shape: ModelShape, form: Form, embedding_bits: int) -> ModelShape:
     fitted, dtype = _fitted(shape, form), shape.dense_dtype
     if fitted is None:
         raise PlanError("gptq: no layer of this model has sides that are multiples of 32, as its file format needs")
-    after = each_linear(shape, lambda x: _coded(x, fitted, dtype))
+    after = each_linear(shape, lambda x: coded(x, fitted, dtype))
     return replace(after, embedding_bits=embedding_bits or shape.embedding_bits)
 
 
@@ -511,7 +511,7 @@ def with_bits(shape: ModelShape, bits: int, group: int = 128) -> ModelShape:
         if fitted is None or (x.grid is not None and x.grid.bits <= bits):
             return x
         whole = Grid(bits, x.grid.group, x.grid.symmetric) if x.grid and x.grid.integer else fitted
-        return _coded(x, whole, dtype)
+        return coded(x, whole, dtype)
 
     return each_linear(shape, narrowed)
 
@@ -523,7 +523,7 @@ def _fitted(shape: ModelShape, form: Form) -> Form | None:
     return form.fitted(widths) if widths else None
 
 
-def _coded(x: LinearShape, form: Form, dtype: str) -> LinearShape:
+def coded(x: LinearShape, form: Form, dtype: str) -> LinearShape:
     """The layer stored so, if the form can hold it.
 
     Codes stand for weights of one precision in the whole model; a bias keeps its own.

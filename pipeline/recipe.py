@@ -223,6 +223,8 @@ def stage_values(stage: str, values: Any, faults: list[str]) -> dict[str, Any]:
         faults.append(f"{stage}: options must be keys and values")
         return {}
     types = get_type_hints(STAGES[stage])
+    if stage == "gptq" and isinstance(rules := values.get("layers"), dict):  # as a flag says it
+        values = {**values, "layers": "; ".join(f"{name}={how}" for name, how in rules.items())}
     good, wrong = validated(f"{stage}.", types, values)
     for key, fault in wrong:
         faults.append(fault or f"{stage} has no option '{key}'{near(key, types)}; there are {', '.join(types)}")

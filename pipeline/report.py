@@ -81,7 +81,8 @@ def print_plan(
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
 
     def row(name: str, s: ModelShape, peak: str) -> None:
-        bits = str(s.grid.bits) if s.grid else ""
+        found = sorted({x.grid.bits for block in s.blocks for x in block.linears if x.grid})
+        bits = "-".join(map(str, dict.fromkeys(found[:1] + found[-1:])))
         pattern = str(s.pattern or "")
         counts = (_millions(s.parameters_total), _millions(s.parameters_nonzero))
         table.add_row(

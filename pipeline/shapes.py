@@ -11,7 +11,7 @@ from edgepress.checkpoints.errors import CheckpointError, PlanError, near
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.headers import INDEX, shape_from_folder
 from edgepress.checkpoints.manifest import MANIFEST, MARKER, Manifest, check_files, require_finished
-from edgepress.checkpoints.shape import ModelShape, with_bits, with_form
+from edgepress.checkpoints.shape import LinearShape, ModelShape, with_bits, with_form
 from edgepress.pipeline.store import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -54,7 +54,15 @@ def stated_shape(folder: Path) -> ModelShape:
     """
     config = read_config(folder)
     form, shape = stated_form(config), shape_from_config(config)
-    return shape if form is None else with_form(shape, form, 0)
+    if form is None:
+        return shape
+    alike, stated = with_form(shape, form, 0), config["quantization_config"]
+
+    def own(index: int, x: LinearShape) -> LinearShape:
+        return replace(x, grid=x.grid.own(f"{shape.block_prefix}.{index}.{x.name}", stated)) if x.grid else x
+
+    blocks = tuple(replace(b, linears=tuple(own(i, x) for x in b.linears)) for i, b in enumerate(alike.blocks))
+    return replace(alike, blocks=blocks)
 
 
 def tokenizer_folder(model: str | None) -> Path:

@@ -7,17 +7,19 @@ is kept by all. Packing and file format are GPTQModel's, of codebooks (nf4) bits
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.forms import Form, TensorShape
+from edgepress.checkpoints.forms import Form, Grid, TensorShape
 from edgepress.checkpoints.headers import usual_dtype
 from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.packed_sizes import is_head
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, ModelShape, with_form
+from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape, coded, with_form
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method
@@ -48,12 +50,71 @@ REFINE_TOKENS = 1024  # in one step of refining; also what goes through a block 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
     """The shape with a grid on every layer that the file format can hold. Raises PlanError."""
     require_dense(shape, "gptq")
-    after = with_form(shape, _wanted_form(shape, options), options.quant_embeddings)
-    assert after.grid is not None
+    alike = _alike(shape, options)
+    base = alike.grid
+    assert base is not None
     heads = [t.name.removesuffix(".weight") for t in shape.outer if is_head(t.name)]
     damping = options.damping if method(options.quant).TUNES else None  # GPTQ's solver alone damps
-    quantization = after.grid.config(after.dense_dtype, left_dense(shape, after.grid), heads, damping)
+    quantization = base.config(alike.dense_dtype, left_dense(shape, base), heads, damping)
+    after = _with_rules(shape, alike, options) if options.layers else alike
+    if isinstance(base, Grid) and (own := _own_grids(after, base)):
+        quantization["dynamic"] = quantization.get("dynamic", {}) | own
     return replace(after, config=dict(shape.config) | {"quantization_config": quantization} | _own(after, options))
+
+
+def _alike(shape: ModelShape, options: Options) -> ModelShape:
+    """The shape with the stage's own form on every layer. Raises PlanError."""
+    return with_form(shape, _wanted_form(shape, options), options.quant_embeddings)
+
+
+def _with_rules(shape: ModelShape, alike: ModelShape, options: Options) -> ModelShape:
+    """Each layer that has settings of its own in their form. Raises PlanError with all that cannot be, by rule."""
+    rules, faults, dtype = options.rules, [], shape.dense_dtype
+    for rule in rules:
+        if METHODS[rule.quant][0] != METHODS[options.quant][0]:
+            able = ", ".join(name for name, (file, _) in METHODS.items() if file == METHODS[options.quant][0])
+            faults.append(
+                f"--quant-layers: {rule.quant} cannot stand beside --quant {options.quant} in one model, whose files "
+                f"know one kind of code; beside it there are {able}"
+            )
+        elif not any(rule.covers(i, x.name) for i, b in enumerate(shape.blocks) for x in b.linears):
+            names = sorted({x.name.rpartition(".")[2] for b in shape.blocks for x in b.linears})
+            faults.append(
+                f"--quant-layers: no layer is called {rule.name} in those of {len(shape.blocks)} blocks that "
+                f"{rule.quant} is for; there are {', '.join(names)}"
+            )
+    if faults:
+        raise PlanError("\n".join(dict.fromkeys(faults)))
+    forms: dict[tuple[str, int, int], Form] = {}
+
+    def formed(index: int, before: LinearShape, x: LinearShape) -> LinearShape:
+        own = options.of(index, x.name)
+        if own is options:
+            return x
+        key = (own.quant, own.group, x.in_features)
+        if key not in forms:
+            forms[key] = _wanted_form(shape, own).fitted({x.in_features})
+        return coded(before, forms[key], dtype)
+
+    blocks = tuple(
+        replace(b, linears=tuple(formed(i, *pair) for pair in zip(shape.blocks[i].linears, b.linears, strict=True)))
+        for i, b in enumerate(alike.blocks)
+    )
+    return replace(alike, blocks=blocks)
+
+
+def _own_grids(after: ModelShape, base: Grid) -> dict[str, Any]:
+    """GPTQModel's `dynamic`: the bits and groups of layers that have others than the rest, by a pattern of names."""
+    blocks: dict[tuple[str, Grid], list[str]] = {}
+    for index, block in enumerate(after.blocks):
+        for x in block.linears:
+            if isinstance(x.grid, Grid) and x.grid != base:
+                blocks.setdefault((x.name, x.grid), []).append(str(index))
+    prefix = re.escape(after.block_prefix)
+    return {
+        f"+:^{prefix}\\.({'|'.join(numbers)})\\.{re.escape(name)}$": {"bits": grid.bits, "group_size": grid.group}
+        for (name, grid), numbers in blocks.items()
+    }
 
 
 def cost(before: ModelShape, options: Options) -> Cost:
@@ -114,10 +175,15 @@ def _wanted_form(shape: ModelShape, options: Options) -> Form:
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:
     """What differs from what was asked, in words a person should read before the run."""
-    after, wanted = plan(shape, options), form(options, shape.pattern is not None)
+    after, wanted = _alike(shape, options), form(options, shape.pattern is not None)
     stored = after.grid
     assert stored is not None
     said = _form_remarks(shape, after, stored, wanted, options)
+    if options.layers:
+        own = [options.of(i, x.name) for i, block in enumerate(shape.blocks) for x in block.linears]
+        ways = Counter(f"{o.quant}/{o.group}" for o in own if o is not options)
+        of = ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))
+        said.append(f"gptq: of {len(own)} layers have settings of their own: {of}")
     if stored.unknown:
         said.append(f"gptq: no library knows {stored.unknown}: only this project loads the folder")
     if (bits := activation_bits(options)) < 16:
@@ -176,7 +242,7 @@ def run(
     from edgepress.stages.refine import DenseOutputs
 
     chosen, after = method(options.quant), plan(source.shape, options)
-    grid, masked = after.grid, source.shape.pattern is not None
+    grid, masked = _alike(source.shape, options).grid, source.shape.pattern is not None
     assert grid is not None
     refined = options.effort == "high"
     # Weights alone need no hidden states: the walk then carries none, and no block is run.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError, near
@@ -293,6 +293,35 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class LayerRule:
+    """How some layers are quantised: those of this name, or its last part, in these blocks; `*` and none are all."""
+
+    name: str
+    quant: str
+    group: int = 0  # 0: the stage's
+    blocks: frozenset[int] = frozenset()
+
+    @classmethod
+    def parse(cls, text: str) -> LayerRule:
+        """Read `[BLOCKS.]NAME=QUANT[/GROUP]`. Raises PlanError that says what is wrong with it."""
+        where = f"--quant-layers: '{text}'"
+        match = re.fullmatch(r"(?:([\d,-]+|\*)\.)?([\w.]+|\*)\s*=\s*([\w-]+)(?:/(-?\d+))?", text)
+        if match is None:
+            raise PlanError(f"{where} is not [BLOCKS.]NAME=QUANT[/GROUP], e.g. 0-3,7.down_proj=gptq5-s/32")
+        blocks, name, quant, group = match.groups()
+        known = tuple(quantisers.METHODS)
+        if quant not in known:
+            raise PlanError(f"{where}: there is no quantiser {quant}{near(quant, known)}; there are {', '.join(known)}")
+        if group is not None and int(group) != -1 and int(group) < 32:
+            raise PlanError(f"{where}: a group of {group}; at least 32, or -1 for whole rows")
+        numbers = frozenset(Depth(layers=blocks).sequence) if blocks not in (None, "*") else frozenset()
+        return cls(name, quant, int(group or 0), numbers)
+
+    def covers(self, block: int, name: str) -> bool:
+        return (not self.blocks or block in self.blocks) and self.name in ("*", name, name.rpartition(".")[2])
+
+
+@dataclass(frozen=True)
 class Gptq:
     """Low-bit weights: GPTQ's (arXiv 2210.17323) unless another method is asked for."""
 
@@ -310,6 +339,9 @@ class Gptq:
     )
     samples: int = option(32, "--quant-samples", "Calibration windows.")
     length: int = option(512, "--quant-length", "Tokens per calibration window.")
+    layers: str = option(
+        "", "--quant-layers", "Settings of single layers: 'down_proj=gptq5-s/32; 0-3,7.q_proj=gptq3-s'.", later=True
+    )
 
     def __post_init__(self) -> None:
         faults = _Faults()
@@ -332,6 +364,11 @@ class Gptq:
         )
         faults.require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
         faults.windows("gptq", self.samples, self.length)
+        faults.require(
+            not self.layers or not self.skipped,
+            "--quant-layers says how layers are quantised, and --quant none quantises none",
+        )
+        faults.of(lambda: self.rules)
         faults.raise_all()
 
     @property
@@ -340,7 +377,18 @@ class Gptq:
 
     @property
     def label(self) -> str:
-        return self.quant if self.activation_bits == 16 else f"{self.quant}-a{self.activation_bits}"
+        name = f"{self.quant}-mixed" if self.layers else self.quant
+        return name if self.activation_bits == 16 else f"{name}-a{self.activation_bits}"
+
+    @property
+    def rules(self) -> tuple[LayerRule, ...]:
+        """What `layers` says, in order."""
+        return tuple(LayerRule.parse(part.strip()) for part in self.layers.split(";") if part.strip())
+
+    def of(self, block: int, name: str) -> Gptq:
+        """The settings of one layer, named relative to its block: of the rules for it the last one's."""
+        rule = next((r for r in reversed(self.rules) if r.covers(block, name)), None)
+        return self if rule is None else replace(self, quant=rule.quant, group=rule.group or self.group, layers="")
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_
         ({"format": "gptq_v2"}, "format 'gptq_v2'"),
         ({"pack_dtype": "int16"}, "words of int16"),
         ({"lm_head": True}, "the head is quantised as well"),
-        ({"dynamic": {r".*\.18\.": {"bits": 8}}}, "single layers have settings of their own"),
+        ({"dynamic": {r".*\.18\.": {"bits": 8, "desc_act": True}}}, "single layers have settings of their own"),
         ({"rotation": "hadamard"}, "has rotation, and what that changes is not known"),
         ({"activation": {"bits": 8}}, "has activation"),
         ({"bits": 5}, "bits 5"),
