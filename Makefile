@@ -31,11 +31,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/compress --depth 2 --wanda 1:8 --quant gptq4 -o demo
 
+# One thread: the model's matrices are so small that a second one mostly waits for the first.
 chip: setup
 	@for file in "$(STORIES260K)" "$(TINYSTORIES)"; do test -f "$$file" || { echo "make chip: there is no file $$file;" \
 		"give make chip STORIES260K=stories260K.bin TINYSTORIES=tinystories.txt, from llama2.c's published checkpoints" \
 		"(tok512.bin lies beside the first) and TinyStories"; exit 2; }; done
-	$(BIN)/compress --model "$(STORIES260K)" --data "$(TINYSTORIES)" $(TINY) -o chip-demo/tiny
+	OMP_NUM_THREADS=1 $(BIN)/compress --model "$(STORIES260K)" --data "$(TINYSTORIES)" $(TINY) -o chip-demo/tiny
 	$(BIN)/compress check chip-demo/tiny/result --program rv32
 	$(BIN)/compress simulate chip-demo/tiny/result "Once upon a time"
 

@@ -29,6 +29,9 @@ pytestmark = [
 
 DATA = Path(os.environ.get("EDGEPRESS_DATA") or ROOT.parent / "shared" / "data")
 
+# A third of the demo's work: less text to measure on, to train on and to find the adapter on. The rest is as it is.
+SMALLER = ("--tokens", "4096", "--lora-steps", "6", "--eora-samples", "16")
+
 # Plain transformers in a fresh Python, nothing of ours imported; peft only for stage 5.
 LOAD = """
 import os, sys
@@ -55,7 +58,7 @@ def workplace(installed: Installed, tmp_path_factory: pytest.TempPathFactory, ti
     (folder / "my-text.txt").write_text("\n".join(lines))
     demo = re.search(r"\$\(BIN\)/(compress .*)", (ROOT / "Makefile").read_text())
     assert demo is not None
-    done = installed.run(demo[1], cwd=folder)
+    done = installed.run(demo[1], *SMALLER, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "demo.txt").write_text(done.stdout)
     return folder
@@ -77,7 +80,7 @@ def test_the_demo_ends_with_five_stages_and_a_verdict(workplace: Path) -> None:
 
 
 def test_a_second_run_does_no_work_and_says_so(installed: Installed, workplace: Path) -> None:
-    done = installed.run("compress --depth 2 --wanda 1:8 --quant gptq4 -o demo", cwd=workplace)
+    done = installed.run("compress --depth 2 --wanda 1:8 --quant gptq4 -o demo", *SMALLER, cwd=workplace)
     assert done.returncode == 0
     assert "Nothing to do" in done.stdout
 
@@ -130,7 +133,7 @@ def test_gptqmodels_kernel_gives_our_perplexity_within_a_percent(workplace: Path
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = load_file(tmp_path / "logits")["logits"]
     with torch.no_grad():
-        ours = checkpoint.model(dtype=torch.bfloat16)(ids).logits
+        ours = checkpoint.model(dtype=torch.float32)(ids).logits
     mine, kernel = (perplexity(logits, ids) for logits in (ours, theirs))
     assert 5 < mine < 500
     assert kernel == pytest.approx(mine, rel=0.01)
@@ -145,7 +148,7 @@ def perplexity(logits: Tensor, ids: Tensor) -> float:
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
 def test_eval_of_the_packaged_model_gives_the_known_perplexity(installed: Installed, workplace: Path) -> None:
     text = DATA / "wikitext2" / "wiki.test.raw"
-    line = "compress eval --window 512 --tokens 16384 --dtype bfloat16 --json --text"
+    line = "compress eval --window 512 --tokens 16384 --json --text"
     done = installed.run(line, str(text), cwd=workplace)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
