@@ -270,6 +270,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-3b": _llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, **_LLAMA_3),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=131072, tie_word_embeddings=False),
     "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=8192, tie_word_embeddings=False),
+    "llama-7b": _llama(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=2048, tie_word_embeddings=False),
+    "llama-65b": _llama(8192, 22016, 80, 64, 64, 32000, max_position_embeddings=2048, tie_word_embeddings=False),
     "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=4096, tie_word_embeddings=False),
     "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000, max_position_embeddings=4096, tie_word_embeddings=False),
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, max_position_embeddings=8192),
@@ -289,3 +291,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "microllama": _llama(64, 256, 8, 16, 16, 0, max_position_embeddings=256, dtype="float32"),
 }
 PRESETS["llama-3.2-1b-instruct"] = PRESETS["llama-3.2-1b"]  # the same shape with other weights
+PRESETS["gemma-3-1b-instruct"] = PRESETS["gemma-3-1b"]

@@ -1,4 +1,4 @@
-"""Answer many questions greedily: batched, kept on disk, the same whatever the batch.
+"""Answer many questions, greedily or sampled: batched, kept on disk, the same whatever the batch.
 
 Prompts of like length are answered together (eval/answers.py). In float32 rounding is too small to change a word; in
 bfloat16 the likeliest two tokens can be so close that the batch decides, which is why `auto` means float32 here.
@@ -6,11 +6,12 @@ bfloat16 the likeliest two tokens can be so close that the batch decides, which 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ def answer_all(
     task: str,
     grade: Grade | None = None,
     key: dict[str, Any] | None = None,
+    sampling: Sampling | None = None,
 ) -> list[Answer]:
-    """Answers in the questions' order, each of 1 to settings.new_tokens tokens, the likeliest at each step.
+    """Answers in the questions' order, each of 1 to settings.new_tokens tokens, the likeliest at each step or sampled.
 
     With settings.answers they are kept in FOLDER/LABEL/TASK.jsonl, and those already there are not computed again.
     `grade` says of each answer what is worth keeping beside it; `key` is whatever else decides the answers and must
@@ -63,7 +65,7 @@ def answer_all(
     _require_distinct(questions)
     prompts = _as_given(subject, questions, settings.chat)
     how = {"new_tokens": settings.new_tokens, "chat": settings.chat, "dtype": subject.dtype}
-    how |= settings.kv.key() | (key or {})
+    how |= settings.kv.key() | (key or {}) | (asdict(sampling) if sampling else {})
     path = Path(settings.answers) / subject.label / f"{task}.jsonl" if settings.answers else None
     note = subject.runtime.progress.note
     kept = AnswerFile(path, task, subject.checkpoint.fingerprint, subject.label, how, note) if path else None
@@ -74,7 +76,7 @@ def answer_all(
         todo = [(q, p) for q, p in zip(questions, prompts, strict=True) if q.id not in rows]
         subject.runtime.progress.start(task, len(todo))
         for batch in _batches(subject, todo, settings):
-            new = _answered(subject, batch, settings, grade)
+            new = _answered(subject, batch, settings, grade, sampling)
             if kept:
                 kept.add(new)
             rows |= {row["id"]: row for row in new}
@@ -152,10 +154,13 @@ def _batches(subject: Subject, todo: Sequence[tuple[Question, str]], settings: S
         yield batch
 
 
-def _answered(subject: Subject, batch: list[_Asked], settings: Settings, grade: Grade | None) -> list[dict[str, Any]]:
+def _answered(
+    subject: Subject, batch: list[_Asked], settings: Settings, grade: Grade | None, sampling: Sampling | None
+) -> list[dict[str, Any]]:
     """The batch's lines of the answer file."""
     began = time.perf_counter()
-    replies = greedy(subject, [ids for _, _, ids in batch], settings.new_tokens, settings.kv)
+    choose = sampling.choosing([question.id for question, _, _ in batch]) if sampling else _likeliest
+    replies = greedy(subject, [ids for _, _, ids in batch], settings.new_tokens, settings.kv, choose)
     seconds = (time.perf_counter() - began) / len(batch)
     rows = []
     for (question, prompt, _), reply in zip(batch, replies, strict=True):
@@ -192,12 +197,63 @@ def end_tokens(subject: Subject) -> list[int]:
     return sorted(token for token in flat if token is not None)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Tokens drawn from the fewest likeliest whose odds at this temperature sum to `top_p` (nucleus sampling, Holtzman
+    et al., arXiv 1904.09751).
+
+    Each question has a generator of its own, from the seed and its id: its answer does not depend on its batch.
+    """
+
+    top_p: float
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"top-p {self.top_p:g}, temperature {self.temperature:g}, seed {self.seed}"
+
+    def choosing(self, ids: Sequence[str]) -> Choose:
+        digests = [hashlib.sha256(f"{self.seed} {name}".encode()).digest() for name in ids]
+        generators = [torch.Generator().manual_seed(int.from_bytes(d[:7], "big")) for d in digests]
+
+        def choose(logits: Tensor, prompts: Sequence[int]) -> Tensor:
+            drawn = [torch.rand((), generator=generators[i], dtype=torch.float64) for i in prompts]
+            return nucleus(logits, torch.stack(drawn).to(logits.device), self.top_p, self.temperature)
+
+        return choose
+
+
+def nucleus(logits: Tensor, drawn: Tensor, top_p: float, temperature: float) -> Tensor:
+    """Token ids (b,) from logits (b, vocabulary) and numbers drawn (b,) in [0, 1): the distribution's inverse."""
+    odds, order = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    total = odds.cumsum(-1)
+    kept = (total - odds < top_p).sum(-1)  # the likeliest always
+    share = total.gather(-1, kept[:, None] - 1)
+    place = torch.minimum((total <= drawn[:, None] * share).sum(-1), kept - 1)
+    return order.gather(-1, place[:, None])[:, 0]
+
+
+# Logits (b, vocabulary) and the places of the prompts that the rows belong to -> a token for each row (b,).
+Choose = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+def _likeliest(logits: Tensor, prompts: Sequence[int]) -> Tensor:
+    return logits.argmax(-1)
+
+
 @torch.no_grad()
-def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int, kv: KVFormat = PLAIN) -> list[list[int]]:
+def greedy(
+    subject: Subject,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    kv: KVFormat = PLAIN,
+    choose: Choose = _likeliest,
+) -> list[list[int]]:
     """1 to new_tokens tokens after each prompt, the likeliest at each step, in one batch; the end mark is left off.
 
-    Settings of the checkpoint's own (sampling, penalties) stay out. What the padding holds does not matter, so a
-    tokenizer needs no pad token. kv: each token sees those before it as they come out of such a cache.
+    choose: which token instead of the likeliest. Settings of the checkpoint's own (sampling, penalties) stay out. What
+    the padding holds does not matter, so a tokenizer needs no pad token. kv: each token sees those before it as they
+    come out of such a cache.
     """
     device = subject.runtime.device
     ends = end_tokens(subject)
@@ -207,7 +263,7 @@ def greedy(subject: Subject, prompts: Sequence[list[int]], new_tokens: int, kv: 
     logits[:, ends] = -torch.inf  # an answer has at least one token
     replies: list[list[int]] = [[] for _ in prompts]
     while True:
-        tokens = logits.argmax(-1)
+        tokens = choose(logits, rows)
         going = []
         for row, token in enumerate(tokens.tolist()):
             if token not in ends:

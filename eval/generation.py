@@ -2,8 +2,8 @@
 
 Protocol of the second thesis, section 4.1: a model, whatever it was tuned on, answers Alpaca, Dolly and AgentInstruct,
 so that each set but one is another data set's. Beside the metrics stand the measures of its section 2.6.2: seconds
-an answer, size of the stored output, size of the model. Decoding is greedy where the thesis samples, so that a
-repetition gives the same numbers.
+an answer, size of the stored output, size of the model. Decoding is greedy, or with `--top-p` sampled from generators
+of our own: a repetition gives the same numbers either way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edgepress.checkpoints.errors import PlanError, TextError, require_package, 
 from edgepress.checkpoints.kv_format import KVFormat
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import require_known
-from edgepress.eval.answers import Answer, Question, answer_all, end_tokens
+from edgepress.eval.answers import Answer, Question, Sampling, answer_all, end_tokens
 from edgepress.eval.chat import in_template
 from edgepress.eval.metrics import (
     NotMeasuredError,
@@ -82,12 +82,17 @@ def _of_set(
     rows = _that_fit(name, subject, settings, data)
     questions = [Question(row.id, row.prompt(settings.chat), (row.reference,)) for row in rows]
     asked = replace(settings, new_tokens=settings.reply_tokens)
-    answers = answer_all(subject, questions, asked, f"{name}-{data.name}")
+    sampling = _sampling(subject, settings)
+    answers = answer_all(subject, questions, asked, f"{name}-{data.name}", sampling=sampling)
     scores = _scores(answers, data, subject, settings)
     for score in scores:
         if math.isnan(score.value):
             subject.runtime.progress.note(f"{name}: {score.protocol}")
     return scores, {"rows": len(rows), "too_long": len(data.rows) - len(rows), "unusable": data.unusable}
+
+
+def _sampling(subject: Subject, settings: Settings) -> Sampling | None:
+    return Sampling(settings.top_p, settings.temperature, subject.runtime.seed) if settings.top_p else None
 
 
 def _that_fit(name: str, subject: Subject, settings: Settings, data: InstructionSet) -> list[Instruction]:
@@ -118,7 +123,8 @@ def _scores(answers: Sequence[Answer], data: InstructionSet, subject: Subject, s
     chat = "chat template" if settings.chat else "no chat template"
     embeddings = sbert if cosines else "not measured"
     protocol = (
-        f"{data.name}, {len(answers)} rows, greedy, 1 to {settings.reply_tokens} tokens, {chat}; {subject.answering}; "
+        f"{data.name}, {len(answers)} rows, {_sampling(subject, settings) or 'greedy'}, 1 to {settings.reply_tokens} "
+        f"tokens, {chat}; {subject.answering}; "
         f"rouge_l: {rouge_protocol()}; f1: multisets of words; sbert: {embeddings}; bleu: {bleu_protocol()}; "
         f"seconds: each answer's share of batches of at most {settings.batch_tokens} tokens"
     )

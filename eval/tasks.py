@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Settings:
     kv_sinks: int = option(4, "--kv-sinks", "First tokens that the KV cache keeps, and keeps in full.")
     sbert: str = option("", "--sbert", "Model of sentence embeddings for generation: a name, a folder, or none.")
     reply_tokens: int = option(128, "--reply-tokens", "Tokens of an answer to an instruction at most (generation).")
+    top_p: float = option(0.0, "--top-p", "Sample answers to instructions from this much of the odds; 0 is greedy.")
+    temperature: float = option(1.0, "--temperature", "Temperature of --top-p.")
     speed_prompt: int = option(128, "--speed-prompt", "Tokens of the prompt that speed reads.")
     speed_tokens: int = option(64, "--speed-tokens", "New tokens that speed times.")
     repeats: int = option(5, "--repeats", "How often speed is measured; the median counts.")
@@ -74,6 +77,10 @@ class Settings:
 
         if not 1 <= self.reply_tokens <= 4096:
             raise PlanError(f"--reply-tokens {self.reply_tokens}: between 1 and 4096")
+        if not 0 <= self.top_p <= 1:
+            raise PlanError(f"--top-p {self.top_p}: above 0 up to 1, or 0 for greedy answers")
+        if not 0 < self.temperature < math.inf:
+            raise PlanError(f"--temperature {self.temperature}: must be positive and finite")
         if self.seeds < 1:
             raise PlanError(f"--seeds {self.seeds}: at least 1")
         _ = self.kv  # raises for what cannot be

@@ -118,6 +118,8 @@ class EvaluateOptions(TypedDict, total=False):
     kv_sinks: int
     sbert: str
     reply_tokens: int
+    top_p: float
+    temperature: float
     speed_prompt: int
     speed_tokens: int
     repeats: int

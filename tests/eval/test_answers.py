@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError, TextError
 from edgepress.checkpoints.runtime import Runtime, Silent
-from edgepress.eval.answers import Question, answer_all, greedy, padded_left
+from edgepress.eval.answers import Question, Sampling, answer_all, greedy, nucleus, padded_left
 from edgepress.eval.subject import Subject
 from edgepress.eval.tasks import Settings
 
@@ -165,3 +165,36 @@ def test_impossible_questions_are_named(subject: Subject) -> None:
         answer_all(subject, [QUESTIONS[0], QUESTIONS[0]], Settings(), "t")
     with pytest.raises(TextError, match="no question"):
         answer_all(subject, [], Settings(), "t")
+
+
+def test_the_nucleus_is_drawn_from_by_its_odds() -> None:
+    odds = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15], dtype=torch.float64)
+    drawn = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
+
+    def shares(top_p: float, temperature: float = 1.0) -> list[float]:
+        logits = odds.log().expand(len(drawn), -1)
+        return (nucleus(logits, drawn, top_p, temperature).bincount(minlength=5) / len(drawn)).tolist()
+
+    # By hand: 0.4 alone; 0.4 and 0.3; 0.4, 0.3 and 0.15; all.
+    assert shares(0.39) == [0, 1, 0, 0, 0]
+    assert shares(0.5) == pytest.approx([0, 4 / 7, 0, 3 / 7, 0], abs=2e-4)
+    assert shares(0.75) == pytest.approx([0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85], abs=2e-4)
+    assert shares(1.0) == pytest.approx(odds.tolist(), abs=2e-4)
+    sharper = (odds**2 / (odds**2).sum()).tolist()
+    assert shares(1.0, temperature=0.5) == pytest.approx(sharper, abs=2e-4)
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(subject: Subject) -> None:
+    questions = QUESTIONS[:4]
+    settings = Settings(new_tokens=8)
+    together = answer_all(subject, questions, settings, "t", sampling=Sampling(0.9, seed=1))
+    alone = [
+        answer_all(subject, [q], replace(settings, batch_tokens=1), "t", sampling=Sampling(0.9, seed=1))[0].text
+        for q in questions
+    ]
+    assert [a.text for a in together] == alone
+    other = answer_all(subject, questions, settings, "t", sampling=Sampling(0.9, seed=2))
+    assert [a.text for a in other] != alone
+    plain = answer_all(subject, questions, settings, "t")
+    nearly = answer_all(subject, questions, settings, "t", sampling=Sampling(1e-9))
+    assert [a.text for a in nearly] == [a.text for a in plain]
