@@ -359,12 +359,15 @@ class Part:
 Amount = Pattern | Unstructured | Part  # what --wanda can ask of a row
 
 
+EVERY = "each layer"
+
+
 @dataclass(frozen=True)
 class Within:
-    """A pattern on the layers of one name alone; a fraction then counts over the whole layer, not row by row."""
+    """A pattern on the layers of one name, or every layer; a fraction counts over the whole layer, not row by row."""
 
     amount: Amount
-    layer: str  # the last part of the layers' names, e.g. gate_proj
+    layer: str  # the last part of the layers' names, e.g. gate_proj, or EVERY
 
     def __str__(self) -> str:
         return f"{self.amount} in {self.layer}"
@@ -377,7 +380,7 @@ class Within:
 
     def covers(self, name: str) -> bool:
         """Whether the layer of this name has the pattern."""
-        return name.rpartition(".")[2] == self.layer
+        return self.layer in (EVERY, name.rpartition(".")[2])
 
 
 Sparsity = Pattern | Unstructured | Part | Within

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @with_model("model")
 def rank(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf or .bin; default: the packaged model.")] = "",
-    metric: Annotated[str, typer.Option(help="perplexity, taylor, magnitude or influence.")] = "perplexity",
+    metric: Annotated[str, typer.Option(help="perplexity, taylor(-signed), magnitude or influence.")] = "perplexity",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 10,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     data: Annotated[str, typer.Option(help="Calibration text, as for compress --data.")] = "",

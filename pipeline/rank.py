@@ -25,6 +25,7 @@ from edgepress.stages.options import Depth
 _MEANING = {
     "perplexity": "perplexity of the model without the block",
     "taylor": "sum of |W · dL/dW| over the block",
+    "taylor-signed": "sum of -W · dL/dW over the block: the loss without it, to first order",
     "magnitude": "sum of |W| over the block",
     "influence": "1 − cosine of the block's input and output",
 }

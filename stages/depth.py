@@ -1,7 +1,8 @@
 """Stage 1: remove whole transformer blocks, the least important first.
 
 Shortened LLaMA (Kim et al., arXiv 2402.02834) ranks a block by the perplexity of the model without it, by a
-first-order Taylor estimate, or by weight magnitude; block influence is ShortGPT's (arXiv 2403.03853).
+first-order Taylor estimate, or by weight magnitude; block influence is ShortGPT's (arXiv 2403.03853). The estimate is
+the sum of abs(W dL/dW) as the paper's code has it, or signed as the thesis's equation 3.1 prints it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     Metric = Callable[[Skeleton, list[int], list[int], list[Tensor], Runtime], dict[int, float]]
 
 VERSION = 1
+_TAYLOR = ("taylor", "taylor-signed")
 
 
 def plan(shape: ModelShape, options: Options) -> ModelShape:
@@ -68,17 +70,19 @@ def cost(before: ModelShape, options: Options) -> Cost:
     """
     count = len(before.blocks)
     candidates = count - options.protect_first - options.protect_last
-    held = held_state_bytes(before, options, {"perplexity": candidates, "taylor": count}.get(options.metric, 2))
-    gradients = 2 * block_bytes(before) if options.metric == "taylor" else 0
+    held = held_state_bytes(
+        before, options, {"perplexity": candidates, **dict.fromkeys(_TAYLOR, count)}.get(options.metric, 2)
+    )
+    gradients = 2 * block_bytes(before) if options.metric in _TAYLOR else 0
     at_block, at_ends = walk_bytes(before, options)
     logits = options.length * before.vocabulary * 10
     if options.layers:
-        kept = [new for new, old in enumerate(options.sequence) if new == old]
+        linked = [new for new, old in enumerate(options.sequence) if new == old]
     else:
-        kept = list(range(min(options.protect_first, count - options.remove)))
+        linked = list(range(min(options.protect_first, count - options.remove)))
     return Cost(
         BASE_BYTES + held + max(at_block + gradients, at_ends + logits),
-        linked_bytes(before, kept),
+        linked_bytes(before, linked),
         operations=_operations(before, options, candidates),
         slowdown=2.1,
     )
@@ -88,7 +92,7 @@ def _operations(before: ModelShape, options: Options, candidates: int) -> float:
     forward, head = forward_operations(before, options), head_weights(before)
     if options.layers or options.metric in ("magnitude", "influence"):
         return forward
-    if options.metric == "taylor":
+    if options.metric in _TAYLOR:
         return 3 * (forward + tokens(options) * head)
     # The walk runs only the blocks behind each candidate, on average half of them, and one head a candidate.
     count, candidates = len(before.blocks), max(1, candidates)
@@ -192,7 +196,30 @@ def _advance(skeleton: Skeleton, block: nn.Module, index: int, states: States) -
 def taylor(
     skeleton: Skeleton, order: list[int], candidates: list[int], chunks: list[Tensor], runtime: Runtime
 ) -> dict[int, float]:
-    """Sum of abs(W * dL/dW) over a block's linear layers.
+    """Sum of abs(W * dL/dW) over a block's linear layers."""
+    return _by_gradient(skeleton, order, candidates, chunks, runtime, lambda x: x.abs())
+
+
+def taylor_signed(
+    skeleton: Skeleton, order: list[int], candidates: list[int], chunks: list[Tensor], runtime: Runtime
+) -> dict[int, float]:
+    """Sum of -W * dL/dW over a block's linear layers: how the loss changes without them, to first order.
+
+    Equation 3.1 of the pruning thesis, L(W = 0) ~ L(W) + dL/dW (-W). Weights that help and weights that hurt cancel
+    out, and a block whose absence should lower the loss goes first.
+    """
+    return _by_gradient(skeleton, order, candidates, chunks, runtime, lambda x: -x)
+
+
+def _by_gradient(
+    skeleton: Skeleton,
+    order: list[int],
+    candidates: list[int],
+    chunks: list[Tensor],
+    runtime: Runtime,
+    of: Callable[[Tensor], Tensor],
+) -> dict[int, float]:
+    """Sum of of(W * dL/dW), float32, over a block's linear layers.
 
     The gradient is carried backwards one block at a time from the stored inputs of each block, so memory
     stays at one block with its gradient plus the hidden states.
@@ -231,7 +258,7 @@ def taylor(
                 assert leaf.grad is not None
                 backward.append(leaf.grad)
             gradients = backward
-            scores[i] = sum(_weight_times_gradient(linear.weight) for linear in linears.values())
+            scores[i] = sum(_weight_times_gradient(linear.weight, of) for linear in linears.values())
         runtime.progress.step(block=i)
     scratch.close()
     return {i: scores[i] for i in candidates}
@@ -270,15 +297,15 @@ def influence(
 METRICS: dict[str, Metric] = {
     "perplexity": perplexity,
     "taylor": taylor,
+    "taylor-signed": taylor_signed,
     "magnitude": magnitude,
     "influence": influence,
 }
 
 
-def _weight_times_gradient(weight: Tensor) -> float:
-    """Sum of abs(W * dL/dW), float32."""
+def _weight_times_gradient(weight: Tensor, of: Callable[[Tensor], Tensor]) -> float:
     assert weight.grad is not None
-    return float((weight.detach().float() * weight.grad.float()).abs().sum())
+    return float(of(weight.detach().float() * weight.grad.float()).sum())
 
 
 def _nll(logits: Tensor, ids: Tensor) -> Tensor:

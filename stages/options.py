@@ -62,7 +62,7 @@ class _Faults:
 
 
 QUANTS = (*quantisers.METHODS, "none")
-METRICS = ("perplexity", "taylor", "magnitude", "influence")
+METRICS = ("perplexity", "taylor", "taylor-signed", "magnitude", "influence")
 _MOST_BLOCKS = 10_000
 TEACHERS = ("auto", "held", "streamed")
 LOSSES = ("all", "answers")
@@ -117,7 +117,7 @@ class Depth:
 
     remove: int = option(2, "--depth", "Blocks to remove; 0 skips the stage.")
     layers: str = option("", "--layers", "Blocks to run instead of a ranking, with repeats: 0-22,28-31.")
-    metric: str = option("perplexity", "--metric", "Ranking: perplexity, taylor, magnitude or influence.")
+    metric: str = option("perplexity", "--metric", f"Ranking: {', '.join(METRICS)}.")
     protect_first: int = option(4, "--protect-first", "First blocks that always stay.")
     protect_last: int = option(2, "--protect-last", "Last blocks that always stay.")
     rerank: bool = option(False, "--rerank", "Rank again after each removal instead of once.")

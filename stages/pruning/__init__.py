@@ -18,6 +18,7 @@ METHODS = {
     "wanda": "edgepress.stages.pruning.wanda",
     "magnitude": "edgepress.stages.pruning.magnitude",
     "sparsegpt": "edgepress.stages.pruning.sparsegpt",
+    "sparsegpt-layer": "edgepress.stages.pruning.sparsegpt_layer",
     "gate-l1": "edgepress.stages.pruning.gate_l1",
 }
 

@@ -2,8 +2,8 @@
 
 SparseGPT (Frantar and Alistarh, arXiv 2301.00774, algorithm 1): the error of a zero is spread over the later columns
 of its row by the inverse Hessian, and the next zeros are chosen from the weights as they then are. A fraction is
-met in every row, part by part, where the paper lets rows of a part differ: so the manifest can state it, and a
-packed row has a known length.
+met in every row, part by part, where the paper lets rows of a part differ, as `sparsegpt_layer` does: so a packed row
+has a known length.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.shape import Amount, Capped, Pattern, Sparsity
 from edgepress.stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from edgepress.stages.pruning import HESSIANS
-from edgepress.stages.pruning.select import kept
+from edgepress.stages.pruning.select import keep_best, kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,8 @@ def solve(weight: Tensor, hessian: Tensor, nm: Pattern) -> Solution:
 
     U is the upper Cholesky factor of the inverse Hessian. Zeroing w_j costs w_j^2 / U_jj^2 (equation 4 with the
     columns before j frozen) and moves the later columns by -w_j / U_jj U_j,: (equation 3). Zeros of an earlier mask
-    stay and go first; then features that calibration never used, whose other weights stay as they are.
+    stay and go first; then features that calibration never used, whose other weights stay as they are. A pattern wider
+    than a row counts over the whole layer, in each span's columns over all rows.
     """
     W, columns = weight.clone(), weight.shape[1]
     H, unused = live_diagonal(hessian)
@@ -68,14 +69,17 @@ def solve(weight: Tensor, hessian: Tensor, nm: Pattern) -> Solution:
     d = U.diagonal()
     live = W != 0
     keep = torch.ones_like(live)
-    for spans in blocks(columns, nm):
+    for spans in whole_layer(columns, nm.removed) if nm.of > columns else blocks(columns, nm):
         start, end = spans[0].start, spans[-1].end
         E = torch.zeros_like(W[:, start:end])
         for span in spans:
             here = slice(span.start, span.end)
             score = (W[:, here] / d[here]).square_()
             score.masked_fill_(unused[here], 0).masked_fill_(~live[:, here], -1)
-            keep[:, here] = kept(score, span.within(nm), live[:, here]) & live[:, here]
+            if nm.of > columns:
+                keep[:, here] = keep_best(score, span.removed, score.numel()) & live[:, here]
+            else:
+                keep[:, here] = kept(score, span.within(nm), live[:, here]) & live[:, here]
             for j in range(span.start, span.end):
                 e = W[:, j].masked_fill(keep[:, j], 0) / d[j]
                 W[:, j + 1 : end] -= torch.outer(e, U[j, j + 1 : end])
@@ -87,7 +91,7 @@ def solve(weight: Tensor, hessian: Tensor, nm: Pattern) -> Solution:
 
 @dataclass(frozen=True)
 class Span:
-    """Columns whose zeros are chosen at once: `removed` of them in every row."""
+    """Columns whose zeros are chosen at once: `removed` of them in every row, or of all rows together."""
 
     start: int
     end: int
@@ -97,6 +101,12 @@ class Span:
         """The span as a group of its own, with the cap that the whole pattern has."""
         width = self.end - self.start
         return Capped(self.removed, width, nm.within) if isinstance(nm, Capped) else Pattern(self.removed, width)
+
+
+def whole_layer(columns: int, removed: int) -> list[list[Span]]:
+    """Blocks of COLUMNS columns that share the layer's zeros by their width."""
+    ends = [(at, min(at + COLUMNS, columns)) for at in range(0, columns, COLUMNS)]
+    return [[Span(at, to, removed * to // columns - removed * at // columns)] for at, to in ends]
 
 
 def blocks(columns: int, nm: Pattern) -> list[list[Span]]:

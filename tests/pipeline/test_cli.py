@@ -44,7 +44,7 @@ def test_help_answers_without_importing_torch() -> None:
         (["--wanda", "8:8"], "N must be at least 1 and below M"),
         (["--wanda", "1:7"], "self_attn.q_proj (64)"),
         (["--depth", "9"], "at most 4 can go"),
-        (["--metric", "luck"], "perplexity, taylor, magnitude, influence"),
+        (["--metric", "luck"], "perplexity, taylor, taylor-signed, magnitude, influence"),
         (["--skip", "lora,loro"], "no such stage"),
         (["--quant", "int5"], "gptq4, gptq3, gptq8"),
         (["--quant", "awq"], "(near: awq4)"),

@@ -25,7 +25,11 @@ pytestmark = pytest.mark.pipeline
 
 @pytest.mark.parametrize(
     ("method", "amount", "states", "zeros"),
-    [("sparsegpt", "2:4", "2:4", 1 / 2), ("gate-l1", "0.5", "0.5 in gate_proj", 1 / 2)],
+    [
+        ("sparsegpt", "2:4", "2:4", 1 / 2),
+        ("sparsegpt-layer", "0.5", "0.5 in each layer", 1 / 2),
+        ("gate-l1", "0.5", "0.5 in gate_proj", 1 / 2),
+    ],
 )
 def test_the_mask_lives_through_lora_gptq_and_eora_and_comes_back_from_the_packed_file(
     method: str, amount: str, states: str, zeros: float, tiny_llama: Path, run_recipe: Callable[..., Any],
@@ -74,7 +78,7 @@ def test_the_method_is_a_flag_and_a_recipe_key_and_a_wrong_one_is_named(tmp_path
     (stage, options), *rest = build(str(recipe), {}).stages
     assert (stage, options.label, rest) == ("wanda", "sparsegpt-2of4", [])
     assert build(str(recipe), {"wanda.method": "magnitude"}).stages[0][1].label == "magnitude-2of4"
-    with pytest.raises(RecipeError, match="--prune luck: there are wanda, magnitude, sparsegpt, gate-l1"):
+    with pytest.raises(RecipeError, match="--prune luck: there are wanda, magnitude, sparsegpt, sparsegpt-layer,"):
         build(None, {"wanda.method": "luck"})
     with pytest.raises(RecipeError, match="--prune sparsegpt has nothing to prune with --wanda none"):
         build(None, {"wanda.method": "sparsegpt", "wanda.pattern": "none"})

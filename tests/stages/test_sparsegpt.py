@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgepress.checkpoints.errors import NumericsError
 from edgepress.checkpoints.masks import group_zeros
-from edgepress.checkpoints.shape import Pattern, Unstructured
+from edgepress.checkpoints.shape import EVERY, Pattern, Unstructured, Within
 from edgepress.stages.hessian import output_error
 from edgepress.stages.pruning import sparsegpt
 from edgepress.stages.pruning.select import keep_best
@@ -76,6 +76,48 @@ def test_a_fraction_equals_the_textbook_choosing_128_columns_at_once(fraction: f
     assert np.array_equal(solved.weight.numpy() == 0, expected == 0)
     np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=0, atol=5e-5)
     assert (solved.weight == 0).sum(1).tolist() == [n] * 4
+
+
+def reference(weight: Tensor, hessian: Tensor, fraction: float) -> np.ndarray:
+    """As the authors' code goes: in 128 columns of all rows the costs at or below the sorted one at the fraction."""
+    W, H = weight.double().numpy().copy(), hessian.double().numpy().copy()
+    columns = W.shape[1]
+    H += 0.01 * np.diag(H).mean() * np.eye(columns)
+    inverses = [np.linalg.inv(H[j:, j:]) for j in range(columns)]
+    for start in range(0, columns, 128):
+        end = min(start + 128, columns)
+        cost = W[:, start:end] ** 2 / np.array([inverses[j][0, 0] for j in range(start, end)])
+        zero = cost <= np.sort(cost.flatten())[int(cost.size * fraction)]
+        for row in range(len(W)):
+            for j in range(start, end):
+                if zero[row, j - start]:
+                    W[row, j:] -= W[row, j] / inverses[j][0, 0] * inverses[j][0]
+                    W[row, j] = 0
+    return W
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.31, 0.7])
+def test_a_fraction_of_the_layer_has_the_references_error(fraction: float) -> None:
+    """Rows of unlike size: where each row must meet the fraction, the error is larger."""
+    generator = torch.Generator().manual_seed(7)
+    weight, X = layer(7, out=24, columns=300)
+    weight *= torch.exp(1.5 * torch.randn(24, 1, generator=generator))
+    H = X.T @ X
+    whole = solve(weight, H, Within(Unstructured(fraction), EVERY).on(300, 24))
+    theirs = output_error(weight, torch.from_numpy(reference(weight, H, fraction)).float(), H)
+    assert whole.error == pytest.approx(theirs, rel=0.05)
+    assert int((whole.weight == 0).sum()) == round(fraction * 300 * 24)
+    by_row = solve(weight, H, Unstructured(fraction).on(300))
+    assert by_row.error > 1.1 * whole.error
+
+
+def test_the_layers_fraction_keeps_earlier_zeros() -> None:
+    weight, X = layer(9, out=6, columns=140)
+    weight[0, :100] = 0
+    solved = solve(weight, X.T @ X, Within(Unstructured(0.3), EVERY).on(140, 6))
+    assert bool((solved.weight[0, :100] == 0).all())
+    # Of the first 128 columns the hundred zeros are among those that go.
+    assert int((solved.weight == 0).sum()) == round(0.3 * 140 * 6)
 
 
 def test_groups_across_the_lazy_blocks_equal_the_textbook() -> None:

@@ -81,24 +81,47 @@ def test_perplexity_equals_removing_each_block_from_the_whole_model(
     assert max(expected.values()) > 1.001 * min(expected.values())  # else the ranking would prove nothing
 
 
+@pytest.mark.parametrize("metric", ["taylor", "taylor-signed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taylor_equals_a_backward_pass_through_the_whole_model(
-    family: str, build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches]
+    family: str, metric: str, build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches]
 ) -> None:
     checkpoint, ids = build(family), tokens(5)
-    found = scores_of(checkpoint, ids, metric="taylor")
+    found = scores_of(checkpoint, ids, metric=metric)
     model = whole(checkpoint)
     logits = model(input_ids=ids.ids).logits
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids.ids[:, 1:].flatten()).backward()
     expected = {
         i: sum(
-            float((m.weight.detach().double() * m.weight.grad.double()).abs().sum())
+            float((product.abs() if metric == "taylor" else -product).sum())
             for m in model.model.layers[i].modules()
             if isinstance(m, torch.nn.Linear)
+            for product in [m.weight.detach().double() * m.weight.grad.double()]
         )
         for i in range(1, 5)
     }
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_signed_estimate_is_the_loss_without_a_small_block(
+    build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches]
+) -> None:
+    """Equation 3.1 against what it estimates, at a thousandth of the step: weights times 0.999."""
+    checkpoint, ids = build("llama"), tokens(5)
+    found = scores_of(checkpoint, ids, metric="taylor-signed")
+    for i in range(1, 5):
+        model = whole(checkpoint).double()
+
+        def loss(model: Any = model) -> float:
+            with torch.no_grad():
+                logits = model(input_ids=ids.ids).logits
+            return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids.ids[:, 1:].flatten()))
+
+        before = loss()
+        for module in model.model.layers[i].modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data *= 0.999
+        assert found[i] == pytest.approx((loss() - before) * 1000, rel=0.02, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
