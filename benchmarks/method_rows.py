@@ -94,7 +94,8 @@ def methods(windows: Mapping[str, int], budget: Mapping[str, Any], masked: bool)
     quantised = [name for name in SETTINGS if parse(name).quantised]
     for name in (*ADAPTERS, *(name for name in SETTINGS if name not in quantised)):
         yield name, "recovery", {"lora": {**budget, "method": name}}
-    for name in dict.fromkeys(str(parse(f"qlora+{adapter}")) for adapter in ADAPTERS) | dict.fromkeys(quantised):
+    beside = [name for name in ADAPTERS if "qlora" in parse(name).adapter.TAKES]
+    for name in dict.fromkeys(str(parse(f"qlora+{adapter}")) for adapter in beside) | dict.fromkeys(quantised):
         below = {"gptq": {"quant": UNDER, **windows}}
         yield f"{UNDER}+{name}", "recovery", below | {"lora": {**budget, "method": name}}
     yield "gptq4+eora", "recovery", {"gptq": {"quant": "gptq4", **windows}, "eora": {"rank": 32, **windows}}

@@ -1,4 +1,4 @@
-"""Stage 3: recover quality by training LoRA, DoRA, IA3, QLoRA or LoftQ (`--recover`), then merge it.
+"""Stage 3: recover quality by training LoRA, DoRA, IA3, QLoRA, LoftQ or all weights (`--recover`), then merge it.
 
 LoRA (Hu et al., arXiv 2106.09685) and the other methods of stages/recovery, through peft and transformers' Trainer.
 On a layer with an N:M mask the adapter is trained through the mask, W_eff = (W + s B A) * mask, so what was trained
@@ -20,6 +20,7 @@ from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.stages.options import Lora as Options
+from edgepress.stages.recovery import full
 from edgepress.stages.recovery.shapes import (
     adapters,
     target_names,
@@ -63,6 +64,8 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     if not recovery.quantised:
         require_dense(shape, "lora", beside=f"--recover {recovery.on_quantised()}")
         target_names(shape, options)
+        if recovery.whole and options.targets != "all":
+            raise PlanError(f"--recover full trains every parameter; leave out --lora-targets {options.targets}")
         return shape
     require_quantised(shape, f"--recover {recovery}", instead=f"--recover {recovery.on_dense()}")
     if recovery.begin is not None:
@@ -104,10 +107,15 @@ def cost(before: ModelShape, options: Options) -> Cost:
     return Cost(
         BASE_BYTES + _TRAINER_BYTES + 2 * dense + taught + activations + own,
         linked_bytes(before, range(count if options.recovery.quantised else 0)),
-        teacher_disk_bytes(before, options) if kind == "streamed" else 0,
+        (teacher_disk_bytes(before, options) if kind == "streamed" else 0) + _saved_bytes(before, options),
         _operations(before, options),
         slowdown=2.9,
     )
+
+
+def _saved_bytes(before: ModelShape, options: Options) -> int:
+    """Of saved steps with all weights, where they are trained: the best and two more, with Adam's two moments."""
+    return 3 * 12 * before.parameters_total if options.recovery.whole else 0
 
 
 def _operations(before: ModelShape, options: Options) -> float:
@@ -139,10 +147,8 @@ def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
         yield "lora: training and its held-out checks are disturbed; other measurements are not, see --task robustness"
     recovery = options.recovery
     if not recovery.adapter.RANKED:
-        yield (
-            f"lora: {recovery.adapter_name} learns one factor a row or column; "
-            "--lora-rank, --lora-alpha and --lora-dropout change nothing"
-        )
+        learns = "trains every parameter in 32 bits" if recovery.whole else "learns one factor a row or column"
+        yield (f"lora: {recovery.adapter_name} {learns}; --lora-rank, --lora-alpha and --lora-dropout change nothing")
     if recovery.quantised:
         yield (
             "lora: the weights stay packed on the disk and are dense in memory while the adapter is trained; it is not "
@@ -169,13 +175,16 @@ def run(
         model, layers = adapted(source, options, runtime)
         with ExitStack() as disturbed:
             for disturbance in disturbances(options):
-                disturbed.enter_context(disturbance.on_model(model.get_base_model(), source.shape))
+                plain = model if options.recovery.whole else model.get_base_model()
+                disturbed.enter_context(disturbance.on_model(plain, source.shape))
             training = train(model, calibration, options, runtime, target.work, taught)
 
     training.curve.write(target.folder)
     for line in (*training.curve.lines(), f"  {training.summary()}"):
         runtime.progress.say(line)
-    if options.recovery.quantised:
+    if options.recovery.whole:
+        full.write(source, target, model)
+    elif options.recovery.quantised:
         _write_beside(source, target, model, layers, options)
     else:
         _write_merged(source, target, layers, options)
@@ -192,6 +201,8 @@ def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> tuple[Any
         from peft import get_peft_model
 
     recovery = options.recovery
+    if recovery.whole:
+        return full.whole(source, runtime), {}
     config = recovery.adapter.config(target_names(source.shape, options), options, recovery.arguments)
     base = source.model(runtime.device, runtime.dtype)
     with quiet_import():

@@ -99,7 +99,7 @@ def train(
         # Killed between the last step and the merge: the Trainer would take one step too many.
         assert saved is not None
         kept = Path(state.best_model_checkpoint).name if options.held_out else saved.name
-        _load_adapter(model, work.folder / kept)
+        _load_saved(model, work.folder / kept)
     else:
         with _writing(work.folder):
             trainer.train(resume_from_checkpoint=str(saved) if saved else None)
@@ -239,10 +239,16 @@ def _distilling(teacher: Teacher | None, share: float) -> Any:
 # --- saved steps ----------------------------------------------------------------------------------------------------
 
 
-def _load_adapter(model: nn.Module, folder: Path) -> None:
+def _load_saved(model: nn.Module, folder: Path) -> None:
+    """The adapter of a saved step, or all weights."""
+    adapter = folder / "adapter_model.safetensors"
+    if not adapter.is_file():
+        for path in sorted(folder.glob("model*.safetensors")):
+            model.load_state_dict(load_file(path), strict=False)  # one of several, or without a tied head
+        return
     with quiet_import():
         from peft import set_peft_model_state_dict
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    set_peft_model_state_dict(model, load_file(adapter))
 
 
 def settled(saved: Path, steps: int, patience: int) -> Any:

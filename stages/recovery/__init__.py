@@ -22,6 +22,7 @@ ADAPTERS = {
     "lora": "edgepress.stages.recovery.lora",
     "dora": "edgepress.stages.recovery.dora",
     "ia3": "edgepress.stages.recovery.ia3",
+    "full": "edgepress.stages.recovery.full",
 }
 SETTINGS = {
     "qlora": "edgepress.stages.recovery.qlora",
@@ -93,8 +94,15 @@ class Recovery:
     def adapter(self) -> Adapter:
         return cast(Adapter, importlib.import_module(ADAPTERS[self.adapter_name]))
 
+    @property
+    def whole(self) -> bool:
+        """Whether every parameter is trained, and no adapter."""
+        return self.adapter_name == "full"
+
     def on_quantised(self) -> Recovery:
-        """The same, on quantised weights."""
+        """The same, on quantised weights; those cannot be trained as a whole."""
+        if self.whole:
+            return Recovery("lora", ("qlora",))
         return Recovery(self.adapter_name, tuple(dict.fromkeys(("qlora", *self.settings))))
 
     def on_dense(self) -> Recovery:
@@ -138,6 +146,6 @@ def parse(text: str) -> Recovery:
     if wrong := [name for name in chosen.settings if name not in takes]:
         raise PlanError(
             f"--recover {text}: {' and '.join(wrong)} set{'s' if len(wrong) == 1 else ''} up A and B of a low-rank "
-            f"adapter, and {chosen.adapter_name} has none; it goes with {', '.join(sorted(takes))}"
+            f"adapter, and {chosen.adapter_name} has none; it goes with {', '.join(sorted(takes)) or 'no setting'}"
         )
     return chosen

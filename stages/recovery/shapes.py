@@ -39,9 +39,11 @@ def adapters(shape: ModelShape, options: Lora) -> list[LinearShape]:
 
 
 def training_bytes(shape: ModelShape, options: Lora) -> int:
-    """Memory that training takes for the adapters: each number in 32 bits, its gradient, Adam's two moments; and what
+    """Memory that training takes for what it trains: each number in 32 bits, its gradient, Adam's two moments; and what
     a step keeps for each weight of the layers that it computes with anew, of one block if activations are not kept."""
     recovery, found = options.recovery, adapters(shape, options)
+    if recovery.whole:
+        return 4 * 4 * shape.parameters_total
     kept = recovery.adapter.kept_bytes(shape.pattern is not None and not recovery.quantised)
     weights = sum(x.weights for x in found) // (len(shape.blocks) if options.checkpointing else 1)
     return 4 * 4 * sum(x.adapter_parameters for x in found) + kept * weights
@@ -49,6 +51,8 @@ def training_bytes(shape: ModelShape, options: Lora) -> int:
 
 def trainable_parameters(shape: ModelShape, options: Lora) -> int:
     """Numbers that the method trains on a model of this shape."""
+    if options.recovery.whole:
+        return shape.parameters_total
     return sum(x.adapter_parameters for x in adapters(shape, options))
 
 

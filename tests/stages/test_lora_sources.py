@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from edgepress.checkpoints.families import shape_from_config
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import IGNORED, TokenBatches, by_length, sample_rows, sample_windows
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages import lora
-from edgepress.stages.options import Lora, decisive
+from edgepress.stages import gptq, lora
+from edgepress.stages.options import Gptq, Lora, decisive
+from edgepress.stages.recovery.shapes import trainable_parameters
 from tests.models import tiny_config
 from tests.stages.lora_help import Watcher, options, text, weights
 
@@ -159,6 +161,103 @@ def test_defaults_are_no_part_of_a_fingerprint() -> None:
     assert not later & decisive(Lora()).keys()
     changed = Lora(loss="answers", packing="rows", schedule="linear", warmup=0.0, weight_decay=0.1, noise=0.1, mask=0.1)
     assert later <= decisive(changed).keys()
+
+
+# --- all weights ------------------------------------------------------------------------------------------------------
+
+
+def plain_steps(checkpoint: Checkpoint, ids: Tensor, steps: int) -> dict[str, Tensor]:
+    """AdamW by torch alone in float32 with a constant rate, gradients clipped at 1 and zeros put back."""
+    model = checkpoint.model(dtype=torch.float32).requires_grad_(True)
+    zeros = {n: p == 0 for n, p in model.named_parameters() if "proj" in n}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(steps):
+        batch = ids[4 * step : 4 * step + 4]
+        logits = model(input_ids=batch).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        for name, parameter in model.named_parameters():
+            if name in zeros:
+                parameter.grad.masked_fill_(zeros[name], 0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+FULL: dict[str, Any] = {
+    **{"method": "full", "targets": "all", "micro_batch": 4, "held_out": 0},
+    **{"learning_rate": 1e-3, "schedule": "constant", "warmup": 0.0},
+}
+
+
+def test_all_weights_take_the_optimisers_steps_and_zeros_stay(
+    masked: Checkpoint, writer: CheckpointWriter, seal: Callable[..., Checkpoint]
+) -> None:
+    facts = lora.run(masked, writer, text(), options(**FULL, steps=2), RUNTIME)
+    expected = plain_steps(masked, text().ids, 2)
+    assert (
+        facts["trainable_parameters"]
+        == masked.shape.parameters_total
+        == trainable_parameters(masked.shape, options(**FULL))
+    )
+    found = seal(writer, masked, pattern="2:4")
+    outer = found.outer()
+    compared = 0
+    for name, wanted in expected.items():
+        if name in outer:
+            got, before = outer[name], masked.outer()[name]
+        else:
+            index, _, own = name.removeprefix("model.layers.").partition(".")
+            got, before = found.block(int(index))[own], masked.block(int(index))[own]
+        torch.testing.assert_close(got.float(), wanted.to(got.dtype).float(), rtol=1e-3, atol=2e-5)
+        assert not torch.equal(got, before), name
+        if "proj" in name:
+            assert bool((got[before == 0] == 0).all())
+        compared += got.numel()
+    assert compared == masked.shape.parameters_total
+
+
+@pytest.mark.parametrize("die_at", [5, 8])
+def test_training_of_all_weights_resumes_to_the_same_bytes(die_at: int, masked: Checkpoint, tmp_path: Path) -> None:
+    chosen = options(method="full", targets="all", learning_rate=1e-3, weight_decay=0.1)
+    whole, cut = CheckpointWriter(tmp_path / "whole"), CheckpointWriter(tmp_path / "cut")
+    facts = lora.run(masked, whole, text(), chosen, RUNTIME)
+    assert facts["losses"][-1] < facts["losses"][0]
+    with pytest.raises(KeyboardInterrupt):
+        lora.run(masked, cut, text(), chosen, Runtime(progress=Watcher(die_at)))
+    again = lora.run(masked, CheckpointWriter(cut.folder), text(), chosen, RUNTIME)
+    assert again["losses"] == facts["losses"]
+    assert weights(cut.folder) == weights(whole.folder)
+
+
+def test_all_weights_killed_before_they_are_written(
+    masked: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = options(method="full", targets="all", learning_rate=1e-3)
+    whole, cut = CheckpointWriter(tmp_path / "whole"), CheckpointWriter(tmp_path / "cut")
+    lora.run(masked, whole, text(), chosen, RUNTIME)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lora.run(masked, cut, text(), chosen, RUNTIME)
+    watcher = Watcher()
+    lora.run(masked, CheckpointWriter(cut.folder), text(), chosen, Runtime(progress=watcher))
+    assert watcher.steps == []
+    assert weights(cut.folder) == weights(whole.folder)
+
+
+def test_what_full_fine_tuning_cannot_do_is_refused() -> None:
+    with pytest.raises(PlanError, match="every parameter; leave out --lora-targets q_proj"):
+        lora.plan(shape_from_config(tiny_config("llama")), Lora(method="full", targets="q_proj"))
+    with pytest.raises(PlanError, match="it goes with no setting"):
+        Lora(method="full+qlora")
+    quantised = gptq.plan(shape_from_config(tiny_config("llama")), Gptq(group=32))
+    with pytest.raises(PlanError, match="--recover qlora"):
+        lora.plan(quantised, Lora(method="full"))
 
 
 # --- rows and windows -------------------------------------------------------------------------------------------------
