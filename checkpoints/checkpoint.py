@@ -9,7 +9,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -170,6 +170,27 @@ class Checkpoint:
         stored = self._read([f"{prefix}{kind}" for kind in linear.grid.kinds], prefix)
         return self._dense(index, linear, stored)
 
+    def packed_layers(
+        self, index: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[dict[str, Tensor], dict[str, Callable[[], Tensor]]]:
+        """The block's tensors as in `block`, but for quantised layers' weights; and for each of those what reads it.
+
+        Raises NumericsError as `block` does.
+        """
+        tensors, readers = self.stored_block(index), dict[str, Callable[[], Tensor]]()
+        for x in self.shape.blocks[index].linears:
+            if x.grid is None:
+                continue
+            codes = {kind: tensors.pop(f"{x.name}.{kind}").to(device) for kind in x.grid.kinds}
+            readers[x.name] = partial(self._read_packed, index, x, codes, device, dtype)
+            require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{x.name}.weight", readers[x.name]())
+        return tensors, readers
+
+    def _read_packed(
+        self, index: int, x: LinearShape, codes: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        return self._dense(index, x, codes).to(_TORCH_DTYPES[x.dtype]).to(device, dtype)
+
     def _dense(self, index: int, linear: LinearShape, stored: Mapping[str, Tensor]) -> Tensor:
         assert linear.grid is not None
         try:
@@ -258,10 +279,15 @@ class Checkpoint:
         """Raises CheckpointError if the folder holds none."""
         return load_tokenizer(self.folder)
 
-    def model(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The whole model in memory with its effective dense weights; for training and generating."""
+    def model(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, packed: bool = False
+    ) -> PreTrainedModel:
+        """The whole model in memory with its effective dense weights; for training and generating.
 
-        return Skeleton(self).filled(torch.device(device), dtype or self.stored_dtype)
+        packed: quantised layers without an adapter keep their codes, and dequantise them whenever they compute.
+        """
+
+        return Skeleton(self).filled(torch.device(device), dtype or self.stored_dtype, packed)
 
     def facts(self, pattern: Sparsity | None = None) -> dict[str, Any]:
         """Counts measured on the files: parameters in total, non-zero, bytes of all safetensors files and packed.
@@ -398,12 +424,14 @@ class Skeleton:
 
     # --- the whole model ----------------------------------------------------------------------------------------
 
-    def filled(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with all weights in memory, its inputs rounded as it says."""
+    def filled(self, device: torch.device, dtype: torch.dtype, packed: bool = False) -> PreTrainedModel:
+        """The model with all weights in memory, packed or dense, its inputs rounded as it says."""
         tensors = dict(self.checkpoint.outer())
         for index in range(len(self.blocks)):
             prefix = f"{self.checkpoint.shape.block_prefix}.{index}."
-            tensors |= {prefix + name: tensor for name, tensor in self.checkpoint.block(index).items()}
+            adapted = any(x.adapted for x in self.checkpoint.shape.blocks[index].linears)
+            own = self._packed(index, device, dtype) if packed and not adapted else self.checkpoint.block(index)
+            tensors |= {prefix + name: tensor for name, tensor in own.items()}
         own = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
         _assign(self.model, own, str(self.checkpoint.folder), tied=self._tied_names())
         self.model.tie_weights()
@@ -414,6 +442,18 @@ class Skeleton:
         for block, own_shape in zip(self.blocks, shape.blocks, strict=True):
             round_inputs(block, own_shape, shape.activation_bits)
         return self.model
+
+    def _packed(self, index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Put packed layers into the block in place of its quantised ones; the tensors that are left to assign."""
+        from edgepress.checkpoints.packed_linear import PackedLinear
+
+        tensors, readers = self.checkpoint.packed_layers(index, device, dtype)
+        for name, read in readers.items():
+            parent, _, leaf = name.rpartition(".")
+            old = self.blocks[index].get_submodule(name)
+            layer = PackedLinear(old.out_features, old.in_features, old.bias, read)  # type: ignore[arg-type]
+            setattr(self.blocks[index].get_submodule(parent), leaf, layer)
+        return tensors
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The block's linear layers by their name relative to it."""

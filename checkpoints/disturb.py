@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgepress.checkpoints.errors import CheckpointError, PlanError, near
 from edgepress.checkpoints.lazy import torch
@@ -154,7 +154,7 @@ def _noise_on_half(strength: float, generator: torch.Generator | None) -> Callab
     """For gate and up in one layer: (x + e) Wg = x Wg + e Wg, and x Wu stays free of noise."""
 
     def hook(linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        x, weight = inputs[0], linear.get_parameter("weight")
+        x, weight = inputs[0], cast("Tensor", linear.weight)
         gate, up = output.chunk(2, dim=-1)
         noise = _normal(x.shape, x, strength, generator)
         return torch.cat([gate + torch.nn.functional.linear(noise, weight[: gate.shape[-1]]), up], dim=-1)

@@ -78,6 +78,7 @@ class CompressOptions(TypedDict, total=False):
     lora_weight_decay: float
     train_noise: float
     train_mask: float
+    lora_packed: bool
     # stage gptq
     quant: str
     group: int

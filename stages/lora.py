@@ -61,6 +61,8 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     recovery = options.recovery
     for index, block in enumerate(shape.blocks if options.noise else ()):
         _require_noise(find_gate(block, index), options, shape)
+    if options.packed and not recovery.quantised:
+        raise PlanError(f"--lora-packed keeps quantised weights packed; give --recover {recovery.on_quantised()}")
     if not recovery.quantised:
         require_dense(shape, "lora", beside=f"--recover {recovery.on_quantised()}")
         target_names(shape, options)
@@ -100,12 +102,15 @@ def cost(before: ModelShape, options: Options) -> Cost:
     dense = outer + count * block_bytes(before)
     kind = teacher_kind(before, options)
     taught = {"none": 0, "held": dense, "streamed": outer}[kind]
+    held = 2 * dense
+    if options.packed:  # the codes, and one layer in 32 bits, in its stored precision, and in that of training
+        held = 2 * outer + before.file_bytes - outer + 8 * max(x.weights for x in linears(before))
     inner = max(x.out_features for x in linears(before))
     a_token = count * (14 * before.hidden_size + 4 * inner) * 2 + 3 * before.vocabulary * 4
     activations = options.micro_batch * options.length * a_token
     own = training_bytes(before, options)
     return Cost(
-        BASE_BYTES + _TRAINER_BYTES + 2 * dense + taught + activations + own,
+        BASE_BYTES + _TRAINER_BYTES + held + taught + activations + own,
         linked_bytes(before, range(count if options.recovery.quantised else 0)),
         (teacher_disk_bytes(before, options) if kind == "streamed" else 0) + _saved_bytes(before, options),
         _operations(before, options),
@@ -150,8 +155,9 @@ def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
         learns = "trains every parameter in 32 bits" if recovery.whole else "learns one factor a row or column"
         yield (f"lora: {recovery.adapter_name} {learns}; --lora-rank, --lora-alpha and --lora-dropout change nothing")
     if recovery.quantised:
+        dense = "are dequantised a layer at a time" if options.packed else "are dense in memory (but see --lora-packed)"
         yield (
-            "lora: the weights stay packed on the disk and are dense in memory while the adapter is trained; it is not "
+            f"lora: the weights stay packed on the disk and {dense} while the adapter is trained; it is not "
             "merged, and a runtime computes it beside them"
         )
         if recovery.adapter_name != "lora":
@@ -204,7 +210,7 @@ def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> tuple[Any
     if recovery.whole:
         return full.whole(source, runtime), {}
     config = recovery.adapter.config(target_names(source.shape, options), options, recovery.arguments)
-    base = source.model(runtime.device, runtime.dtype)
+    base = source.model(runtime.device, runtime.dtype, packed=options.packed)
     with quiet_import():
         model = get_peft_model(base, config)
     layers = adapted_layers(model)

@@ -226,6 +226,7 @@ class Lora:
     weight_decay: float = option(0.0, "--lora-weight-decay", "AdamW's weight decay.", True)
     noise: float = option(0.0, "--train-noise", "Deviation of noise before the MLP gates while training.", True)
     mask: float = option(0.0, "--train-mask", "Share of attention outputs zeroed while training.", True)
+    packed: bool = option(False, "--lora-packed", "Keep quantised weights packed in memory; slower.", True)
 
     def __post_init__(self) -> None:
         faults = _Faults()

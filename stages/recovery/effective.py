@@ -15,13 +15,12 @@ def compute_with(layer: Any, change: Callable[[Any], Tensor]) -> None:
     Without dropout that is one product. With dropout, which acts on the adapter's input alone, W and the change are
     applied one after the other.
     """
-    weight = layer.base_layer.weight
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         delta = change(layer).to(x.dtype)
         dropout = layer.lora_dropout["default"]
         if not layer.training or isinstance(dropout, nn.Identity):
-            return F.linear(x, weight + delta, layer.base_layer.bias)
+            return F.linear(x, layer.base_layer.weight + delta, layer.base_layer.bias)
         y: Tensor = layer.base_layer(x)
         return y + F.linear(dropout(x), delta)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
@@ -257,3 +258,42 @@ def test_remarks_say_where_weights_lie_and_what_the_adapter_fills() -> None:
     said = list(lora.remarks(pruned, Lora(method="qlora+ia3")))
     assert "peft computes ia3 beside dequantised weights, not with GPTQ's kernels" in said[-1]
     assert not any("zeros" in line for line in said)  # its factors fill none
+
+
+# --- packed while it trains -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_packed_weights_train_the_same_adapter(method: str, packed: Checkpoint, tmp_path: Path) -> None:
+    losses, trained = {}, {}
+    for keep in (False, True):
+        writer = CheckpointWriter(tmp_path / str(keep))
+        losses[keep] = lora.run(packed, writer, text(), chosen(method, packed=keep, dropout=0.1), RUNTIME)["losses"]
+        trained[keep] = load_file(writer.folder / "adapter_model.safetensors")
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    for name, tensor in trained[False].items():
+        torch.testing.assert_close(trained[True][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_no_dense_weight_stays_in_memory(packed: Checkpoint) -> None:
+    model, layers = lora.adapted(packed, chosen("qlora", packed=True), RUNTIME)
+    dense, _ = lora.adapted(packed, chosen("qlora"), RUNTIME)
+    quantised = sum(x.weights for block in packed.shape.blocks for x in block.linears if x.grid)
+    assert sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in model.parameters()) == quantised
+    layer = next(iter(layers.values())).base_layer
+    x = torch.randn(2, 5, layer.in_features, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(y) @ layer.weight)
+
+
+def test_packed_counts_in_the_forecast_and_needs_codes() -> None:
+    shape = shape_from_config(PRESETS["llama-2-7b"])
+    quantised = gptq.plan(shape, Gptq("nf4"))
+    peaks = [
+        lora.cost(quantised, Lora(method="qlora", targets="all", packed=keep)).peak_memory_bytes
+        for keep in (False, True)
+    ]
+    assert peaks[1] < 0.5 * peaks[0]
+    with pytest.raises(PlanError, match="--lora-packed keeps quantised weights packed; give --recover qlora"):
+        lora.plan(shape, Lora(packed=True))
