@@ -92,6 +92,7 @@ class CompressOptions(TypedDict, total=False):
     activation_bits: int
     quant_samples: int
     quant_length: int
+    quant_layers: str
     # stage eora
     eora: int
     eora_against: str
