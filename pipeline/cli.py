@@ -33,8 +33,10 @@ from edgepress.pipeline.flags import (
 )
 from edgepress.pipeline.recipe import Recipe, draft
 from edgepress.pipeline.sweep_recipe import is_sweep
+from edgepress.stages.options import STAGES
 
 EXIT_BUG, EXIT_ERROR, EXIT_PIPE = 1, 2, 141
+DEFAULT = "gptq4-s"  # with --budget: the quantiser's family where none is asked for
 
 app = typer.Typer(
     cls=PlainGroup,
@@ -45,6 +47,11 @@ app = typer.Typer(
 )
 
 
+Budget = Annotated[
+    str,
+    typer.Option(help="Bytes (60MiB), bits a parameter (4.5bits) or a chip: the best bits of each layer that fit."),
+]
+Rounds = Annotated[int, typer.Option("--budget-rounds", help="Plans of --budget that are run and measured, at most.")]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Forecast only, as the command plan does.")]
 
 
@@ -64,6 +71,8 @@ def compress(
     skip: Skip = "",
     out: Out = Path("out"),
     plan_only: PlanOnly = False,
+    budget: Budget = "",
+    budget_rounds: Rounds = 2,
     as_json: Json = False,
     show_version: Annotated[
         bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True, callback=_say_version)
@@ -80,7 +89,7 @@ def compress(
         if given := [key for key, value in flags.items() if value is not None]:
             raise PlanError(f"options go behind the command: compress {ctx.invoked_subcommand} … ({', '.join(given)})")
         return
-    _run(flags, recipe, skip, out, plan_only, as_json)
+    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_rounds)
 
 
 @with_model_argument
@@ -91,16 +100,28 @@ def run(
     skip: Skip = "",
     out: Out = Path("out"),
     plan_only: PlanOnly = False,
+    budget: Budget = "",
+    budget_rounds: Rounds = 2,
     as_json: Json = False,
 ) -> None:
     """Send a model through the stages, as compress does without a command."""
-    _run(flags, recipe, skip, out, plan_only, as_json)
+    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_rounds)
 
 
-def _run(flags: dict[str, Any], recipe: str, skip: str, out: Path, plan_only: bool, as_json: bool) -> None:
+def _run(
+    flags: dict[str, Any], recipe: str, skip: str, out: Path, plan_only: bool, as_json: bool, budget: str, rounds: int
+) -> None:
+    if budget and plan_only:
+        raise PlanError("--budget looks at the weights, so --plan cannot forecast what it chooses; leave one out")
+    if budget and rounds < 1:
+        raise PlanError(f"--budget-rounds {rounds}: at least one plan must be run")
     if plan_only:
         _plan(flags, recipe, skip, as_json)
         return
+    if budget and not recipe:  # nothing else pays at equal bytes unless somebody asks for it
+        asked = {key.partition(".")[0] for key, value in flags.items() if value is not None}
+        skip = ",".join(filter(None, [skip, *(name for name in STAGES if name not in {"gptq", *asked})]))
+        flags = flags | {"gptq.quant": flags.get("gptq.quant") or DEFAULT}
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
     from edgepress.pipeline.progress import Reporter
@@ -109,18 +130,25 @@ def _run(flags: dict[str, Any], recipe: str, skip: str, out: Path, plan_only: bo
     from edgepress.pipeline.run import run as run_stages
     from edgepress.pipeline.store import Store
 
+    if budget:
+        from edgepress.pipeline.budget import print_outcome, run_budget
     wanted, console = prepared(drafted, out), Console(stderr=as_json)
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         try:
             with interrupts.gently(reporter.interrupt):
-                result = run_stages(wanted, out, reporter)
+                if budget:
+                    bits = flags.get("gptq.quant_embeddings")
+                    found = run_budget(wanted, budget, out, reporter, rounds=rounds, embedding=bits)
+                result = found.result if budget else run_stages(wanted, out, reporter)
         except KeyboardInterrupt:
             interrupts.caught(None if as_json else reporter.say)  # quiet, it would say it to the log alone
             raise
     if as_json:
-        typer.echo(json.dumps(result.report, indent=2))
+        typer.echo(json.dumps(result.report | ({"budget": found.to_dict()} if budget else {}), indent=2))
     else:
         print_summary(console, result, out)
+        if budget:
+            print_outcome(console, found)
 
 
 @with_model_argument

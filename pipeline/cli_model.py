@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 @with_model("model")
 def rank(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf or .bin; default: the packaged model.")] = "",
-    metric: Annotated[str, typer.Option(help="perplexity, taylor(-signed), magnitude or influence.")] = "perplexity",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 10,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    metric: Annotated[
+        str,
+        typer.Option(help="Of blocks perplexity, taylor(-signed), magnitude or influence; bits: each layer's bits."),
+    ] = "perplexity",
+    quant: Annotated[str, typer.Option(help="With bits: a quantiser of the family to rank.")] = "gptq4-s",
+    samples: Annotated[int | None, typer.Option(help="Calibration windows; default: 10, with bits 8.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window; default: 128, with bits 512.")] = None,
     data: Annotated[str, typer.Option(help="Calibration text, as for compress --data.")] = "",
     protect_first: Annotated[int, typer.Option(help="First blocks left out of the ranking.")] = 0,
     protect_last: Annotated[int, typer.Option(help="Last blocks left out of the ranking.")] = 0,
@@ -36,29 +40,37 @@ def rank(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write OUT.png and OUT.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Rank a model's blocks by what each is worth.
+    """Rank a model's blocks by what each is worth, or its layers' bits.
 
-    The lowest would be removed first.
+    The lowest block would be removed first. Of bits: what every layer would take and cost at each way to quantise it.
     """
     quiet_libraries()
     from edgepress.checkpoints.manifest import is_special, require_output
     from edgepress.pipeline.progress import Reporter
-    from edgepress.pipeline.rank import print_ranking, rank_blocks, write_ranking
+    from edgepress.pipeline.rank import print_bits, print_ranking, rank_bits, rank_blocks, write_bits, write_ranking
 
     flags = {"model": model or None, "data": data or None, "seed": seed, "device": device, "dtype": dtype}
     options = {"metric": metric, "protect_first": protect_first, "protect_last": protect_last}
-    options |= {"samples": samples, "length": length, "remove": 1}
+    options |= {"samples": 10 if samples is None else samples, "length": 128 if length is None else length, "remove": 1}
     for path in (out.with_suffix(".png"), out.with_suffix(".json")) if out and not is_special(out) else ():
         require_output(path)
-    wanted = build(None, flags | {f"depth.{key}": value for key, value in options.items()})
+    if bits := metric == "bits":
+        own = {
+            "quant": quant,
+            "samples": 8 if samples is None else samples,
+            "length": 512 if length is None else length,
+        }
+        wanted = build(None, flags | {f"gptq.{key}": value for key, value in own.items()}, "depth,wanda,lora,eora")
+    else:
+        wanted = build(None, flags | {f"depth.{key}": value for key, value in options.items()})
     with Reporter(Console(stderr=True), quiet=as_json) as reporter:
-        ranking = rank_blocks(wanted, reporter)
+        ranking = rank_bits(wanted, reporter) if bits else rank_blocks(wanted, reporter)
     if out is not None:
-        write_ranking(ranking, out)
+        (write_bits if bits else write_ranking)(ranking, out)
     if as_json:
         typer.echo(json.dumps(ranking, indent=2))
     else:
-        print_ranking(Console(), ranking, out)
+        (print_bits if bits else print_ranking)(Console(), ranking, out)
 
 
 @with_model("checkpoint")

@@ -1,4 +1,4 @@
-"""The work of `compress rank`: what each block is worth, as a table, a picture and JSON."""
+"""The work of `compress rank`: what each block, or each bit of a layer, is worth, as a table, a picture and JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import is_special, replacing, sealed, write_json
 from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
+from edgepress.pipeline.budget import candidates, layer_sizes, sensitivities
 from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.progress import Reporter
@@ -20,7 +21,7 @@ from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.store import open_model
 from edgepress.pipeline.tree import duration_text, measured_speed
 from edgepress.stages.depth import choose
-from edgepress.stages.options import Depth
+from edgepress.stages.options import Depth, Gptq
 
 _MEANING = {
     "perplexity": "perplexity of the model without the block",
@@ -82,6 +83,79 @@ def print_ranking(console: Console, ranking: dict[str, Any], out: Path | None) -
 def _skewed(scores: dict[str, float]) -> bool:
     """One block that the model cannot do without can be a thousand times the rest: draw logarithms."""
     return min(scores.values()) > 0 and max(scores.values()) > 20 * min(scores.values())
+
+
+def rank_bits(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+    """Bytes and predicted loss of every layer at each way of the quantiser's family, and of the embedding's bits."""
+    options = next(o for _, o in recipe.stages if isinstance(o, Gptq))
+    source = open_model(recipe.model)
+    ways = candidates(source.shape, options, options.quant)
+    found = sensitivities(recipe, source, options, ways, (8, 4), None, reporter)
+    sizes = layer_sizes(source.shape, options, ways)
+    rows = found.to_dict()
+    for row in rows["layers"]:
+        row["bytes"] = sizes[row["block"], row["layer"]][row["quant"], row["group"]]
+    about = {"model": recipe.model or "smollm2-135m-instruct", "metric": "bits", "fingerprint": source.fingerprint}
+    return about | {"meaning": "predicted rise of the loss, nats a token"} | rows
+
+
+def print_bits(console: Console, ranking: dict[str, Any], out: Path | None) -> None:
+    """One line for each kind of layer and way: what all blocks together take and cost, and the dearest block."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("layers", "way", "MiB", "loss", "worst block"):
+        table.add_column(column, justify="left" if column in ("layers", "way") else "right", no_wrap=True)
+    for (name, way), rows in _by_kind(ranking).items():
+        worst = max(rows, key=lambda row: row["loss"])
+        loss, size = (sum(row[what] for row in rows) for what in ("loss", "bytes"))
+        table.add_row(name, way, f"{size / 2**20:.3f}", f"{loss:.3g}", f"{worst['block']} ({worst['loss']:.3g})")
+    for bits, loss in ranking["embedding"].items():
+        if bits != "0":
+            table.add_row("embedding", f"{bits} bits", "", f"{loss:.3g}", "")
+    console.print(f"{ranking['model']}: {ranking['meaning']}", highlight=False)
+    console.print(table)
+    if out is not None:
+        files = [out] if is_special(out) else [out.with_suffix(".png"), out.with_suffix(".json")]
+        console.print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+
+
+def _by_kind(ranking: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in ranking["layers"]:
+        key = row["layer"].rpartition(".")[2], f"{row['quant']}/{row['group']}"
+        found.setdefault(key, []).append(row)
+    return dict(sorted(found.items()))
+
+
+def write_bits(ranking: dict[str, Any], out: Path) -> None:
+    """OUT.json and OUT.png, a line for each kind of layer over the blocks, at the way of the fewest bytes."""
+    if is_special(out):
+        write_json(out, sealed(ranking))
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out.with_suffix(".json"), sealed(ranking))
+    kinds = _by_kind(ranking)
+    sizes: dict[str, int] = {}
+    for (_, own), rows in kinds.items():
+        sizes[own] = sizes.get(own, 0) + sum(row["bytes"] for row in rows)
+    way = min(sizes, key=lambda own: sizes[own])
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for (name, own), rows in kinds.items():
+        if own == way:
+            axes.plot([r["block"] for r in rows], [max(r["loss"], 1e-12) for r in rows], marker=".", label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("block")
+    axes.set_ylabel("predicted loss, nats a token")
+    axes.set_title(f"{ranking['model']}: each layer alone at {way}", fontsize=10)
+    axes.legend(fontsize=8, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    with replacing(out.with_suffix(".png")) as file:
+        figure.savefig(file, format="png", dpi=130)
+    pyplot.close(figure)
 
 
 def write_ranking(ranking: dict[str, Any], out: Path) -> None:

@@ -1,0 +1,276 @@
+"""What each linear layer would cost in bytes and in loss at each way to quantise it, in about six forward passes.
+
+The loss of dW is taken to second order: half of sum_r E[g_r^2] (dW H dW^T)_rr over the tokens, with H = X^T X of the
+layer's inputs and g the gradient of the text's loss in the layer's outputs: the empirical Fisher information, factored
+as in K-FAC (Martens and Grosse, arXiv 1503.05671), of the outputs the diagonal alone. Layers are taken to add up.
+dW is that of GPTQ's solver on a sample of the layer's rows, which it solves independently of one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
+from edgepress.checkpoints.errors import NumericsError
+from edgepress.checkpoints.forms import Form, Grid
+from edgepress.checkpoints.lazy import F, torch
+from edgepress.checkpoints.runtime import Runtime
+from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.super_blocks import SuperBlocks
+from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.checkpoints.walk import Scratch, States
+from edgepress.stages import edge
+from edgepress.stages.hessian import inverse_factor, live_diagonal
+from edgepress.stages.options import Gptq as Options
+from edgepress.stages.quantisers import codes, form, super_blocks
+from edgepress.stages.quantisers.gptq import in_turn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+VERSION = 1
+ROWS = 64  # of a layer that are solved; the others are taken to be like them
+Way = tuple[str, int]  # a quantiser and its group
+Layer = tuple[int, str]  # a block and the layer's name in it
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """By block and layer of each way: nats a token above the model as it is, and the relative error of the outputs."""
+
+    losses: Mapping[Layer, Mapping[Way, float]]
+    errors: Mapping[Layer, Mapping[Way, float]]  # tr(dW H dW^T) / tr(W H W^T)
+    embedding: Mapping[int, float]  # nats a token by its bits; 0: as it is
+    loss: float  # of the calibration windows, as the model is
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {"block": i, "layer": n, "quant": q, "group": g, "loss": loss, "error": self.errors[i, n][q, g]}
+            for (i, n), ways in self.losses.items()
+            for (q, g), loss in ways.items()
+        ]
+        return {"loss": self.loss, "embedding": {str(b): x for b, x in self.embedding.items()}, "layers": rows}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Sensitivity:
+        losses, errors = dict[Layer, dict[Way, float]](), dict[Layer, dict[Way, float]]()
+        for row in facts["layers"]:
+            layer, way = (row["block"], row["layer"]), (row["quant"], row["group"])
+            losses.setdefault(layer, {})[way] = row["loss"]
+            errors.setdefault(layer, {})[way] = row["error"]
+        return cls(losses, errors, {int(b): x for b, x in facts["embedding"].items()}, facts["loss"])
+
+
+def forms_of(shape: ModelShape, options: Options, ways: Sequence[Way]) -> dict[tuple[Way, int], Form]:
+    """The form of each way for each width, as the stage gptq fits it to a layer with settings of its own."""
+    widths = {x.in_features for block in shape.blocks for x in block.linears}
+    found: dict[tuple[Way, int], Form] = {}
+    for quant, group in ways:
+        wanted = form(replace(options, quant=quant, group=group, layers=""), shape.pattern is not None)
+        found |= {((quant, group), width): wanted.fitted({width}) for width in widths}
+    return found
+
+
+def measure(
+    source: Checkpoint,
+    calibration: TokenBatches,
+    options: Options,
+    ways: Sequence[Way],
+    embedding_bits: Sequence[int],
+    runtime: Runtime,
+) -> Sensitivity:
+    """Of every layer that a way's form holds. Raises NumericsError naming what is not finite."""
+    skeleton = Skeleton(source, runtime.device, runtime.dtype)
+    chunks = calibration.chunks(runtime.chunk_tokens)
+    forms = forms_of(source.shape, options, ways)
+    shapes = [(*ids.shape, source.shape.hidden_size) for ids in chunks]
+    count = len(skeleton.blocks)
+    losses, errors = dict[Layer, dict[Way, float]](), dict[Layer, dict[Way, float]]()
+    total = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
+    with Scratch(runtime.spill_bytes) as scratch:
+        edges = {bits: Skeleton(_Rounded.like(source, bits), runtime.device, runtime.dtype) for bits in embedding_bits}
+        inputs, beside = [scratch.states(shapes, runtime.dtype)], {}
+        _fill(inputs[0], skeleton, chunks)
+        for bits, other in edges.items():
+            beside[bits] = scratch.states(shapes, runtime.dtype)
+            _fill(beside[bits], other, chunks)
+        runtime.progress.start("forwards", count)
+        for i in range(count):
+            inputs.append(scratch.states(shapes, runtime.dtype))
+            with skeleton.block(i) as block:
+                for number, before in enumerate(inputs[-2].chunks):
+                    inputs[-1].write(number, skeleton.run(block, i, before))
+                for states in beside.values():
+                    for number, before in enumerate(states.chunks):
+                        states.write(number, skeleton.run(block, i, before))
+            runtime.progress.step(block=f"{i + 1}/{count}")
+        loss, gradients = _head(skeleton, inputs.pop(), chunks)
+        embedding = {0: 0.0} | {bits: (_loss(edges[bits], beside[bits], chunks) - loss) / total for bits in edges}
+        runtime.progress.start("backwards", count)
+        for i in reversed(range(count)):
+            with skeleton.block(i) as block:
+                seen, gradients = _back(skeleton, block, i, inputs.pop(), gradients)
+                for names, (hessian, squares) in seen.items():
+                    weights = {name: skeleton.linears(i)[name].weight.detach().float() for name in names}
+                    for name, way, loss_of, error in _solved(weights, hessian, squares, forms, options):
+                        losses.setdefault((i, name), {})[way] = loss_of / total
+                        errors.setdefault((i, name), {})[way] = error
+            runtime.progress.step(block=f"{count - i}/{count}")
+    bad = [f"block {i}, {name}" for (i, name), own in losses.items() if not all(x < math.inf for x in own.values())]
+    if bad or not all(abs(x) < math.inf for x in embedding.values()):
+        raise NumericsError(f"the predicted loss of {bad[0] if bad else 'the embedding'} is not finite")
+    return Sensitivity(dict(sorted(losses.items())), errors, embedding, loss / total)
+
+
+class _Rounded(Checkpoint):
+    """A checkpoint with embedding and head at few bits."""
+
+    bits: int
+
+    @classmethod
+    def like(cls, source: Checkpoint, bits: int) -> _Rounded:
+        made = cls(source.folder, source.manifest)
+        made.bits = bits
+        return made
+
+    def outer(self) -> dict[str, Tensor]:
+        return edge.quantise_outer(super().outer(), self.bits)[0]
+
+
+def _fill(states: States, skeleton: Skeleton, chunks: list[Tensor]) -> None:
+    for number, embedded in enumerate(skeleton.embed(chunks)):
+        states.write(number, embedded)
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed over the tokens; logits (b, L, vocabulary), ids (b, L)."""
+    targets = ids[:, 1:].to(logits.device).flatten()
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum")
+
+
+def _loss(skeleton: Skeleton, states: States, chunks: list[Tensor]) -> float:
+    with skeleton.head() as head, torch.no_grad():
+        return sum(
+            float(_nll(head(row), own))
+            for chunk, ids in zip(states.chunks, chunks, strict=True)
+            for row, own in zip(torch.split(chunk, 1), torch.split(ids, 1), strict=True)
+        )
+
+
+def _head(skeleton: Skeleton, states: States, chunks: list[Tensor]) -> tuple[float, list[Tensor]]:
+    """The summed loss, and its gradient in the last block's outputs."""
+    loss, gradients = 0.0, []
+    with skeleton.head() as head:
+        for chunk, ids in zip(states.chunks, chunks, strict=True):
+            leaf = chunk.to(skeleton.device).requires_grad_()
+            for row, own in zip(torch.split(leaf, 1), torch.split(ids, 1), strict=True):
+                nll = _nll(head(row), own)
+                torch.autograd.backward(nll)
+                loss += float(nll.detach())
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
+    return loss, gradients
+
+
+def _back(
+    skeleton: Skeleton, block: nn.Module, index: int, states: States, gradients: list[Tensor]
+) -> tuple[dict[tuple[str, ...], tuple[Tensor, dict[str, Tensor]]], list[Tensor]]:
+    """H (in, in) of each distinct input with E[g^2] (out,) of the layers that share it; the gradient before it."""
+    linears = skeleton.linears(index)
+    sums, squares, shared = dict[str, Any](), dict[str, Any](), dict[str, list[str]]()
+    rows, last, arrived = 0, dict[int, str](), list[Any]()
+
+    def seen(name: str) -> Callable[..., None]:
+        def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            x = inputs[0]
+            first = last.setdefault(id(x), name)
+            arrived.append(x)  # so that no other tensor takes its place in memory
+            if first == name:
+                flat = x.detach().reshape(-1, x.shape[-1]).float()
+                sums[name] = sums[name].addmm_(flat.T, flat) if name in sums else flat.T @ flat
+            if name not in shared.setdefault(first, []):
+                shared[first].append(name)
+            output.register_hook(lambda g: squares.update({name: squares.get(name, 0) + _squares(g)}))
+
+        return hook
+
+    hooks = [linear.register_forward_hook(seen(name)) for name, linear in linears.items()]
+    before = []
+    try:
+        for chunk, gradient in zip(states.chunks, gradients, strict=True):
+            last.clear()
+            arrived.clear()
+            leaf = chunk.to(skeleton.device).requires_grad_()
+            output = skeleton.call(block, skeleton.arguments(index, chunk), leaf)
+            torch.autograd.backward(output, gradient)
+            assert leaf.grad is not None
+            before.append(leaf.grad)
+            rows += chunk.shape[0] * chunk.shape[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {tuple(names): (sums[first], {n: squares[n] / rows for n in names}) for first, names in shared.items()}
+    return found, before
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    return gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(dim=0)
+
+
+def _solved(
+    weights: Mapping[str, Tensor],
+    hessian: Tensor,
+    squares: Mapping[str, Tensor],
+    forms: Mapping[tuple[Way, int], Form],
+    options: Options,
+) -> Iterator[tuple[str, Way, float, float]]:
+    """Layer, way, half of sum_r E[g_r^2] (dW H dW^T)_rr and the relative error, of layers that share an input."""
+    columns = hessian.shape[0]
+    H, _ = live_diagonal(hessian)
+    importance = H.diagonal().clone()
+    order = importance.argsort(descending=True, stable=True)
+    inverse = order.argsort()
+    U, _, _ = inverse_factor(H[order][:, order], options.damping)
+    # The layers' rows lie in one matrix: neither the search for scales nor the solver lets one row touch another.
+    sample = {name: torch.arange(0, len(w), max(1, len(w) // ROWS))[:ROWS] for name, w in weights.items()}
+    rows = torch.cat([weights[name][places] for name, places in sample.items()])
+    scaled: dict[Form, tuple[Tensor, Tensor, int]] = {}
+    tops: dict[int, list[Form]] = {}
+    for (_, width), own in forms.items():
+        if width == columns and own not in scaled and any(own.holds(len(w), columns) for w in weights.values()):
+            scaled[own] = _grid(rows, importance, own, options)
+            tops.setdefault(scaled[own][2], []).append(own)
+    errors: dict[Form, Tensor] = {}
+    for top, several in tops.items():  # codes of as many bits in one turn
+        S, Z = (torch.cat([scaled[own][part] for own in several])[:, order] for part in (0, 1))  # type: ignore[misc]
+        W = rows.repeat(len(several), 1)[:, order]
+        Q, _ = in_turn(W.clone(), U, S, Z, top, None)
+        delta = (W - S * (Q - Z))[:, inverse]
+        each = ((delta @ hessian) * delta).sum(dim=1)
+        errors |= dict(zip(several, torch.split(each, len(rows)), strict=True))
+    whole = ((rows @ hessian) * rows).sum(dim=1)
+    start = 0
+    for name, places in sample.items():
+        here, out = slice(start, start + len(places)), len(weights[name])
+        start += len(places)
+        for (way, width), own in forms.items():
+            if width == columns and own.holds(out, columns):
+                error = errors[own][here]
+                loss = 0.5 * out / len(places) * float((squares[name][places] * error).sum())
+                yield name, way, loss, float(error.sum() / whole[here].sum().clamp_min(1e-30))
+
+
+def _grid(rows: Tensor, importance: Tensor, own: Form, options: Options) -> tuple[Tensor, Tensor, int]:
+    """Scale and zero point of each weight (rows, in), and the highest code."""
+    columns = rows.shape[1]
+    if isinstance(own, SuperBlocks):
+        fitted = own.suited(rows.shape[0], columns, masked=False)
+        scale, least = super_blocks.fit(rows, importance, None, fitted, options.scale_search).each(columns)
+        return scale, least / scale, 2**fitted.bits - 1
+    assert isinstance(own, Grid)
+    scales, zeros = codes.fit_grid(rows, importance, own, options.scale_search)
+    each = columns // scales.shape[1]
+    return scales.repeat_interleave(each, 1), zeros.float().repeat_interleave(each, 1), 2**own.bits - 1
