@@ -352,15 +352,11 @@ class Outcome:
         }  # fmt: skip
 
 
-def run_budget(
-    recipe: Recipe, text: str, out: Path, reporter: Reporter, *, rounds: int, embedding: int | None
-) -> Outcome:
-    """Carry out the recipe with the best layers' settings for a budget. The caller holds the store open.
+def possible(recipe: Recipe, text: str, source: ModelShape, embedding: int | None) -> tuple[Recipe, Gptq, Chooser]:
+    """The recipe up to the stage gptq, that stage's options, and the plans there are.
 
-    embedding: its bits where somebody asked for them. Raises PlanError for a budget that cannot be.
+    Raises PlanError or RecipeError for a budget that cannot be.
     """
-    from edgepress.pipeline.run import Conditions, run
-
     names = [name for name, _ in recipe.stages]
     if "gptq" not in names or recipe.homotopic or names[-1] != "gptq":
         raise PlanError(
@@ -370,11 +366,24 @@ def run_budget(
     options, earlier = recipe.stages[-1][1], replace(recipe, stages=recipe.stages[:-1])
     assert isinstance(options, Gptq)
     asked, options = options.quant, replace(options, layers="")
-    at = Conditions.prepare(recipe, out, reporter)
-    shape = ([at.source.shape] + [step.shape for step in planned(earlier, at.source.shape)])[-1]
+    shape = ([source] + [step.shape for step in planned(earlier, source)])[-1]
     budget = Budget.parse(text, shape)
     ways = candidates(shape, options, asked)
-    chooser = Chooser(shape, budget, options, ways, (4, 8) if embedding is None else (embedding,))
+    return earlier, options, Chooser(shape, budget, options, ways, (4, 8) if embedding is None else (embedding,))
+
+
+def run_budget(
+    recipe: Recipe, text: str, out: Path, reporter: Reporter, *, rounds: int, embedding: int | None
+) -> Outcome:
+    """Carry out the recipe with the best layers' settings for a budget. The caller holds the store open.
+
+    embedding: its bits where somebody asked for them. Raises PlanError for a budget that cannot be.
+    """
+    from edgepress.pipeline.run import Conditions, run
+
+    at = Conditions.prepare(recipe, out, reporter)
+    earlier, options, chooser = possible(recipe, text, at.source.shape, embedding)
+    budget, ways = chooser.budget, chooser.all_ways
     parent, now = at.source, at.measured(at.source)
     if earlier.stages:
         last = run(earlier, out, reporter).stages[-1]

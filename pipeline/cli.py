@@ -131,8 +131,11 @@ def _run(
     from edgepress.pipeline.store import Store
 
     if budget:
-        from edgepress.pipeline.budget import print_outcome, run_budget
+        from edgepress.pipeline.budget import possible, print_outcome, run_budget
+        from edgepress.pipeline.store import open_model
     wanted, console = prepared(drafted, out), Console(stderr=as_json)
+    if budget:  # before anything is written
+        possible(wanted, budget, open_model(wanted.model).shape, flags.get("gptq.quant_embeddings"))
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         try:
             with interrupts.gently(reporter.interrupt):

@@ -206,6 +206,7 @@ def test_bad_budgets_are_one_message(
 ) -> None:
     done = compress("run", tiny_llama, *FLAGS, *flags, "-o", tmp_path / "out")
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.pipeline
