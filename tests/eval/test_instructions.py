@@ -57,7 +57,7 @@ def test_prompts() -> None:
     assert row.prompt(chat=True) == "Add.\n\n2, 2"
     assert Instruction("1", "Add.", "", "4").prompt(chat=False) == "Instruction: Add.\nResponse:"
     prepared = Instruction("1", "### Q", "", "4", prepared=True)
-    assert prepared.prompt(chat=False) == prepared.prompt(chat=True) == "### Q"
+    assert (prepared.prompt(chat=False), prepared.prompt(chat=True)) == ("### Q\n", "### Q")
 
 
 def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
