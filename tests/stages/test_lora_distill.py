@@ -137,7 +137,7 @@ def test_the_students_memory_holds_no_second_model(
     masked: Checkpoint, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, real = [], Checkpoint.model
-    monkeypatch.setattr(Checkpoint, "model", lambda self, *a: loaded.append(self.folder) or real(self, *a))
+    monkeypatch.setattr(Checkpoint, "model", lambda self, *a, **b: loaded.append(self.folder) or real(self, *a, **b))
     lora.run(masked, writer, text(), options(distill=0.5, steps=1, teacher="streamed"), RUNTIME)
     assert loaded == [masked.folder]
     (kept,) = (writer.work.folder / "teacher").glob("states-*.bin")
