@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +77,31 @@ def print_ranking(console: Console, ranking: dict[str, Any], out: Path | None) -
         table.add_row(block, f"{place}.", f"{score:.5g}", "█" * max(width, 1))
     console.print(f"{ranking['model']}: {ranking['meaning']}; the lowest goes first", highlight=False)
     console.print(table)
+    _say_where(console, out)
+
+
+def _say_where(console: Console, out: Path | None) -> None:
     if out is not None:
         files = [out] if is_special(out) else [out.with_suffix(".png"), out.with_suffix(".json")]
         console.print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _figure(ranking: dict[str, Any], out: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Write OUT.json; the axes of what becomes OUT.png on leaving."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out.with_suffix(".json"), sealed(ranking))
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    yield axes
+    axes.spines[["top", "right"]].set_visible(False)
+    with replacing(out.with_suffix(".png")) as file:
+        figure.savefig(file, format="png", dpi=130)
+    pyplot.close(figure)
 
 
 def _skewed(scores: dict[str, float]) -> bool:
@@ -113,9 +137,7 @@ def print_bits(console: Console, ranking: dict[str, Any], out: Path | None) -> N
             table.add_row("embedding", f"{bits} bits", "", f"{loss:.3g}", "")
     console.print(f"{ranking['model']}: {ranking['meaning']}", highlight=False)
     console.print(table)
-    if out is not None:
-        files = [out] if is_special(out) else [out.with_suffix(".png"), out.with_suffix(".json")]
-        console.print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    _say_where(console, out)
 
 
 def _by_kind(ranking: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -127,35 +149,27 @@ def _by_kind(ranking: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, An
 
 
 def write_bits(ranking: dict[str, Any], out: Path) -> None:
-    """OUT.json and OUT.png, a line for each kind of layer over the blocks, at the way of the fewest bytes."""
+    """OUT.json and OUT.png, a line for each kind of layer over the blocks, at the way of the fewest bytes.
+
+    To a device or pipe goes the JSON alone.
+    """
     if is_special(out):
         write_json(out, sealed(ranking))
         return
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_suffix(".json"), sealed(ranking))
     kinds = _by_kind(ranking)
     sizes: dict[str, int] = {}
     for (_, own), rows in kinds.items():
         sizes[own] = sizes.get(own, 0) + sum(row["bytes"] for row in rows)
     way = min(sizes, key=lambda own: sizes[own])
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for (name, own), rows in kinds.items():
-        if own == way:
-            axes.plot([r["block"] for r in rows], [max(r["loss"], 1e-12) for r in rows], marker=".", label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("block")
-    axes.set_ylabel("predicted loss, nats a token")
-    axes.set_title(f"{ranking['model']}: each layer alone at {way}", fontsize=10)
-    axes.legend(fontsize=8, ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
-    with replacing(out.with_suffix(".png")) as file:
-        figure.savefig(file, format="png", dpi=130)
-    pyplot.close(figure)
+    with _figure(ranking, out, (8, 4)) as axes:
+        for (name, own), rows in kinds.items():
+            if own == way:
+                axes.plot([r["block"] for r in rows], [max(r["loss"], 1e-12) for r in rows], marker=".", label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel("block")
+        axes.set_ylabel("predicted loss, nats a token")
+        axes.set_title(f"{ranking['model']}: each layer alone at {way}", fontsize=10)
+        axes.legend(fontsize=8, ncols=2)
 
 
 def write_ranking(ranking: dict[str, Any], out: Path) -> None:
@@ -166,25 +180,14 @@ def write_ranking(ranking: dict[str, Any], out: Path) -> None:
     if is_special(out):
         write_json(out, sealed(ranking))
         return
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_suffix(".json"), sealed(ranking))
     blocks = [int(block) for block in ranking["scores"]]
     scores = list(ranking["scores"].values())
     first = set(ranking["order"][:5])
-    figure, axes = pyplot.subplots(figsize=(max(6, 0.28 * len(blocks)), 3.6), layout="constrained")
-    axes.bar(blocks, scores, color=["#d1495b" if b in first else "#30638e" for b in blocks])
-    if _skewed(ranking["scores"]):
-        axes.set_yscale("log")
-    axes.set_xticks(blocks, [str(b) for b in blocks], fontsize=8)
-    axes.set_xlabel("block (red: the five that would be removed first)")
-    axes.set_ylabel(ranking["metric"])
-    axes.set_title(f"{ranking['model']}: {ranking['meaning']}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    with replacing(out.with_suffix(".png")) as file:
-        figure.savefig(file, format="png", dpi=130)
-    pyplot.close(figure)
+    with _figure(ranking, out, (max(6, 0.28 * len(blocks)), 3.6)) as axes:
+        axes.bar(blocks, scores, color=["#d1495b" if b in first else "#30638e" for b in blocks])
+        if _skewed(ranking["scores"]):
+            axes.set_yscale("log")
+        axes.set_xticks(blocks, [str(b) for b in blocks], fontsize=8)
+        axes.set_xlabel("block (red: the five that would be removed first)")
+        axes.set_ylabel(ranking["metric"])
+        axes.set_title(f"{ranking['model']}: {ranking['meaning']}", fontsize=10)

@@ -1,4 +1,4 @@
-"""The pruning methods of the wanda stage (`--prune`): one file and one line each.
+"""The pruning methods of the wanda stage (`--prune`): one file and one line each, or a part of one.
 
 stages/README.md shows how to add one. No torch here: `--help` and planning read this list.
 """
@@ -18,7 +18,7 @@ METHODS = {
     "wanda": "edgepress.stages.pruning.wanda",
     "magnitude": "edgepress.stages.pruning.magnitude",
     "sparsegpt": "edgepress.stages.pruning.sparsegpt",
-    "sparsegpt-layer": "edgepress.stages.pruning.sparsegpt_layer",
+    "sparsegpt-layer": "edgepress.stages.pruning.sparsegpt:WholeLayer",
     "gate-l1": "edgepress.stages.pruning.gate_l1",
 }
 
@@ -44,5 +44,7 @@ class Method(Protocol):
 
 
 def method(name: str) -> Method:
-    """The file of this name."""
-    return cast(Method, importlib.import_module(METHODS[name]))
+    """The file of this name, or the part of it that stands after a colon."""
+    file, _, part = METHODS[name].partition(":")
+    found = importlib.import_module(file)
+    return cast(Method, getattr(found, part) if part else found)

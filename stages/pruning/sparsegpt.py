@@ -2,7 +2,7 @@
 
 SparseGPT (Frantar and Alistarh, arXiv 2301.00774, algorithm 1): the error of a zero is spread over the later columns
 of its row by the inverse Hessian, and the next zeros are chosen from the weights as they then are. A fraction is
-met in every row, part by part, where the paper lets rows of a part differ, as `sparsegpt_layer` does: so a packed row
+met in every row, part by part, where the paper lets rows of a part differ, as `WholeLayer` does: so a packed row
 has a known length.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import NumericsError
 from edgepress.checkpoints.lazy import torch
-from edgepress.checkpoints.shape import Amount, Capped, Pattern, Sparsity
+from edgepress.checkpoints.shape import EVERY, Amount, Capped, Pattern, Sparsity, Unstructured, Within
 from edgepress.stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from edgepress.stages.pruning import HESSIANS
 from edgepress.stages.pruning.select import keep_best, kept
@@ -45,6 +45,21 @@ def prune(block: BlockVisit, groups: Mapping[str, Pattern]) -> dict[str, Any]:
             weight.copy_(solved.weight)
             facts[name] = {"error": solved.error, "damping": solved.damping, "float64": solved.float64}
     return facts
+
+
+class WholeLayer:
+    """`--prune sparsegpt-layer`: of each block of columns the lowest costs go, whatever rows they are in.
+
+    The paper's own count of a fraction. Rows that matter less lose more, so the layer's error is smaller, and a packed
+    row has no known length. N:M is the same for both.
+    """
+
+    NEEDS = HESSIANS
+    prune = staticmethod(prune)
+
+    @staticmethod
+    def sparsity(amount: Amount) -> Sparsity:
+        return Within(amount, EVERY) if isinstance(amount, Unstructured) else amount
 
 
 @dataclass
