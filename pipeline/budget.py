@@ -214,7 +214,7 @@ class Chooser:
         choices.append([(embedding[bits], outer[bits] - least) for bits in self.embedding])
         goal = self.budget.nbytes + room
         limit = goal
-        for _ in range(_TURNS):
+        for turn in range(_TURNS):
             found = solve(choices, limit)
             if found is None:
                 return replace(self.smallest, loss=self._sum(self.smallest, losses, embedding))
@@ -223,8 +223,12 @@ class Chooser:
             plan = self._plan(taken, self.embedding[found[-1]], loss)
             if plan.nbytes <= goal:
                 return plan
-            limit -= plan.nbytes - goal  # the header lists the blocks that are unlike
-        return replace(self.smallest, loss=self._sum(self.smallest, losses, embedding))
+            # The header lists the blocks that are unlike, and those of the next plan may be more: a growing margin.
+            limit -= (plan.nbytes - goal) << turn
+        raise PlanError(
+            f"--budget {self.budget.text}: after {_TURNS} attempts no plan's whole file was small enough, headers "
+            "included; give a little more"
+        )
 
     def _sum(self, plan: Plan, losses: Mapping[Layer, Mapping[Way, float]], embedding: Mapping[int, float]) -> float:
         return embedding[plan.embedding] + sum(losses[layer][way] for layer, way in plan.layers.items())
