@@ -181,10 +181,17 @@ class Checkpoint:
         for x in self.shape.blocks[index].linears:
             if x.grid is None:
                 continue
-            codes = {kind: tensors.pop(f"{x.name}.{kind}").to(device) for kind in x.grid.kinds}
-            readers[x.name] = partial(self._read_packed, index, x, codes, device, dtype)
+            codes = {kind: tensors.pop(f"{x.name}.{kind}") for kind in x.grid.kinds}
+            readers[x.name] = self.packed_reader(index, x, codes, device, dtype)
             require_finite(f"{self.folder.name}: {self.shape.block_prefix}.{index}.{x.name}.weight", readers[x.name]())
         return tensors, readers
+
+    def packed_reader(
+        self, index: int, x: LinearShape, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> Callable[[], Tensor]:
+        """What dequantises a layer's stored tensors, by their kinds, whenever it is called."""
+        codes = {kind: tensor.to(device) for kind, tensor in stored.items()}
+        return partial(self._read_packed, index, x, codes, device, dtype)
 
     def _read_packed(
         self, index: int, x: LinearShape, codes: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype

@@ -79,6 +79,7 @@ class CompressOptions(TypedDict, total=False):
     train_noise: float
     train_mask: float
     lora_packed: bool
+    loftq_steps: int
     # stage gptq
     quant: str
     group: int

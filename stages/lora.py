@@ -7,10 +7,12 @@ is what is merged and the zeros stay zeros. On quantised weights it is not merge
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgepress.checkpoints.config import described
 from edgepress.checkpoints.disturb import FUSED, KINDS, Disturbance, find_gate
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.checkpoints.writer import CheckpointWriter
+    from edgepress.stages.recovery import Start
 
 VERSION = 1
 _TRAINER_BYTES = 220 * 2**20  # that peft, GPTQModel and the Trainer add, measured as cost.BASE_BYTES
@@ -105,17 +108,24 @@ def cost(before: ModelShape, options: Options) -> Cost:
     held = 2 * dense
     if options.packed:  # the codes, and one layer in 32 bits, in its stored precision, and in that of training
         held = 2 * outer + before.file_bytes - outer + 8 * max(x.weights for x in linears(before))
+    elif _requantises(options):
+        held += before.file_bytes - outer  # the new codes, until they are written
     inner = max(x.out_features for x in linears(before))
     a_token = count * (14 * before.hidden_size + 4 * inner) * 2 + 3 * before.vocabulary * 4
     activations = options.micro_batch * options.length * a_token
     own = training_bytes(before, options)
     return Cost(
         BASE_BYTES + _TRAINER_BYTES + held + taught + activations + own,
-        linked_bytes(before, range(count if options.recovery.quantised else 0)),
+        linked_bytes(before, range(count if options.recovery.quantised and not _requantises(options) else 0)),
         (teacher_disk_bytes(before, options) if kind == "streamed" else 0) + _saved_bytes(before, options),
         _operations(before, options),
         slowdown=2.9,
     )
+
+
+def _requantises(options: Options) -> bool:
+    """Whether layers may get other codes than they came with."""
+    return options.recovery.begin is not None and options.loftq_steps > 1
 
 
 def _saved_bytes(before: ModelShape, options: Options) -> int:
@@ -136,7 +146,8 @@ def _operations(before: ModelShape, options: Options) -> float:
         own += float(batches * weights * (3 * options.rank + _DORA_STEPS))
     if options.recovery.begin is not None:  # eigenvectors of the smaller Gram matrix
         narrow = [min(x.in_features, x.out_features) for x in found]
-        own += float(sum(2 * x.weights * n + 9 * n**3 for x, n in zip(found, narrow, strict=True)))
+        turn = float(sum(2 * x.weights * n + 9 * n**3 for x, n in zip(found, narrow, strict=True)))
+        own += options.loftq_steps * turn
     return float((passes * trained + looks) * model) + own
 
 
@@ -160,6 +171,11 @@ def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
             f"lora: the weights stay packed on the disk and {dense} while the adapter is trained; it is not "
             "merged, and a runtime computes it beside them"
         )
+        if _requantises(options):
+            yield (
+                f"lora: loftq quantises up to {options.loftq_steps - 1} times anew, to the nearest codes, and not as "
+                "the quantiser did; --loftq-steps 1 keeps its codes"
+            )
         if recovery.adapter_name != "lora":
             yield f"lora: peft computes {recovery.adapter_name} beside dequantised weights, not with GPTQ's kernels"
         if shape.pattern is not None and recovery.adapter.RANKED:
@@ -178,7 +194,7 @@ def run(
         teacher(source, calibration.ids, options, runtime, target.work) as taught,
         own_random_state(seed),  # again: whether the teacher had to compute anything must make no difference
     ):
-        model, layers = adapted(source, options, runtime)
+        model, layers, starts = adapted(source, options, runtime)
         with ExitStack() as disturbed:
             for disturbance in disturbances(options):
                 plain = model if options.recovery.whole else model.get_base_model()
@@ -191,37 +207,63 @@ def run(
     if options.recovery.whole:
         full.write(source, target, model)
     elif options.recovery.quantised:
-        _write_beside(source, target, model, layers, options)
+        _write_beside(source, target, model, layers, starts, options)
     else:
         _write_merged(source, target, layers, options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = sum(x.adapter_bytes for x in adapters(source.shape, options)) if options.recovery.quantised else 0
     where = f"{added:,} bytes beside the weights" if added else "merged"
     runtime.progress.say(f"  {options.method}: {trained:,} parameters trained, {where}")
-    return {"method": options.method, "trainable_parameters": trained, "added_bytes": added, **training.facts()}
+    began = _began(starts)
+    if began:
+        turns = began["start_errors"]
+        runtime.progress.say(
+            f"  {options.method}: error of the start {turns[0]:.4f} -> {turns[-1]:.4f} of the weights' norm in "
+            f"{len(turns)} turns; {began['requantised_layers']} of {len(starts)} layers have new codes"
+        )
+    counts = {"method": options.method, "trainable_parameters": trained, "added_bytes": added}
+    return counts | began | training.facts()
 
 
-def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> tuple[Any, dict[str, nn.Module]]:
-    """The model in memory with new adapters, trained through its mask if it has one; and the adapted layers."""
+def _began(starts: Mapping[str, Start]) -> dict[str, Any]:
+    """norm(W - Q - s B A) / norm(W) over all layers after each turn, for the manifest; nothing where none began so."""
+    if not starts:
+        return {}
+    whole = sum(start.whole for start in starts.values())
+    turns = zip(*(start.errors for start in starts.values()), strict=True)
+    return {
+        "start_errors": [math.sqrt(sum(errors) / whole) for errors in turns],
+        "requantised_layers": sum(bool(start.stored) for start in starts.values()),
+    }
+
+
+class Adapted(NamedTuple):
+    """A model in memory with new adapters; its adapted layers, and of those that a setting began, how."""
+
+    model: Any
+    layers: dict[str, Any]
+    starts: dict[str, Start]
+
+
+def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> Adapted:
+    """The model with adapters that are ready to be trained, through its mask if it has one."""
     with quiet_import():  # peft asks GPTQModel, which greets
         from peft import get_peft_model
 
     recovery = options.recovery
     if recovery.whole:
-        return full.whole(source, runtime), {}
+        return Adapted(full.whole(source, runtime), {}, {})
     config = recovery.adapter.config(target_names(source.shape, options), options, recovery.arguments)
     base = source.model(runtime.device, runtime.dtype, packed=options.packed)
     with quiet_import():
         model = get_peft_model(base, config)
     layers = adapted_layers(model)
-    if recovery.begin is not None:
-        for name, error in quantisation_errors(source, layers):
-            recovery.begin(layers[name], error.to(runtime.device))
+    starts = dict(_begun(source, layers, options, runtime)) if recovery.begin is not None else {}
     # Beside packed weights nothing can be left out of the adapter when it is computed, so nothing is in training.
     masked = source.shape.pattern is not None and not recovery.quantised
     for layer in layers.values():
         recovery.adapter.start(layer, layer.base_layer.weight != 0 if masked else None)
-    return model, layers
+    return Adapted(model, layers, starts)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -236,19 +278,47 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def quantisation_errors(source: Checkpoint, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """What quantisation took from each of these layers: dense weight minus effective one, (out, in) float32."""
+def before_and_after(
+    source: Checkpoint, layers: Mapping[str, nn.Module]
+) -> Iterator[tuple[int, LinearShape, str, Tensor, Tensor]]:
+    """Of each of these layers its block, shape and name, and the weights (out, in) that were quantised and are now."""
     from edgepress.checkpoints.scaling import rescaled, scaled_folders
     from edgepress.stages.reference import reference_weights
 
     dense, numbers = reference_weights(source, "parent")
     scaled = scaled_folders(source)
     for index, number in enumerate(numbers):
-        prefix = f"{source.shape.block_prefix}.{index}."
         wanted, present = rescaled(scaled, index, dense.block(number)), source.block(index)
-        for name in [n for n in layers if n.startswith(prefix)]:
-            key = f"{name.removeprefix(prefix)}.weight"
-            yield name, wanted[key].float() - present[key].float()
+        for x in source.shape.blocks[index].linears:
+            if (name := f"{source.shape.block_prefix}.{index}.{x.name}") in layers:
+                yield index, x, name, wanted[f"{x.name}.weight"], present[f"{x.name}.weight"]
+
+
+def _begun(
+    source: Checkpoint, layers: Mapping[str, Any], options: Options, runtime: Runtime
+) -> Iterator[tuple[str, Start]]:
+    """Fill every layer's A and B as the setting says, and put the codes that go with them under it."""
+    from edgepress.checkpoints.packed_linear import PackedLinear
+    from edgepress.stages.quantisers.rounding import rounded
+
+    begin = options.recovery.begin
+    assert begin is not None
+    for index, x, name, wanted, present in before_and_after(source, layers):
+        layer = layers[name]
+        wanted, present = wanted.to(runtime.device), present.to(runtime.device)
+        # The zeros of a pattern stay, and with them every other code of 0: later stages hold a mask to its parent's.
+        mask = present != 0 if x.pattern is not None else None
+        if x.grid is None:  # one that the form cannot hold was not quantised, and lost nothing
+            continue
+        again = partial(rounded, mask=mask, form=x.grid, dtype=source.stored_dtype)
+        start = begin(layer, wanted, present, again, options.loftq_steps)
+        if start.stored:
+            base, read = layer.base_layer, source.packed_reader(index, x, start.stored, runtime.device, runtime.dtype)
+            if isinstance(base, PackedLinear):
+                base.read = read
+            else:
+                base.weight.data = read()
+        yield name, start
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -269,9 +339,14 @@ def _write_merged(source: Checkpoint, target: CheckpointWriter, layers: Mapping[
 
 
 def _write_beside(
-    source: Checkpoint, target: CheckpointWriter, model: Any, layers: Mapping[str, Any], options: Options
+    source: Checkpoint,
+    target: CheckpointWriter,
+    model: Any,
+    layers: Mapping[str, Any],
+    starts: Mapping[str, Start],
+    options: Options,
 ) -> None:
-    """The quantised weights as they are, and the adapter in PEFT's format."""
+    """The quantised weights, as they are but for layers that began with others, and the adapter in PEFT's format."""
     from edgepress.checkpoints.image import TORCH_DTYPES
 
     prefix, adapter = source.shape.block_prefix, options.recovery.adapter
@@ -282,7 +357,16 @@ def _write_beside(
             for t in linear.adapter():
                 tensor = trained[t.name.removeprefix(f"{linear.name}.")].detach().cpu()
                 stored[t.name] = tensor.to(TORCH_DTYPES[t.dtype])
-        target.copy_block(index, source, index)
+        anew = {
+            f"{x.name}.{kind}": tensor
+            for x in block.linears
+            if (start := starts.get(f"{prefix}.{index}.{x.name}")) is not None
+            for kind, tensor in start.stored.items()
+        }
+        if anew:
+            target.write_block(index, source.stored_block(index) | anew)
+        else:
+            target.copy_block(index, source, index)
         target.write_adapter_part(index, stored)
     target.copy_outer(source)
     target.join_adapter(described(model.peft_config["default"]))

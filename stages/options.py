@@ -20,9 +20,12 @@ from edgepress.stages.recovery import METHODS as RECOVERY
 from edgepress.stages.recovery import Recovery, parse
 
 
-def option(default: Any, flag: str, text: str, later: bool = False) -> Any:
-    """A field. later: it came after stores were written; at its default it is no part of a stage's fingerprint."""
-    return field(default=default, metadata={"flag": flag, "help": text, "later": later})
+def option(default: Any, flag: str, text: str, later: bool = False, before: Any = None) -> Any:
+    """A field. later: it came after stores were written; at its default it is no part of a stage's fingerprint.
+
+    before: a value with which the stage does what it did then, where that is not the default.
+    """
+    return field(default=default, metadata={"flag": flag, "help": text, "later": later, "before": before})
 
 
 def flag_of(options: Any, name: str) -> str:
@@ -68,6 +71,7 @@ TEACHERS = ("auto", "held", "streamed")
 LOSSES = ("all", "answers")
 PACKINGS = ("windows", "rows", "grouped")
 SCHEDULES = ("cosine", "linear", "constant")
+LOFTQ_STEPS = 5  # as LoftQ's paper takes
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,9 @@ class Lora:
     noise: float = option(0.0, "--train-noise", "Deviation of noise before the MLP gates while training.", True)
     mask: float = option(0.0, "--train-mask", "Share of attention outputs zeroed while training.", True)
     packed: bool = option(False, "--lora-packed", "Keep quantised weights packed in memory; slower.", True)
+    loftq_steps: int = option(
+        0, "--loftq-steps", "With loftq, turns of fitting A and B and quantising; 0 is 5; 1 keeps the codes.", True, 1
+    )
 
     def __post_init__(self) -> None:
         faults = _Faults()
@@ -259,6 +266,12 @@ class Lora:
         faults.require(0 <= self.weight_decay < math.inf, decay)
         faults.require(0 <= self.noise < math.inf, f"--train-noise {self.noise}: must be 0 or more, and finite")
         faults.require(0 <= self.mask < 1, f"--train-mask {self.mask}: must be in [0, 1)")
+        turns = f"--loftq-steps {self.loftq_steps}"
+        faults.require(self.loftq_steps >= 0, f"{turns}: cannot be negative")
+        faults.require(
+            self.loftq_steps <= 0 or "loftq" in self.method.split("+"),
+            f"{turns}: --recover {self.method} takes no such turns; give --recover loftq, or leave it out",
+        )
         faults.windows("lora", self.samples, self.length)
         faults.require(
             min(self.samples, self.batch) < 1 or self.held_out < 0 or self.samples - self.held_out >= self.batch,
@@ -270,6 +283,8 @@ class Lora:
     def _settle(self) -> None:
         object.__setattr__(self, "method", str(self.recovery))
         object.__setattr__(self, "targets", self.targets or self.recovery.adapter.TARGETS)
+        if self.recovery.begin is not None and self.loftq_steps == 0:
+            object.__setattr__(self, "loftq_steps", LOFTQ_STEPS)
 
     @property
     def skipped(self) -> bool:
@@ -420,11 +435,12 @@ class Eora:
 
 
 def decisive(options: Any) -> dict[str, Any]:
-    """What of a stage's options decides its output: all fields, but not later ones at their default."""
+    """What of a stage's options decides its output: all fields, but not later ones at their default or as before."""
     return {
         f.name: value
         for f in fields(options)
-        if (value := getattr(options, f.name)) != f.default or not f.metadata.get("later")
+        for value in [getattr(options, f.name)]
+        if not f.metadata.get("later") or value not in (f.default, f.metadata["before"])
     }
 
 

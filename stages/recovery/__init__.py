@@ -18,6 +18,8 @@ from edgepress.checkpoints.shape import LinearShape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgepress.stages.quantisers import Solved
+
 ADAPTERS = {
     "lora": "edgepress.stages.recovery.lora",
     "dora": "edgepress.stages.recovery.dora",
@@ -64,14 +66,27 @@ class Adapter(Protocol):
         """The adapter as PEFT stores it, by names relative to the layer."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a layer begins: A and B are in it."""
+
+    stored: dict[str, Tensor]  # the quantised layer that it goes with, as the file holds it; empty: as it came
+    errors: list[float]  # squared norm of W - Q - s B A after each turn
+    whole: float  # squared norm of W
+
+
+Begin = Callable[[Any, "Tensor", "Tensor", Callable[["Tensor"], "Solved"], int], Start]
+
+
 class Setting(Protocol):
     """What every setting's file holds."""
 
     QUANTISED: bool  # whether the weights under the adapter are quantised ones, which stay as they are
     ARGUMENTS: Mapping[str, Any]  # of peft's configuration
 
-    # Fills A and B of a layer from its quantisation error, wanted - present (out, in); None: they begin as usual.
-    begin: Callable[[Any, Tensor], None] | None
+    # Fills A and B of a layer from its weights before quantisation and after it (out, in), a function that quantises
+    # such a matrix anew, and how often it may; None: they begin as usual.
+    begin: Begin | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,7 @@ class Recovery:
         return {key: value for name in self.settings for key, value in setting(name).ARGUMENTS.items()}
 
     @property
-    def begin(self) -> Callable[[Any, Tensor], None] | None:
+    def begin(self) -> Begin | None:
         """How A and B begin, where a setting says so."""
         return next((begin for name in self.settings if (begin := setting(name).begin) is not None), None)
 

@@ -1,28 +1,51 @@
 """A and B begin as the best low-rank answer to the quantisation error: W ~ Q + s B A before the first step.
 
-LoftQ (Li et al., arXiv 2310.08659), equation 6 with one iteration: the codes Q are the quantiser's and stay. peft's own
-initialisation quantises anew with a codebook of its own, and could not use them.
+LoftQ (Li et al., arXiv 2310.08659), algorithm 1: by turns A and B are fitted to W - Q, and W - s B A is quantised to Q.
+The first codes are the quantiser's; the later ones are the nearest in the same form (stages/quantisers/rounding.py). A
+layer stops at the turn whose error is no longer the least, which the published loop does not look at. peft's own
+initialisation quantises with a codebook of its own, and could not use the codes that are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from edgepress.stages.recovery import Start
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from edgepress.stages.quantisers import Solved
 
 QUANTISED = True
 ARGUMENTS: Mapping[str, Any] = {}
 
 
-def begin(layer: Any, error: Tensor) -> None:
-    """error (out, in): W - Q. A layer without one keeps its usual start: A and B of zeros would never learn."""
-    if not bool(error.any()):
-        return
+def begin(layer: Any, W: Tensor, Q: Tensor, again: Callable[[Tensor], Solved], turns: int) -> Start:
+    """Put the best A and B found into the layer, and say which codes they go with.
+
+    W, Q (out, in): the weights before quantisation and after it; again: quantises such a matrix. A layer without an
+    error keeps its usual start: A and B of zeros would never learn.
+    """
+    W, scale = W.float(), layer.scaling["default"]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    b, a = best_of_rank(error / layer.scaling["default"], len(A))
+    whole = max(float(W.square().sum()), 1e-30)
+    if not bool((W - Q).any()):
+        return Start({}, [0.0] * turns, whole)
+    b, a = best_of_rank((W - Q) / scale, len(A))
+    solved, errors = None, [float((W - Q - scale * b @ a).square().sum())]
+    for _ in range(turns - 1):
+        following = again(W - scale * b @ a)
+        Q = following.weight.to(Q.dtype)
+        following_b, following_a = best_of_rank((W - Q) / scale, len(A))
+        error = float((W - Q - scale * following_b @ following_a).square().sum())
+        if error >= errors[-1]:
+            break
+        solved, b, a = following, following_b, following_a
+        errors.append(error)
     A.data, B.data = a.to(A), b.to(B)
+    return Start(solved.stored() if solved else {}, errors + [errors[-1]] * (turns - len(errors)), whole)
 
 
 def best_of_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:

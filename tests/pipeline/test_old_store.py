@@ -56,7 +56,8 @@ FOLDERS: list[tuple[dict[str, Any], str]] = [
         "6-eora-r2-2d8c24ad",
     ),
     (
-        {"depth.metric": "influence", "lora.method": "lora+loftq", "gptq.quant": "awq4", "eora.rank": 0},
+        {"depth.metric": "influence", "lora.method": "lora+loftq", "lora.loftq_steps": 1}
+        | {"gptq.quant": "awq4", "eora.rank": 0},
         "1-depth-1-3d776ef6 2-wanda-1of8-7c089136 3-awq4-f9a43a12 4-loftq-r4-a399dc87",
     ),
     (

@@ -149,6 +149,8 @@ def test_noise_that_an_adapter_would_not_see_is_refused() -> None:
         ({"weight_decay": -1.0}, "--lora-weight-decay"),
         ({"noise": float("inf")}, "--train-noise"),
         ({"mask": 1.0}, "--train-mask"),
+        ({"method": "loftq", "loftq_steps": -1}, "--loftq-steps -1: cannot be negative"),
+        ({"method": "qlora", "loftq_steps": 2}, "--loftq-steps 2: --recover qlora takes no such turns"),
     ],
 )
 def test_values_that_cannot_be(asked: dict[str, Any], says: str) -> None:
@@ -161,6 +163,9 @@ def test_defaults_are_no_part_of_a_fingerprint() -> None:
     assert not later & decisive(Lora()).keys()
     changed = Lora(loss="answers", packing="rows", schedule="linear", warmup=0.0, weight_decay=0.1, noise=0.1, mask=0.1)
     assert later <= decisive(changed).keys()
+    # One turn is what loftq did before it had more; without loftq there are none.
+    assert not any("loftq_steps" in decisive(Lora(method=m, loftq_steps=n)) for m, n in (("loftq", 1), ("qlora", 0)))
+    assert decisive(Lora(method="loftq"))["loftq_steps"] == 5 == Lora(method="rslora+loftq").loftq_steps
 
 
 # --- all weights ------------------------------------------------------------------------------------------------------

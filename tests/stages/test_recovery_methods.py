@@ -169,6 +169,55 @@ def test_what_a_reader_makes_of_the_stored_adapter_is_what_peft_merges(method: s
 # --- LoftQ's start --------------------------------------------------------------------------------------------------
 
 
+def unused(weight: Tensor) -> Any:
+    raise AssertionError("nothing is to be quantised anew")
+
+
+class Rounded:
+    """Rounded to eighths."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = (weight * 8).round() / 8
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+
+@pytest.mark.parametrize("method", ["loftq", "rslora+loftq"])
+def test_loftq_s_turns_are_algorithm_1(method: str) -> None:
+    """Restated with numpy's singular values, a turn after the other."""
+    import numpy as np
+
+    generator = torch.Generator().manual_seed(6)
+    W = torch.randn(OUT, IN, generator=generator)
+    Q = (W * 4).round() / 4  # the quantiser's codes, coarser than those of later turns
+    errors, found, low = [], Q.double().numpy(), np.zeros((OUT, IN))
+    for turn in range(4):
+        if turn:
+            found = np.round((W.double().numpy() - low) * 8) / 8
+        U, S, V = np.linalg.svd(W.double().numpy() - found, full_matrices=False)
+        low = (U[:, :RANK] * S[:RANK]) @ V[:RANK]
+        errors.append(float(np.square(W.double().numpy() - found - low).sum()))
+    assert errors == sorted(errors, reverse=True)  # else the stage stops earlier, see below
+    for turns in (1, 2, 4):
+        layer, _ = wrapped(method)
+        start = loftq.begin(layer, W, Q, Rounded, turns)
+        assert start.errors == pytest.approx(errors[:turns], rel=1e-4)
+        kept = start.stored["weight"] if turns > 1 else Q
+        begun = kept + low_rank.masked_delta(layer).detach()
+        assert float((W - begun).square().sum()) == pytest.approx(errors[turns - 1], rel=1e-4)
+
+
+def test_loftq_stops_at_the_turn_that_is_no_better() -> None:
+    layer, _ = wrapped("loftq")
+    W = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(7))
+    one, _ = wrapped("loftq")
+    first = loftq.begin(one, W, (W * 64).round() / 64, unused, 1)
+    start = loftq.begin(layer, W, (W * 64).round() / 64, Rounded, 3)  # eighths are worse
+    assert start.stored == {} and start.errors == first.errors * 3
+    assert torch.equal(layer.lora_B["default"].weight, one.lora_B["default"].weight)
+
+
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)])
 @pytest.mark.parametrize("rank", [1, 5, 24])
 def test_loftq_finds_the_best_of_its_rank(shape: tuple[int, int], rank: int) -> None:
@@ -186,7 +235,7 @@ def test_loftq_begins_nearest_to_the_weights_before_quantisation(method: str) ->
     layer, adapter = wrapped(method)
     Q = layer.base_layer.weight.detach()
     dense = Q + 0.1 * torch.randn(OUT, IN, generator=torch.Generator().manual_seed(5))
-    loftq.begin(layer, dense - Q)
+    loftq.begin(layer, dense, Q, unused, 1)
     adapter.start(layer, None)
     begun = Q + adapter.change(layer)["weight"].detach()
     S = torch.linalg.svdvals((dense - Q).double())
@@ -196,5 +245,6 @@ def test_loftq_begins_nearest_to_the_weights_before_quantisation(method: str) ->
 def test_loftq_leaves_a_layer_alone_that_lost_nothing() -> None:
     layer, _ = wrapped("loftq")
     before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-    loftq.begin(layer, torch.zeros(OUT, IN))
+    W = layer.base_layer.weight.detach().clone()
+    assert loftq.begin(layer, W, W, unused, 5).errors == [0] * 5
     assert all(torch.equal(parameter, before[name]) for name, parameter in layer.named_parameters())

@@ -125,31 +125,71 @@ def test_beside_packed_weights_is_what_was_trained_and_peft_reads_it(
     added = sum(t.nbytes for t in planned.adapter_tensors())
     assert facts["added_bytes"] == added
     assert facts["trainable_parameters"] == planned.parameters_total - packed.shape.parameters_total
+    base = packed.model()
     for index, block in enumerate(packed.shape.blocks):
-        for linear in block.linears:  # codes, and with them the zeros, as they were
-            assert torch.equal(result.base_weight(index, linear), packed.base_weight(index, linear))
+        for linear in block.linears:
+            before, after = packed.base_weight(index, linear), result.base_weight(index, linear)
+            assert torch.equal(after == 0, before == 0) or "loftq" in method
+            assert not bool((after[before == 0]).any())  # an N:M pattern's zeros, and every other one
+            assert torch.equal(after, before) == ("loftq" not in method)
+            base.get_submodule(f"model.layers.{index}.{linear.name}").weight.copy_(after)
+    assert facts.get("requantised_layers", 0) == ("loftq" in method) * len(packed.shape.blocks) * 7
 
     with quiet_import():
         from peft import PeftModel
 
-        read = PeftModel.from_pretrained(packed.model(), result.folder)
+        read = PeftModel.from_pretrained(base, result.folder)
     with torch.no_grad():
         torch.testing.assert_close(read(input_ids=text().ids).logits, logits(result), rtol=1e-4, atol=1e-4)
 
 
 def test_loftq_begins_nearer_to_the_dense_model(packed: Checkpoint, masked: Checkpoint) -> None:
-    def distance(method: str) -> float:
-        _, layers = lora.adapted(packed, chosen(method, rank=8), RUNTIME)
+    def distance(method: str, **more: Any) -> float:
+        _, layers, starts = lora.adapted(packed, chosen(method, rank=8, **more), RUNTIME)
         adapter, total = Lora(method=method).recovery.adapter, 0.0
         for name, layer in layers.items():
             prefix, index, base = name.split(".", 3)[0:2], int(name.split(".")[2]), name.split(".", 3)[3]
             assert prefix == ["model", "layers"]
             begun = layer.base_layer.weight + adapter.change(layer)["weight"]
             total += float((masked.block(index)[f"{base}.weight"] - begun).detach().square().sum())
+        if starts:
+            assert sum(start.errors[-1] for start in starts.values()) == pytest.approx(total, rel=1e-3)
         return total
 
-    assert distance("loftq") < 0.8 * distance("qlora")
+    assert distance("loftq", loftq_steps=1) < 0.8 * distance("qlora")
+    assert distance("loftq", loftq_steps=2) < 0.97 * distance("loftq", loftq_steps=1)
+    assert distance("loftq") < 0.99 * distance("loftq", loftq_steps=2)
+    assert distance("loftq", packed=True) == pytest.approx(distance("loftq"), rel=1e-6)
     assert distance("dora+loftq") == pytest.approx(distance("loftq"), rel=1e-3)
+
+
+def test_one_turn_of_loftq_keeps_the_quantiser_s_codes(packed: Checkpoint, writer: CheckpointWriter, seal: Any) -> None:
+    facts = lora.run(packed, writer, text(), chosen("loftq", loftq_steps=1), RUNTIME)
+    result = seal(writer, packed, pattern="2:4")
+    assert (facts["requantised_layers"], len(facts["start_errors"])) == (0, 1)
+    for index, block in enumerate(packed.shape.blocks):
+        for x in block.linears:
+            assert torch.equal(result.base_weight(index, x), packed.base_weight(index, x))
+    # The forecast knows that the shards are shared then, and that they are not with more turns.
+    linked = [lora.cost(packed.shape, chosen("loftq", loftq_steps=n)).linked_bytes for n in (1, 5)]
+    assert linked[0] - linked[1] == sum(packed.shape.shard_bytes())
+
+
+@pytest.mark.parametrize("quant", ["gptq4-channel", "int8", "int4", "hqq4", "hqq2", "nf4", "nf4-thesis", "gptq3-s"])
+def test_loftq_comes_nearer_with_every_turn_in_every_form(
+    quant: str, build: Callable[..., Checkpoint], tokens: Callable[..., Any], tmp_path: Path, seal: Any
+) -> None:
+    source = build("llama", blocks=1)
+    target = CheckpointWriter(tmp_path / "coded")
+    gptq.run(source, target, tokens(), Gptq(quant=quant, group=32, scale_search=False), RUNTIME)
+    coded = seal(target, source)
+    made = CheckpointWriter(tmp_path / "made")
+    facts = lora.run(coded, made, text(), chosen("loftq", rank=8, steps=1), RUNTIME)
+    errors, least = facts["start_errors"], 0.999 if quant != "int8" else 1.0
+    assert len(errors) == 5 and errors == sorted(errors, reverse=True)
+    assert errors[4] < least * errors[0]
+    result = seal(made, coded)
+    assert result.shape.blocks == lora.plan(coded.shape, chosen("loftq", rank=8)).blocks
 
 
 def test_loftq_after_awq_compares_weights_that_were_scaled_alike(
@@ -158,10 +198,10 @@ def test_loftq_after_awq_compares_weights_that_were_scaled_alike(
     target = CheckpointWriter(tmp_path / "awq")
     gptq.run(masked, target, tokens(), Gptq(quant="awq4", group=32, scale_search=False), RUNTIME)
     scaled: Checkpoint = seal(target, masked, pattern="2:4")
-    model, layers = lora.adapted(scaled, chosen("qlora"), RUNTIME)
+    model, layers, _ = lora.adapted(scaled, chosen("qlora"), RUNTIME)
     with torch.no_grad():
-        for name, error in lora.quantisation_errors(scaled, layers):
-            layers[name].base_layer.weight += error
+        for _, _, name, wanted, present in lora.before_and_after(scaled, layers):
+            layers[name].base_layer.weight += wanted - present
         # with its errors given back, the quantised model is the dense one
         found = model.eval()(input_ids=text().ids).logits
     torch.testing.assert_close(found, logits(masked), rtol=1e-3, atol=1e-3)
@@ -276,8 +316,8 @@ def test_packed_weights_train_the_same_adapter(method: str, packed: Checkpoint, 
 
 
 def test_no_dense_weight_stays_in_memory(packed: Checkpoint) -> None:
-    model, layers = lora.adapted(packed, chosen("qlora", packed=True), RUNTIME)
-    dense, _ = lora.adapted(packed, chosen("qlora"), RUNTIME)
+    model, layers, _ = lora.adapted(packed, chosen("qlora", packed=True), RUNTIME)
+    dense, *_ = lora.adapted(packed, chosen("qlora"), RUNTIME)
     quantised = sum(x.weights for block in packed.shape.blocks for x in block.linears if x.grid)
     assert sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in model.parameters()) == quantised
     layer = next(iter(layers.values())).base_layer
