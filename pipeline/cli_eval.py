@@ -60,7 +60,9 @@ def evaluate(
         measure_all,
         open_all,
         print_measured,
+        print_steps,
         report,
+        steps,
         write_report,
     )
     from edgepress.pipeline.store import is_store
@@ -80,16 +82,19 @@ def evaluate(
     with _reporter(as_json) as reporter:
         reporter.say(intended)
         measured = measure_all(named, tasks, settings, device, dtype, reporter)
+    run = len(checkpoints) == 1 and len(named) > 1  # one name that is several checkpoints is a run, in its order
+    changes = steps(measured) if run else []
     path = Path(out) if out else home / "evaluation.json" if len(named) > 1 else None
     if path:
-        write_report(path, measured, machine())
+        write_report(path, measured, machine(), changes)
         if len(named) > 1 and not special:
             draw(measured, path.with_suffix(".png"))
     if as_json:
-        typer.echo(json.dumps(report(measured, machine()), indent=2))
+        typer.echo(json.dumps(report(measured, machine(), changes), indent=2))
         return
     console = Console()
     print_measured(console, measured)
+    print_steps(console, changes)
     console.print(f"Measured on {machine()}.", highlight=False)
     if path:
         figure = f"   figure: {path.with_suffix('.png')}" if len(named) > 1 and not special else ""

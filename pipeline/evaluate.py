@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from edgepress.checkpoints.runtime import Progress, Runtime, choose_device, choo
 from edgepress.checkpoints.sources import open_source
 from edgepress.eval.generation import Continuation, Decoding, same_words
 from edgepress.eval.perplexity import protocol_of, spec_of
-from edgepress.eval.results import Difference, Result, Score
+from edgepress.eval.results import Difference, Result, Score, compare
 from edgepress.eval.subject import Subject
 from edgepress.eval.tasks import TASKS, Settings, Task
 from edgepress.pipeline.store import finished_result, is_store
@@ -187,15 +188,51 @@ def keeping_answers(settings: Settings, home: Path) -> Settings:
     return settings if settings.answers else replace(settings, answers=str(home / "answers"))
 
 
-def write_report(path: Path, measured: Sequence[Measured], machine: str) -> None:
+def write_report(path: Path, measured: Sequence[Measured], machine: str, changes: Sequence[Step] = ()) -> None:
     """Every result with the value of each item, so that two reports can be compared later."""
     if not is_special(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, sealed(report(measured, machine, items=True)))
+    write_json(path, sealed(report(measured, machine, changes, items=True)))
 
 
-def report(measured: Sequence[Measured], machine: str, items: bool = False) -> dict[str, Any]:
-    return {"format": 1, "machine": machine, "checkpoints": [m.to_dict(items) for m in measured]}
+def report(
+    measured: Sequence[Measured], machine: str, changes: Sequence[Step] = (), items: bool = False
+) -> dict[str, Any]:
+    """changes: of the stages of one run, in its order; empty for checkpoints named one by one."""
+    found = {"format": 1, "machine": machine, "checkpoints": [m.to_dict(items) for m in measured]}
+    return found | ({"changes": [step.to_dict() for step in changes]} if changes else {})
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one stage changed: the differences of the main numbers from the stage before, item by item."""
+
+    before: str
+    after: str
+    differences: list[Difference]
+    unpaired: str  # why some could not be paired; empty where all were
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [d.to_dict() | {"verdict": verdict(d)} for d in self.differences]
+        return {"a": self.before, "b": self.after, "differences": rows, "unpaired": self.unpaired}
+
+
+def steps(measured: Sequence[Measured]) -> list[Step]:
+    """Every stage of a run against the one before it; a stage that changes the tokenizer has no items in common."""
+    return [_step(a, b) for a, b in pairwise(measured)]
+
+
+def _step(a: Measured, b: Measured) -> Step:
+    found: list[Difference] = []
+    reasons = []
+    for task, one in a.results.items():
+        two = b.results[task]
+        shown = [s.metric for s in main(one) if not math.isnan(s.value)]
+        try:
+            found += [d for d in compare(one, two) if d.metric in shown]
+        except PlanError as error:
+            reasons.append(str(error))
+    return Step(a.label, b.label, found, "; ".join(reasons))
 
 
 def read_report(name: str) -> Measured:
@@ -324,6 +361,25 @@ def draw(measured: Sequence[Measured], path: Path) -> None:
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
+
+
+def print_steps(console: Console, found: Sequence[Step]) -> None:
+    """A row for each stage and number: how much it changed, and whether that is more than noise."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "metric", "change", "95 %", "n", ""):
+        table.add_column(column, justify="left" if column in ("stage", "metric", "") else "right", no_wrap=True)
+    for step in found:
+        for place, d in enumerate(step.differences):
+            interval = f"{number(d.low, d.unit)} – {number(d.high, d.unit)}"
+            words = verdict(d).replace("B is ", "")
+            label = step.after if place == 0 else ""
+            table.add_row(label, f"{d.task} {d.metric}", number(d.difference, d.unit), interval, str(d.n), words)
+    if table.rows:
+        console.print("\neach stage against the one before it, paired", highlight=False)
+        print_whole(console, table, labels=2)
+    for step in found:
+        if step.unpaired:
+            _line(console, f"{step.after} against {step.before}: {step.unpaired}")
 
 
 def print_differences(console: Console, a: str, b: str, differences: Sequence[Difference]) -> None:

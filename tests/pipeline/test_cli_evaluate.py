@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.pipeline
@@ -61,6 +64,19 @@ def store(chain: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def _score(measured: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
+    return next(s for s in measured["results"][task]["scores"] if s["metric"] == metric)
+
+
+def _paired(one: dict[str, Any], two: dict[str, Any]) -> tuple[float, float]:
+    """95 % of two - one over windows drawn with replacement, the same windows of both: numpy alone."""
+    drawn = np.random.default_rng(0)
+    places = [drawn.integers(one["n"], size=one["n"]) for _ in range(2000)]
+    values = [[np.array(s[name]) for name in ("values", "weights")] for s in (one, two)]
+    a, b = (np.array([math.exp(v[p].sum() / w[p].sum()) for p in places]) for v, w in values)
+    return tuple(np.quantile(b - a, [0.025, 0.975]).tolist())
+
+
 def test_all_stages_of_a_run_give_one_table_and_one_figure(compress: Command, store: Path, data: Path) -> None:
     tasks = "wikitext2,triviaqa-closed,piqa"
     short = ["--window", 32, "--limit", 4, "--new-tokens", 4]
@@ -77,6 +93,16 @@ def test_all_stages_of_a_run_give_one_table_and_one_figure(compress: Command, st
         for result in m["results"].values():
             assert all(s["protocol"] and s["low"] <= s["value"] <= s["high"] for s in result["scores"])
     assert (store / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+    # each stage against the one before it, paired as `compare` pairs two checkpoints
+    assert [(c["a"], c["b"]) for c in report["changes"]] == list(pairwise(m["label"] for m in report["checkpoints"]))
+    assert "each stage against the one before it, paired" in done.stdout
+    for before, after, change in zip(report["checkpoints"], report["checkpoints"][1:], report["changes"], strict=False):
+        assert {d["task"] for d in change["differences"]} == set(tasks.split(",")) and not change["unpaired"]
+        for d in change["differences"]:
+            one, two = (_score(m, d["task"], d["metric"]) for m in (before, after))
+            assert (d["a"], d["b"]) == (one["value"], two["value"])
+            if d["metric"] == "perplexity":
+                assert (d["low"], d["high"]) == pytest.approx(_paired(one, two))
     # the report is enough to compare two stages later
     names = [f"{store / 'evaluation.json'}:{stage}" for stage in stages]
     compared = compress("compare", names[0], names[1], "--task", "wikitext2", "--json")
