@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,8 +28,8 @@ from edgepress.checkpoints.tokens import (
 )
 from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, trim
 from edgepress.eval.text import NAMED, Measured, Text, held_out_of, load_text, starts_with_bos, without_measured
-from edgepress.pipeline.recipe import Recipe
-from edgepress.stages.options import Lora, Options, Pad, Vocabulary, flag_of
+from edgepress.pipeline.recipe import SELF, Recipe, shares_of, texts_of
+from edgepress.stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, Wanda, flag_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
 
 
-SELF = "self"
+Windowed = Depth | Wanda | Lora | Gptq | Eora  # options of the stages that calibrate or train on windows
 
 
 class Calibration:
@@ -71,19 +71,35 @@ class Calibration:
             self._lengths.add((stage, options.length))
             if beyond := beyond_positions(self._source.shape, options.length, flag_of(options, "length")):
                 self._runtime.progress.note(beyond)
-        trimmed = vocabulary is not None and follows_vocabulary(self._recipe, stage)
         spec = (options.data if isinstance(options, Lora) else "") or self._recipe.calibration_text
         runtime = replace(self._runtime, turn=turn)
         generator = runtime.generator(f"{stage} calibration")
+        shares = shares_of(spec, options.samples).items()
+        drawn = [self._drawn(stage, text, samples, options, runtime, generator) for text, samples in shares]
+        batches = drawn[0] if len(drawn) == 1 else mixed(drawn)
+        if isinstance(options, Lora):
+            from edgepress.stages.training import require_a_batch
+
+            require_a_batch(batches.name, len(batches.ids), options)
+            if spec != SELF:  # training wants its windows shuffled, not in the text's order
+                batches = _shuffled(batches, options, generator)
+        return batches
+
+    def _drawn(
+        self, stage: str, spec: str, samples: int, options: Windowed, runtime: Runtime, generator: torch.Generator
+    ) -> TokenBatches:
+        """So many windows of one text, in its order; for training perhaps fewer, which is told."""
+        vocabulary = self._vocabulary
+        trimmed = vocabulary is not None and follows_vocabulary(self._recipe, stage)
         if spec == SELF:
             if isinstance(options, Lora) and options.loss == "answers":
                 raise TextError("--lora-loss answers: text that the model writes itself has no answers; use all")
             kept = vocabulary.kept if vocabulary and trimmed else None
-            return self._sampled(options.samples, options.length, kept, runtime)
+            return self._sampled(samples, options.length, kept, runtime)
         tokenizer = vocabulary.tokenizer if vocabulary and trimmed else self._tokenizer
         known = vocabulary.kept.numel() if vocabulary and trimmed else self._source.shape.vocabulary
         if isinstance(options, Lora) and (options.loss == "answers" or options.packing != "windows"):
-            batches = self._training_rows(self._text(spec), tokenizer, options, generator)
+            batches = self._training_rows(self._text(spec), tokenizer, samples, options, generator)
             require_known(batches.ids, known, f"for the text '{batches.name}'")
             return replace(batches, left_out=self._left_out[spec])
         if (spec, trimmed) not in self._ids:
@@ -92,17 +108,13 @@ class Calibration:
             require_known(ids, known, f"for the text '{text.name}'")
             self._ids[spec, trimmed] = (text.name, ids)
         name, ids = self._ids[spec, trimmed]
-        there = ids.numel() // options.length
-        samples = self._training_samples(name, there, options) if isinstance(options, Lora) else options.samples
+        if isinstance(options, Lora):
+            samples = self._training_samples(name, ids.numel() // options.length, samples, options)
         try:
             batches = sample_windows(name, ids, samples, options.length, generator)
-            batches = replace(batches, left_out=self._left_out[spec])
+            return replace(batches, left_out=self._left_out[spec])
         except TextError as error:
             raise TextError(f"{stage}: {error}") from None
-        if isinstance(options, Lora):  # training wants its windows shuffled, not in the text's order
-            order = torch.randperm(samples, generator=generator)
-            batches = replace(batches, ids=batches.ids[order].contiguous())
-        return batches
 
     def _text(self, spec: str) -> Text:
         """The part of a text that may calibrate, read once, without what is measured on.
@@ -125,8 +137,10 @@ class Calibration:
             self._texts[spec], self._left_out[spec] = text, left_out
         return self._texts[spec]
 
-    def _training_rows(self, text: Text, tokenizer: Any, options: Lora, generator: torch.Generator) -> TokenBatches:
-        """Windows or rows with what is to be learnt of them, shuffled. Raises TextError."""
+    def _training_rows(
+        self, text: Text, tokenizer: Any, samples: int, options: Lora, generator: torch.Generator
+    ) -> TokenBatches:
+        """Windows or rows with what is to be learnt of them. Raises TextError."""
         answers = options.loss == "answers"
         if answers and not any(text.answers):
             raise TextError(
@@ -138,30 +152,21 @@ class Calibration:
             ids = torch.tensor([token for found, _ in rows for token in found])
             learnt = torch.tensor([place >= start for found, start in rows for place in range(len(found))])
             labels = torch.where(learnt, ids, IGNORED)
-            batches = sample_windows(text.name, ids, options.samples, options.length, generator, labels)
+            batches = sample_windows(text.name, ids, samples, options.length, generator, labels)
         else:
-            batches = sample_rows(text.name, rows, options.samples, options.length, generator)
-        samples = self._training_samples(text.name, len(batches.ids), options)
-        assert batches.labels is not None
-        order = torch.randperm(samples, generator=generator)
-        if options.packing == "grouped":
-            lengths = [batches.lengths()[row] for row in order.tolist()]
-            cut = samples - options.held_out
-            order = torch.cat([order[:cut][by_length(lengths[:cut], options.batch, generator)], order[cut:]])
-        return replace(batches, ids=batches.ids[order].contiguous(), labels=batches.labels[order].contiguous())
+            batches = sample_rows(text.name, rows, samples, options.length, generator)
+        self._training_samples(text.name, len(batches.ids), samples, options)
+        return batches
 
-    def _training_samples(self, name: str, there: int, options: Lora) -> int:
-        """Windows to train on: those asked for, or all that the text has if they fill a batch. Raises TextError."""
-        from edgepress.stages.training import require_a_batch
-
-        require_a_batch(name, there, options)
-        if there < options.samples and name not in self._short:
+    def _training_samples(self, name: str, there: int, wanted: int, options: Lora) -> int:
+        """Windows to train on: those asked for, or all that the text has, which is told."""
+        if there < wanted and name not in self._short:
             self._short.add(name)
             self._runtime.progress.note(
                 f"lora: the training text '{name}' has {there} windows of {options.length} tokens, not the "
-                f"{options.samples} asked for; all of them are used"
+                f"{wanted} asked for; all of them are used"
             )
-        return min(there, options.samples)
+        return min(there, wanted)
 
     def _sampled(self, samples: int, length: int, kept: Tensor | None, runtime: Runtime) -> TokenBatches:
         """Text that the uncompressed model writes itself, kept in the store so that a rerun need not.
@@ -181,6 +186,28 @@ class Calibration:
             ids = sample_text(self._source, samples, length, runtime, kept)
             write_bytes(path, save({"ids": ids}, metadata={SEAL: _digest(name, ids)}))
         return TokenBatches("self", ids)
+
+
+def mixed(drawn: Sequence[TokenBatches]) -> TokenBatches:
+    """Windows of several texts, one text after the other; all are learnt of a text that states nothing else."""
+    labels = None
+    if any(batches.labels is not None for batches in drawn):
+        labels = torch.cat([batches.ids if batches.labels is None else batches.labels for batches in drawn])
+    compared = [batches.left_out for batches in drawn if batches.left_out is not None]
+    left_out = sum(compared) if compared else None
+    ids = torch.cat([batches.ids for batches in drawn])
+    return TokenBatches(" + ".join(batches.name for batches in drawn), ids, left_out=left_out, labels=labels)
+
+
+def _shuffled(batches: TokenBatches, options: Lora, generator: torch.Generator) -> TokenBatches:
+    """In an order drawn at random, within which --lora-packing grouped puts rows of like length into one batch."""
+    order = torch.randperm(len(batches.ids), generator=generator)
+    if options.packing == "grouped":
+        lengths = [batches.lengths()[row] for row in order.tolist()]
+        cut = len(order) - options.held_out
+        order = torch.cat([order[:cut][by_length(lengths[:cut], options.batch, generator)], order[cut:]])
+    labels = None if batches.labels is None else batches.labels[order].contiguous()
+    return replace(batches, ids=batches.ids[order].contiguous(), labels=labels)
 
 
 def _sampled_before(path: Path, note: Callable[[str], None]) -> Tensor | None:
@@ -203,9 +230,9 @@ def _digest(name: str, ids: Tensor) -> str:
 
 
 def training_specs(recipe: Recipe) -> list[str]:
-    """The texts that calibrate and train, each once."""
+    """The texts that calibrate and train, each once; those of a mixture by themselves."""
     data = [o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data]
-    return list(dict.fromkeys([recipe.calibration_text, *data]))
+    return list(dict.fromkeys(text for spec in [recipe.calibration_text, *data] for text in texts_of(spec)))
 
 
 def _evaluation_text(recipe: Recipe) -> Text:
@@ -305,7 +332,8 @@ def corpus_fault(recipe: Recipe) -> str:
 def corpus_text(recipe: Recipe, corpus: str) -> Text:
     """The corpus, without the part of it that the recipe keeps to measure on. Raises TextError or PlanError."""
     shared = corpus in NAMED or corpus == recipe.evaluation_text
-    if shared and recipe.text == corpus != recipe.calibration_text and corpus not in NAMED:
+    apart = recipe.text == corpus and corpus not in texts_of(recipe.calibration_text)
+    if shared and apart and corpus not in NAMED:
         raise PlanError(
             f"'{corpus}' would both choose the vocabulary and be measured on as a whole; name another text with "
             "--text, or leave --text out to hold a part back"

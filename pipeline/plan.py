@@ -21,7 +21,7 @@ from edgepress.hardware.check import Verdict, check
 from edgepress.hardware.soc import Soc, load_soc
 from edgepress.pipeline.calibration import counted
 from edgepress.pipeline.progress import Reporter
-from edgepress.pipeline.recipe import Draft, Recipe, unrolled
+from edgepress.pipeline.recipe import SELF, Draft, Recipe, shares_of, texts_of, unrolled
 from edgepress.stages.options import Eora, Lora, Options, Pad, Vocabulary, flag_of
 from edgepress.stages.requirements import Cost
 
@@ -184,26 +184,29 @@ def _wanted(
     recipe: Recipe, stages: Iterable[tuple[str, Options]], faults: list[str]
 ) -> dict[tuple[str, Use], list[tuple[str, int]]]:
     """Tokens that each part of a text must have, and for what."""
-    wanted: dict[tuple[str, Use], list[tuple[str, int]]] = {(recipe.calibration_text, "calibrate"): []}
+    wanted: dict[tuple[str, Use], list[tuple[str, int]]] = {
+        (text, "calibrate"): [] for text in texts_of(recipe.calibration_text)
+    }
     for name, options in stages:
         if isinstance(options, Vocabulary | Pad):
             continue
         spec = (options.data if isinstance(options, Lora) else "") or recipe.calibration_text
         windows = options.batch + options.held_out if isinstance(options, Lora) else options.samples
-        wanted.setdefault((spec, "calibrate"), []).append((name, windows * options.length))
+        for text, share in shares_of(spec, windows).items():
+            wanted.setdefault((text, "calibrate"), []).append((name, share * options.length))
     from edgepress.eval.text import held_out_of
 
-    trained = [recipe.calibration_text, *(o.data for _, o in stages if isinstance(o, Lora) and o.data)]
+    trained = [text for text, use in wanted if use == "calibrate"]
     spec = recipe.evaluation_text
     own = bool(recipe.text) and not held_out_of(spec, trained)
     use: Use = "whole" if own and Path(spec).is_file() else "evaluate"
-    if spec == "self":
+    if spec == SELF:
         faults.append("--data self leaves no text to measure on; name one with --text, e.g. --text wikitext2")
     elif recipe.protocol == "windows":
         wanted.setdefault((spec, use), []).append(("measuring", recipe.tokens or recipe.window))
     else:
         wanted.setdefault((spec, use), [])
-    return {key: needs for key, needs in wanted.items() if key[0] != "self"}
+    return {key: needs for key, needs in wanted.items() if key[0] != SELF}
 
 
 def _loaded(spec: str, use: Use) -> Text | None:

@@ -18,6 +18,8 @@ from edgepress.checkpoints.errors import PlanError, RecipeError, near
 from edgepress.checkpoints.shape import Part, Unstructured, parse_amount
 from edgepress.stages.options import STAGES, Depth, Eora, Lora, Options, Wanda
 
+SELF = "self"  # text that the uncompressed model writes itself
+
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
@@ -66,12 +68,25 @@ class Recipe:
 
     @property
     def evaluation_text(self) -> str:
-        return self.text or self.calibration_text
+        """--text, or what is held back of the first text that calibrates; "self" where the model writes all of it."""
+        return self.text or next((text for text in texts_of(self.calibration_text) if text != SELF), SELF)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as it could be written to YAML."""
         plain = {key: getattr(self, key) for key in PLAIN_KEYS}
         return plain | {"stages": [{name: asdict(options)} for name, options in self.stages]}
+
+
+def texts_of(spec: str) -> list[str]:
+    """The texts of --data or --lora-data: one, or several joined with +. A file may have a plus in its name."""
+    return [spec] if "+" not in spec or Path(spec).expanduser().is_file() else list(dict.fromkeys(spec.split("+")))
+
+
+def shares_of(spec: str, windows: int) -> dict[str, int]:
+    """How many of so many windows come from each text of a mixture: equal shares, the first texts one more."""
+    texts = texts_of(spec)
+    shares = {text: (windows + len(texts) - 1 - place) // len(texts) for place, text in enumerate(texts)}
+    return {text: share for text, share in shares.items() if share} or {texts[0]: 0}
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ import json
 import pydoc_data.topics
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import RecipeError, TextError
@@ -17,9 +20,9 @@ from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.runtime import Runtime, Silent
 from edgepress.checkpoints.writer import verify
 from edgepress.pipeline.calibration import Calibration
-from edgepress.pipeline.plan import plan
-from edgepress.pipeline.recipe import build
-from edgepress.stages.options import Lora
+from edgepress.pipeline.plan import plan, text_faults
+from edgepress.pipeline.recipe import build, shares_of, texts_of
+from edgepress.stages.options import Lora, Wanda
 
 pytestmark = pytest.mark.pipeline
 
@@ -176,3 +179,48 @@ def test_eval_says_that_a_checkpoint_saw_the_text_before(
         told = [line for line in (done.stderr + done.stdout).splitlines() if "measure on another text" in line]
         assert [line.split("its ")[1].split(" stage")[0] for line in told] == stages
         assert all("saw 'seen.txt (first four fifths)'" in line for line in told)
+
+
+def mixture(model: Path, spec: str, options: Any, out: Path, stage: str) -> Any:
+    recipe = build(None, {"model": str(model), "data": spec, "text": "embedded"})
+    return Calibration(recipe, Checkpoint.open(model), out, Runtime()).windows(stage, options)
+
+
+def test_texts_joined_with_a_plus_share_the_windows(tiny_llama: Path, questions: Path, tmp_path: Path) -> None:
+    options = Wanda(samples=7, length=32)
+    found = mixture(tiny_llama, f"self+{questions}", options, tmp_path, "wanda")
+    assert found.ids.shape == (7, 32) and found.name.startswith("self + ")
+    (written,) = (load_file(path)["ids"] for path in (tmp_path / "calibration").iterdir())
+    assert torch.equal(found.ids[:4], written)  # the model's own text: the first text's share is one more
+    decode = Checkpoint.open(tiny_llama).tokenizer().decode
+    known = "".join(f"What is {i} and {i}?" for i in range(400))
+    assert all(decode(row).split("What is ")[1].split(" and")[0] in known for row in found.ids[4:])
+    assert found.left_out == 0  # of the file; what the model writes is compared with nothing
+
+
+def test_training_on_a_mixture_shuffles_it(tiny_llama: Path, questions: Path, tmp_path: Path) -> None:
+    options = Lora(data=f"{questions}+self", samples=24, length=32, batch=8, held_out=4)
+    found = mixture(tiny_llama, "embedded", options, tmp_path, "lora")
+    assert found.ids.shape == (24, 32)
+    (written,) = (load_file(path)["ids"] for path in (tmp_path / "calibration").iterdir())
+    own = [any(torch.equal(row, other) for other in written) for row in found.ids]
+    assert sum(own) == 12 and own != sorted(own) and own != sorted(own, reverse=True)
+    with pytest.raises(TextError, match="writes itself has no answers"):
+        mixture(tiny_llama, "embedded", replace(options, loss="answers"), tmp_path, "lora")
+
+
+def test_what_is_held_back_of_the_first_text_is_measured(tiny_llama: Path, questions: Path) -> None:
+    flags = {"model": str(tiny_llama), "protocol": "windows"}
+    for spec, measured in [("self+embedded", "embedded"), (f"{questions}+embedded", str(questions)), ("self", "self")]:
+        assert build(None, flags | {"data": spec}).evaluation_text == measured
+    for spec, fault in [("embedded+no-such", "no text 'no-such'"), ("embedded+", "no text ''")]:
+        recipe = build(None, flags | {"data": spec})
+        assert any(fault in found for found in text_faults(recipe, recipe.stages))
+
+
+def test_a_file_with_a_plus_in_its_name_is_one_text(tmp_path: Path) -> None:
+    path = tmp_path / "a+b.txt"
+    assert texts_of(str(path)) == [str(tmp_path / "a"), "b.txt"]
+    path.write_text("words")
+    assert texts_of(str(path)) == [str(path)]
+    assert shares_of("a+b+c", 8) == {"a": 3, "b": 3, "c": 2} and shares_of("a+b", 1) == {"a": 1}
