@@ -29,7 +29,7 @@ from edgepress.checkpoints.tokens import (
 from edgepress.checkpoints.vocabulary import Trimmed, count_ids, load_tokenizer, trim
 from edgepress.eval.text import NAMED, Measured, Text, held_out_of, load_text, starts_with_bos, without_measured
 from edgepress.pipeline.recipe import SELF, Recipe, shares_of, texts_of
-from edgepress.stages.options import Depth, Eora, Gptq, Lora, Options, Pad, Vocabulary, Wanda, flag_of
+from edgepress.stages.options import Depth, Eora, Gptq, Options, Pad, Training, Vocabulary, Wanda, flag_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
 
 
-Windowed = Depth | Wanda | Lora | Gptq | Eora  # options of the stages that calibrate or train on windows
+Windowed = Depth | Wanda | Training | Gptq | Eora  # options of the stages that calibrate or train on windows
 
 
 class Calibration:
@@ -71,13 +71,13 @@ class Calibration:
             self._lengths.add((stage, options.length))
             if beyond := beyond_positions(self._source.shape, options.length, flag_of(options, "length")):
                 self._runtime.progress.note(beyond)
-        spec = (options.data if isinstance(options, Lora) else "") or self._recipe.calibration_text
+        spec = (options.data if isinstance(options, Training) else "") or self._recipe.calibration_text
         runtime = replace(self._runtime, turn=turn)
         generator = runtime.generator(f"{stage} calibration")
         shares = shares_of(spec, options.samples).items()
         drawn = [self._drawn(stage, text, samples, options, runtime, generator) for text, samples in shares]
         batches = drawn[0] if len(drawn) == 1 else mixed(drawn)
-        if isinstance(options, Lora):
+        if isinstance(options, Training):
             from edgepress.stages.training import require_a_batch
 
             require_a_batch(batches.name, len(batches.ids), options)
@@ -92,13 +92,13 @@ class Calibration:
         vocabulary = self._vocabulary
         trimmed = vocabulary is not None and follows_vocabulary(self._recipe, stage)
         if spec == SELF:
-            if isinstance(options, Lora) and options.loss == "answers":
+            if isinstance(options, Training) and options.loss == "answers":
                 raise TextError("--lora-loss answers: text that the model writes itself has no answers; use all")
             kept = vocabulary.kept if vocabulary and trimmed else None
             return self._sampled(samples, options.length, kept, runtime)
         tokenizer = vocabulary.tokenizer if vocabulary and trimmed else self._tokenizer
         known = vocabulary.kept.numel() if vocabulary and trimmed else self._source.shape.vocabulary
-        if isinstance(options, Lora) and (options.loss == "answers" or options.packing != "windows"):
+        if isinstance(options, Training) and (options.loss == "answers" or options.packing != "windows"):
             batches = self._training_rows(self._text(spec), tokenizer, samples, options, generator)
             require_known(batches.ids, known, f"for the text '{batches.name}'")
             return replace(batches, left_out=self._left_out[spec])
@@ -108,7 +108,7 @@ class Calibration:
             require_known(ids, known, f"for the text '{text.name}'")
             self._ids[spec, trimmed] = (text.name, ids)
         name, ids = self._ids[spec, trimmed]
-        if isinstance(options, Lora):
+        if isinstance(options, Training):
             samples = self._training_samples(name, ids.numel() // options.length, samples, options)
         try:
             batches = sample_windows(name, ids, samples, options.length, generator)
@@ -138,7 +138,7 @@ class Calibration:
         return self._texts[spec]
 
     def _training_rows(
-        self, text: Text, tokenizer: Any, samples: int, options: Lora, generator: torch.Generator
+        self, text: Text, tokenizer: Any, samples: int, options: Training, generator: torch.Generator
     ) -> TokenBatches:
         """Windows or rows with what is to be learnt of them. Raises TextError."""
         answers = options.loss == "answers"
@@ -158,12 +158,12 @@ class Calibration:
         self._training_samples(text.name, len(batches.ids), samples, options)
         return batches
 
-    def _training_samples(self, name: str, there: int, wanted: int, options: Lora) -> int:
+    def _training_samples(self, name: str, there: int, wanted: int, options: Training) -> int:
         """Windows to train on: those asked for, or all that the text has, which is told."""
         if there < wanted and name not in self._short:
             self._short.add(name)
             self._runtime.progress.note(
-                f"lora: the training text '{name}' has {there} windows of {options.length} tokens, not the "
+                f"{options.stage}: the training text '{name}' has {there} windows of {options.length} tokens, not the "
                 f"{wanted} asked for; all of them are used"
             )
         return min(there, wanted)
@@ -199,7 +199,7 @@ def mixed(drawn: Sequence[TokenBatches]) -> TokenBatches:
     return TokenBatches(" + ".join(batches.name for batches in drawn), ids, left_out=left_out, labels=labels)
 
 
-def _shuffled(batches: TokenBatches, options: Lora, generator: torch.Generator) -> TokenBatches:
+def _shuffled(batches: TokenBatches, options: Training, generator: torch.Generator) -> TokenBatches:
     """In an order drawn at random, within which --lora-packing grouped puts rows of like length into one batch."""
     order = torch.randperm(len(batches.ids), generator=generator)
     if options.packing == "grouped":
@@ -231,7 +231,7 @@ def _digest(name: str, ids: Tensor) -> str:
 
 def training_specs(recipe: Recipe) -> list[str]:
     """The texts that calibrate and train, each once; those of a mixture by themselves."""
-    data = [o.data for _, o in recipe.stages if isinstance(o, Lora) and o.data]
+    data = [o.data for _, o in recipe.stages if isinstance(o, Training) and o.data]
     return list(dict.fromkeys(text for spec in [recipe.calibration_text, *data] for text in texts_of(spec)))
 
 
@@ -366,9 +366,9 @@ def _require_order(recipe: Recipe) -> None:
     """Raise PlanError where a stage cannot work with what the vocabulary stage leaves it."""
     names = [name for name, _ in recipe.stages]
     at = names.index("vocabulary")
-    distilling = any(isinstance(o, Lora) and o.distill for _, o in recipe.stages[at:])
+    distilling = next((o for _, o in recipe.stages[at:] if isinstance(o, Training) and o.distill), None)
     if distilling and at:
         raise PlanError(
-            f"--distill asks the uncompressed model, which knows the trimmed vocabulary only if the vocabulary stage "
-            f"is the first; here {names[0]} comes before it"
+            f"{flag_of(distilling, 'distill')} asks the uncompressed model, which knows the trimmed vocabulary only if "
+            f"the vocabulary stage is the first; here {names[0]} comes before it"
         )

@@ -165,12 +165,12 @@ def _settings_of(chain: list[Manifest], shape: ModelShape) -> Settings | None:
             removed += int(options["remove"])  # --homotopic removes them in several turns
         elif manifest.stage == "wanda" and options.get("method", "wanda") == "wanda":
             pattern = pattern if pattern != "none" else str(options["pattern"])  # the last turn's, which comes first
-        elif manifest.stage == "gptq" and options.get("layers"):
+        elif manifest.stage == "gptq" and (options.get("layers") or str(options["quant"]).endswith("-s")):
             return None
         elif manifest.stage == "gptq" and not options["symmetric"] and str(options["quant"]).startswith("gptq"):
             group = _resolved_group(shape, options)
             how = Quantisation(options["quant"], _bits(options["quant"]), group, int(options["quant_embeddings"]))
-        elif manifest.stage != "lora" or manifest.facts.get("added_bytes"):
+        elif manifest.stage not in ("lora", "tune") or manifest.facts.get("added_bytes"):
             return None
     return Settings(vocabulary, removed, pattern, how)
 

@@ -94,6 +94,18 @@ class CompressOptions(TypedDict, total=False):
     quant_samples: int
     quant_length: int
     quant_layers: str
+    # stage tune
+    tune: int
+    tune_lr: float
+    tune_distill: float
+    tune_data: str | Path
+    tune_samples: int
+    tune_length: int
+    tune_batch: int
+    tune_micro_batch: int
+    tune_save_steps: int
+    tune_held_out: int
+    tune_patience: int
     # stage eora
     eora: int
     eora_against: str

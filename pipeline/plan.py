@@ -22,7 +22,7 @@ from edgepress.hardware.soc import Soc, load_soc
 from edgepress.pipeline.calibration import counted
 from edgepress.pipeline.progress import Reporter
 from edgepress.pipeline.recipe import SELF, Draft, Recipe, shares_of, texts_of, unrolled
-from edgepress.stages.options import Eora, Lora, Options, Pad, Vocabulary, flag_of
+from edgepress.stages.options import Eora, Lora, Options, Pad, Training, Tune, Vocabulary, flag_of
 from edgepress.stages.requirements import Cost
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def plan(recipe: Recipe, shape: ModelShape, refused: Set[str] = frozenset()) -> 
 
 def _works_on_codes(options: Options) -> bool:
     """Whether a stage needs quantised weights before it."""
-    return isinstance(options, Eora) or (isinstance(options, Lora) and options.recovery.quantised)
+    return isinstance(options, Eora | Tune) or (isinstance(options, Lora) and options.recovery.quantised)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -190,8 +190,8 @@ def _wanted(
     for name, options in stages:
         if isinstance(options, Vocabulary | Pad):
             continue
-        spec = (options.data if isinstance(options, Lora) else "") or recipe.calibration_text
-        windows = options.batch + options.held_out if isinstance(options, Lora) else options.samples
+        spec = (options.data if isinstance(options, Training) else "") or recipe.calibration_text
+        windows = options.batch + options.held_out if isinstance(options, Training) else options.samples
         for text, share in shares_of(spec, windows).items():
             wanted.setdefault((text, "calibrate"), []).append((name, share * options.length))
     from edgepress.eval.text import held_out_of

@@ -125,6 +125,10 @@ def draft(file: str | None, flags: Mapping[str, Any], skip: str = "") -> Draft:
             stages[stage][name] = value
         elif stage in ("vocabulary", "pad"):  # they come before everything, unless a recipe says otherwise
             stages = {stage: {name: value}, **stages}
+        elif stage == "tune" and "gptq" in stages:  # right after it
+            place = list(stages).index("gptq") + 1
+            entries = list(stages.items())
+            stages = dict([*entries[:place], (stage, {name: value}), *entries[place:]])
         else:
             flag = next(f.metadata["flag"] for f in fields(STAGES[stage]) if f.name == name)
             faults.append(f"{flag} belongs to the stage {stage}, which {file} leaves out")
@@ -429,10 +433,10 @@ def in_working_order(stages: Stages, eora_asked: bool, notes: list[str]) -> Stag
     method = next((o.method for _, o in stages if isinstance(o, Lora) and o.recovery.quantised), None)
     if method is None or "gptq" not in names:
         return stages
-    place, lora = names.index("gptq"), stages[names.index("lora")]
+    place, lora = names.index("tune" if "tune" in names else "gptq"), stages[names.index("lora")]
     moved = [*stages[: place + 1], lora, *stages[place + 1 :]]
     moved.remove(lora)  # the first of the two
-    notes.append(f"lora comes after gptq: --recover {method} trains on the quantised weights")
+    notes.append(f"lora comes after {names[place]}: --recover {method} trains on the quantised weights")
     if "eora" in names and not eora_asked:
         moved = [entry for entry in moved if entry[0] != "eora"]
         notes.append("eora is left out: a layer has room for one adapter, and lora's lies there")

@@ -21,7 +21,8 @@ from edgepress.pipeline.plan import StagePlan
 from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.tables import print_whole
 from edgepress.pipeline.tree import duration_text, measured_speed
-from edgepress.stages.options import Lora
+from edgepress.stages import tune
+from edgepress.stages.options import Lora, Tune
 from edgepress.stages.recovery.shapes import adapters
 
 if TYPE_CHECKING:
@@ -132,11 +133,12 @@ def _millions(count: int) -> str:
 
 
 # --- what a training takes --------------------------------------------------------------------------------------------
-# What a recipe's lora stage trains, adds and takes, told before it runs.
+# What a recipe's lora and tune stages train, add and take, told before they run.
 
 
 @dataclass(frozen=True)
 class RecoveryForecast:
+    stage: str
     method: str
     trainable_parameters: int
     trainable_share: float  # of the model's parameters without adapters
@@ -153,7 +155,7 @@ class RecoveryForecast:
     def in_words(self) -> str:
         where = f"{self.added_bytes:,} bytes beside them" if self.added_bytes else "merged into them, no byte added"
         return (
-            f"lora ({self.method}): trains {self.trainable_parameters:,} parameters, "
+            f"{self.stage} ({self.method}): trains {self.trainable_parameters:,} parameters, "
             f"{100 * self.trainable_share:.3g} % of the weights; {where}; "
             f"peak memory about {size_text(self.peak_memory_bytes, 'MiB', 0)}"
             + ("" if self.seconds is None else f"; about {duration_text(self.seconds)} here")
@@ -161,7 +163,7 @@ class RecoveryForecast:
 
 
 def forecast_recovery(recipe: Recipe, source: ModelShape, plans: Sequence[StagePlan]) -> list[RecoveryForecast]:
-    """One for the lora stage, if there is one. Measures how fast this machine multiplies, for half a second."""
+    """One for lora and tune each, if they are there. Measures how fast this machine multiplies, for half a second."""
     found, before = [], source
     for step in plans:
         options = step.options
@@ -171,6 +173,7 @@ def forecast_recovery(recipe: Recipe, source: ModelShape, plans: Sequence[StageP
             size = sum(x.adapter_bytes for x in trained)
             found.append(
                 RecoveryForecast(
+                    step.stage,
                     options.method,
                     count,
                     count / before.parameters_total,
@@ -180,6 +183,10 @@ def forecast_recovery(recipe: Recipe, source: ModelShape, plans: Sequence[StageP
                     _seconds(recipe, step),
                 )
             )
+        elif isinstance(options, Tune):
+            count = tune.trainable_parameters(before)
+            peak, share = step.cost.peak_memory_bytes, count / before.parameters_total
+            found.append(RecoveryForecast(step.stage, "scales", count, share, 0, 0, peak, _seconds(recipe, step)))
         before = step.shape
     return found
 

@@ -30,7 +30,7 @@ from edgepress.pipeline.store import REPORT, Store, open_model, require_apart
 from edgepress.stages.options import Options, decisive
 
 _PACKAGES = ("torch", "transformers", "peft", "gptqmodel", "safetensors", "edgepress")
-_SHOULD_IMPROVE = ("lora", "eora")
+_SHOULD_IMPROVE = ("lora", "tune", "eora")
 
 
 @dataclass

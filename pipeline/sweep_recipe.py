@@ -315,7 +315,7 @@ def ablation(recipe: Recipe) -> Sweep:
     wanted += [(f"only {name}", [name]) for name in names]
     configurations, notes = [Configuration("no stage", replace(recipe, stages=()))], list(recipe.notes)
     # What cannot be without quantisation, and what it would lack.
-    needing = {"eora": "no quantisation error to answer"}
+    needing = {"eora": "no quantisation error to answer", "tune": "no scales to train"}
     if any(isinstance(options, Lora) and options.recovery.quantised for _, options in recipe.stages):
         needing["lora"] = "no quantised weights to train on"
     seen: list[list[str]] = [[]]

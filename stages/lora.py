@@ -33,6 +33,7 @@ from edgepress.stages.recovery.shapes import (
 )
 from edgepress.stages.requirements import (
     BASE_BYTES,
+    TRAINER_BYTES,
     Cost,
     block_bytes,
     block_weights,
@@ -42,6 +43,7 @@ from edgepress.stages.requirements import (
     outer_bytes,
     require_dense,
     require_quantised,
+    training_operations,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
     from edgepress.stages.recovery import Start
 
 VERSION = 1
-_TRAINER_BYTES = 220 * 2**20  # that peft, GPTQModel and the Trainer add, measured as cost.BASE_BYTES
 _DORA_STEPS = 400  # multiply-adds in whose time one weight's direction, norm and gradient pass by
 
 
@@ -115,7 +116,7 @@ def cost(before: ModelShape, options: Options) -> Cost:
     activations = options.micro_batch * options.length * a_token
     own = training_bytes(before, options)
     return Cost(
-        BASE_BYTES + _TRAINER_BYTES + held + taught + activations + own,
+        BASE_BYTES + TRAINER_BYTES + held + taught + activations + own,
         linked_bytes(before, range(count if options.recovery.quantised and not _requantises(options) else 0)),
         (teacher_disk_bytes(before, options) if kind == "streamed" else 0) + _saved_bytes(before, options),
         _operations(before, options),
@@ -135,9 +136,6 @@ def _saved_bytes(before: ModelShape, options: Options) -> int:
 
 def _operations(before: ModelShape, options: Options) -> float:
     """Of the model in training and held-out checks, and of what the method computes with whole matrices besides."""
-    trained = options.total_steps * options.batch * options.length
-    passes = 3 + options.checkpointing + bool(options.distill)
-    looks = (options.total_steps // options.save_steps + 1) * options.held_out * options.length
     model = len(before.blocks) * block_weights(before) + head_weights(before)
     found, own = adapters(before, options), 0.0
     weights = sum(x.weights for x in found)
@@ -148,7 +146,7 @@ def _operations(before: ModelShape, options: Options) -> float:
         narrow = [min(x.in_features, x.out_features) for x in found]
         turn = float(sum(2 * x.weights * n + 9 * n**3 for x, n in zip(found, narrow, strict=True)))
         own += options.loftq_steps * turn
-    return float((passes * trained + looks) * model) + own
+    return training_operations(options, model) + own
 
 
 def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
@@ -201,7 +199,7 @@ def run(
                 disturbed.enter_context(disturbance.on_model(plain, source.shape))
             training = train(model, calibration, options, runtime, target.work, taught)
 
-    training.curve.write(target.folder)
+    training.curve.write(target.folder, options)
     for line in (*training.curve.lines(), f"  {training.summary()}"):
         runtime.progress.say(line)
     if options.recovery.whole:

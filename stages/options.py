@@ -58,6 +58,31 @@ class _Faults:
         self.require(samples > 0, f"{stage}: {samples} calibration windows; at least one is needed")
         self.require(length > 1, f"{stage}: windows of {length} tokens; at least two are needed")
 
+    def training(self, options: Lora | Tune) -> None:
+        """Of what every training has."""
+
+        def flag(name: str) -> str:
+            return f"{flag_of(options, name)} {getattr(options, name)}"
+
+        batch, samples, held_out = options.batch, options.samples, options.held_out
+        sizes = f"{flag_of(options, 'batch')} and {flag_of(options, 'micro_batch')}"
+        self.require(batch > 0 and options.micro_batch > 0, f"{sizes} must be positive")
+        self.require(
+            min(batch, options.micro_batch) < 1 or batch % options.micro_batch == 0,
+            f"{flag('batch')} is not a multiple of {flag('micro_batch')}",
+        )
+        self.require(0 < options.learning_rate < math.inf, f"{flag('learning_rate')}: must be positive and finite")
+        self.require(options.save_steps > 0, f"{flag('save_steps')}: must be positive")
+        self.require(0 <= options.distill <= 1, f"{flag('distill')}: must be in [0, 1]")
+        self.require(held_out >= 0, f"{flag('held_out')}: cannot be negative")
+        self.require(options.patience > 0, f"{flag('patience')}: must be positive")
+        self.windows(options.stage, samples, options.length)
+        self.require(
+            min(samples, batch) < 1 or held_out < 0 or samples - held_out >= batch,
+            f"{flag('samples')}, less {held_out} held out, fill no batch of {batch}; "
+            f"lower {flag_of(options, 'batch')} or raise the samples",
+        )
+
     def raise_all(self) -> None:
         """Raise PlanError, a line a fault, if there are any."""
         if self.found:
@@ -235,6 +260,8 @@ class Lora:
         0, "--loftq-steps", "With loftq, turns of fitting A and B and quantising; 0 is 5; 1 keeps the codes.", True, 1
     )
 
+    stage, title, trained = "lora", "LoRA training", "the adapter"
+
     def __post_init__(self) -> None:
         faults = _Faults()
         # What is the same is written the same: in fingerprints, folders' names and manifests.
@@ -243,21 +270,9 @@ class Lora:
         faults.require(self.rank > 0, rank)
         faults.require(self.alpha > 0, f"--lora-alpha {self.alpha}: must be positive")
         faults.require(0 <= self.dropout < 1, f"--lora-dropout {self.dropout}: must be in [0, 1)")
-        faults.require(self.batch > 0 and self.micro_batch > 0, "--lora-batch and --lora-micro-batch must be positive")
-        faults.require(
-            min(self.batch, self.micro_batch) < 1 or self.batch % self.micro_batch == 0,
-            f"--lora-batch {self.batch} is not a multiple of --lora-micro-batch {self.micro_batch}",
-        )
         faults.require(self.steps >= 0, f"--lora-steps {self.steps}: cannot be negative")
         faults.require(self.epochs > 0, f"--lora-epochs {self.epochs}: must be positive")
-        faults.require(
-            0 < self.learning_rate < math.inf, f"--lora-lr {self.learning_rate}: must be positive and finite"
-        )
-        faults.require(self.save_steps > 0, f"--lora-save-steps {self.save_steps}: must be positive")
-        faults.require(0 <= self.distill <= 1, f"--distill {self.distill}: must be in [0, 1]")
         faults.one_of("--distill-teacher", self.teacher, TEACHERS)
-        faults.require(self.held_out >= 0, f"--lora-held-out {self.held_out}: cannot be negative")
-        faults.require(self.patience > 0, f"--lora-patience {self.patience}: must be positive")
         faults.one_of("--lora-loss", self.loss, LOSSES)
         faults.one_of("--lora-packing", self.packing, PACKINGS)
         faults.one_of("--lora-schedule", self.schedule, SCHEDULES)
@@ -272,12 +287,7 @@ class Lora:
             self.loftq_steps <= 0 or "loftq" in self.method.split("+"),
             f"{turns}: --recover {self.method} takes no such turns; give --recover loftq, or leave it out",
         )
-        faults.windows("lora", self.samples, self.length)
-        faults.require(
-            min(self.samples, self.batch) < 1 or self.held_out < 0 or self.samples - self.held_out >= self.batch,
-            f"--lora-samples {self.samples}, less {self.held_out} held out, fill no batch of {self.batch}; "
-            "lower --lora-batch or raise the samples",
-        )
+        faults.training(self)
         faults.raise_all()
 
     def _settle(self) -> None:
@@ -408,6 +418,52 @@ class Gptq:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Trains a quantised model's scales, minima and norms end to end (EfficientQAT, arXiv 2407.11062, section 3.3)."""
+
+    steps: int = option(
+        0, "--tune", "Train the quantised model's scales, minima and norms by so many optimiser steps; 0 skips."
+    )
+    learning_rate: float = option(1e-3, "--tune-lr", "Peak of its cosine: how far a step may change a scale, relative.")
+    distill: float = option(1.0, "--tune-distill", "Share of the loss that is KL to the uncompressed model, 0 to 1.")
+    data: str = option("", "--tune-data", "Training text, as for --lora-data; default: --data's.")
+    samples: int = option(256, "--tune-samples", "Training windows.")
+    length: int = option(512, "--tune-length", "Tokens per training window.")
+    batch: int = option(4, "--tune-batch", "Windows per optimiser step.")
+    micro_batch: int = option(2, "--tune-micro-batch", "Windows that go through the model at once.")
+    save_steps: int = option(10, "--tune-save-steps", "Optimiser steps between durable points and held-out checks.")
+    held_out: int = option(8, "--tune-held-out", "Windows kept back to see when to stop; 0 does not look.")
+    patience: int = option(2, "--tune-patience", "Stop after this many held-out checks in a row without a new best.")
+
+    # As lora's options of these names; no flags.
+    stage, title, trained = "tune", "Training of scales", "the set of scales"
+    teacher, loss, packing, schedule = "auto", "all", "windows", "cosine"
+    warmup, weight_decay, checkpointing = 0.1, 0.0, False
+
+    def __post_init__(self) -> None:
+        faults = _Faults()
+        faults.require(self.steps >= 0, f"--tune {self.steps}: cannot be negative; 0 skips the stage")
+        faults.training(self)
+        faults.raise_all()
+
+    @property
+    def skipped(self) -> bool:
+        return self.steps == 0
+
+    @property
+    def label(self) -> str:
+        return f"tune-{self.steps}"
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps
+
+    def steps_over(self, windows: int) -> int:
+        """Optimiser steps, however many windows there are."""
+        return self.steps
+
+
+@dataclass(frozen=True)
 class Eora:
     """A training-free low-rank answer to the compression error (EoRA, arXiv 2410.21271)."""
 
@@ -444,7 +500,8 @@ def decisive(options: Any) -> dict[str, Any]:
     }
 
 
-Options = Vocabulary | Pad | Depth | Wanda | Lora | Gptq | Eora
+Options = Vocabulary | Pad | Depth | Wanda | Lora | Gptq | Tune | Eora
+Training = Lora | Tune
 
 STAGES: dict[str, type[Options]] = {
     "vocabulary": Vocabulary,
@@ -453,5 +510,6 @@ STAGES: dict[str, type[Options]] = {
     "wanda": Wanda,
     "lora": Lora,
     "gptq": Gptq,
+    "tune": Tune,
     "eora": Eora,
 }

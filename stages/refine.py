@@ -119,17 +119,22 @@ class TunedNorm:
 
     @classmethod
     def start(cls, norm: nn.Module, stored: torch.dtype) -> TunedNorm:
-        """From a block's norm. Some families multiply with 1 + w instead of w, so the norm is asked for its scale."""
+        """From a block's norm."""
         weight = norm.get_parameter("weight").detach()
-        signs = torch.ones_like(weight).unsqueeze(0)  # mean 0 and mean square 1: what comes out is the scale
-        signs[:, 1::2] = -1
-        with torch.no_grad():
-            scale = float(norm(signs).float().abs().mean())
-        return cls(weight.to(torch.float32, copy=True), stored, NORM_RATE * scale)
+        return cls(weight.to(torch.float32, copy=True), stored, NORM_RATE * multiplier(norm))
 
     def weight(self) -> Tensor:
         """Float32 with the values that the file will hold; the gradient passes through the rounding."""
         return straight_through(self.exact.to(self.stored).float(), self.exact)
+
+
+def multiplier(norm: nn.Module) -> float:
+    """What a norm multiplies with on average. Some families multiply with 1 + w instead of w, so the norm is asked."""
+    weight = norm.get_parameter("weight").detach()
+    signs = torch.ones_like(weight).unsqueeze(0)  # mean 0 and mean square 1: what comes out is the scale
+    signs[:, 1::2] = -1
+    with torch.no_grad():
+        return float(norm(signs).float().abs().mean())
 
 
 def straight_through(rounded: Tensor, exact: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import TensorShape
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import LinearShape, ModelShape, safetensors_bytes
-from edgepress.stages.options import Depth, Eora, Gptq, Lora, Wanda
+from edgepress.stages.options import Depth, Eora, Gptq, Lora, Training, Wanda
 from edgepress.stages.pruning import HESSIANS, NOTHING
 
 # --- cost -------------------------------------------------------------------------------------------------------------
@@ -21,6 +21,7 @@ from edgepress.stages.pruning import HESSIANS, NOTHING
 # Resident size of Python with torch, transformers and a model's code, measured on Linux with torch 2.14 and
 # transformers 5.23 (benchmarks/peak_memory.py).
 BASE_BYTES = 850 * 2**20
+TRAINER_BYTES = 220 * 2**20  # that peft, GPTQModel and the Trainer add, measured alike
 _FIXED_SECONDS = 1.0  # what every stage run takes besides its arithmetic
 
 Calibrated = Depth | Wanda | Lora | Gptq | Eora  # options with samples and length
@@ -121,6 +122,14 @@ def held_state_bytes(shape: ModelShape, options: Calibrated, copies: int = 2) ->
 def forward_operations(shape: ModelShape, options: Calibrated) -> float:
     """Of the calibration tokens going through all blocks once."""
     return float(tokens(options) * len(shape.blocks) * block_weights(shape))
+
+
+def training_operations(options: Training, model: int) -> float:
+    """Of a training and its held-out checks, teacher included. model: multiply-adds of one token's forward pass."""
+    trained = options.total_steps * options.batch * options.length
+    passes = 3 + options.checkpointing + bool(options.distill)
+    looks = (options.total_steps // options.save_steps + 1) * options.held_out * options.length
+    return float((passes * trained + looks) * model)
 
 
 def tokens(options: Calibrated) -> int:

@@ -1,4 +1,4 @@
-"""Train LoRA with transformers' Trainer: distillation, resuming, early stopping, the loss curve."""
+"""Train adapters or scales with transformers' Trainer: distillation, resuming, early stopping, the loss curve."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Progress, Runtime
 from edgepress.checkpoints.tokens import IGNORED, TokenBatches
 from edgepress.checkpoints.walk import States, Walk, Work
-from edgepress.stages.options import Lora
-from edgepress.stages.options import Lora as Options
+from edgepress.stages.options import Training as Options
+from edgepress.stages.options import flag_of
 from edgepress.stages.recovery.shapes import teacher_kind
 
 _COMPLETE = "complete"  # marks a saved step as whole: a kill can leave half of one
@@ -35,7 +35,7 @@ _BEGAN = "training_from"  # the journal's entry with the stage's seconds when tr
 
 @dataclass(frozen=True)
 class Training:
-    """What came of it. `curve.kept_step` is the step whose adapter the model holds now."""
+    """What came of it. `curve.kept_step` is the step whose variables the model holds now."""
 
     curve: Curve
     steps: int
@@ -66,10 +66,10 @@ class Training:
 def train(
     model: nn.Module, data: TokenBatches, options: Options, runtime: Runtime, work: Work, teacher: Teacher | None
 ) -> Training:
-    """Train the model's adapter on data.ids (windows, L); the last held_out windows only tell when to stop.
+    """Train what asks for a gradient on data.ids (windows, L); the last held_out windows only tell when to stop.
 
     Goes on from the last whole saved step. With held-out windows, training stops when their loss has not
-    improved for `patience` checks, and the adapter of the best check is the one that stays in the model.
+    improved for `patience` checks, and what the best check found is what stays in the model.
     Raises NumericsError where a loss or gradient is not finite, naming the last good step.
     """
     from transformers import EarlyStoppingCallback
@@ -85,14 +85,14 @@ def train(
         eval_dataset=_Windows(data, cut, windows) if options.held_out else None,
         data_collator=_collate,
         callbacks=[
-            _report(runtime.progress, work),
+            _report(runtime.progress, work, options),
             *([EarlyStoppingCallback(options.patience)] if options.held_out else []),
         ],
     )
     trainer.remove_callback(PrinterCallback)  # output is the progress bar's
     saved = last_whole_step(work)
     state = settled(saved, steps, options.patience) if saved else None
-    runtime.progress.start("lora", 0 if state else steps - (int(saved.name.split("-")[1]) if saved else 0))
+    runtime.progress.start(options.stage, 0 if state else steps - (int(saved.name.split("-")[1]) if saved else 0))
     if not any(_BEGAN in entry for entry in work.entries):
         work.append({_BEGAN: work.seconds})
     if state is not None:
@@ -105,7 +105,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(saved) if saved else None)
         state = trainer.state
     if state.global_step < steps:
-        runtime.progress.note(f"lora stopped at step {state.global_step}: the held-out loss no longer falls")
+        runtime.progress.note(f"{options.stage} stopped at step {state.global_step}: the held-out loss no longer falls")
     history = state.log_history
     checks = {int(e["step"]): float(e["eval_loss"]) for e in history if "eval_loss" in e}
     best = min(checks, key=lambda step: checks[step]) if checks else state.global_step
@@ -122,10 +122,11 @@ def require_a_batch(name: str, windows: int, options: Options) -> None:
     """Raise TextError where that many windows of a text, less those held out, fill no batch."""
     least = options.batch + options.held_out
     if windows < least:
+        data, length, batch, held_out = (flag_of(options, x) for x in ("data", "length", "batch", "held_out"))
         raise TextError(
-            f"lora: the training text '{name}' yields no batch: it has {windows} windows of {options.length} tokens, "
-            f"and --lora-batch {options.batch} with {options.held_out} held out needs {least}. "
-            "Give a longer text with --lora-data, or lower --lora-length, --lora-batch or --lora-held-out"
+            f"{options.stage}: the training text '{name}' yields no batch: it has {windows} windows of "
+            f"{options.length} tokens, and {batch} {options.batch} with {options.held_out} held out needs {least}. "
+            f"Give a longer text with {data}, or lower {length}, {batch} or {held_out}"
         )
 
 
@@ -177,7 +178,7 @@ def _arguments(options: Options, steps: int, runtime: Runtime, folder: Path) -> 
     )
 
 
-def _report(progress: Progress, work: Work) -> Any:
+def _report(progress: Progress, work: Work, options: Options) -> Any:
     """The Trainer's callback that tells of each step, marks saved ones, and stops at what is not finite."""
     from transformers import TrainerCallback
 
@@ -191,7 +192,9 @@ def _report(progress: Progress, work: Work) -> Any:
             ):
                 value = float(logs.get(key, 0))
                 if not math.isfinite(value):
-                    raise NumericsError(f"the {what} became {value} at step {state.global_step}; {_kept(work)}")
+                    raise NumericsError(
+                        f"the {what} became {value} at step {state.global_step}; {_kept(work, options)}"
+                    )
             if "loss" in logs:
                 progress.step(step=f"{state.global_step}/{state.max_steps}", loss=f"{float(logs['loss']):.3f}")
 
@@ -204,13 +207,13 @@ def _report(progress: Progress, work: Work) -> Any:
     return Report()
 
 
-def _kept(work: Work) -> str:
+def _kept(work: Work, options: Options) -> str:
     """What is left after a loss that is not finite, and what to do."""
-    saved = last_whole_step(work)
+    saved, rate = last_whole_step(work), flag_of(options, "learning_rate")
     if saved is None:
-        return "no step was saved before it. Lower --lora-lr"
+        return f"no step was saved before it. Lower {rate}"
     step = saved.name.split("-")[1]
-    return f"the adapter of step {step}, the last good one, is kept in {saved}. Lower --lora-lr"
+    return f"{options.trained} of step {step}, the last good one, is kept in {saved}. Lower {rate}"
 
 
 def _distilling(teacher: Teacher | None, share: float) -> Any:
@@ -240,7 +243,7 @@ def _distilling(teacher: Teacher | None, share: float) -> Any:
 
 
 def _load_saved(model: nn.Module, folder: Path) -> None:
-    """The adapter of a saved step, or all weights."""
+    """The adapter of a saved step, or all that was trained."""
     adapter = folder / "adapter_model.safetensors"
     if not adapter.is_file():
         for path in sorted(folder.glob("model*.safetensors")):
@@ -359,7 +362,7 @@ def own_random_state(seed: int) -> Iterator[None]:
 
 
 # --- distillation -----------------------------------------------------------------------------------------------------
-# The uncompressed model as a teacher for LoRA: held whole beside the student, or streamed before training.
+# The uncompressed model as a teacher: held whole beside the student, or streamed before training.
 #
 # Streamed: the teacher walks block by block over the training windows once, and its last hidden states, not its
 # logits, are kept in the unfinished folder. Its own norm and head turn them back into the full, exact logits of a
@@ -371,7 +374,9 @@ Teacher = Callable[[Tensor, Tensor], Tensor]  # token ids (b, L), window numbers
 
 
 @contextmanager
-def teacher(source: Checkpoint, ids: Tensor, options: Lora, runtime: Runtime, work: Work) -> Iterator[Teacher | None]:
+def teacher(
+    source: Checkpoint, ids: Tensor, options: Options, runtime: Runtime, work: Work
+) -> Iterator[Teacher | None]:
     """The model at the root of the source's chain for the windows ids (windows, L), or None without distillation.
 
     A streamed teacher computes here, before the caller loads the student; interrupted, it goes on at its block.
@@ -396,7 +401,7 @@ def teacher(source: Checkpoint, ids: Tensor, options: Lora, runtime: Runtime, wo
         yield lambda _, windows: head(torch.stack([kept[place[int(number)]] for number in windows]))
 
 
-def visited(windows: int, options: Lora) -> list[int]:
+def visited(windows: int, options: Options) -> list[int]:
     """The windows that training and its held-out checks read; training takes them in order."""
     training = windows - options.held_out
     return [*range(min(training, options.steps_over(windows) * options.batch)), *range(training, windows)]
@@ -438,10 +443,10 @@ class Curve:
     held_out: dict[int, float]  # by step
     kept_step: int
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, options: Options) -> None:
         """`loss.json` and `loss.png`; the same losses give the same bytes."""
         write_json(folder / "loss.json", self.to_dict())
-        write_bytes(folder / "loss.png", self.png())
+        write_bytes(folder / "loss.png", self.png(options.title, "merged" if options.stage == "lora" else "kept"))
 
     def to_dict(self) -> dict[str, Any]:
         return {"kept_step": self.kept_step, "training": self.training, "held_out": self.held_out}
@@ -485,8 +490,8 @@ class Curve:
         legend = f"{_TRAINING} training loss" + (f"   {_HELD_OUT} held-out loss" if self.held_out else "")
         return [*drawn, " " * _LABEL + legend]
 
-    def png(self) -> bytes:
-        """Both losses over the steps, and the step whose adapter was merged."""
+    def png(self, title: str = "LoRA training", taken: str = "merged") -> bytes:
+        """Both losses over the steps, and the step that was taken: merged into the weights, or kept."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -501,8 +506,8 @@ class Curve:
             checks = sorted(self.held_out)
             losses = [self.held_out[step] for step in checks]
             axes.plot(checks, losses, color="#c0562b", linewidth=1.8, marker="o", label="held out")
-            axes.axvline(self.kept_step, color="#777777", linestyle=":", label=f"merged: step {self.kept_step}")
-        axes.set(xlabel="optimiser step", ylabel="loss, nats per token", title="LoRA training")
+            axes.axvline(self.kept_step, color="#777777", linestyle=":", label=f"{taken}: step {self.kept_step}")
+        axes.set(xlabel="optimiser step", ylabel="loss, nats per token", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)

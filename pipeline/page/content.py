@@ -329,12 +329,17 @@ def _importance(study: Study) -> Section | str:
 
 
 def _training(study: Study) -> Section | str:
-    runs = study.of_stage("lora")
+    runs = [*study.of_stage("lora"), *study.of_stage("tune")]
     found = [(_used_by(study, run), losses) for run in runs if (losses := facts.losses(run))]
     if not found:
         return f"LoRA's losses: {_absent(study, 'lora', runs, 'its manifest holds no losses')}"
     picture = figures.losses_figure(found[:_MOST_LOSSES])
-    return Section("training", "Recovery by LoRA", [picture], notes=_more(len(found), "trainings", _MOST_LOSSES))
+    return Section(
+        "training",
+        "Recovery by training" if study.of_stage("tune") else "Recovery by LoRA",
+        [picture],
+        notes=_more(len(found), "trainings", _MOST_LOSSES),
+    )
 
 
 def _errors(study: Study) -> Section | str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.shape import LinearShape, ModelShape
-from edgepress.stages.options import Lora
+from edgepress.stages.options import Lora, Training
 
 
 def target_names(shape: ModelShape, options: Lora) -> list[str]:
@@ -64,7 +64,7 @@ def trainable_parameters(shape: ModelShape, options: Lora) -> int:
 _AUTO_LIMIT_BYTES = 16 * 2**30
 
 
-def teacher_kind(shape: ModelShape, options: Lora) -> str:
+def teacher_kind(shape: ModelShape, options: Training) -> str:
     """How the teacher is kept: none, held or streamed."""
     if options.distill == 0:
         return "none"
@@ -73,7 +73,7 @@ def teacher_kind(shape: ModelShape, options: Lora) -> str:
     return "streamed" if teacher_disk_bytes(shape, options) <= _AUTO_LIMIT_BYTES else "held"
 
 
-def teacher_disk_bytes(shape: ModelShape, options: Lora) -> int:
+def teacher_disk_bytes(shape: ModelShape, options: Training) -> int:
     """Most disk the streamed teacher takes: hidden states before and after a block, in 16 bit."""
     windows = min(options.samples, options.total_steps * options.batch + options.held_out)
     return 2 * windows * options.length * shape.hidden_size * 2
