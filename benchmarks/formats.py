@@ -64,6 +64,9 @@ import os, xllamacpp
 vocabulary, every = int(sys.argv[4]), int(sys.argv[5])
 wanted = xllamacpp.CommonParams()
 wanted.model.path, wanted.n_ctx, wanted.n_gpu_layers, wanted.warmup = sys.argv[1], 256, 0, False
+# Its own settings keep keys and values in 16 bits, in flash attention even where the cache is told to have 32.
+wanted.cache_type_k = wanted.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+wanted.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 if sys.argv[6:]:
     wanted.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(sys.argv[6], 1.0)]
 server, found = xllamacpp.Server(wanted), np.full((len(ids), vocabulary), np.nan, np.float32)
@@ -73,8 +76,8 @@ for end in range(every, len(ids) + 1, every):
         "post_sampling_probs": False,
     }})
     told = told if isinstance(told, dict) else json.loads(told)
-    rows = told.get("completion_probabilities") or told["choices"][0]["logprobs"]["content"]
-    for token in rows[0]["top_logprobs"]:
+    listed = told.get("completion_probabilities") or (told["choices"][0]["logprobs"] or {{"content": []}})["content"]
+    for token in listed[0]["top_logprobs"] if listed else []:  # none where it ends the text
         found[end - 1, token["id"]] = token["logprob"]
 np.save(sys.argv[3], found)
 sys.stdout.flush()

@@ -87,7 +87,7 @@ def _from_hub(name: str) -> Checkpoint:
     except Exception as error:  # the client raises its own, httpx's and urllib's errors for the same few causes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"the hub did not give '{name}': {reason}\n"
+            f"there is no such folder as {name} here, and the hub did not give it: {reason}\n"
             "If the machine has no network, download the model elsewhere and pass its folder: --model ./folder"
         ) from None
     return Checkpoint.open(Path(folder))

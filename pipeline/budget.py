@@ -434,6 +434,7 @@ def sensitivities(
     from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
     from edgepress.pipeline.calibration import Calibration
     from edgepress.pipeline.store import Store, open_model
+    from edgepress.pipeline.tree import duration_text, measured_speed
     from edgepress.stages import sensitivity
 
     device = choose_device(recipe.device)
@@ -448,7 +449,11 @@ def sensitivities(
     key = "bits-" + hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     known = Store(out).measurement(key, reporter.note) if out else None
     if known is None:
-        reporter.say(f"measuring what each of {len(ways)} ways costs every layer, on {len(windows.ids)} windows")
+        seconds = sensitivity.operations(parent.shape, few, ways) / measured_speed(recipe.device, recipe.dtype)
+        reporter.say(
+            f"measuring what each of {len(ways)} ways costs every layer, on {len(windows.ids)} windows of {few.length} "
+            f"tokens: about {duration_text(max(1.0, seconds * sensitivity.SLOWDOWN))} here"
+        )
         known = sensitivity.measure(parent, windows, options, ways, bits, runtime).to_dict()
         if out:
             Store(out).keep_measurement(key, known)

@@ -177,25 +177,21 @@ def report(
     quiet_libraries()
     from edgepress.checkpoints.runtime import machine
     from edgepress.pipeline.page.read import read_study
-    from edgepress.pipeline.page.render import PROMPTS, chosen, generate_samples, write_report
+    from edgepress.pipeline.page.render import PROMPTS, chosen, generate_samples, intention, write_report
+    from edgepress.pipeline.progress import Reporter
 
-    console = Console(stderr=True)
-
-    def tell(words: str) -> None:
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
-
-    study = read_study(out)
-    for note in study.notes:
-        tell(f"! {note}")
-    chip = chip_of(study, soc)
-    writers = min(samples, len(chosen(study, samples))) if samples else 0
-    tell(f"writing {out / 'report.html'}" + (f", with samples of text from {writers} checkpoints" if writers else ""))
-    found, why_none = None, "switched off by --samples 0."
-    if samples and not chosen(study, samples):
-        why_none = "no checkpoint is on this disk."
-    elif samples:
-        found = generate_samples(study, prompts or PROMPTS, samples, tokens, device, tell)
-        why_none = "no checkpoint could be opened."
+    study, asked = read_study(out), prompts or PROMPTS
+    with Reporter(Console(stderr=True), quiet=as_json) as reporter:
+        for note in study.notes:
+            reporter.note(note)
+        chip = chip_of(study, soc)
+        reporter.say(intention(study, asked, samples, tokens))
+        found, why_none = None, "switched off by --samples 0."
+        if samples and not chosen(study, samples):
+            why_none = "no checkpoint is on this disk."
+        elif samples:
+            found = generate_samples(study, asked, samples, tokens, device, reporter)
+            why_none = "no checkpoint could be opened."
     written = write_report(study, chip, found, why_none, machine())
     if as_json:
         facts = {"page": str(written.page), "bytes": written.bytes, "figures": [str(p) for p in written.figures]}

@@ -29,6 +29,7 @@ from edgepress.checkpoints.packing import group_of, unpack_linear, unpack_real
 from edgepress.checkpoints.quiet import silenced
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import LinearShape
+from edgepress.checkpoints.super_blocks import SuperBlocks
 from edgepress.pipeline.formats import Wanted, Written
 from edgepress.pipeline.formats.proof import exact_model, logits_of, require_same, some_tokens
 
@@ -85,6 +86,8 @@ def _no_codes(source: Checkpoint) -> str:
     if shape.activation_bits < 16:
         return f"the inputs of its layers are rounded to {shape.activation_bits} bits, which MatMulNBits does not do"
     for form, x in forms.items():
+        if isinstance(form, SuperBlocks):
+            return f"its layers have {form.describe()}, whose scales are codes, where MatMulNBits has plain numbers"
         if not isinstance(form, Grid | RealGrid):
             return f"its codes are levels of {form.describe()}, and MatMulNBits has integers"
         if isinstance(form, RealGrid) and form.bits > 4:

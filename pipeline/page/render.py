@@ -16,9 +16,11 @@ from markupsafe import Markup, escape
 
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.manifest import SEAL, seal_holds, sealed, write_bytes, write_json
+from edgepress.checkpoints.runtime import Progress
 from edgepress.pipeline.page import advice, content
 from edgepress.pipeline.page.content import Chip
 from edgepress.pipeline.page.read import StageRun, Study, clean
+from edgepress.pipeline.tree import duration_text
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -104,6 +106,9 @@ def _text(name: str) -> str:
 
 PROMPTS = ("The three most important things about a good bridge are", "A small computer in a sensor can")
 FILE = "samples.json"
+# For the forecast, measured on two cores: the page with its figures; a new token of a small model; parameters of a
+# checkpoint that are opened, and that a new token reads, in a second.
+_PAGE_SECONDS, _STEP_SECONDS, _OPENED_A_SECOND, _READ_A_SECOND = 6.0, 0.012, 5e7, 4e9
 
 
 @dataclass(frozen=True)
@@ -142,23 +147,40 @@ def chosen(study: Study, count: int) -> list[tuple[str, StageRun]]:
     return sorted(list(kept.values())[:count], key=lambda named: place.get(named[1].fingerprint, -1))
 
 
-def generate_samples(
-    study: Study, prompts: Sequence[str], count: int, tokens: int, device: str, tell: Callable[[str], None]
-) -> Samples:
-    """Raises PlanError for an empty prompt. A checkpoint that cannot be opened is told and left out."""
+def intention(study: Study, prompts: Sequence[str], count: int, tokens: int) -> str:
+    """What the report is about to write, and roughly how long that takes; samples that are kept take nothing.
+
+    Raises PlanError for an empty prompt, CheckpointError where the kept samples cannot be read.
+    """
     if blank := [p for p in prompts if not p.strip()]:
         raise PlanError(f"--prompts {blank[0]!r}: a prompt needs at least one word")
-    known = _known(study.out / FILE, tell)
+    writers = chosen(study, count) if count else []
+    known = _known(study.out / FILE, lambda words: None)
+    seconds = _PAGE_SECONDS
+    for _, run in writers:
+        missing = sum(_key(run.fingerprint, prompt, tokens) not in known for prompt in prompts)
+        weights = run.parameters_total or 0
+        seconds += missing * (weights / _OPENED_A_SECOND + tokens * (_STEP_SECONDS + weights / _READ_A_SECOND))
+    names = ", ".join(name for name, _ in writers)
+    text = f" and {len(prompts)} samples of at most {tokens} tokens by each of {names}" if writers else ""
+    return f"writing {study.out / PAGE} with its figures{text}: about {duration_text(seconds)} here"
+
+
+def generate_samples(
+    study: Study, prompts: Sequence[str], count: int, tokens: int, device: str, progress: Progress
+) -> Samples:
+    """A checkpoint that cannot be opened is told and left out."""
+    known = _known(study.out / FILE, progress.note)
     wanted = dict(chosen(study, count))
     by_prompt: dict[str, list[Sample]] = {clean(prompt): [] for prompt in prompts}
     for name, run in wanted.items():
         keys = {prompt: _key(run.fingerprint, prompt, tokens) for prompt in prompts}
         if missing := [prompt for prompt, key in keys.items() if key not in known]:
-            tell(f"generating with {name}")
+            progress.say(f"generating with {name}")
             try:
                 known |= _generated(run, {p: keys[p] for p in missing}, tokens, device)
             except CheckpointError as error:
-                tell(f"no samples of {name}: {error}")
+                progress.note(f"no samples of {name}: {error}")
                 continue
             write_json(study.out / FILE, sealed(known))
         for prompt, key in keys.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,37 @@ def test_all_faults_of_a_recipe_come_at_once(tmp_path: Path) -> None:
     assert len(caught.value.faults) == 6
 
 
+# Parameters as the models' published safetensors files count them.
+PUBLISHED = {
+    "smollm2-135m": 134515008, "smollm2-360m": 361821120, "smollm2-1.7b": 1711376384, "tinyllama-1.1b": 1100048384,
+    "qwen2.5-0.5b": 494032768, "qwen2.5-1.5b": 1543714304, "qwen2.5-3b": 3085938688, "qwen3-0.6b": 596049920,
+    "qwen3-1.7b": 1720574976, "qwen3-4b": 4022468096, "llama-3.2-1b": 1235814400, "llama-3.2-3b": 3212749824,
+    "gemma-3-270m": 268098176, "gemma-3-1b": 999885952,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_the_models_that_people_name_are_presets(compress: Command, preset: str) -> None:
+    done = compress("plan", preset.upper(), "--depth", 1, "--skip", "wanda,lora,gptq,eora", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["source"]["parameters_total"] == PUBLISHED[preset]
+
+
+def test_a_plan_waits_for_no_library_that_runs_models(chain: Path) -> None:
+    """torch alone takes longer to import than the 1.5 seconds that a plan may take."""
+    heavy = ("torch", "transformers", "peft", "matplotlib", "scipy", "pandas")
+    first, depth = next(chain.glob("1-*")), ["--depth", "1", "--protect-first", "1", "--protect-last", "1"]
+    depth += ["--skip", "wanda,lora,gptq,eora"]
+    for arguments in (["plan", "llama-3.2-1b"], ["--plan", "--model", "qwen3-0.6b"], ["plan", str(first), *depth]):
+        code = (
+            f"import sys; sys.argv = ['compress', *{arguments}]\n"
+            "from edgepress.pipeline.cli import perform\n"
+            f"assert perform() == 0\nassert not {{*{heavy}}} & set(sys.modules), set({heavy}) & set(sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", [p.stem for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml")])
 def test_every_shipped_recipe_plans(name: str) -> None:
     from edgepress.checkpoints.families import PRESETS, shape_from_config
@@ -116,6 +148,20 @@ def test_an_unreachable_hub_names_the_local_way(compress: Command, tmp_path: Pat
     done = compress("--model", "someone/something", "-o", tmp_path / "out")
     assert done.returncode == 2
     assert "--model ./folder" in done.stderr
+
+
+@pytest.mark.parametrize("command", [
+    "run", "check", "plan", "fit", "rank", "eval", "verify", "pack", "export", "simulate", "unpack", "report",
+    "generate", "compare",
+])  # fmt: skip
+def test_a_folder_that_is_not_there_is_called_so(compress: Command, tmp_path: Path, command: str) -> None:
+    """Also one that might be the name of a model on the hub."""
+    more = {"generate": ["hello"], "compare": ["demo/other"], "unpack": ["-o", "back"]}
+    for name in ("./gone", "demo/reslut"):
+        done = compress(command, name, *more.get(command, []), cwd=tmp_path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert re.search(r"no (such )?(folder|file|checkpoint)", done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_before_a_command_are_refused(compress: Command) -> None:
@@ -206,6 +252,12 @@ def test_an_output_folder_stands_for_its_result(compress: Command, chain: Path, 
     assert json.loads(packed[0].stdout)["sha256"] == json.loads(packed[1].stdout)["sha256"]
     plans = [compress("plan", named, "--skip", "depth,wanda,lora,gptq", "--json") for named in (chain, result)]
     assert plans[0].returncode == plans[1].returncode and plans[0].stderr == plans[1].stderr
+    for k, named in enumerate((chain, result)):
+        assert compress("export", named, "--to", "hf", "-o", tmp_path / f"hf{k}").returncode == 0
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / f"hf{k}").iterdir()} for k in (0, 1))
+    assert first == second
+    stages = compress("generate", chain, "void", "--tokens", 2, "--plain").stdout
+    assert all(f"[{path.name}]" in stages for path in chain.glob("[1-5]-*"))
     for command in ("run", "ablate"):
         done = compress(command, chain, "-o", chain)
         assert done.returncode == 2 and "the output folder itself" in done.stderr
@@ -251,6 +303,38 @@ def test_eval_says_what_it_is_about_to_measure(compress: Command, chain: Path, t
     done = compress(*asked, "--task", "perplexity", "--answers", "none")
     assert done.returncode == 0 and f"on 128 tokens of {text}: about" in done.stderr, done.stderr
     assert "measuring" not in compress(*asked, "--task", "perplexity", "--answers", "none", "--json").stderr
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "bits"])
+def test_rank_says_what_it_is_about_to_do(compress: Command, tiny_llama: Path, metric: str) -> None:
+    asked = ("rank", tiny_llama, "--metric", metric, "--samples", 2, "--length", 32, "--data", "embedded")
+    done = compress(*asked)
+    subject = "ranking 6 blocks of" if metric == "magnitude" else "measuring what each of 12 ways costs every layer"
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"{subject}.* on 2 windows of 32 tokens: about \d+ s here", done.stderr), done.stderr
+    for quiet in ("-q", "--json"):
+        assert compress(*asked, quiet).stderr == ""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_report_says_what_it_is_about_to_write(compress: Command, chain: Path, tmp_path: Path) -> None:
+    """Samples that are kept are not counted again."""
+    out = shutil.copytree(chain, tmp_path / "out", symlinks=True)
+    asked = ("report", out, "--samples", 2, "--tokens", 200, "--prompts", "A file")
+
+    def told(*more: object) -> str:
+        done = compress(*asked, *more)
+        assert done.returncode == 0, done.stderr
+        return str(done.stderr)
+
+    first = re.search(
+        rf"writing {re.escape(str(out))}/report.html with its figures and 1 samples of at most 200 tokens by each of "
+        r"uncompressed, eora\S*: about (\d+) s here", told(),
+    )  # fmt: skip
+    again = re.search(r"about (\d+) s here", told())
+    assert first and again and int(first[1]) > int(again[1])
+    assert re.search(r"report.html with its figures: about \d+ s here", told("--samples", 0))
+    assert told("-q") == told("--json") == ""
 
 
 def test_fit_says_so_where_nothing_fits(compress: Command) -> None:

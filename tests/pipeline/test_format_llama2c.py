@@ -37,20 +37,25 @@ def pieces() -> list[tuple[str, float]]:
     return found + [(f"word{n}", -100.0 - n) for n in range(512 - len(found))]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> Path:
-    """A tiny llama with grouped queries and such a tokenizer."""
-    place = tmp_path_factory.mktemp("llama2c")
-    with (place / "tokenizer.bin").open("wb") as file:
+def with_pieces(folder: Path, model: Path) -> Path:
+    """A copy of a tiny llama, with such a tokenizer."""
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / "tokenizer.bin").open("wb") as file:
         file.write(struct.pack("<I", 16))
         for text, score in pieces():
             file.write(struct.pack("<fi", score, len(text.encode())) + text.encode())
-    source = Checkpoint.open(tiny_model(**TIED))
+    source = Checkpoint.open(model)
     tensors = dict(source.outer())
-    for index in range(2):
+    for index in range(len(source.shape.blocks)):
         tensors |= {f"model.layers.{index}.{name}": tensor for name, tensor in source.block(index).items()}
-    write_model(place / "model", source.config, tensors, read_tokenizer(place / "tokenizer.bin", 512))
-    return place / "model"
+    write_model(folder, source.config, tensors, read_tokenizer(folder.parent / "tokenizer.bin", 512))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> Path:
+    """With grouped queries."""
+    return with_pieces(tmp_path_factory.mktemp("llama2c") / "model", tiny_model(**TIED))
 
 
 def test_float32_is_read_back_with_the_adapter_merged(model: Path, tmp_path: Path) -> None:
@@ -80,7 +85,7 @@ def test_an_untied_head_is_in_it(tiny_model: TinyModel, model: Path, tmp_path: P
     assert torch.equal(tensors["lm_head.weight"], source.outer()["lm_head.weight"])
 
 
-def _int8(path: Path) -> tuple[tuple[int, ...], int, dict[str, list[Tensor]]]:
+def read_int8(path: Path) -> tuple[tuple[int, ...], int, dict[str, list[Tensor]]]:
     """Version 2 as runq.c reads it: memory_map_weights and read_checkpoint."""
     raw = path.read_bytes()
     assert struct.unpack_from("<Ii", raw) == (0x616B3432, 2)
@@ -112,7 +117,7 @@ def _int8(path: Path) -> tuple[tuple[int, ...], int, dict[str, list[Tensor]]]:
 def test_codes_are_in_int8_what_they_were(bits: int, how: dict[str, Any], model: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(compressed(tmp_path / "stage", model, None, bits, **how))
     written = module_of(FORMATS["llama2c"]).write(source, Wanted(tmp_path / "out", "int8"), Runtime())
-    _, group, found = _int8(written.path / "model.bin")
+    _, group, found = read_int8(written.path / "model.bin")
     assert group == (32 if how.get("group", 32) == 32 else 64)
     for index, block in enumerate(source.shape.blocks):
         for x in block.linears:
