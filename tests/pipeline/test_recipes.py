@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.shape import ModelShape
@@ -16,7 +18,9 @@ from edgepress.pipeline.tree import Tree, grow, spec_fingerprints
 
 pytestmark = pytest.mark.pipeline
 
-RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+TABLES = [name for name in RECIPES if "table" in name or "franken" in name]
 SHAPES = {name: shape_from_config(config) for name, config in PRESETS.items()}
 
 
@@ -35,16 +39,22 @@ def test_every_recipe_plans(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         sweep = load_sweep(name, {})
         assert len(planned(name).paths) == len(sweep.configurations)
         assert all(c.recipe.protocol == "rows" or not c.recipe.data.endswith(SUFFIXES) for c in sweep.configurations)
-        about = sweep.about
     else:
         examined(Draft(build(name, {})), shape_of)
-        about = "Compares"
-    if "table-4" in name or name == "franken-25":
-        assert "Compares with print" in about
+
+
+def test_every_table_says_what_compares_with_print_and_what_does_not() -> None:
+    """In its own header, and in the map's row of the table."""
+    rows = [line.split("|")[1:-1] for line in (FOLDER / "README.md").read_text().splitlines() if line.startswith("| ")]
+    for name in TABLES:
+        about = " ".join(yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["about"].split())
+        assert re.search(r"Compares with print: .{4,}\. Does not: .{8,}\.", about), name
+        said = [cells[2].strip() for cells in rows if f"`{name}`" in cells[1]]
+        assert said and all(said), name
 
 
 def test_every_recipe_is_in_the_map() -> None:
-    text = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
+    text = (FOLDER / "README.md").read_text()
     assert [name for name in RECIPES if f"`{name}`" not in text] == []
 
 
