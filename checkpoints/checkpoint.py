@@ -302,8 +302,8 @@ class Checkpoint:
         pattern: what the manifest will claim, as long as there is none to read it from.
         """
         zeros = 0
-        for index, block in enumerate(self.shape.blocks):
-            for linear in block.linears:
+        for index in sorted(set(self.shape.firsts)):
+            for linear in self.shape.blocks[index].linears:
                 zeros += int((self.base_weight(index, linear) == 0).sum())
         return {
             "parameters_total": self.shape.parameters_total,
@@ -433,13 +433,17 @@ class Skeleton:
 
     def filled(self, device: torch.device, dtype: torch.dtype, packed: bool = False) -> PreTrainedModel:
         """The model with all weights in memory, packed or dense, its inputs rounded as it says."""
-        tensors = dict(self.checkpoint.outer())
+
+        def copied(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            """A part at a time: what is read is mapped memory, which goes when its copy is there."""
+            return {prefix + name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
+
+        own = copied("", self.checkpoint.outer())
         for index in range(len(self.blocks)):
-            prefix = f"{self.checkpoint.shape.block_prefix}.{index}."
             adapted = any(x.adapted for x in self.checkpoint.shape.blocks[index].linears)
-            own = self._packed(index, device, dtype) if packed and not adapted else self.checkpoint.block(index)
-            tensors |= {prefix + name: tensor for name, tensor in own.items()}
-        own = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
+            part = self._packed(index, device, dtype) if packed and not adapted else self.checkpoint.block(index)
+            own |= copied(f"{self.checkpoint.shape.block_prefix}.{index}.", part)
+            del part
         _assign(self.model, own, str(self.checkpoint.folder), tied=self._tied_names())
         self.model.tie_weights()
         for parameter in self.model.parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from edgepress.checkpoints.manifest import MANIFEST, Manifest, require_inside
 from edgepress.checkpoints.shape import (
     DENSE_DTYPE,
     OWN_KEY,
+    SAME_BLOCKS,
     BlockShape,
     LinearShape,
     ModelShape,
@@ -225,6 +226,7 @@ def _shape_of(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored]
     if (folder / EDGE).is_file():
         rows = next(t for name, t in read_header(folder / EDGE).items() if name.endswith(".codes"))
         bits = rows.shape[1] * 8 // int(config["hidden_size"])
+    _require_firsts(folder, config, blocks)
     shape = ModelShape(str(config.get("model_type")), config, tuple(blocks), tuple(outer), prefix, bits)
     if form is not None and shape.grid is None:
         raise CheckpointError(
@@ -257,6 +259,20 @@ def _require_agreement(folder: Path, stated: Mapping[str, Any]) -> None:
 
 
 # --- what the files hold against what the configuration states ----------------------------------------------------
+
+
+def _require_firsts(folder: Path, config: Mapping[str, Any], blocks: Sequence[BlockShape]) -> None:
+    """Raise CheckpointError where the blocks that are said to have the same weights cannot have them."""
+    own = config.get(OWN_KEY) or {}
+    if SAME_BLOCKS not in own:
+        return
+    firsts = own[SAME_BLOCKS]
+    sound = isinstance(firsts, list) and len(firsts) == len(blocks) and all(type(f) is int for f in firsts)
+    if not sound or any(not 0 <= f <= i or firsts[f] != f or blocks[f] != blocks[i] for i, f in enumerate(firsts)):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {OWN_KEY}.{SAME_BLOCKS} must name, for each of {len(blocks)} blocks, the first "
+            "block of its weights"
+        )
 
 
 def require_as_stated(shape: ModelShape, folder: Path) -> None:

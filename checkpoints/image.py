@@ -139,6 +139,10 @@ def pack_checkpoint(
                 adapter_codes=checkpoint.adapter_codes_part(index),
             )
             place = f"{checkpoint.shape.block_prefix}.{index}."
+            if (first := checkpoint.shape.firsts[index]) < index:
+                _require_same(checkpoint, contents, first, place)
+                progress.step(block=f"{index + 1}/{len(table['blocks'])}")
+                continue
             for entry in table["layouts"][block["layout"]]:
                 sink.parts(entry, _encode(entry, contents, place))
             progress.step(block=f"{index + 1}/{len(table['blocks'])}")
@@ -149,6 +153,18 @@ def pack_checkpoint(
             sink.padded(documents[name])
         digest = sink.finish()
     return Image(path, table, data_at + data_bytes, data_at, scale, digest)
+
+
+def _require_same(checkpoint: Checkpoint, contents: Contents, first: int, place: str) -> None:
+    """Raise CheckpointError where a block that is said to have the first one's weights has others."""
+    same = checkpoint.stored_block(first), checkpoint.adapter_part(first), checkpoint.adapter_codes_part(first)
+    for own, other in zip((contents.tensor, contents.adapter, contents.adapter_codes), same, strict=True):
+        for name, tensor in own.items():
+            if name not in other or not torch.equal(tensor, other[name]):
+                raise CheckpointError(
+                    f"cannot be packed: {place}{name} is not the same as block {first}'s, though config.json says that "
+                    "they are one block"
+                )
 
 
 def adapter_scale(checkpoint: Checkpoint) -> float:

@@ -192,14 +192,18 @@ def place(records: Sequence[Record]) -> tuple[list[dict[str, Any]], int]:
 def image_table(shape: ModelShape, documents: Mapping[str, int] | None = None) -> tuple[dict[str, Any], int]:
     """The image's header, and the bytes of the data behind it.
 
-    Blocks of one form share a layout, whose offsets count from the block's own. documents: sizes of the files that
+    Blocks of one form share a layout, whose offsets count from the block's own; blocks of the same weights lie in one
+    place. documents: sizes of the files that
     travel along (the tokenizer's), by name.
     """
     layouts: list[list[dict[str, Any]]] = []
-    blocks, at = [], 0
+    blocks, at = list[dict[str, int]](), 0
     ordered = groups_in_order(shape)
     placed: dict[BlockShape, tuple[int, int]] = {}  # layout and bytes of each form of block
-    for block in shape.blocks:
+    for index, (block, first) in enumerate(zip(shape.blocks, shape.firsts, strict=True)):
+        if first < index:  # it runs again: its place is the first one's
+            blocks.append(dict(blocks[first]))
+            continue
         if block not in placed:
             layout, size = place(block_records(block, ordered))
             if layout not in layouts:
@@ -284,7 +288,7 @@ def packed_sizes(shape: ModelShape) -> PackedSizes:
     """
     sums = dict.fromkeys(PackedSizes.__dataclass_fields__, 0)
     ordered = groups_in_order(shape)
-    counted = Counter(shape.blocks)
+    counted = Counter(shape.own_blocks)
     for records, count in [(outer_records(shape), 1), *((block_records(b, ordered), n) for b, n in counted.items())]:
         for record in records:
             for part, size in record.parts:

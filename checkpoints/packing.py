@@ -271,7 +271,7 @@ def decode(stored: Mapping[str, Tensor], codebook: Codebook, rows: int, columns:
         each = stored["weight.nested_quant_map"][absmax.long()]
         absmax = each * stored["weight.nested_absmax"].repeat_interleave(codebook.nested)[: absmax.numel()]
         absmax = absmax + state_of(stored)["nested_offset"]
-    values = stored["weight.quant_map"][codes_of(stored, rows, columns).long()].flatten()
+    values = stored["weight.quant_map"][codes_of(stored, rows, columns).int()].flatten()  # 64 bits take twice as much
     dense = _blocks(values, codebook.block) * absmax.unsqueeze(1)
     return dense.flatten()[: rows * columns].view(rows, columns)
 

@@ -19,6 +19,7 @@ from edgepress.checkpoints.forms import DTYPE_BYTES, Form, Grid, TensorShape
 
 OWN_KEY = "edgepress"  # of the configuration: what transformers has no word for
 DENSE_DTYPE = "dense_dtype"  # under it: the precision that quantised layers had, where the files do not tell
+SAME_BLOCKS = "same_blocks"  # under it: of every block the number of the first with its weights, where some run again
 _FILE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
 # What an adapter can learn besides A and B, by the name that PEFT gives its tensor.
 ADAPTER_VECTORS = {"magnitude": "lora_magnitude_vector", "rows": "ia3_l", "columns": "ia3_l"}
@@ -132,17 +133,33 @@ class ModelShape:
     # --- counts -------------------------------------------------------------------------------------------
 
     @property
+    def firsts(self) -> tuple[int, ...]:
+        """Of every block the number of the first that has its weights: its own, but where a block runs again.
+
+        The weights of one that runs again lie in the checkpoint's files a second time, since transformers looks for
+        them there under their own names; everywhere else they are the first one's.
+        """
+        stated = (self.config.get(OWN_KEY) or {}).get(SAME_BLOCKS) or ()
+        return tuple(stated) if len(stated) == len(self.blocks) else tuple(range(len(self.blocks)))
+
+    @property
+    def own_blocks(self) -> tuple[BlockShape, ...]:
+        """The blocks that are no other's repetition."""
+        return tuple(block for i, (block, first) in enumerate(zip(self.blocks, self.firsts, strict=True)) if i == first)
+
+    @property
     def parameters_total(self) -> int:
-        """Weights, norms, embeddings and adapters; a tied head counts once, scales and zero points do not."""
+        """Weights, norms, embeddings and adapters; a tied head and a block that runs again count once, scales and zero
+        points do not."""
         return sum(t.elements for t in self.outer) + sum(
             sum(x.weights + x.bias * x.out_features + x.adapter_parameters for x in block.linears)
             + sum(t.elements for t in block.others)
-            for block in self.blocks
+            for block in self.own_blocks
         )
 
     @property
     def parameters_nonzero(self) -> int:
-        return self.parameters_total - sum(x.weights - x.nonzero for block in self.blocks for x in block.linears)
+        return self.parameters_total - sum(x.weights - x.nonzero for block in self.own_blocks for x in block.linears)
 
     @property
     def pattern(self) -> Sparsity | None:
@@ -436,8 +453,18 @@ def vocabulary_tensors(shape: ModelShape) -> list[str]:
 
 def with_blocks(shape: ModelShape, kept: Sequence[int]) -> ModelShape:
     """The blocks with these numbers, in this order, repeats included."""
-    config = cut_config(dict(shape.config), list(kept), len(shape.blocks))
+    config = with_firsts(cut_config(dict(shape.config), list(kept), len(shape.blocks)), [shape.firsts[i] for i in kept])
     return replace(shape, blocks=tuple(shape.blocks[i] for i in kept), config=config)
+
+
+def with_firsts(config: dict[str, Any], weights: Sequence[int]) -> dict[str, Any]:
+    """The configuration that says which blocks have the same weights; weights: a number for each block's."""
+    firsts = [weights.index(number) for number in weights]
+    own = {key: value for key, value in (config.get(OWN_KEY) or {}).items() if key != SAME_BLOCKS}
+    if firsts != list(range(len(firsts))):
+        own[SAME_BLOCKS] = firsts
+    rest = {key: value for key, value in config.items() if key != OWN_KEY}
+    return rest | ({OWN_KEY: own} if own else {})
 
 
 def cut_config(config: dict[str, Any], kept: list[int], count: int) -> dict[str, Any]:

@@ -228,6 +228,11 @@ class BlockVisit:
                 found[name] = torch.where(was.to(now.dtype) == now, was, now.to(was.dtype))
         return found
 
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have the weights of another block of the same shape: dense ones, by names relative to it."""
+        for name, parameter in self.module.named_parameters():
+            parameter.data.copy_(tensors[name])
+
     def done(self, facts: dict[str, Any] | None = None) -> None:
         """Carry the hidden states through the block as it is now, and make the step durable."""
         self._walk.advance(self, facts or {})

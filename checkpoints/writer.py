@@ -39,7 +39,7 @@ from edgepress.checkpoints.manifest import (
     write_json,
 )  # fmt: skip
 from edgepress.checkpoints.masks import MaskProof
-from edgepress.checkpoints.scaling import scaling_name
+from edgepress.checkpoints.scaling import factors, scaling_name
 from edgepress.checkpoints.shape import Sparsity, parse_sparsity
 from edgepress.checkpoints.walk import Work
 
@@ -87,6 +87,14 @@ class CheckpointWriter:
             return
         self.write_block(index, source.stored_block(source_index))
 
+    def repeat_block(self, index: int, first: int) -> dict[str, Tensor]:
+        """Write a block of the same weights as one that was written, with its factors; its tensors, by names in it."""
+        prefix = f"{self.block_prefix}.{first}."
+        tensors = {n.removeprefix(prefix): t for n, t in load_file(self.folder / shard_name(first)).items()}
+        self.write_block(index, tensors)
+        self.write_scaling(index, factors(self.folder, first))
+        return tensors
+
     def write_outer(self, tensors: Mapping[str, Tensor]) -> None:
         self._save(self.folder / OUTER, tensors)
 
@@ -100,6 +108,14 @@ class CheckpointWriter:
         """One block's adapter, names relative to the block, kept with the work in progress until join_adapter."""
         full = {f"base_model.model.{self.block_prefix}.{index}.{name}": tensor for name, tensor in tensors.items()}
         self._save(self.work.folder / f"adapter-{index:05d}.safetensors", full)
+
+    def repeat_adapter_part(self, index: int, first: int) -> dict[str, Tensor]:
+        """Write the adapter of a block of the same weights as one whose adapter was written; its tensors."""
+        prefix = f"base_model.model.{self.block_prefix}.{first}."
+        part = load_file(self.work.folder / f"adapter-{first:05d}.safetensors")
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in part.items()}
+        self.write_adapter_part(index, tensors)
+        return tensors
 
     def join_adapter(self, config: dict[str, Any]) -> None:
         """All parts as one adapter in PEFT's format, which transformers loads with the folder; 8-bit codes apart."""

@@ -104,9 +104,17 @@ def place(
     Of the weights, what a token reads whole goes first: an embedding that is no head is read by one row, so
     keeping it outside costs least.
     """
+    runs = Counter(shape.firsts)  # a block that runs again is in its place already, and is read once more
     matrices = [
-        _Item(t.name, part.replace("_", " "), t.block, size, size if t.row_read is None else -(-size // t.shape[0]))
+        _Item(
+            t.name,
+            part.replace("_", " "),
+            t.block,
+            size,
+            (size if t.row_read is None else -(-size // t.shape[0])) * (1 if t.block is None else runs[t.block]),
+        )
         for t in weights
+        if t.block is None or t.block in runs
         for part, size in chip_parts(t)
     ]
     matrices.sort(key=lambda item: item.read < item.nbytes)  # stable: the order of computing stays
@@ -293,10 +301,10 @@ def kv_form(shape: ModelShape, block: int, kv_bits: int) -> KVFormat | None:
 
 
 def _distinct(shape: ModelShape) -> list[tuple[BlockShape, int]]:
-    """Blocks that differ, with how often each occurs; most models have one."""
+    """Blocks that differ, with how often each occurs with weights of its own; most models have one."""
     shape = shared_blocks(shape)
     blocks = {id(block): block for block in shape.blocks}
-    counted = Counter(map(id, shape.blocks))
+    counted = Counter(map(id, shape.own_blocks))
     return [(blocks[key], count) for key, count in counted.items()]
 
 

@@ -282,9 +282,11 @@ def _fingerprints(
 
 
 def _version(step: StagePlan) -> int:
-    """The stage's, and one more with an adapter beside the weights: since then it lies where transformers finds it."""
+    """The stage's; one more with an adapter beside the weights, which since then lies where transformers finds it, and
+    where blocks run several times, which since then are one."""
     adapted = any(x.adapted for block in step.shape.blocks for x in block.linears)
-    return int(importlib.import_module(f"edgepress.stages.{step.stage}").VERSION) + adapted
+    again = len(step.shape.own_blocks) < len(step.shape.blocks)
+    return int(importlib.import_module(f"edgepress.stages.{step.stage}").VERSION) + adapted + again
 
 
 def _measured(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.checkpoints.lazy import F, torch
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import ModelShape, cut_config, with_blocks
+from edgepress.checkpoints.shape import ModelShape, cut_config, with_blocks, with_firsts
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.stages.options import Depth as Options
 from edgepress.stages.requirements import (
@@ -101,6 +101,16 @@ def _operations(before: ModelShape, options: Options, candidates: int) -> float:
     return float(once * (options.remove if options.rerank else 1))
 
 
+def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
+    """Where blocks run several times, what that means for those who read sizes."""
+    after = plan(shape, options)
+    if (again := len(after.blocks) - len(after.own_blocks)) and options.layers:
+        yield (
+            f"depth: {again} of {len(after.blocks)} blocks have the weights of one before them; they count once, in "
+            "parameters, packed image and on a chip, and lie in the checkpoint's files under each name"
+        )
+
+
 def run(
     source: Checkpoint, target: CheckpointWriter, calibration: TokenBatches, options: Options, runtime: Runtime
 ) -> dict[str, Any]:
@@ -121,7 +131,8 @@ def run(
     # A family may derive a per-block list from a pattern; what it derived for the whole model is what is cut.
     resolved = source.hf_config().to_dict()
     derived = {key: value for key, value in resolved.items() if isinstance(value, list) and len(value) == count}
-    target.finish(cut_config(dict(source.config) | derived, kept, count), source)
+    config = cut_config(dict(source.config) | derived, kept, count)
+    target.finish(with_firsts(config, [source.shape.firsts[i] for i in kept]), source)
     return {**facts, "kept_blocks": kept}
 
 

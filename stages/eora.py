@@ -77,6 +77,13 @@ def run(
     after, scaled = plan(source.shape, options), scaled_folders(source)
     walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task="eora")
     for block in walk:
+        if (first := after.firsts[block.index]) < block.index:  # one adapter for what is one block
+            same = target.repeat_adapter_part(block.index, first)
+            for name in (n.removesuffix(".lora_A.weight") for n in same if n.endswith(".lora_A.weight")):
+                weight, (A, B) = block.linears[name].weight, (same[f"{name}.lora_{side}.weight"] for side in "AB")
+                weight.copy_(weight.float() + (B.float() @ A.float()).to(weight.device))
+            block.done(walk.facts[first])
+            continue
         wanted = {x.name: x for x in after.blocks[block.index].linears if x.adapter_rank}
         dense = rescaled(scaled, block.index, reference.block(numbers[block.index]))
         adapter: dict[str, Tensor] = {}
@@ -104,7 +111,7 @@ def run(
     target.copy_outer(source)
     target.join_adapter(adapter_config(after, options))
     target.finish(source.config, source)
-    total = bought([layer for block_facts in walk.facts for layer in block_facts.values()])
+    total = bought([layer for first in sorted(set(after.firsts)) for layer in walk.facts[first].values()])
     runtime.progress.say(f"  {in_words(total, options)}")
     return {
         "rank": options.rank,

@@ -251,6 +251,11 @@ def run(
     walk = Walk(source, chunks, runtime, target.work, task=options.quant)
     dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
+        if (first := after.firsts[block.index]) < block.index:  # one set of codes for what is one block
+            block.take(_dense(target.repeat_block(block.index, first), after.blocks[first]))
+            with rounded_inputs(block.module, after.blocks[first], after.activation_bits):
+                block.done(walk.facts[first])
+            continue
         forms = {x.name: x.grid for x in after.blocks[block.index].linears if x.grid is not None}
         masks = {name: block.linears[name].weight != 0 if masked else None for name in forms}
         solved = dict(chosen.quantise(block, masks, forms, options))
@@ -277,6 +282,16 @@ def run(
     own = {key: after.config[key] for key in ("quantization_config", OWN_KEY) if key in after.config}
     target.finish(source.config | own, source)
     return {**grid.about(), "blocks": walk.facts}
+
+
+def _dense(tensors: dict[str, Tensor], block: BlockShape) -> dict[str, Tensor]:
+    """A block's stored tensors with the weights that its codes stand for."""
+    for x in block.linears:
+        if x.grid is None:
+            continue
+        codes = {kind: tensors.pop(f"{x.name}.{kind}") for kind in x.grid.kinds}
+        tensors[f"{x.name}.weight"] = x.grid.read(codes, x.out_features, x.in_features)
+    return tensors
 
 
 def refine_block(

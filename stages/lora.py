@@ -33,6 +33,7 @@ from edgepress.stages.recovery.shapes import (
 )
 from edgepress.stages.requirements import (
     BASE_BYTES,
+    LOGITS_AT_ONCE,
     TRAINER_BYTES,
     Cost,
     block_bytes,
@@ -65,6 +66,11 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     recovery = options.recovery
     for index, block in enumerate(shape.blocks if options.noise else ()):
         _require_noise(find_gate(block, index), options, shape)
+    if recovery.whole and len(shape.own_blocks) < len(shape.blocks):
+        raise PlanError(
+            "--recover full: a block runs several times here, and its weights are saved as if each run had its own; "
+            "give --recover lora, whose adapter is one for all its runs"
+        )
     if options.packed and not recovery.quantised:
         raise PlanError(f"--lora-packed keeps quantised weights packed; give --recover {recovery.on_quantised()}")
     if not recovery.quantised:
@@ -103,25 +109,33 @@ def cost(before: ModelShape, options: Options) -> Cost:
     A held teacher is a second model; a streamed one keeps its embedding, norm and head to make logits with.
     """
     count, outer = len(before.blocks), outer_bytes(before)
-    dense = outer + count * block_bytes(before)
+    dense, codes = outer + count * block_bytes(before), before.file_bytes - outer
     kind = teacher_kind(before, options)
-    taught = {"none": 0, "held": dense, "streamed": outer}[kind]
-    held = 2 * dense
-    if options.packed:  # the codes, and one layer in 32 bits, in its stored precision, and in that of training
-        held = 2 * outer + before.file_bytes - outer + 8 * max(x.weights for x in linears(before))
-    elif _requantises(options):
-        held += before.file_bytes - outer  # the new codes, until they are written
-    inner = max(x.out_features for x in linears(before))
-    a_token = count * (14 * before.hidden_size + 4 * inner) * 2 + 3 * before.vocabulary * 4
-    activations = options.micro_batch * options.length * a_token
-    own = training_bytes(before, options)
+    held = {"none": 0, "held": dense, "streamed": outer}[kind] + (outer + codes if options.packed else dense)
+    if _requantises(options) and not options.packed:
+        held += codes  # the new ones, until they are written
+    # Embedding and head are mapped from their file while they are copied; a step has its activations instead.
+    passing = max(outer, _step_bytes(before, options) + training_bytes(before, options))
     return Cost(
-        BASE_BYTES + TRAINER_BYTES + held + taught + activations + own,
+        BASE_BYTES + TRAINER_BYTES + held + passing,
         linked_bytes(before, range(count if options.recovery.quantised and not _requantises(options) else 0)),
         (teacher_disk_bytes(before, options) if kind == "streamed" else 0) + _saved_bytes(before, options),
         _operations(before, options),
         slowdown=2.9,
     )
+
+
+def _step_bytes(before: ModelShape, options: Options) -> int:
+    """What a micro-batch keeps for its gradient, and what is computed with in passing."""
+    count, inner = len(before.blocks), max(x.out_features for x in linears(before))
+    block, logits = 2 * (14 * before.hidden_size + 4 * inner), 3 * 4 * before.vocabulary
+    passing = 0
+    if options.lean_loss:
+        logits, passing = 2 * before.vocabulary, 3 * 4 * LOGITS_AT_ONCE
+    if options.packed:  # one layer: whole numbers, values and products in 32 bits, and what is computed with
+        passing += 14 * max(x.weights for x in linears(before))
+    kept = count * 2 * before.hidden_size + block if options.checkpointing else count * block
+    return options.micro_batch * options.length * (kept + logits) + passing
 
 
 def _requantises(options: Options) -> bool:
@@ -253,6 +267,7 @@ def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> Adapted:
         return Adapted(full.whole(source, runtime), {}, {})
     config = recovery.adapter.config(target_names(source.shape, options), options, recovery.arguments)
     base = source.model(runtime.device, runtime.dtype, packed=options.packed)
+    _share_blocks(base, source.shape)
     with quiet_import():
         model = get_peft_model(base, config)
     layers = adapted_layers(model)
@@ -262,6 +277,15 @@ def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> Adapted:
     for layer in layers.values():
         recovery.adapter.start(layer, layer.base_layer.weight != 0 if masked else None)
     return Adapted(model, layers, starts)
+
+
+def _share_blocks(model: Any, shape: ModelShape) -> None:
+    """Let a block that runs several times be one module, so that all its runs train one adapter."""
+    blocks = model.get_submodule(shape.block_prefix)
+    for index, first in enumerate(shape.firsts):
+        if first < index:
+            blocks[index] = blocks[first]
+            model.config.use_cache = False  # its runs would take each other's keys and values for their own
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -325,11 +349,11 @@ def _begun(
 def _write_merged(source: Checkpoint, target: CheckpointWriter, layers: Mapping[str, Any], options: Options) -> None:
     """Each adapted layer with its adapter's change in the stored precision, everything else as it is."""
     prefix, adapter = source.shape.block_prefix, options.recovery.adapter
-    for index in range(len(source.shape.blocks)):
-        tensors = dict(source.stored_block(index))
-        for name in [n for n in layers if n.startswith(f"{prefix}.{index}.")]:
+    for index, first in enumerate(source.shape.firsts):
+        tensors, within = dict(source.stored_block(index)), f"{prefix}.{first}."
+        for name in [n for n in layers if n.startswith(within)]:
             for kind, change in adapter.change(layers[name]).items():
-                key = f"{name.removeprefix(f'{prefix}.{index}.')}.{kind}"
+                key = f"{name.removeprefix(within)}.{kind}"
                 tensors[key] = (tensors[key].float() + change.detach().cpu()).to(tensors[key].dtype)
         target.write_block(index, tensors)
     target.copy_outer(source)
@@ -349,16 +373,16 @@ def _write_beside(
 
     prefix, adapter = source.shape.block_prefix, options.recovery.adapter
     for index, block in enumerate(plan(source.shape, options).blocks):
-        stored = {}
+        stored, within = {}, f"{prefix}.{source.shape.firsts[index]}."
         for linear in (x for x in block.linears if x.adapted):
-            trained = adapter.tensors(layers[f"{prefix}.{index}.{linear.name}"])
+            trained = adapter.tensors(layers[f"{within}{linear.name}"])
             for t in linear.adapter():
                 tensor = trained[t.name.removeprefix(f"{linear.name}.")].detach().cpu()
                 stored[t.name] = tensor.to(TORCH_DTYPES[t.dtype])
         anew = {
             f"{x.name}.{kind}": tensor
             for x in block.linears
-            if (start := starts.get(f"{prefix}.{index}.{x.name}")) is not None
+            if (start := starts.get(f"{within}{x.name}")) is not None
             for kind, tensor in start.stored.items()
         }
         if anew:

@@ -310,6 +310,11 @@ class Lora:
         return parse(self.method)
 
     @property
+    def lean_loss(self) -> bool:
+        """Whether logits have no copies in 32 bits while training, as who saves memory otherwise wants it too."""
+        return (self.packed or self.checkpointing) and self.distill == 0
+
+    @property
     def total_steps(self) -> int:
         return self.steps_over(self.samples)
 

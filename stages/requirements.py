@@ -22,6 +22,7 @@ from edgepress.stages.pruning import HESSIANS, NOTHING
 # transformers 5.23 (benchmarks/peak_memory.py).
 BASE_BYTES = 850 * 2**20
 TRAINER_BYTES = 220 * 2**20  # that peft, GPTQModel and the Trainer add, measured alike
+LOGITS_AT_ONCE = 2**23  # that stages/token_loss.py has in 32 bits
 _FIXED_SECONDS = 1.0  # what every stage run takes besides its arithmetic
 
 Calibrated = Depth | Wanda | Lora | Gptq | Eora  # options with samples and length

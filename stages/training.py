@@ -7,7 +7,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from edgepress.checkpoints.quiet import quiet_import
 from edgepress.checkpoints.runtime import Progress, Runtime
 from edgepress.checkpoints.tokens import IGNORED, TokenBatches
 from edgepress.checkpoints.walk import States, Walk, Work
+from edgepress.stages.options import Lora, flag_of
 from edgepress.stages.options import Training as Options
-from edgepress.stages.options import flag_of
 from edgepress.stages.recovery.shapes import teacher_kind
+from edgepress.stages.token_loss import without_copies
 
 _COMPLETE = "complete"  # marks a saved step as whole: a kill can leave half of one
 _BEGAN = "training_from"  # the journal's entry with the stage's seconds when training began
@@ -101,7 +102,8 @@ def train(
         kept = Path(state.best_model_checkpoint).name if options.held_out else saved.name
         _load_saved(model, work.folder / kept)
     else:
-        with _writing(work.folder):
+        lean = without_copies(model) if isinstance(options, Lora) and options.lean_loss else nullcontext()
+        with _writing(work.folder), lean:
             trainer.train(resume_from_checkpoint=str(saved) if saved else None)
         state = trainer.state
     if state.global_step < steps:

@@ -48,6 +48,11 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
             "--tune: an adapter lies beside these weights, which was made for the scales as they are; put tune right "
             "after gptq, before lora and eora"
         )
+    if len(shape.own_blocks) < len(shape.blocks):
+        raise PlanError(
+            "--tune: a block runs several times here, and its scales would be trained as if each run had its own; "
+            "leave --tune out, or the repeats out of --layers"
+        )
     books = sorted({x.grid.describe() for x in linears(shape) if isinstance(x.grid, Codebook)})
     if books:
         raise PlanError(

@@ -98,6 +98,10 @@ def run(
     chunks = calibration.chunks(runtime.chunk_tokens) if chosen.NEEDS != NOTHING else []
     walk = Walk(source, chunks, runtime, target.work, task=options.method)
     for block in walk:
+        if (first := after.firsts[block.index]) < block.index:  # one mask for what is one block
+            block.take(target.repeat_block(block.index, first))
+            block.done(walk.facts[first])
+            continue
         linears = after.blocks[block.index].linears
         groups = {x.name: _groups(x.pattern, x) for x in linears if x.pattern is not None}
         over = {name: _over(block, name, nm) for name, nm in groups.items()}

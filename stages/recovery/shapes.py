@@ -34,8 +34,8 @@ def with_adapters(shape: ModelShape, options: Lora) -> ModelShape:
 
 
 def adapters(shape: ModelShape, options: Lora) -> list[LinearShape]:
-    """The adapted layers of all blocks, with what lies beside them while it is trained."""
-    return [x for block in with_adapters(shape, options).blocks for x in block.linears if x.adapted]
+    """The adapted layers of all blocks, once where one runs again, with what lies beside them while it is trained."""
+    return [x for block in with_adapters(shape, options).own_blocks for x in block.linears if x.adapted]
 
 
 def training_bytes(shape: ModelShape, options: Lora) -> int:

@@ -304,7 +304,8 @@ def test_remarks_say_where_weights_lie_and_what_the_adapter_fills() -> None:
 
 
 @pytest.mark.parametrize("method", BESIDE)
-def test_packed_weights_train_the_same_adapter(method: str, packed: Checkpoint, tmp_path: Path) -> None:
+def test_packed_weights_train_the_same_adapter(method: str, packed: Checkpoint, tmp_path: Path, seal: Any) -> None:
+    """And every zero of the 2:4 pattern is one afterwards."""
     losses, trained = {}, {}
     for keep in (False, True):
         writer = CheckpointWriter(tmp_path / str(keep))
@@ -313,6 +314,11 @@ def test_packed_weights_train_the_same_adapter(method: str, packed: Checkpoint, 
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     for name, tensor in trained[False].items():
         torch.testing.assert_close(trained[True][name], tensor, rtol=1e-3, atol=1e-5)
+    result = seal(writer, packed, pattern="2:4")
+    for index, block in enumerate(packed.shape.blocks):
+        for x in block.linears:
+            assert holds(result.base_weight(index, x), Pattern(2, 4))
+            assert not bool(result.base_weight(index, x)[packed.base_weight(index, x) == 0].any())
 
 
 def test_no_dense_weight_stays_in_memory(packed: Checkpoint) -> None:
