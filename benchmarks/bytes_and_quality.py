@@ -39,9 +39,9 @@ from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.eval.perplexity import Protocol, measure_passages
 from edgepress.eval.results import exp_of, resampled
 from edgepress.eval.text import Text, load_text
-from edgepress.stages import gptq
+from edgepress.stages import gptq, tune
 from edgepress.stages.hessian import hessians
-from edgepress.stages.options import Gptq
+from edgepress.stages.options import Gptq, Tune
 
 OURS: dict[str, dict[str, Any]] = {
     f"{quant}{' high' if effort == 'high' else ''}": {"quant": quant, "effort": effort, **more}
@@ -52,6 +52,8 @@ OURS: dict[str, dict[str, Any]] = {
         "q5_k": {}, "q4_k": {}, "q3_k": {}, "q2_k": {},
     }.items()
 }  # fmt: skip
+# Then 100 steps of the stage tune on windows of the calibration text.
+OURS |= {f"{name} tuned": {**OURS[name], "tune": 100} for name in ("gptq4-s", "gptq3-s", "gptq2-s", "q3_k", "gptq3")}
 
 # ggml's number of a type and its bits a weight come from the package gguf.
 Mix = Callable[[str, int, int], str]
@@ -191,10 +193,23 @@ def with_types(
     return bits / weights
 
 
+class Made(Checkpoint):
+    """A checkpoint without a manifest that knows what it was made from."""
+
+    def __init__(self, folder: Path, source: Checkpoint) -> None:
+        super().__init__(folder, None)
+        self._source = source
+
+    def ancestors(self) -> Iterator[Checkpoint]:
+        yield self
+        yield from self._source.ancestors()
+
+
 @dataclass
 class Bench:
     source: Checkpoint
     windows: TokenBatches
+    training: TokenBatches
     texts: list[Text]
     runtime: Runtime
     ggml: Ggml | None
@@ -227,7 +242,12 @@ class Bench:
         if name == "dense":
             return 16.0
         if name in OURS:
-            gptq.run(self.source, CheckpointWriter(folder), self.windows, Gptq(**OURS[name]), self.runtime)
+            options = dict(OURS[name])
+            steps = options.pop("tune", 0)
+            first = folder if not steps else folder.with_name("quantised")
+            gptq.run(self.source, CheckpointWriter(first), self.windows, Gptq(**options), self.runtime)
+            if steps:
+                tune.run(Made(first, self.source), CheckpointWriter(folder), self.training, Tune(steps), self.runtime)
             return 0.0
         if name in LIBRARY:
             library(self.source, self.windows, folder, **LIBRARY[name])
@@ -277,10 +297,14 @@ def main() -> None:
     runtime = Runtime(dtype=choose_dtype("auto", torch.device("cpu"), "BF16"))
     ids = load_text(arguments.calibration, "whole").token_ids(source.tokenizer())
     windows = sample_windows("calibration", ids, 32, 512, torch.Generator().manual_seed(0))
+    samples = min(Tune().samples, ids.numel() // 512)
+    drawn = sample_windows("training", ids, samples, 512, torch.Generator().manual_seed(1))
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(2))
+    training = TokenBatches("training", drawn.ids[order].contiguous())
     texts = [load_text(name, "whole") for name in arguments.texts]
     arguments.cache.mkdir(parents=True, exist_ok=True)
     ggml = Ggml(arguments.ggml) if arguments.ggml else None
-    bench = Bench(source, windows, texts, runtime, ggml, arguments.cache)
+    bench = Bench(source, windows, training, texts, runtime, ggml, arguments.cache)
     rows: dict[str, Row] = {}
     for name in arguments.only or ["dense", *OURS, *MIXES, *PURE, *LIBRARY]:
         if (row := bench.row(name)) is not None:

@@ -133,6 +133,15 @@ def begins_anew() -> None:
     _next = _ANEW
 
 
+@contextlib.contextmanager
+def meanwhile(words: str) -> Iterator[None]:
+    """What a person is told of the same command if it is interrupted within: work that keeps nothing till its end."""
+    global _next
+    before, _next = _next, words
+    yield
+    _next = before  # not after an interruption, which is told outside
+
+
 # --- within the command ----------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import sealed, write_json
 from edgepress.checkpoints.memory import size_text
@@ -209,7 +210,7 @@ class Chooser:
         layers = list(self.sizes)
         outer = {bits: self._plan(self.smallest.layers, bits, math.nan).nbytes for bits in self.embedding}
         least = sum(self.sizes[layer][self.smallest.layers[layer]] for layer in layers)
-        ways = {layer: [way for way in self.all_ways if way in losses.get(layer, {})] for layer in layers}
+        ways = {layer: [way for way in self.sizes[layer] if way in losses.get(layer, {})] for layer in layers}
         choices = [[(losses[layer][way], self.sizes[layer][way]) for way in ways[layer]] for layer in layers]
         choices.append([(embedding[bits], outer[bits] - least) for bits in self.embedding])
         goal = self.budget.nbytes + room
@@ -261,13 +262,19 @@ def _ranges(blocks: Sequence[int]) -> str:
 def layer_sizes(
     shape: ModelShape, options: Gptq, ways: Sequence[Way], budget: Budget | None = None
 ) -> dict[Layer, dict[Way, int]]:
-    """Bytes of each layer that a way's form holds, as the budget counts them, or in the packed file."""
+    """Bytes of each layer that a way's form holds, as the budget counts them, or in the packed file.
+
+    A way that gives a layer the form of an earlier one, since its groups are wider than the layer, is left out there.
+    """
     counting, found = budget or Budget("", 0), dict[Any, dict[Any, int]]()
+    forms = dict[Any, set[Any]]()
     for quant, group in ways:
         everywhere = replace(options, layers=f"*={quant}/{group}", quant=quant, quant_embeddings=0)
         for i, block in enumerate(gptq.plan(shape, everywhere).blocks):
             for x in block.linears:
-                if x.grid is not None:
+                own = forms.setdefault((i, x.name), set())
+                if x.grid is not None and x.grid not in own:
+                    own.add(x.grid)
                     size = counting.of_layer(shape, BlockShape((x,), ()))
                     found.setdefault((i, x.name), {})[quant, group] = size
     return found
@@ -277,18 +284,22 @@ def layer_sizes(
 
 
 def candidates(shape: ModelShape, options: Gptq, asked: str) -> list[Way]:
-    """The ways that this model and its pattern can take. Raises PlanError where that is none."""
+    """The ways that this model and its pattern can take, each once. Raises PlanError where that is none."""
     quants, found, said = family(asked), list[tuple[str, int]](), list[str]()
+    seen = set[tuple[Any, ...]]()
     for quant in quants:
         # Those whose groups are the format's own come once.
         groups = GROUPS if not quant.endswith(("_k", "-channel")) else GROUPS[-1:]
         for group in groups:
             try:
-                gptq.plan(shape, replace(options, quant=quant, group=group, layers=""))
+                own = gptq.plan(shape, replace(options, quant=quant, group=group, layers=f"*={quant}/{group}"))
             except PlanError as error:
                 said.append(str(error))
                 break
-            found.append((quant, group))
+            forms = tuple(x.grid for block in own.blocks for x in block.linears)
+            if forms not in seen:  # groups may be wider than every layer
+                seen.add(forms)
+                found.append((quant, group))
     if not found:
         raise PlanError(said[0])
     return found
@@ -427,10 +438,10 @@ def run_budget(
 
 
 def sensitivities(
-    recipe: Recipe, parent: Checkpoint, options: Gptq, ways: Sequence[Way], embedding: Sequence[int], out: Path | None,
+    recipe: Recipe, parent: Checkpoint, options: Gptq, ways: Sequence[Way], embedding: Sequence[int], out: Path,
     reporter: Reporter,
 ) -> Sensitivity:  # fmt: skip
-    """Measured, or from the store where they were measured of the same checkpoint on the same windows."""
+    """Measured, or from the store `out` where they were measured of the same checkpoint on the same windows."""
     from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
     from edgepress.pipeline.calibration import Calibration
     from edgepress.pipeline.store import Store, open_model
@@ -442,21 +453,21 @@ def sensitivities(
     runtime = Runtime(device, dtype, recipe.seed, reporter, spill_bytes=recipe.spill_mib * 2**20)
     source = open_model(recipe.model)
     few = replace(options, samples=min(options.samples, WINDOWS))
-    windows = Calibration(recipe, source, out or Path(), runtime).windows("gptq", few)
+    windows = Calibration(recipe, source, out, runtime).windows("gptq", few)
     bits = [b for b in embedding if b]
     decides = [parent.fingerprint, windows.sha256, list(ways), bits, sensitivity.VERSION, str(dtype)]
     decides += [options.damping, options.symmetric, options.scale_search]
     key = "bits-" + hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    known = Store(out).measurement(key, reporter.note) if out else None
+    known = Store(out).measurement(key, reporter.note)
     if known is None:
         seconds = sensitivity.operations(parent.shape, few, ways) / measured_speed(recipe.device, recipe.dtype)
         reporter.say(
             f"measuring what each of {len(ways)} ways costs every layer, on {len(windows.ids)} windows of {few.length} "
             f"tokens: about {duration_text(max(1.0, seconds * sensitivity.SLOWDOWN))} here"
         )
-        known = sensitivity.measure(parent, windows, options, ways, bits, runtime).to_dict()
-        if out:
-            Store(out).keep_measurement(key, known)
+        with interrupts.meanwhile("the same command measures the layers anew; what was finished before is kept"):
+            known = sensitivity.measure(parent, windows, options, ways, bits, runtime).to_dict()
+        Store(out).keep_measurement(key, known)
     return sensitivity.Sensitivity.from_dict(known)
 
 

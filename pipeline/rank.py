@@ -15,6 +15,7 @@ from rich.table import Table
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import is_special, replacing, sealed, write_json
 from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
+from edgepress.checkpoints.sources import cache_folder
 from edgepress.pipeline.budget import candidates, layer_sizes, sensitivities
 from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import plan
@@ -110,15 +111,20 @@ def _skewed(scores: dict[str, float]) -> bool:
 
 
 def rank_bits(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
-    """Bytes and predicted loss of every layer at each way of the quantiser's family, and of the embedding's bits."""
+    """Bytes and predicted loss of every layer at each way of the quantiser's family, and of the embedding's bits.
+
+    What was measured is kept in the cache folder by the model's fingerprint and all that decides it.
+    """
     options = next(o for _, o in recipe.stages if isinstance(o, Gptq))
     source = open_model(recipe.model)
     ways = candidates(source.shape, options, options.quant)
-    found = sensitivities(recipe, source, options, ways, (8, 4), None, reporter)
+    home = cache_folder() / "rank"
+    home.mkdir(parents=True, exist_ok=True)
+    found = sensitivities(recipe, source, options, ways, (8, 4), home, reporter)
     sizes = layer_sizes(source.shape, options, ways)
     rows = found.to_dict()
-    for row in rows["layers"]:
-        row["bytes"] = sizes[row["block"], row["layer"]][row["quant"], row["group"]]
+    own = [(row, sizes[row["block"], row["layer"]].get((row["quant"], row["group"]))) for row in rows["layers"]]
+    rows["layers"] = [row | {"bytes": size} for row, size in own if size is not None]
     about = {"model": recipe.model or "smollm2-135m-instruct", "metric": "bits", "fingerprint": source.fingerprint}
     return about | {"meaning": "predicted rise of the loss, nats a token"} | rows
 

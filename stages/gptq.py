@@ -22,7 +22,7 @@ from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape, coded, with_form
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.stages.options import Gptq as Options
-from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method
+from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method, too_few_bits
 from edgepress.stages.requirements import (
     BASE_BYTES,
     Cost,
@@ -184,6 +184,8 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
         ways = Counter(f"{o.quant}/{o.group}" for o in own if o is not options)
         of = ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))
         said.append(f"gptq: of {len(own)} layers have settings of their own: {of}")
+    quants = dict.fromkeys([options.quant, *(rule.quant for rule in options.rules)])
+    said += [f"gptq: {warning}" for quant in quants if (warning := too_few_bits(quant))]
     if stored.unknown:
         said.append(f"gptq: no library knows {stored.unknown}: only this project loads the folder")
     if (bits := activation_bits(options)) < 16:

@@ -429,7 +429,7 @@ class Tune:
     steps: int = option(
         0, "--tune", "Train the quantised model's scales, minima and norms by so many optimiser steps; 0 skips."
     )
-    learning_rate: float = option(1e-3, "--tune-lr", "Peak of its cosine: how far a step may change a scale, relative.")
+    learning_rate: float = option(3e-3, "--tune-lr", "Peak of its cosine: how far a step may change a scale, relative.")
     distill: float = option(1.0, "--tune-distill", "Share of the loss that is KL to the uncompressed model, 0 to 1.")
     data: str = option("", "--tune-data", "Training text, as for --lora-data; default: --data's.")
     samples: int = option(256, "--tune-samples", "Training windows.")

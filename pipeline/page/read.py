@@ -15,6 +15,7 @@ from edgepress.checkpoints.manifest import MANIFEST, MARKER, Manifest, seal_hold
 from edgepress.eval.results import Result
 from edgepress.pipeline.store import require_own
 from edgepress.pipeline.tables import read_cell
+from edgepress.stages.quantisers import too_few_bits
 
 _RUN, _SWEEP, _TABLES = "report.json", "sweep.json", ("results.parquet", "results.csv")
 EVALUATION = "evaluation.json"  # of `compress eval OUT`: answers, speed, and a loss for each window
@@ -297,12 +298,15 @@ def _parameters(folder: Path | None) -> tuple[int | None, int | None]:
 def _manifest(folder: Path | None, notes: list[str]) -> Manifest | None:
     if folder is None:
         return None
+    found = None
     try:
-        return Manifest.read(folder)
+        found = Manifest.read(folder)
+        note = too_few_bits(str(found.options.get("quant"))) if found.stage == "gptq" else ""
     except CheckpointError as error:
-        if (note := clean(error)) not in notes:
-            notes.append(note)
-        return None
+        note = clean(error)
+    if note and note not in notes:
+        notes.append(note)
+    return found
 
 
 def _label(folder: str, stage: str) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from edgepress.checkpoints.walk import BlockVisit
 
-__all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "activation_bits", "form", "method"]
+__all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "activation_bits", "form", "method", "too_few_bits"]
 
 # The file of each name, and what its `form` is told besides the options.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -111,3 +111,13 @@ def activation_bits(options: Options) -> int:
 def form(options: Options, masked: bool) -> Form:
     """What the method asked for wants to store. masked: an N:M pattern is to be kept."""
     return method(options.quant).form(options, masked, **METHODS[options.quant][1])
+
+
+def too_few_bits(quant: str) -> str:
+    """What a person should know of a method that rounds to fewer than 3 bits without calibration; else empty."""
+    if quant not in METHODS or method(quant).NEEDS != NOTHING or METHODS[quant][1].get("bits", 4) > 2:
+        return ""
+    return (
+        f"{quant} rounds to 2 bits without looking at calibration text, and a small model then answers noise (of "
+        "SmolLM2-135M perplexity 10^6); gptq2-s and q2_k have as few bits and stay usable"
+    )

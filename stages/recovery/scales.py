@@ -166,6 +166,7 @@ class ScaledLinear(PackedLinear):
         assert form is not None
         self.form, self.stored_dtype, self.dtype = form, *dtypes
         self.codes, sides = form.split(x.name, stored, x.out_features, x.in_features, ordered=False)
+        self._made: tuple[Affine, Tensor] | None = None
         self.kept: Tensor | None = None
         self.order: Tensor | None = None
         self.variables: Variables
@@ -199,26 +200,41 @@ class ScaledLinear(PackedLinear):
             return self.dense(*self.variables.affine())
 
     def dense(self, scale: Tensor, zero: Tensor | None, least: Tensor | None) -> Tensor:
-        """(out, in) in the precision it computes in, as the stored weights would be."""
-        levels = self.levels.float() if zero is None else self.levels - self.spread(zero)
-        weight = self.spread(scale) * levels
+        """(out, in) in the precision it computes in, as the stored weights would be; made anew if a scale changed."""
+        now: Affine = scale.detach(), None if zero is None else zero.detach(), None if least is None else least.detach()
+        # By value: of an optimiser that changes all its variables in one kernel no counter tells.
+        if self._made is None or not all(map(_same, self._made[0], now)):
+            self._made = now, self._computed(*now)
+        return self._made[1]
+
+    @torch.no_grad()
+    def _computed(self, scale: Tensor, zero: Tensor | None, least: Tensor | None) -> Tensor:
+        # A row's groups side by side, so that nothing need be spread out in memory.
+        shape = (self.out_features, scale.shape[1], -1) if self.order is None else (self.out_features, self.in_features)
+
+        def each(x: Tensor) -> Tensor:
+            return x.unsqueeze(-1) if self.order is None else x[:, self.order]
+
+        weight = self.levels.float().view(shape)
+        if zero is not None:
+            weight -= each(zero)
+        weight *= each(scale)
         if least is not None:
-            weight -= self.spread(least)
+            weight -= each(least)
+        weight = weight.view(self.out_features, self.in_features)
         if self.kept is not None:
             weight *= self.kept
         return weight.to(self.stored_dtype).to(self.dtype)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(out, groups) as (out, in)."""
-        if self.order is not None:
-            return x[:, self.order]
-        return x.repeat_interleave(self.in_features // x.shape[1], dim=1)
 
     def gathered(self, x: Tensor, groups: int) -> Tensor:
         """The sum over each group: (out, in) as (out, groups)."""
         if self.order is not None:
             return x.new_zeros(len(x), groups).index_add_(1, self.order, x)
         return x.view(len(x), groups, -1).sum(dim=-1)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return b is None if a is None else b is not None and torch.equal(a, b)
 
 
 def _unordered(order: Tensor, form: Grid) -> Tensor | None:

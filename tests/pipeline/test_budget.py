@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.hardware.needs import room_for
 from edgepress.hardware.placement import weight_bytes
 from edgepress.hardware.soc import load_soc
-from edgepress.pipeline.budget import Budget, Chooser, Plan, candidates, corrected, family, rules, solve
+from edgepress.pipeline.budget import Budget, Chooser, Plan, candidates, corrected, family, layer_sizes, rules, solve
 from edgepress.stages import sensitivity
 from edgepress.stages.options import Gptq
 from edgepress.stages.quantisers import gptq
@@ -224,3 +226,57 @@ def test_bits_are_ranked_with_table_figure_and_json(
         if quant == "gptq3":
             finer = by[block, layer, "gptq8", group]
             assert finer["loss"] < row["loss"] and finer["bytes"] > row["bytes"]
+
+
+@pytest.mark.unit
+def test_a_group_wider_than_a_layer_is_no_way_of_its_own(tiny_llama: Path) -> None:
+    """Widths 64 and 128: a group of 128 is one of 64 for all but down_proj."""
+    shape, options = Checkpoint(tiny_llama, None).shape, Gptq("gptq4-s")
+    ways = candidates(shape, options, "gptq4-s")
+    assert ("gptq4-s", 128) in ways
+    sizes = layer_sizes(shape, options, ways)
+    assert {g for q, g in sizes[0, "mlp.down_proj"] if q == "gptq4-s"} == {32, 64, 128}
+    assert {g for q, g in sizes[0, "self_attn.q_proj"] if q == "gptq4-s"} == {32, 64}
+    blocks = tuple(
+        replace(b, linears=tuple(x for x in b.linears if not x.name.endswith("down_proj"))) for b in shape.blocks
+    )
+    assert {g for _, g in candidates(replace(shape, blocks=blocks), options, "gptq4-s")} == {32, 64}
+    budget = Budget.parse("4.6bits", shape)
+    chooser = Chooser(shape, budget, options, ways, (8,))
+    losses = {layer: {way: 1 / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
+    plan = chooser.choose(losses, {8: 0.0})
+    assert all(way in chooser.sizes[layer] for layer, way in plan.layers.items()) and plan.nbytes <= budget.nbytes
+
+
+@pytest.mark.pipeline
+def test_a_second_ranking_of_bits_measures_nothing(
+    make_tiny: Callable[..., Path], compress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
+    model = make_tiny(tmp_path / "model", blocks=2)
+    command = ("rank", model, "--metric", "bits", "--quant", "gptq4", "--data", "embedded", "--samples", "2")
+    first = compress(*command, "--length", "32", "--json")
+    assert first.returncode == 0, first.stderr
+    real, calls = sensitivity.measure, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(0)
+        return real(*arguments)
+
+    monkeypatch.setattr(sensitivity, "measure", counted)
+    again = compress(*command, "--length", "32", "--json")
+    assert json.loads(again.stdout) == json.loads(first.stdout) and not calls
+    assert compress(*command, "--length", "48", "--json").returncode == 0 and len(calls) == 1
+
+
+@pytest.mark.pipeline
+def test_interrupted_while_it_measures_it_says_that_it_begins_anew(
+    tiny_llama: Path, compress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sensitivity, "measure", killed)
+    done = compress("run", tiny_llama, *FLAGS, "--budget", "90KB", "-o", tmp_path / "out")
+    assert done.returncode == 130
+    assert "interrupted; the same command measures the layers anew" in done.stdout + done.stderr

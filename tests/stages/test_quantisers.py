@@ -272,3 +272,12 @@ def test_the_page_lists_every_method() -> None:
     rows = re.findall(r"^\| (`.*?) \| `(\w+)\.py` \|", section, re.MULTILINE)
     listed = {name: file for names, file in rows for name in re.findall(r"`([\w-]+)`", names)}
     assert listed == {name: module.rpartition(".")[2] for name, (module, _) in METHODS.items()}
+
+
+def test_two_bits_without_calibration_are_warned_of(build: Callable[..., Checkpoint]) -> None:
+    shape = build("llama", blocks=3).shape
+    said = {quant: " ".join(gptq.remarks(shape, Gptq(quant, group=32))) for quant in METHODS}
+    assert [quant for quant in METHODS if "gptq2-s and q2_k have as few bits" in said[quant]] == ["hqq2"]
+    gptq.plan(shape, Gptq("hqq2"))  # not refused: a thesis's table names it
+    mixed = Gptq("hqq4", layers="down_proj=hqq2")
+    assert "hqq2 rounds to 2 bits without looking" in " ".join(gptq.remarks(shape, mixed))

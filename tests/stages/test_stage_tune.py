@@ -106,7 +106,8 @@ def test_what_was_trained_is_what_is_stored_and_codes_stay(
     model = Tunable(source, Runtime())
     generator = torch.Generator().manual_seed(1)
     for variable in model.parameters():  # farther than any training goes
-        variable.data.copy_(0.1 * torch.randn(variable.shape, generator=generator))
+        with torch.no_grad():
+            variable.copy_(0.1 * torch.randn(variable.shape, generator=generator))
     target = CheckpointWriter(tmp_path / "tuned")
     for index in range(3):
         target.write_block(index, model.block(index))
