@@ -273,10 +273,13 @@ def test_a_second_ranking_of_bits_measures_nothing(
 def test_interrupted_while_it_measures_it_says_that_it_begins_anew(
     tiny_llama: Path, compress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
+    def killed(*arguments: Any) -> Any:
+        progress = arguments[-1].progress
+        progress.start("forwards", 2)
+        signal.raise_signal(signal.SIGINT)  # which lets the step end
+        progress.step()
 
     monkeypatch.setattr(sensitivity, "measure", killed)
-    done = compress("run", tiny_llama, *FLAGS, "--budget", "90KB", "-o", tmp_path / "out")
+    done = compress("run", tiny_llama, *FLAGS, "--budget", "4.6bits", "-o", tmp_path / "out")
     assert done.returncode == 130
     assert "interrupted; the same command measures the layers anew" in done.stdout + done.stderr
