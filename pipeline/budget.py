@@ -375,7 +375,7 @@ def possible(recipe: Recipe, text: str, source: ModelShape, embedding: int | Non
     names = [name for name, _ in recipe.stages]
     if "gptq" not in names or recipe.homotopic or names[-1] != "gptq":
         raise PlanError(
-            "--budget chooses what the stage gptq does, which must be there and the last one: leave out eora, "
+            "--budget chooses what the stage gptq does, which must be there and the last one: leave out eora, --tune, "
             "--homotopic and a --recover that trains beside quantised weights"
         )
     options, earlier = recipe.stages[-1][1], replace(recipe, stages=recipe.stages[:-1])
