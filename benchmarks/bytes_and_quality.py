@@ -93,6 +93,11 @@ LIBRARY: dict[str, dict[str, Any]] = {
     "GPTQModel, asymmetric, act order": {"sym": False, "desc_act": True},
 }
 
+FAMILIES = {
+    "edgepress": "#1f5fa8", "edgepress, high effort": "#0b2f5b",
+    "llama.cpp, importance matrix": "#c2571a", "GPTQModel": "#5b8c3a",
+}  # fmt: skip
+
 
 @dataclass
 class Row:
@@ -284,6 +289,45 @@ def table(rows: Mapping[str, Row], texts: list[str]) -> str:
     return "\n".join(lines)
 
 
+def family(name: str) -> str:
+    """Whose rounding a row is, for the figure's colours."""
+    if name in OURS:
+        return "edgepress, high effort" if OURS[name]["effort"] == "high" else "edgepress"
+    return "GPTQModel" if name in LIBRARY else "llama.cpp, importance matrix"
+
+
+def draw(rows: Mapping[str, Row], texts: list[str], path: Path) -> None:
+    """A panel a text: perplexity over bits a weight, the dense model's as a line, rows of one hand joined."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    quantised = [row for row in rows.values() if row.name != "dense"]
+    figure, axes = pyplot.subplots(1, len(texts), figsize=(5.2 * len(texts), 4.4), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        for hand, colour in FAMILIES.items():
+            found = sorted((row.bits, row.perplexity(text)) for row in quantised if family(row.name) == hand)
+            # What a row of more bits does not beat would only make the line go up and down.
+            best = [(b, p) for b, p in found if all(p <= q for c, q in found if c <= b)]
+            if found:
+                axis.plot(*zip(*found, strict=True), "o", color=colour, markersize=4, label=hand)
+                axis.plot(*zip(*best, strict=True), "-", color=colour, linewidth=1)
+        if "dense" in rows:
+            axis.axhline(rows["dense"].perplexity(text), color="#777777", linewidth=0.8, linestyle=":", label="dense")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(labelsize=8, which="both")
+        axis.set_title(text, fontsize=10)
+        axis.set_xlabel("bits a weight of the linear layers", fontsize=9)
+        axis.grid(which="both", alpha=0.25)
+    axes[0][0].set_ylabel("perplexity", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -291,6 +335,7 @@ def main() -> None:
     parser.add_argument("texts", nargs="+")
     parser.add_argument("--ggml", type=Path)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--figure", type=Path, help="a PNG of what was measured")
     parser.add_argument("--cache", type=Path, default=Path("bytes_and_quality"))
     arguments = parser.parse_args()
     source = open_source(arguments.model)
@@ -311,6 +356,8 @@ def main() -> None:
             rows[name] = row
             print(name, f"{row.bits:.3f}", *(f"{row.perplexity(t.name):.2f}" for t in texts), flush=True)
     print(table(rows, [t.name for t in texts]))
+    if arguments.figure:
+        draw(rows, [t.name for t in texts], arguments.figure)
 
 
 if __name__ == "__main__":
