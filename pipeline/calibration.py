@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
 
 
+# Of text that the model writes itself: rows at once, as many as training reads of a mixture of two, since a step of 40
+# rows takes hardly longer than one of 16; and tokens of a row at least.
+_ROWS, _SHORTEST = 40, 128
 Windowed = Depth | Wanda | Training | Gptq | Eora  # options of the stages that calibrate or train on windows
 
 
@@ -171,21 +174,27 @@ class Calibration:
     def _sampled(self, samples: int, length: int, kept: Tensor | None, runtime: Runtime) -> TokenBatches:
         """Text that the uncompressed model writes itself, kept in the store so that a rerun need not.
 
-        kept: the tokens (n,) it may choose from; ids are then their places, those of the trimmed vocabulary.
+        It is written in batches of _ROWS rows, of a length that is a power of two: stages that ask for more or fewer
+        windows, or for somewhat shorter ones, read the beginning of the same text. kept: the tokens (n,) it may choose
+        from; ids are then their places, those of the trimmed vocabulary.
         """
+        size = max(_SHORTEST, 1 << (length - 1).bit_length())
         again = f"-{runtime.turn}" if runtime.turn else ""
-        name = f"self-{self._source.fingerprint[:12]}-{runtime.seed}{again}-{samples}x{length}"
-        if kept is not None:
-            name += f"-{hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:12]}"
-        path = self._store / "calibration" / f"{name}.safetensors"
-        ids = _sampled_before(path, runtime.progress.note) if path.is_file() else None
-        if ids is None:
+        words = f"-{hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:12]}" if kept is not None else ""
+        written, name = self._store / "calibration", f"self-{self._source.fingerprint[:12]}-{runtime.seed}{again}"
+        batches = range(-(-samples // _ROWS))
+        paths = [written / f"{name}-{_ROWS}x{size}-{batch}{words}.safetensors" for batch in batches]
+        found = [_sampled_before(path, runtime.progress.note) if path.is_file() else None for path in paths]
+        missing = [batch for batch, ids in enumerate(found) if ids is None]
+        if missing:
             from safetensors.torch import save
 
-            path.parent.mkdir(exist_ok=True)
-            ids = sample_text(self._source, samples, length, runtime, kept)
-            write_bytes(path, save({"ids": ids}, metadata={SEAL: _digest(name, ids)}))
-        return TokenBatches("self", ids)
+            written.mkdir(exist_ok=True)
+            for batch, ids in zip(missing, sample_text(self._source, missing, size, runtime, kept), strict=True):
+                write_bytes(paths[batch], save({"ids": ids}, metadata={SEAL: _digest(paths[batch].stem, ids)}))
+                found[batch] = ids
+        ids = torch.cat([ids for ids in found if ids is not None]) if found else torch.empty(0, size, dtype=torch.int64)
+        return TokenBatches("self", ids[:samples, :length].contiguous())
 
 
 def mixed(drawn: Sequence[TokenBatches]) -> TokenBatches:
@@ -244,31 +253,35 @@ def _evaluation_text(recipe: Recipe) -> Text:
     return load_text(spec, "whole" if own else "evaluate")
 
 
-def sample_text(source: Checkpoint, samples: int, length: int, runtime: Runtime, kept: Tensor | None = None) -> Tensor:
-    """Token ids (samples, length) that the model writes at temperature 1, from its start token or a random one.
+def sample_text(
+    source: Checkpoint, batches: Sequence[int], length: int, runtime: Runtime, kept: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Token ids (_ROWS, length) of each numbered batch, which the model writes at temperature 1.
 
-    kept (n,): choose among these tokens alone, and give their places in it. The logits of kept tokens do not depend
-    on those that go, so this is what the trimmed model would write.
+    Rows begin with its start token or a random one; a batch does not depend on which others are written. kept (n,):
+    choose among these tokens alone, and give their places in it. The logits of kept tokens do not depend on those that
+    go, so this is what the trimmed model would write.
     """
     model: Any = source.model(runtime.device, runtime.dtype)
-    generator = runtime.generator("self calibration")
     start = model.config.bos_token_id
     choice = torch.arange(source.shape.vocabulary) if kept is None else kept
-    if start is not None:
-        ids = torch.full((samples, 1), int((choice == int(start)).nonzero()))
-    else:
-        ids = torch.randint(choice.numel(), (samples, 1), generator=generator)
-    cache, last = None, ids
-    runtime.progress.start("writing text", length - 1)
-    for _ in range(length - 1):
-        with torch.no_grad():
-            output = model(input_ids=choice[last].to(runtime.device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        odds = output.logits[:, -1][:, choice].float().cpu().softmax(dim=-1)
-        last = torch.multinomial(odds, 1, generator=generator)
-        ids = torch.cat([ids, last], dim=1)
-        runtime.progress.step()
-    return ids
+    runtime.progress.start("writing text", len(batches) * (length - 1))
+    for batch in batches:
+        generator = runtime.generator(f"self calibration {batch}")
+        if start is not None:
+            ids = torch.full((_ROWS, 1), int((choice == int(start)).nonzero()))
+        else:
+            ids = torch.randint(choice.numel(), (_ROWS, 1), generator=generator)
+        cache, last = None, ids
+        for _ in range(length - 1):
+            with torch.no_grad():
+                output = model(input_ids=choice[last].to(runtime.device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            odds = output.logits[:, -1][:, choice].float().cpu().softmax(dim=-1)
+            last = torch.multinomial(odds, 1, generator=generator)
+            ids = torch.cat([ids, last], dim=1)
+            runtime.progress.step()
+        yield ids
 
 
 # --- the vocabulary stage's corpus ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from edgepress.stages.options import STAGES
 
 _COMMON: dict[str, tuple[str, type, str]] = {
     "model": ("--model", str, "Folder, hub id, .gguf, llama2.c .bin; default: the packaged SmolLM2-135M-Instruct."),
-    "data": ("--data", str, "Calibration text: c4, wikitext2, embedded, self, or a file."),
+    "data": ("--data", str, "Calibration text: c4, wikitext2, embedded, self, a file, or several joined with +."),
     "text": ("--text", str, "Text to measure on; default: the held-out part of the calibration text."),
     "protocol": ("--protocol", str, "How perplexity is measured: windows or rows."),
     "window": ("--window", int, "Tokens per window or row."),

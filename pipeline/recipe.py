@@ -64,7 +64,8 @@ class Recipe:
 
     @property
     def calibration_text(self) -> str:
-        return self.data or ("embedded" if self.model is None else "wikitext2")
+        """--data; else wikitext2, and for the packaged model two kinds of text that need no network."""
+        return self.data or (f"embedded+{SELF}" if self.model is None else "wikitext2")
 
     @property
     def evaluation_text(self) -> str:

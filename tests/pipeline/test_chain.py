@@ -14,9 +14,12 @@ import torch
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, NumericsError, PlanError, RecipeError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
+from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.writer import prove_pattern, verify
+from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build
+from edgepress.stages.options import Wanda
 
 pytestmark = pytest.mark.pipeline
 
@@ -163,10 +166,29 @@ def test_text_the_model_writes_itself_is_sampled_once(tiny_llama: Path, run_reci
     options = {"skip": "depth,lora,gptq,eora", "data": "self", "text": "embedded"}
     run_recipe(tmp_path / "out", tiny_llama, **options)
     assert torch.equal(torch.random.get_rng_state(), state)
-    (kept,) = (tmp_path / "out" / "calibration").iterdir()
-    written = kept.stat().st_mtime_ns
+    folder = tmp_path / "out" / "calibration"
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(kept) == 1  # 40 rows of 128 tokens
     assert run_recipe(tmp_path / "out", tiny_llama, **options).computed == 0
-    assert kept.stat().st_mtime_ns == written
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == kept
+
+
+def test_more_windows_begin_with_the_text_of_fewer(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = build(None, {"model": str(tiny_llama), "data": "self", "text": "embedded"})
+    source = Checkpoint.open(tiny_llama)
+    calibration = Calibration(recipe, source, tmp_path, Runtime())
+    sizes = [(3, 20), (42, 100), (2, 200)]
+    few, many, long = (calibration.windows("wanda", Wanda(samples=n, length=m)).ids for n, m in sizes)
+    assert few.shape == (3, 20) and many.shape == (42, 100) and long.shape == (2, 200)
+    assert torch.equal(few, many[:3, :20]) and torch.equal(many[:2], long[:, :100])
+    assert len(many.unique(dim=0)) == 42  # no row of the second batch is one of the first
+    # what the model writes is what its own logits make likely: far likelier than tokens drawn at random
+    model = source.model(torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        odds = model(input_ids=many).logits.log_softmax(-1)
+        seen = odds[:, :-1].gather(-1, many[:, 1:, None]).mean()
+        entropy = -(odds.exp() * odds)[:, :-1].sum(-1).mean()
+    assert seen.item() == pytest.approx(-entropy.item(), rel=0.05)
 
 
 def test_a_damaged_checkpoint_is_named_and_neither_reused_nor_removed(
