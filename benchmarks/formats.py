@@ -66,6 +66,7 @@ wanted = xllamacpp.CommonParams()
 wanted.model.path, wanted.n_ctx, wanted.n_gpu_layers, wanted.warmup = sys.argv[1], 256, 0, False
 # Its own settings keep keys and values in 16 bits, in flash attention even where the cache is told to have 32.
 wanted.cache_type_k = wanted.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = 1  # its threads wait for each other, spinning
 wanted.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 if sys.argv[6:]:
     wanted.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(sys.argv[6], 1.0)]

@@ -82,8 +82,9 @@ FORMATS: dict[str, Format] = {
     ),
     "executorch": Format(
         "edgepress.pipeline.formats.executorch", "model.pte", "ExecuTorch",
-        "Effective weights with the adapter merged, as float32 for XNNPACK: codes, zeros of a pattern and 16-bit "
-        "weights take its room. The KV cache has the tokens of --context; the tokenizer stays in the checkpoint",
+        "Effective weights with the adapter merged, as float32 for XNNPACK, also of quantised checkpoints: codes (not "
+        "made torchao's int4), zeros of a pattern and 16-bit weights take its room. The KV cache has the tokens of "
+        "--context; the tokenizer stays in the checkpoint",
     ),
     "compressed-tensors": Format(
         "edgepress.pipeline.formats.compressed_tensors", "model-compressed-tensors", "vLLM and transformers",

@@ -162,12 +162,15 @@ def _loading(run: StageRun, folder: str) -> str:
     """Python that loads a folder of any stage with its adapter, if it has one."""
     assert run.folder is not None
     apart = adapter_path(run.folder).parent != run.folder  # of an earlier day; else transformers finds it by itself
+    config = run.folder / "config.json"
+    # GPTQModel's float32 kernel leaves out zero points; dense weights would be rounded in any precision but their own.
+    dtype = "bfloat16" if config.is_file() and "quantization_config" in config.read_text() else "auto"
     lines = [
         *(["from peft import PeftModel"] if apart else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"folder = {folder!r}",
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")',
+        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="{dtype}")',
         *(['model = PeftModel.from_pretrained(model, f"{folder}/adapter")'] if apart else []),
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]

@@ -248,10 +248,11 @@ def _speed(verdict: dict[str, Any]) -> str:
     if not isinstance(timing, dict):
         return ""
     run = timing["decode"]
-    low, high = 1 / run["seconds"]["high"], 1 / run["seconds"]["low"]
+    speeds = (run["tokens_per_second"], 1 / run["seconds"]["high"], 1 / run["seconds"]["low"])
+    likely, low, high = (f"{float(f'{speed:.3g}'):,g}" for speed in speeds)
     return (
-        f"Estimated and not measured, it would write {run['tokens_per_second']:.3g} tokens/s there at context "
-        f"{run['context']} ({low:.3g} to {high:.3g})."
+        f"Estimated and not measured, it would write {likely} tokens/s there at context {run['context']} "
+        f"({low} to {high})."
     )
 
 

@@ -322,6 +322,9 @@ def test_commands_are_those_that_there_are(tmp_path: Path) -> None:
 
     assert "peft" not in loading().code + loading().words
     folder = tmp_path / "out" / "5-eora-00000005"
+    assert 'dtype="auto"' in loading().code
+    (folder / "config.json").write_text('{"quantization_config": {}}')  # which GPTQModel computes right in bfloat16
+    assert 'dtype="bfloat16"' in loading().code
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_model.safetensors").touch()  # as earlier stores have it
     assert "PeftModel.from_pretrained(model" in loading().code
