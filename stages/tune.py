@@ -79,12 +79,12 @@ def _is_norm(name: str) -> bool:
 
 
 def cost(before: ModelShape, options: Options) -> Cost:
-    """What the stage takes on a model of this shape: codes in bytes, one layer dense at a time, and a step's tokens."""
+    """What the stage takes on a model of this shape: codes in bytes, the dense weights of a step, and its tokens."""
     count, outer = len(before.blocks), outer_bytes(before)
-    widest = max(x.weights for x in linears(before))
-    held = 2 * outer + sum(x.weights for x in linears(before)) + (before.file_bytes - outer) + 14 * widest
+    weights, widest = sum(x.weights for x in linears(before)), max(x.weights for x in linears(before))
+    held = 2 * outer + (1 + 2) * weights + (before.file_bytes - outer) + 14 * widest
     kind = teacher_kind(before, options)
-    taught = {"none": 0, "held": outer + 2 * sum(x.weights for x in linears(before)), "streamed": outer}[kind]
+    taught = {"none": 0, "held": outer + 2 * weights, "streamed": outer}[kind]
     inner = max(x.out_features for x in linears(before))
     a_token = count * (14 * before.hidden_size + 4 * inner) * 2 + 3 * before.vocabulary * 4
     own = 4 * 4 * trainable_parameters(before)

@@ -64,7 +64,7 @@ def test_its_flags_decide_the_fingerprint_and_its_place(tiny_llama: Path) -> Non
     listed = build("early-lora", {"tune.steps": 5})
     names = [name for name, _ in listed.stages]
     assert names[names.index("gptq") + 1] == "tune"
-    assert training_specs(build(None, {"tune.steps": 5, "tune.data": "c4"})) == ["embedded", "c4"]
+    assert training_specs(build(None, {"tune.steps": 5, "tune.data": "c4"})) == ["embedded", "self", "c4"]
     with pytest.raises(RecipeError, match="--tune trains the scales of quantised weights"):
         plan(
             build(None, {"model": str(tiny_llama), "tune.steps": 5, "gptq.quant": "none"}),
