@@ -189,7 +189,7 @@ class Calibration:
         if missing:
             from safetensors.torch import save
 
-            written.mkdir(exist_ok=True)
+            written.mkdir(parents=True, exist_ok=True)
             for batch, ids in zip(missing, sample_text(self._source, missing, size, runtime, kept), strict=True):
                 write_bytes(paths[batch], save({"ids": ids}, metadata={SEAL: _digest(paths[batch].stem, ids)}))
                 found[batch] = ids

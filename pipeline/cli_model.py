@@ -13,7 +13,7 @@ from rich.console import Console
 from edgepress.checkpoints.errors import EdgepressError, PlanError
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.pipeline.flags import Device, Dtype, Json, with_model
-from edgepress.pipeline.recipe import build
+from edgepress.pipeline.recipe import SELF, build
 
 if TYPE_CHECKING:
     from edgepress.hardware.soc import Soc
@@ -50,6 +50,7 @@ def rank(
     from edgepress.pipeline.rank import print_bits, print_ranking, rank_bits, rank_blocks, write_bits, write_ranking
 
     flags = {"model": model or None, "data": data or None, "seed": seed, "device": device, "dtype": dtype}
+    flags["text"] = "embedded" if data == SELF else None  # nothing is measured; a recipe must name a text for it
     options = {"metric": metric, "protect_first": protect_first, "protect_last": protect_last}
     options |= {"samples": 10 if samples is None else samples, "length": 128 if length is None else length, "remove": 1}
     for path in (out.with_suffix(".png"), out.with_suffix(".json")) if out and not is_special(out) else ():

@@ -50,7 +50,8 @@ def rank_blocks(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         f"ranking {len(source.shape.blocks)} blocks of {source.name} by {options.metric} on {options.samples} windows "
         f"of {options.length} tokens: about {duration_text(seconds)} here"
     )
-    windows = Calibration(recipe, source, Path(), runtime).windows("depth", options)
+    # Text that the model writes itself is kept where a second ranking finds it, not where the user stands.
+    windows = Calibration(recipe, source, cache_folder() / "rank", runtime).windows("depth", options)
     scores = {int(i): s for i, s in choose(source, windows, options, runtime)["ranking"][0].items()}
     return {
         "model": recipe.model or "smollm2-135m-instruct",

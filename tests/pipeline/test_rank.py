@@ -30,6 +30,21 @@ def test_rank_prints_every_block_and_writes_png_and_json(
     assert (tmp_path / "ranking.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_text_that_the_model_writes_for_a_ranking_is_kept_in_the_cache(
+    compress: Command, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    ranking = ["rank", tiny_llama, "--metric", "influence", "--data", "self", "--samples", 2, "--length", 32, "--json"]
+    found = []
+    for _ in range(2):
+        done = compress(*ranking, cwd=tmp_path / "here")
+        assert done.returncode == 0, done.stderr
+        found.append((done.stdout, [(p, p.stat().st_mtime_ns) for p in (tmp_path / "cache").rglob("self-*")]))
+    assert found[0] == found[1] and len(found[0][1]) == 1
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_rank_leaves_protected_blocks_out_and_refuses_unknown_metrics(compress: Command, tiny_llama: Path) -> None:
     arguments = ["rank", tiny_llama, "--data", "embedded", "--samples", 2, "--length", 32, "--json"]
     done = compress(*arguments, "--metric", "magnitude", "--protect-first", 2, "--protect-last", 1)
