@@ -31,7 +31,7 @@ from edgepress.hardware.rv32.families import Rope, layers, numbers_of, rope_kind
 from edgepress.hardware.rv32.layout import Layout, code_form
 from edgepress.hardware.rv32.memory import LINEAR_BYTES, linker_script, memory_use, table_bytes
 from edgepress.hardware.rv32.project import Run, model_header, model_source, sources
-from edgepress.hardware.rv32.rows import encode
+from edgepress.hardware.rv32.rows import encode, encode_numbers
 from edgepress.hardware.rv32.simulator import Outcome, simulate
 from edgepress.hardware.soc import load_soc
 
@@ -94,6 +94,12 @@ def _models() -> Iterator[Case]:
         left_out = {"pattern": Pattern.parse(pattern)}
         yield Case(f"{bits} bit, {pattern}", SMALL, Grid(bits, 32), linear=left_out)
         yield Case(f"{bits} bit, {pattern}, one group a row", WIDE, Grid(bits, -1), linear=left_out)
+        yield Case(f"int8, {bits} bit, {pattern}", SMALL, Grid(bits, 32), linear=left_out, activations="int8")
+        whole = Case(f"int8, {bits} bit, {pattern}, one group a row", WIDE, Grid(bits, -1), linear=left_out)
+        yield replace(whole, activations="int8")
+    for dtype, pattern in [(d, p) for d in ("F32", "F16", "BF16") for p in ("2:4", "4:8")] + [("F32", "1:8")]:
+        for name, config in (("", SMALL), (", wide", WIDE)):
+            yield Case(f"{dtype}, {pattern}{name}", config, dtype=dtype, linear={"pattern": Pattern.parse(pattern)})
     for dtype in ("F32", "F16", "BF16"):
         yield Case(f"dense {dtype}", SMALL, dtype=dtype)
         yield Case(f"dense {dtype}, wide", WIDE, dtype=dtype, new=12)
@@ -128,6 +134,8 @@ OTHERS = [
         linear={"adapter_rank": 4, "adapter_packed": True}, activations="int8", new=16,
     ),
     Case("llama, 4 bit, 2:4", llama(192, 384, 6, 3, 300), Grid(4, 64), linear={"pattern": Pattern(2, 4)}),
+    Case("2:4, int8", llama(192, 384, 6, 3, 300), Grid(4, 64), linear={"pattern": Pattern(2, 4)}, activations="int8"),
+    Case("llama, bfloat16, 2:4", llama(192, 384, 6, 3, 300), dtype="BF16", linear={"pattern": Pattern(2, 4)}),
     Case("llama, 3 bit, 8-bit cache", llama(192, 512, 6, 3, 1000), Grid(3, 64), embedding_bits=8, kv_bits=8),
     Case("qwen3, 8 bit", llama(128, 384, 4, 2, 600, model_type="qwen3", head_dim=32), Grid(8, 128), embedding_bits=4),
     Case("gemma2, 4 bit", llama(128, 320, 8, 8, 400) | _GEMMA | {"model_type": "gemma2"}, Grid(4, 32, True)),
@@ -138,16 +146,24 @@ OTHERS = [
 
 
 def measured(
-    case: Case, folder: Path, change: Callable[[Path], None] | None = None, context: int = 64, prompt: int = 4
-) -> Outcome:
-    """What the program of a model with random weights takes. change: done to its files before they are built."""
+    case: Case, folder: Path, change: Callable[[Path], None] | None = None, context: int = 64, prompt: int = 4,
+    compiler: list[str] | None = None,
+) -> Outcome:  # fmt: skip
+    """What the program of a model with random weights takes. change: done to its files before they are built.
+
+    compiler: clang where it is installed if none is given.
+    """
     shape = case.shape()
     run = replace(case.run(), context=context, prompt=range(1, 1 + prompt))
     layout = Layout(shape, 0)
     dice = np.random.default_rng(1)
     contents = {name: _random(name, part.nbytes, case, dice) for name, part in layout.parts.items()}
-    for index, block in enumerate(shape.blocks) if case.grid else ():
-        contents |= {f"{index}.{x.name}.codes": _codes(shape, x.shape, dice) for x in layers(shape, block)}
+    for index, block in enumerate(shape.blocks):
+        for x in layers(shape, block):
+            if case.grid:
+                contents[f"{index}.{x.name}.codes"] = _codes(shape, x.shape, dice)
+            elif code_form(shape, x.shape).of:
+                contents[f"{index}.{x.name}.codes"] = _numbers(shape, x.shape, dice)
     tables = table_bytes(shape, len(run.prompt), len(run.ends), run.context)
     uses = memory_use(
         shape, load_soc("siracusa"), layout.nbytes, tables, run.context, run.kv_bits, activations=run.activations
@@ -169,7 +185,7 @@ def measured(
         (folder / name).write_bytes(data)
     if change is not None:
         change(folder)
-    build(folder, compilers().get("clang") or find_compiler())
+    build(folder, compiler or compilers().get("clang") or find_compiler())
     return simulate(folder)
 
 
@@ -184,6 +200,15 @@ def _codes(shape: ModelShape, x: LinearShape, dice: np.random.Generator) -> byte
         gone = np.arange(x.in_features) % form.of < form.of - form.kept
         codes = np.where(gone, points.repeat(x.in_features // sides[1], 1), codes)
     return encode(form, codes, scales, None if x.grid.symmetric else zeros)
+
+
+def _numbers(shape: ModelShape, x: LinearShape, dice: np.random.Generator) -> bytes:
+    form, numbers = code_form(shape, x), dice.normal(0, 0.3, (x.out_features, x.in_features)).astype(np.float32)
+    numbers[:, np.arange(x.in_features) % form.of < form.of - form.kept] = 0
+    if x.dtype == "F32":
+        return encode_numbers(form, numbers.view(np.uint32))
+    halves = numbers.astype(np.float16).view(np.uint16)
+    return encode_numbers(form, halves if x.dtype == "F16" else (numbers.view(np.uint32) >> 16).astype(np.uint16))
 
 
 def _random(name: str, nbytes: int, case: Case, dice: np.random.Generator) -> bytes:

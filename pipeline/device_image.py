@@ -48,12 +48,13 @@ from edgepress.hardware.rv32.layout import (
     FINAL_NORM,
     HEAD,
     MAGIC,
+    CodeForm,
     Layout,
     code_form,
     matrices,
     require_runnable,
 )
-from edgepress.hardware.rv32.rows import decode
+from edgepress.hardware.rv32.rows import decode, decode_numbers
 from edgepress.pipeline.export import program_contents, token_pieces
 
 END = b"EPDEVICE"
@@ -222,15 +223,19 @@ class _Reader:
     def _parts_of(self, index: int, layer: Layer) -> dict[str, Tensor]:
         """The parts of one layer of the program: codes, scales and zeros (rows, ...) of a grid apart."""
         x, found = layer.shape, dict[str, Tensor]()
-        for kind, (dtype, width) in _kinds(x).items():
+        form = code_form(self._shape, x)
+        for kind, (dtype, width) in _kinds(x, form).items():
             name = f"{index}.{layer.name}.{kind}"
             if name not in self._layout.parts:
                 continue
             stored = self._part(name, dtype, (-1, *width))
             if kind == "codes" and isinstance(x.grid, Grid):
                 sizes = x.out_features, x.in_features, x.grid.groups(x.in_features)
-                apart = decode(code_form(self._shape, x), stored.numpy().tobytes(), *sizes, not x.grid.symmetric)
+                apart = decode(form, stored.numpy().tobytes(), *sizes, not x.grid.symmetric)
                 found |= {kind: torch.from_numpy(array) for kind, array in apart.items()}
+            elif kind == "codes" and form.of:
+                numbers = decode_numbers(form, stored.numpy().tobytes(), x.out_features, x.in_features)
+                found[kind] = torch.frombuffer(bytearray(numbers.tobytes()), dtype=_DTYPES[x.dtype]).view(numbers.shape)
             else:
                 found[kind] = stored
         return found
@@ -278,12 +283,12 @@ def _put_back(rows: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def _kinds(x: LinearShape) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _kinds(x: LinearShape, form: CodeForm) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Of each part of a layer the numbers' precision, and how many a row has."""
     adapter = "I8" if x.adapter_packed else x.adapter_dtype
     codes: tuple[str, tuple[int, ...]] = (x.dtype, (x.in_features,))
     return {
-        "codes": ("U8", ()) if isinstance(x.grid, Grid) else codes,
+        "codes": ("U8", ()) if isinstance(x.grid, Grid) or form.of else codes,
         "bias": ("F32", (1,)),
         "a": (adapter, (x.in_features,)),
         "b": (adapter, (x.adapter_rank,)),

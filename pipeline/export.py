@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.config import rotary_width
-from edgepress.checkpoints.errors import CheckpointError, PlanError, TextError, require_unicode
+from edgepress.checkpoints.errors import CheckpointError, NumericsError, PlanError, TextError, require_unicode
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.packing import dequantise_rows, group_of, unpack
@@ -46,7 +46,6 @@ from edgepress.hardware.rv32.layout import (
     form_notes,
     is_ordered,
     matrices,
-    program_shape,
     require_runnable,
     shared,
 )
@@ -54,7 +53,7 @@ from edgepress.hardware.rv32.memory import LINEAR_BYTES, Use, linker_script, mem
 from edgepress.hardware.rv32.native import Native
 from edgepress.hardware.rv32.predict import Prediction, predict, require_activations, require_kv_bits
 from edgepress.hardware.rv32.project import Run, makefile, model_header, model_source, sources
-from edgepress.hardware.rv32.rows import encode
+from edgepress.hardware.rv32.rows import encode, encode_numbers
 from edgepress.hardware.soc import Soc
 from edgepress.pipeline.store import checkpoint_folder
 
@@ -96,13 +95,13 @@ class Export:
 
     @property
     def shape(self) -> ModelShape:
-        """The checkpoint's, as the program has it."""
-        return program_shape(self.checkpoint.shape, self.run.activations)
+        """The checkpoint's."""
+        return self.checkpoint.shape
 
     @property
     def notes(self) -> list[str]:
         """What became of the zeros of N:M patterns."""
-        return form_notes(self.checkpoint.shape, self.run.activations)
+        return form_notes(self.shape)
 
     @torch.no_grad()
     def write(self, folder: Path, text: Text | None = None) -> Quality | None:
@@ -115,7 +114,7 @@ class Export:
         model = exact_model(self.checkpoint)  # first: it says in words where the files do not make a model
         with readable(f"transformers cannot run {self.checkpoint.folder}"):
             expected = _greedy(model, run)
-        weights = layout.joined(program_contents(self.checkpoint, self.pieces, run.activations))
+        weights = layout.joined(program_contents(self.checkpoint, self.pieces))
         ropes = _ropes(model, shape)
         facts = {
             "soc": self.soc.label,
@@ -190,7 +189,7 @@ def plan_export(
 
     Raises PlanError for what the program or the chip cannot do, CheckpointError without a tokenizer.
     """
-    shape = program_shape(checkpoint.shape, activations)
+    shape = checkpoint.shape
     require_kv_bits(kv_bits)
     require_runnable(shape, context)
     numbers = numbers_of(shape, checkpoint.hf_config().to_dict(), context)
@@ -265,11 +264,12 @@ def ends_of(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
 # --- the parts of weights.bin -----------------------------------------------------------------------------------------
 
 
-def program_contents(checkpoint: Checkpoint, pieces: list[bytes], activations: str = "float") -> dict[str, bytes]:
+def program_contents(checkpoint: Checkpoint, pieces: list[bytes]) -> dict[str, bytes]:
     """The parts of weights.bin by name. Raises CheckpointError for weights that the program cannot read."""
-    shape, outer = program_shape(checkpoint.shape, activations), checkpoint.outer()
+    shape, outer = checkpoint.shape, checkpoint.outer()
     found: dict[str, bytes] = {FINAL_NORM: _norm(shape, outer[f"{FINAL_NORM}.weight"])}
     edge = checkpoint.edge()
+    _require_finite(checkpoint.folder.name, {**outer, **edge})
     for name in matrices(shape):
         kinds = ("codes", "scales", "minimum") if edge else ()
         found |= {f"{name}.{kind}": _raw(edge[f"{name}.{kind}"]) for kind in kinds}
@@ -286,6 +286,7 @@ def program_contents(checkpoint: Checkpoint, pieces: list[bytes], activations: s
             parts = _base(x, stored, order, where)
             if x.adapter_rank:
                 parts |= _adapter(x, adapter, codes, checkpoint.adapter_scale)
+            _require_finite(where, parts)
             if order is not None:
                 parts |= {"order": order.to(torch.uint16)} | ({"a": parts["a"][:, order]} if x.adapter_rank else {})
             found |= {f"{index}.{layer.name}.{kind}": data for kind, data in _own(shape, layer, parts, where).items()}
@@ -300,21 +301,30 @@ def _norm(shape: ModelShape, weight: Tensor, of_heads: bool = False) -> bytes:
     return _raw(1.0 + weight if family.one_more else weight)
 
 
+def _require_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise NumericsError for a part with a number that is none: the program reads its bits as another one's."""
+    for kind, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"{name}: its {kind} have values that are not finite, which the program cannot run")
+
+
 def _own(shape: ModelShape, layer: Layer, parts: Mapping[str, Tensor], where: str) -> dict[str, bytes]:
     """Of a linear layer's parts those of a program's layer, with its rows alone in its order."""
     own = {kind: tensor for kind, tensor in parts.items() if kind not in shared(layer)}
     if layer.rows is not None:
         rows = torch.tensor(layer.rows)
         own = {kind: x if kind in ("a", "rank_scales", "order") else x[rows] for kind, x in own.items()}
-    found = {}
-    if isinstance(layer.shape.grid, Grid):
-        codes, scales, zeros = (own.pop(kind, None) for kind in ("codes", "scales", "zeros"))
-        assert codes is not None and scales is not None
-        form = code_form(shape, layer.shape)
-        try:
+    found, form = {}, code_form(shape, layer.shape)
+    try:
+        if isinstance(layer.shape.grid, Grid):
+            codes, scales, zeros = (own.pop(kind, None) for kind in ("codes", "scales", "zeros"))
+            assert codes is not None and scales is not None
             found["codes"] = encode(form, codes.numpy(), scales.numpy(), None if zeros is None else zeros.numpy())
-        except ValueError as error:
-            raise CheckpointError(f"{where} is said to hold {layer.shape.pattern}, but has {error}") from None
+        elif form.of:
+            bits = own.pop("codes").contiguous().view(torch.int32 if form.bits == 32 else torch.int16)
+            found["codes"] = encode_numbers(form, bits.numpy().view(f"<u{form.bits // 8}"))
+    except ValueError as error:
+        raise CheckpointError(f"{where} is said to hold {layer.shape.pattern}, but has {error}") from None
     return found | {kind: _raw(tensor) for kind, tensor in own.items()}
 
 
@@ -421,7 +431,10 @@ def _greedy(model: Any, run: Run) -> list[int]:
     cache = RoundedCache(config=model.config) if run.kv_bits == 8 else DynamicCache(config=model.config)
     fed = torch.tensor([tokens])
     for _ in range(run.new_tokens):
-        token = int(model(fed, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
+        logits = model(fed, past_key_values=cache, use_cache=True).logits[0, -1]
+        if not bool(torch.isfinite(logits).all()):
+            raise NumericsError(f"after the token {tokens[-1]} of its text the model's logits are not finite")
+        token = int(logits.argmax())
         tokens.append(token)
         if token in run.ends:
             break

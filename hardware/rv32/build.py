@@ -20,7 +20,7 @@ FLAGS = (
 GCC = ("-march=rv32imf",)
 ZIG = ("-target", "riscv32-freestanding-none", "-mcpu=generic_rv32+m+f", "-fno-sanitize=undefined")
 # What is compiled and linked; model.c is written for each model.
-INPUTS = ("runtime.c", "products.c", "integers.c", "main.c", "model.c", "start.S")
+INPUTS = ("runtime.c", "products.c", "lists.c", "integers.c", "main.c", "model.c", "start.S")
 INSTALL = "apt-get install gcc-riscv64-unknown-elf, or pip install ziglang"
 
 

@@ -16,6 +16,7 @@ from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.rv32.build import compilers
 from edgepress.hardware.rv32.families import (
+    Layer,
     activation,
     branches_are_buffered,
     family_of,
@@ -25,8 +26,8 @@ from edgepress.hardware.rv32.families import (
     rope_kinds,
     rope_sets,
 )
-from edgepress.hardware.rv32.layout import EMBEDDING, code_form, is_ordered, matrices, most_ordered, program_shape
-from edgepress.hardware.rv32.memory import chunk, head_is_rounded
+from edgepress.hardware.rv32.layout import EMBEDDING, CodeForm, code_form, is_ordered, matrices, most_ordered
+from edgepress.hardware.rv32.memory import abreast, chunk, head_is_rounded
 from edgepress.hardware.rv32.project import Run, adapter_format, formats, linear_format, matrix_format
 
 CONSTANTS = "instructions.toml"
@@ -61,12 +62,14 @@ def constants(table: str) -> dict[str, float]:
 
 def token_counts(shape: ModelShape, run: Run) -> Counts:
     """What the constants are multiplied by. The operators' names are the simulator's."""
-    shape, fed, blocks = program_shape(shape, run.activations), fed_tokens(run), len(shape.blocks)
+    fed, blocks = fed_tokens(run), len(shape.blocks)
     found: Counts = {}
     for block in shape.blocks:
-        for layer in layers(shape, block):
+        own = layers(shape, block)
+        for layer in own:
             sums = found.setdefault(f"linear {layer.role}", {})
-            for what, count in _linear(shape, layer.shape, run).items():
+            made = any(_is_made(shape, other, layer) for other in own)
+            for what, count in _linear(shape, layer.shape, run, made).items():
                 sums[what] = sums.get(what, 0.0) + count
             if is_ordered(shape, layer.shape):
                 sums = found.setdefault("order of inputs", {"ordered": 0.0})
@@ -95,24 +98,33 @@ def fed_tokens(run: Run) -> int:
     return len(run.prompt) + run.new_tokens - 1
 
 
-def _linear(shape: ModelShape, x: LinearShape, run: Run) -> Amounts:
-    form = _product(linear_format(shape, x), run)
+def _is_made(shape: ModelShape, before: Layer, layer: Layer) -> bool:
+    """Whether a layer takes what the one before it made of the same inputs: their codes lie alike."""
+    own, other = layer.shape, before.shape
+    if {"k": "q", "v": "k", "gate": "up"}.get(layer.role) != before.role or is_ordered(shape, own):
+        return False
+    return isinstance(own.grid, Grid) and own.grid == other.grid and code_form(shape, own) == code_form(shape, other)
+
+
+def _linear(shape: ModelShape, x: LinearShape, run: Run, made: bool = False) -> Amounts:
+    """made: what is made of the inputs before they are multiplied lies there."""
+    codes, form = code_form(shape, x), _product(linear_format(shape, x), run)
     found: Amounts = {f"{form} layer": 1, f"{form} row": x.out_features, f"{form} weight": x.weights}
-    if isinstance(x.grid, Grid):
-        codes, groups = code_form(shape, x), x.out_features * x.grid.groups(x.in_features)
-        if codes.of:
-            kind = "tabled" if codes.tabled else "gathered"
-            found = {
-                f"{kind} layer": 1,
-                f"{kind} row": x.out_features,
-                f"{kind} group": groups,
-                f"{kind} set": x.weights // codes.of,
-                f"Q{codes.bits} {kind} weight": x.weights // codes.of * codes.kept,
-                "table number": codes.prepared(x.in_features),
-            }
-        else:
-            found[f"{form} column"] = x.in_features  # of which products are prepared, once for all rows
-            found[f"{form} group"] = groups
+    if codes.of:
+        kind, own = _listed(codes, run), _product(codes.dtype or f"Q{codes.bits}", run)
+        found = {
+            f"{kind} layer": 1,
+            f"{kind} row": x.out_features,
+            f"{kind} set": x.weights // codes.of,
+            f"{own} {kind} weight": x.weights // codes.of * codes.kept,
+        }
+        if codes.tabled:
+            found[f"{kind} number"] = 0 if made else codes.prepared(x.in_features)
+        if isinstance(x.grid, Grid):
+            found[f"{kind} group"] = x.out_features * x.grid.groups(x.in_features)
+    elif isinstance(x.grid, Grid):
+        found[f"{form} column"] = 0 if made else x.in_features  # of which products are prepared, once for all rows
+        found[f"{form} group"] = x.out_features * x.grid.groups(x.in_features)
         if run.activations == "int8":
             found[f"{form} chunk"] = x.out_features * (x.in_features // chunk(x.grid.bits, x.in_features, x.grid.group))
     if x.bias:
@@ -122,6 +134,12 @@ def _linear(shape: ModelShape, x: LinearShape, run: Run) -> Amounts:
         found[f"{own} adapter row"] = x.adapter_rank + x.out_features
         found[f"{own} adapter weight"] = x.adapter_rank * (x.in_features + x.out_features)
     return found
+
+
+def _listed(form: CodeForm, run: Run) -> str:
+    """How a matrix without its zeros is multiplied."""
+    kind = "tabled" if form.tabled else "gathered"
+    return f"{kind} numbers" if form.dtype else _product("Q", run).replace("Q", kind)
 
 
 def _product(form: str, run: Run) -> str:
@@ -138,6 +156,7 @@ def _attention(shape: ModelShape, run: Run) -> Amounts:
         f"{form} attention channel": blocks * shape.heads * shape.head_dim,
         f"{form} seen": shape.heads * seen,
         f"{form} seen channel": shape.heads * seen * shape.head_dim,
+        f"{form} read channel": shape.heads // abreast(shape) * seen * shape.head_dim,
     }
     if family_of(shape).capped and shape.config.get("attn_logit_softcapping"):
         found["capped seen"] = shape.heads * seen
@@ -173,22 +192,23 @@ def _head(shape: ModelShape, run: Run, with_head: float) -> Amounts:
 
 def code_parts(shape: ModelShape, run: Run) -> Amounts:
     """What the program has code for; what a model has not is not compiled."""
-    shape = program_shape(shape, run.activations)
     family, first = family_of(shape), shape.blocks[0]
     linears = [x for block in shape.blocks for x in block.linears]
     parts: Amounts = {"program": 1, f"kv{run.kv_bits}": 1, activation(shape.config): 1}
     parts |= {name if name[0] == "U" else _product(name, run): 1 for name in formats(shape) if "_" not in name}
     if run.activations == "int8" and head_is_rounded(shape):
         parts[f"int8 U{shape.embedding_bits} head"] = 1
-    listed = {code_form(shape, x) for x in linears if isinstance(x.grid, Grid)}
+    listed = {code_form(shape, x) for x in linears}
     for form in (form for form in listed if form.of):
-        kind, sets = "tabled" if form.tabled else "gathered", form.unit // form.of
-        more = {kind: 1, f"{kind} sets": sets, f"Q{form.bits} {kind} kept": sets * form.kept}
+        kind, sets = _listed(form, run), form.unit // form.of
+        own = _product(form.dtype or f"Q{form.bits}", run)
+        more = {kind: 1, f"{kind} sets": sets, f"{own} {kind} kept": sets * form.kept}
         more |= {"table": len(form.sets) * form.kept} if form.tabled else {}
         parts |= {name: parts.get(name, 0) + count for name, count in more.items()}
     parts |= {
         "adapter": any(x.adapter_rank for x in linears),
         "short heads": shape.head_dim <= 16,  # which compilers unroll
+        "abreast": abreast(shape) - 1,
         "norms": len(norms(shape, first)),
         "branches": branches_are_buffered(shape),
         "capped": family.capped,

@@ -18,7 +18,7 @@ from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.rv32.families import Layer, faults, layers, norms
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
-MAGIC = b"edgepress rv32 2"  # the file's first bytes: no part lies at offset 0, which the tables read as none
+MAGIC = b"edgepress rv32 3"  # the file's first bytes: no part lies at offset 0, which the tables read as none
 _DENSE = {"F32": 4, "F16": 2, "BF16": 2}
 ROWS = 4  # of a grid's matrix that lie side by side
 _SETS, _TABLE = 256, 8  # the most sets of an N:M pattern, and numbers an input that a table of them may have
@@ -36,18 +36,20 @@ class Part:
 
 @dataclass(frozen=True)
 class CodeForm:
-    """How the codes of a grid's matrix lie in weights.bin: all of them, or of an N:M pattern those of the kept weights.
+    """How the codes or numbers of a matrix lie in weights.bin: all, or of an N:M pattern those of the kept weights.
 
     Of the latter each group of the pattern has the number of the set of places that are kept.
     """
 
     bits: int
-    kept: int = 0  # of each `of` weights; 0 of 0: all codes are stored
+    kept: int = 0  # of each `of` weights; 0 of 0: all are stored
     of: int = 0
+    dtype: str = ""  # of numbers without a grid
 
     @property
     def name(self) -> str:
-        return f"Q{self.bits}_{self.kept}_{self.of}" if self.of else f"Q{self.bits}"
+        own = self.dtype or f"Q{self.bits}"
+        return f"{own}_{self.kept}_{self.of}" if self.of else own
 
     @property
     def unit(self) -> int:
@@ -70,7 +72,7 @@ class CodeForm:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of the codes in a row's unit."""
+        """Bytes of the codes or numbers in a row's unit."""
         return -(-self.unit * self.kept * self.bits // (8 * self.of)) if self.of else self.unit * self.bits // 8
 
     @property
@@ -89,62 +91,52 @@ class CodeForm:
             return columns // self.of * math.comb(self.of, self.kept) * self.entry if self.tabled else 0
         return columns if self.bits < 8 else 0
 
-    def nbytes(self, x: LinearShape, grid: Grid) -> int:
-        """Bytes of a matrix with its scales and zero points; its rows are filled up to whole fours."""
-        fours, groups = -(-x.out_features // ROWS), grid.groups(x.in_features)
-        sides = 2 * ROWS + (0 if grid.symmetric else ROWS)
-        return fours * (groups * sides + ROWS * x.in_features // self.unit * (self.index_bytes + self.code_bytes))
+    def nbytes(self, x: LinearShape) -> int:
+        """Bytes of a matrix, with the scales and zero points of its grid; its rows are filled up to whole fours."""
+        fours, units = -(-x.out_features // ROWS), ROWS * x.in_features // self.unit
+        if isinstance(x.grid, Grid):
+            sides = 2 * ROWS + (0 if x.grid.symmetric else ROWS)
+            return fours * (x.grid.groups(x.in_features) * sides + units * (self.index_bytes + self.code_bytes))
+        return fours * units * (self.index_bytes + self.code_bytes) if self.of else x.weights * self.bits // 8
 
 
-def code_forms(shape: ModelShape, x: LinearShape, grid: Grid) -> list[CodeForm]:
-    """The forms that a matrix can have; the first stores all codes."""
-    forms = [CodeForm(grid.bits)]
+def code_forms(shape: ModelShape, x: LinearShape) -> list[CodeForm]:
+    """The forms that a matrix can have; the first stores all codes or numbers."""
+    if isinstance(x.grid, Grid):
+        forms = [CodeForm(x.grid.bits)]
+        group = x.in_features if x.grid.group == -1 else x.grid.group
+    else:
+        forms, group = [CodeForm(8 * _DENSE[x.dtype], dtype=x.dtype)], x.in_features
     if x.pattern is not None and not is_ordered(shape, x):
         pattern = x.pattern.on(x.in_features, x.out_features)
-        n, m, group = pattern.removed, pattern.of, x.in_features if grid.group == -1 else grid.group
+        n, m = pattern.removed, pattern.of
         if n and 32 % m == 0 and group % 32 == 0 and math.comb(m, n) <= _SETS:
-            forms.append(CodeForm(grid.bits, m - n, m))
+            forms.append(replace(forms[0], kept=m - n, of=m))
     return forms
 
 
 def code_form(shape: ModelShape, x: LinearShape) -> CodeForm:
-    """The smallest form of a grid's matrix, of equals the simplest."""
-    grid = x.grid
-    assert isinstance(grid, Grid)
-    return min(code_forms(shape, x, grid), key=lambda form: form.nbytes(x, grid))
-
-
-def program_shape(shape: ModelShape, activations: str) -> ModelShape:
-    """The shape as the program has it: integers (int8) are multiplied by codes of which none is left out."""
-    if activations != "int8":
-        return shape
-    blocks = (replace(b, linears=tuple(replace(x, pattern=None) for x in b.linears)) for b in shape.blocks)
-    return replace(shape, blocks=tuple(blocks))
+    """The smallest form of a matrix, of equals the simplest."""
+    return min(code_forms(shape, x), key=lambda form: form.nbytes(x))
 
 
 def form_facts(shape: ModelShape) -> list[dict[str, Any]]:
-    """Of each matrix with an N:M pattern and a grid its form, and the bytes of each that it can have."""
+    """Of each matrix with an N:M pattern its form, and the bytes of each that it can have."""
     return [
         {
             "name": f"{index}.{layer.name}",
             "pattern": str(layer.shape.pattern),
             "form": code_form(shape, layer.shape).name,
-            "bytes": {
-                form.name: form.nbytes(layer.shape, layer.shape.grid)
-                for form in code_forms(shape, layer.shape, layer.shape.grid)
-            },
+            "bytes": {form.name: form.nbytes(layer.shape) for form in code_forms(shape, layer.shape)},
         }
         for index, block in enumerate(shape.blocks)
         for layer in layers(shape, block)
-        if layer.shape.pattern is not None and isinstance(layer.shape.grid, Grid)
+        if layer.shape.pattern is not None
     ]
 
 
-def form_notes(shape: ModelShape, activations: str = "float") -> list[str]:
+def form_notes(shape: ModelShape) -> list[str]:
     """What became of the zeros of N:M patterns, in a line for each pattern and form."""
-    if activations == "int8":
-        patterns = dict.fromkeys(facts["pattern"] for facts in form_facts(shape))
-        return [f"zeros of {pattern} are stored: with --activations int8 all codes are" for pattern in patterns]
     sums: dict[tuple[str, str, bool], list[int]] = {}
     for facts in form_facts(shape):
         other = max(facts["bytes"].values()) if len(facts["bytes"]) > 1 else 0
@@ -155,11 +147,12 @@ def form_notes(shape: ModelShape, activations: str = "float") -> list[str]:
     notes = []
     for (pattern, form, both), (count, taken, other) in sums.items():
         if "_" in form:
-            why = f"left out of {count} matrices: {taken:,} bytes where all codes take {other:,}"
+            whole = "codes" if form.startswith("Q") else "numbers"
+            why = f"left out of {count} matrices: {taken:,} bytes where all {whole} take {other:,}"
         elif both:
             why = f"stored in {count} matrices: {taken:,} bytes, and {other:,} with them left out"
         else:
-            why = f"stored in {count} matrices: they cannot be left out (FORMAT.md)"
+            why = f"stored in {count} matrices, {taken:,} bytes: they cannot be left out (FORMAT.md)"
         notes.append(f"zeros of {pattern} are {why}")
     return notes
 
@@ -218,10 +211,7 @@ def _parts(shape: ModelShape, pieces: int) -> Iterator[tuple[str, int]]:
 
 
 def _linear_parts(shape: ModelShape, x: LinearShape) -> Iterator[tuple[str, int]]:
-    if isinstance(x.grid, Grid):
-        yield "codes", code_form(shape, x).nbytes(x, x.grid)
-    else:
-        yield "codes", x.weights * _DENSE[x.dtype]
+    yield "codes", code_form(shape, x).nbytes(x)
     if x.bias:
         yield "bias", 4 * x.out_features
     if x.adapter_rank:

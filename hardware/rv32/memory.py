@@ -11,9 +11,9 @@ from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.memory import size_text
-from edgepress.checkpoints.shape import ModelShape
+from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.hardware.rv32.families import branches_are_buffered, layers, norms, rooms, rope_kinds, rope_sets
-from edgepress.hardware.rv32.layout import code_form, most_ordered
+from edgepress.hardware.rv32.layout import CodeForm, code_form, most_ordered
 from edgepress.hardware.soc import Memory, Soc
 
 # Upper ends, in bytes, of what only a compiler knows. Of 4-bit codes with an adapter zig 0.17's clang makes 8.0 KiB of
@@ -68,16 +68,22 @@ def cache_bytes(shape: ModelShape, context: int, kv_bits: int) -> int:
 
 
 def activation_bytes(shape: ModelShape, context: int, kv_bits: int, activations: str = "float") -> int:
-    """Bytes of the vectors that runtime.c, products.c and integers.c keep: float32, but for rounded inputs."""
+    """Bytes of the vectors that the program keeps: float32, but for rounded inputs."""
     hidden, query = shape.hidden_size, shape.heads * shape.head_dim
     gated = "gate" in {layer.role for layer in layers(shape, shape.blocks[0])}
     vectors = hidden + max(hidden, query) + (max(hidden, query) if branches_are_buffered(shape) else query)
     vectors += (2 if gated else 1) * inner(shape)
     vectors += 2 * shape.kv_heads * shape.head_dim if kv_bits == 8 else 0
     vectors += most_ordered(shape)
-    vectors += input_words(shape) if activations == "int8" else prepared(shape) + most_groups(shape)
+    vectors += prepared(shape, activations)
+    vectors += input_words(shape) if activations == "int8" else most_groups(shape)
     angles = len(rope_kinds(shape)) * rotary_width(shape.config)
-    return 4 * (vectors + max(rooms(shape, context)) + angles + max(rank(shape), 1))
+    return 4 * (vectors + abreast(shape) * max(rooms(shape, context)) + angles + max(rank(shape), 1))
+
+
+def abreast(shape: ModelShape) -> int:
+    """Heads whose scores lie there at a time: two where an even number of them reads the same keys and values."""
+    return 1 if shape.heads // shape.kv_heads % 2 else 2
 
 
 def inner(shape: ModelShape) -> int:
@@ -92,9 +98,9 @@ def rank(shape: ModelShape) -> int:
     return max(x.adapter_rank for block in shape.blocks for x in block.linears)
 
 
-def prepared(shape: ModelShape) -> int:
-    """The most numbers that the program makes of a vector before it multiplies a grid's matrix with it."""
-    linears = [x for block in shape.blocks for x in block.linears if isinstance(x.grid, Grid)]
+def prepared(shape: ModelShape, activations: str = "float") -> int:
+    """The most numbers that the program makes of a vector before it multiplies a matrix with it in float32."""
+    linears = [x for block in shape.blocks for x in block.linears if activations == "float" or x.grid is None]
     return max((code_form(shape, x).prepared(x.in_features) for x in linears), default=0)
 
 
@@ -112,14 +118,21 @@ def head_is_rounded(shape: ModelShape) -> bool:
 
 def input_words(shape: ModelShape) -> int:
     """Words that hold a layer's inputs in 8 bits, of the layer that takes the most."""
-    grids = ((x.grid, x.in_features) for block in shape.blocks for x in block.linears)
-    sizes = [_input_words(grid.bits, columns, grid.group) for grid, columns in grids if isinstance(grid, Grid)]
+    grids = ((x, x.grid) for block in shape.blocks for x in block.linears)
+    sizes = [_input_words(x, grid, code_form(shape, x)) for x, grid in grids if isinstance(grid, Grid)]
     if head_is_rounded(shape):
-        sizes.append(_input_words(shape.embedding_bits or 8, shape.hidden_size, -1))
+        sizes.append(_all_words(shape.embedding_bits or 8, shape.hidden_size, -1))
     return max(sizes, default=0)
 
 
-def _input_words(bits: int, columns: int, group: int) -> int:
+def _input_words(x: LinearShape, grid: Grid, form: CodeForm) -> int:
+    """Of a list the scales of its groups, and its table, or four inputs in a word."""
+    if not form.of:
+        return _all_words(grid.bits, x.in_features, grid.group)
+    return grid.groups(x.in_features) + (form.prepared(x.in_features) or x.in_features // 4)
+
+
+def _all_words(bits: int, columns: int, group: int) -> int:
     """Two for a group, one for a chunk of columns, and one for four 8-bit inputs or two: as integers.c has them."""
     groups = columns // (columns if group == -1 else group)
     return 2 * groups + columns // chunk(bits, columns, group) + columns // (4 if bits == 8 else 2)

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import NumericsError, PlanError
 
-SOURCES = ("runtime.c", "products.c", "integers.c", "model.c")
+SOURCES = ("runtime.c", "products.c", "lists.c", "integers.c", "model.c")
 # fmaf is one instruction of every 64-bit Arm, and of nearly every x86: there a compiler must be told.
 _HERE = ("-march=native",) if platform.machine().lower() in ("x86_64", "amd64") else ()
 FLAGS = ("-O2", "-std=c11", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-DEVERY_LOGIT", *_HERE)
@@ -71,12 +71,18 @@ class Native:
         return found
 
     def continued(self, prompt: Sequence[int], new_tokens: int, ends: Sequence[int]) -> list[int]:
-        """The prompt and the likeliest tokens after it, the one that ends the text included."""
+        """The prompt and the likeliest tokens after it, the one that ends the text included.
+
+        Raises NumericsError where the logits are not finite.
+        """
         tokens = list(prompt)
         for position, token in enumerate(tokens[:-1]):
             self._program.forward(token, position, 0)
         for _ in range(new_tokens):
-            tokens.append(self.feed(tokens[-1], len(tokens) - 1))
+            chosen = self.feed(tokens[-1], len(tokens) - 1)
+            if not np.isfinite(np.array(self._logits)).all():
+                raise NumericsError(f"after the token {tokens[-1]} of its text the program's logits are not finite")
+            tokens.append(chosen)
             if tokens[-1] in ends:
                 break
         return tokens

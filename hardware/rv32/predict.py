@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgepress.checkpoints.errors import PlanError, near
+from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware.rv32.cost import code_bytes, instructions
-from edgepress.hardware.rv32.layout import Layout, form_notes, program_shape, require_runnable
+from edgepress.hardware.rv32.layout import Layout, form_notes, require_runnable
 from edgepress.hardware.rv32.memory import (
     Use,
     activation_bytes,
     cache_bytes,
     does_not_fit,
     memory_use,
-    most_groups,
     table_bytes,
 )
 from edgepress.hardware.rv32.project import Run
@@ -26,6 +26,7 @@ from edgepress.hardware.units import count_text
 
 KV_BITS = (8, 32)
 ACTIVATIONS = ("float", "int8")
+MOST_ROUNDED = 2**16  # inputs of a row: sums of 255 x 127 stay within 32 bits
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,14 @@ def require_activations(shape: ModelShape, activations: str) -> None:
     """Raise PlanError for a name that is none, and where the model has no codes to multiply integers by."""
     if activations not in ACTIVATIONS:
         raise PlanError(f"--activations {activations}{near(activations, ACTIVATIONS)}: there is float and int8")
-    if activations == "int8" and not most_groups(shape):
+    if activations == "int8" and not any(isinstance(x.grid, Grid) for block in shape.blocks for x in block.linears):
         raise PlanError(
             "--activations int8: the model's linear layers hold no codes of an integer grid for integers to be "
             "multiplied by; quantise it first (--quant gptq4)"
         )
+    widest = max(x.in_features for block in shape.blocks for x in block.linears)
+    if activations == "int8" and widest > MOST_ROUNDED:
+        raise PlanError(f"--activations int8: rows of {widest} inputs, whose sums are exact to {MOST_ROUNDED}")
 
 
 def predict(
@@ -108,9 +112,9 @@ def predict(
     pieces: bytes of all tokens' texts. Raises PlanError for what the program or the chip cannot do.
     """
     require_kv_bits(run.kv_bits)
-    zeros, shape = form_notes(shape, run.activations), program_shape(shape, run.activations)
     require_activations(shape, run.activations)
     require_runnable(shape, run.context)
+    zeros = form_notes(shape)
     tables = table_bytes(shape, len(run.prompt), len(run.ends), run.context)
     weights, code = Layout(shape, pieces).nbytes, code_bytes(shape, run)
     uses = memory_use(shape, soc, weights, tables, run.context, run.kv_bits, code, run.activations)

@@ -77,9 +77,9 @@ def model_header(shape: ModelShape, layout: Layout, run: Run, numbers: Numbers, 
         "KV_BITS": run.kv_bits,
         "INPUT_BITS": 8 if run.activations == "int8" else 32,
         "RANK": rank(shape),
-        "INPUT_NUMBERS": prepared(shape),
+        "INPUT_NUMBERS": prepared(shape, run.activations),
         "GROUPS": most_groups(shape),
-        "FORMATS": f"({' | '.join(f'1u << {name}' for name in formats(shape) if name[0] != 'Q')})",
+        "FORMATS": f"({' | '.join(f'1u << {name}' for name in formats(shape) if name[0] != 'Q' and '_' not in name)})",
         "PROMPT_TOKENS": len(run.prompt),
         "NEW_TOKENS": run.new_tokens,
         "END_TOKENS": len(run.ends),
@@ -163,34 +163,44 @@ def _parts(shape: ModelShape, numbers: Numbers, ropes: Sequence[Rope]) -> dict[s
 
 
 def _grids(shape: ModelShape) -> list[str]:
-    """The forms of the model's grids, for each of which products.c compiles a product."""
-    found: dict[str, tuple[CodeForm, Grid]] = {}
+    """The forms of the model's grids and of matrices without their zeros, for each of which a product is compiled."""
+    found: dict[str, tuple[CodeForm, LinearShape]] = {}
     for x in (x for block in shape.blocks for x in block.linears):
-        if isinstance(x.grid, Grid):
-            found[_c_format(shape, x)] = code_form(shape, x), x.grid
+        form = code_form(shape, x)
+        if form.of or isinstance(x.grid, Grid):
+            found[_c_format(shape, x)] = form, x
     if not found:
         return []
-    names = sorted(found, key=lambda name: (found[name][0].of > 0, name))  # those that store all codes first
-    grids, lists = [], []
+    grids, lists, numbers = [], [], []
     places: dict[str, object] = {}
-    for name in names:
-        form, grid = found[name]
+    for name, (form, x) in sorted(found.items()):
+        zeros = int(isinstance(x.grid, Grid) and not x.grid.symmetric)
+        if form.dtype:
+            numbers.append((name, f"LIST({name}, {form.dtype}, {form.kept}, {form.of})"))
+        elif form.of:
+            lists.append((name, f"LIST({name}, {form.bits}, {zeros}, {form.kept}, {form.of})"))
+        else:
+            grids.append((name, f"GRID({name}, {form.bits}, {zeros})"))
         if form.of:
-            lists.append(f"LIST({name}, {form.bits}, {int(not grid.symmetric)}, {form.kept}, {form.of})")
             sets = ", ".join("{" + ", ".join(map(str, kept)) + "}" for kept in form.sets)
             about = {"SETS": len(form.sets), "SET_BITS": form.set_bits, "TABLED": int(form.tabled), "PLACES": sets}
             places |= {f"{what}_{form.kept}_{form.of}": value for what, value in about.items()}
-        else:
-            grids.append(f"GRID({name}, {form.bits}, {int(not grid.symmetric)})")
-    first, *others = names
+    first, *others = [*(name for name, _ in (*grids, *lists)), "NUMBERS"]
+    others += [f"{name} = NUMBERS" if k == 0 else name for k, (name, _) in enumerate(numbers)]
+
+    def of(pairs: list[tuple[str, str]]) -> str:
+        return " ".join(text for _, text in pairs)
+
     return [
         "/* Of each grid its name, the bits of a code, whether zero points lie beside the scales; in lists also how",
-        " * many weights of how many are kept, in which sets of places. */",
-        f"#define GRIDS(GRID) {' '.join(grids)}",
-        f"#define LISTS(LIST) {' '.join(lists)}",
+        " * many weights of how many are kept, in which sets of places. Lists of numbers have no grid. */",
+        f"#define GRIDS(GRID) {of(grids)}",
+        f"#define LISTS(LIST) {of(lists)}",
+        f"#define NUMBER_LISTS(LIST) {of(numbers)}",
         f"#define LISTED {int(bool(lists))}  /* whether there are any */",
+        f"#define NUMBERS_LISTED {int(bool(numbers))}",
         *(f"#define {name} {value}" for name, value in places.items()),
-        f"enum grid {{ {', '.join([f'{first} = GRID', *others])} }};",
+        f"enum grid {{ {', '.join([f'{first} = GRID', *others])} }};  /* NUMBERS: where lists of numbers begin */",
         "",
     ]
 
@@ -271,7 +281,7 @@ def formats(shape: ModelShape) -> list[str]:
 
 
 def linear_format(shape: ModelShape, x: LinearShape) -> str:
-    return code_form(shape, x).name if isinstance(x.grid, Grid) else x.dtype
+    return code_form(shape, x).name
 
 
 def _c_format(shape: ModelShape, x: LinearShape) -> str:

@@ -28,10 +28,36 @@ def encode(form: CodeForm, codes: Array, scales: Array, zeros: Array | None) -> 
     if zeros is not None:
         sides.append(_by_fours(zeros.astype(np.uint8)).swapaxes(1, 2))
     both = [_bits(numbers, form.set_bits), _bits(stored, form.bits)] if form.of else [_bits(stored, form.bits)]
-    packed = np.concatenate(
-        [x.transpose(0, 2, 3, 1, 4).reshape(-1, groups, units, ROWS * x.shape[-1]) for x in both], -1
-    )
+    packed = _by_units(both)
     return np.concatenate([*sides, packed.reshape(*packed.shape[:2], -1)], axis=-1).tobytes()
+
+
+def encode_numbers(form: CodeForm, numbers: Array) -> bytes:
+    """The kept ones of numbers (rows, columns), given as unsigned integers of their bits."""
+    stored = _by_fours(numbers.reshape(len(numbers), 1, -1, form.unit))
+    magnitudes = stored & np.array(2 ** (form.bits - 1) - 1, stored.dtype)
+    sets, kept = _left_out(form, stored, magnitudes == 0)
+    return _by_units([_bits(sets, form.set_bits), np.ascontiguousarray(kept).view(np.uint8)]).tobytes()
+
+
+def decode_numbers(form: CodeForm, data: bytes, rows: int, columns: int) -> Array:
+    """The inverse: (rows, columns), the others 0."""
+    units = np.frombuffer(data, np.uint8).reshape(-(-rows // ROWS), columns // form.unit, -1)
+    index, per_unit = ROWS * form.index_bytes, form.unit // form.of
+
+    def rows_of(part: Array) -> Array:
+        """(fours, units, bytes of four rows) as (fours, 4, units, bytes)."""
+        return np.ascontiguousarray(part.reshape(*part.shape[:2], ROWS, -1).swapaxes(1, 2))
+
+    sets = _values(rows_of(units[..., :index]), form.set_bits, per_unit)
+    kept = rows_of(units[..., index:]).view(f"<u{form.bits // 8}")
+    found = _put_back(form, sets, kept, np.zeros((*sets.shape[:-1], form.unit), kept.dtype))
+    return _by_rows(found.reshape(-1, ROWS, columns), rows)
+
+
+def _by_units(parts: list[Array]) -> Array:
+    """Bytes (fours, 4, groups, units, n) of each part, as the parts of a unit lie: (fours, groups, units, all)."""
+    return np.concatenate([x.transpose(0, 2, 3, 1, 4).reshape(len(x), *x.shape[2:4], -1) for x in parts], -1)
 
 
 def _left_out(form: CodeForm, codes: Array, zero: Array) -> tuple[Array, Array]:

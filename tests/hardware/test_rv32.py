@@ -26,7 +26,7 @@ from edgepress.hardware.rv32.layout import (
 )
 from edgepress.hardware.rv32.memory import Use, does_not_fit, linker_script, memory_use
 from edgepress.hardware.rv32.project import sources
-from edgepress.hardware.rv32.rows import decode, encode
+from edgepress.hardware.rv32.rows import decode, decode_numbers, encode, encode_numbers
 from edgepress.hardware.rv32.simulator import StoppedError, difference, find_simulator, simulate
 from edgepress.hardware.soc import load_soc
 from tests.hardware.conftest import Make
@@ -125,7 +125,7 @@ def test_codes_lie_as_the_format_says_and_come_back(pattern: str, bits: int, sym
         codes = np.where(gone.reshape(codes.shape), points.repeat(group, 1), codes).astype(np.uint8)
     grid = Grid(bits, group, symmetric)
     data = encode(form, codes, scales, None if symmetric else zeros)
-    assert len(data) == form.nbytes(LinearShape("", rows, columns, "F32", grid=grid), grid) and len(data) % 4 == 0
+    assert len(data) == form.nbytes(LinearShape("", rows, columns, "F32", grid=grid)) and len(data) % 4 == 0
     wanted = scales.astype(float).repeat(group, 1) * (codes.astype(int) - points.repeat(group, 1))
     assert np.array_equal(read_back(data, form, rows, columns, group, symmetric), wanted)
     back = decode(form, data, rows, columns, 3, not symmetric)
@@ -157,12 +157,63 @@ def test_zeros_are_left_out_where_that_is_smaller(
     shape = make("stories15m", grid=grid, pattern=Pattern.parse(pattern))
     (x,) = (x for x in shape.blocks[0].linears if x.name.endswith("up_proj"))  # 768 x 288
     units, scales = 768 * 288 // 32, 768 * 288 // 32 * 2
-    first, second = code_forms(shape, x, grid)
-    assert (first.nbytes(x, grid), second.nbytes(x, grid)) == (units * whole + scales, units * left_out + scales)
+    first, second = code_forms(shape, x)
+    assert (first.nbytes(x), second.nbytes(x)) == (units * whole + scales, units * left_out + scales)
     assert code_form(shape, x) == (second if left_out < whole else first)
     notes = " ".join(form_notes(shape))
     assert ("left out of" if left_out < whole else "stored in") in notes and pattern in notes
     assert Layout(shape, 0).parts["0.mlp.up_proj.codes"].nbytes == units * min(whole, left_out) + scales
+
+
+# Of numbers, bytes of 32 of a row.
+NUMBERS = [
+    ("2:4", "F32", 128, 67), ("2:4", "BF16", 64, 35), ("1:8", "F32", 128, 114), ("1:8", "F16", 64, 58),
+    ("4:8", "BF16", 64, 36), ("1:16", "F16", 64, 61), ("1:32", "BF16", 64, 63),
+]  # fmt: skip
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("pattern", "dtype", "whole", "left_out"), NUMBERS)
+def test_numbers_without_a_grid_lie_without_zeros_too(
+    pattern: str, dtype: str, whole: int, left_out: int, make: Make
+) -> None:
+    shape = make("stories15m", dtype=dtype, pattern=Pattern.parse(pattern))
+    (x,) = (x for x in shape.blocks[0].linears if x.name.endswith("up_proj"))  # 768 x 288
+    first, second = code_forms(shape, x)
+    assert (first.nbytes(x), second.nbytes(x)) == (768 * 288 // 32 * whole, 768 * 288 // 32 * left_out)
+    assert code_form(shape, x) == second and second.name.startswith(f"{dtype}_")
+    assert (
+        f"bytes where all numbers take {sum(b.weights for b in shape.blocks[0].linears) * 6 * whole // 32:,}"
+        in (form_notes(shape)[0])
+    )
+    assert Layout(shape, 0).parts["0.mlp.up_proj.codes"].nbytes == 768 * 288 // 32 * left_out
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:2", "1:8", "4:8", "1:16", "1:32"])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_kept_numbers_lie_as_the_format_says_and_come_back(pattern: str, bits: int) -> None:
+    dice, rows, columns, nm = np.random.default_rng(bits), 6, 96, Pattern.parse(pattern)
+    form = CodeForm(bits, nm.of - nm.removed, nm.of, "F16" if bits == 16 else "F32")
+    numbers = dice.integers(1, 2**15, (rows, columns)).astype(f"<u{bits // 8}")
+    gone = dice.random((rows, columns // nm.of, nm.of)).argsort(-1) < nm.removed
+    numbers = np.where(gone.reshape(numbers.shape), 0, numbers).astype(numbers.dtype)
+    data = encode_numbers(form, numbers)
+    assert len(data) == form.nbytes(LinearShape("", rows, columns, form.dtype)) and len(data) % 4 == 0
+    assert np.array_equal(decode_numbers(form, data, rows, columns), numbers)
+    sets = list(combinations(range(form.of), form.kept))
+    wide = (len(sets) - 1).bit_length()
+    index, kept = -(-32 // form.of * wide // 8), 32 // form.of * form.kept * bits // 8
+    for row, column in [(r, c) for r in range(rows) for c in range(columns)]:
+        unit = (row // 4 * (columns // 32) + column // 32) * 4 * (index + kept)
+        chosen = int.from_bytes(data[unit + row % 4 * index :][:index], "little")
+        places = sets[chosen >> column % 32 // form.of * wide & 2**wide - 1]
+        value = 0
+        if column % form.of in places:
+            place = column % 32 // form.of * form.kept + places.index(column % form.of)
+            at = unit + 4 * index + row % 4 * kept + place * bits // 8
+            value = int.from_bytes(data[at : at + bits // 8], "little")
+        assert value == numbers[row, column]
 
 
 @pytest.mark.unit
@@ -193,8 +244,8 @@ def test_each_memorys_bytes_and_what_is_missing(make: Make) -> None:
     mram, sram, l1 = uses = memory_use(shape, soc, 1_000_000, 500, 256)
     assert (mram.name, mram.address, mram.capacity) == ("MRAM", 0x10400000, 4 << 20)
     assert sram.address == 0x10800000 and l1.address == 0x10000000
-    # 5 blocks, keys and values of 4 heads of 8 channels; then x, normed, query, gate, up, scores, angles and one more
-    assert sram.parts == {"KV cache": 4 * 2 * 5 * 256 * 32, "activations": 4 * (3 * 64 + 2 * 172 + 256 + 8 + 1)}
+    # 5 blocks, keys and values of 4 heads of 8 channels; then x, normed, query, gate, up, two scores, angles, one
+    assert sram.parts == {"KV cache": 4 * 2 * 5 * 256 * 32, "activations": 4 * (3 * 64 + 2 * 172 + 2 * 256 + 8 + 1)}
     assert does_not_fit(uses) == ""
     over = does_not_fit(memory_use(shape, soc, 5_000_000, 500, 256))
     assert over.startswith("MRAM would hold 5,009,716 of 4,194,304 bytes")
@@ -279,7 +330,7 @@ def program(folder: Path, body: str, working: int = 256 * 1024, functions: str =
     )
     for name, content in sources().items():
         (folder / name).write_bytes(content)
-    for name in ("runtime.c", "products.c", "integers.c", "model.c"):
+    for name in ("runtime.c", "products.c", "lists.c", "integers.c", "model.c"):
         (folder / name).write_text("typedef int nothing;\n")
     (folder / "main.c").write_text(
         'static void done(void) { register int a7 __asm__("a7") = 2; __asm__ volatile("ecall" :: "r"(a7)); }\n'

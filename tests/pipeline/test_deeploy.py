@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from edgepress.checkpoints.sources import open_source
 from edgepress.hardware.deeploy.graph import Graph
 from edgepress.hardware.deeploy.memory import compiled, interpreter
 from edgepress.hardware.deeploy.model import continued, step, texts
+from edgepress.hardware.rv32.native import find_compiler
 from edgepress.hardware.soc import load_soc
 from edgepress.pipeline.deeploy import Written, perplexity, plan_export, read_model, write
 from tests.conftest import TinyModel
@@ -222,6 +226,36 @@ def test_deeploy_compiles_a_block_and_the_head(tiny_model: TinyModel, tmp_path: 
     theirs = found["memories"]["L2"]
     assert theirs["static"] + theirs["dynamic"] == pytest.approx(planned.uses[1].nbytes, rel=0.25)
     assert "PULPSoftmax_i8_u8" in (tmp_path / "out" / "deeploy" / "Network.c").read_text()
+
+
+def test_what_deeploy_compiles_for_one_core_gives_the_outputs_that_were_written(
+    tiny_model: TinyModel, tmp_path: Path, onnx: Any
+) -> None:
+    python = interpreter("") or pytest.skip("no Python with Deeploy on PATH: make deeploy makes one and runs this test")
+    folder, own = tmp_path / "out", Path(__file__).parents[1] / "deeploy_host"
+    exported(tiny_model("llama", num_hidden_layers=1), folder, new=2)
+    subprocess.run([python, "-I", own / "generate.py", folder], check=True, capture_output=True)
+    source = (folder / "host" / "Network.c").read_text()
+    command = [*find_compiler(), "-O1", "-shared", "-fPIC", "-fwrapv", f"-I{own}", "-o", "network.so", "Network.c"]
+    subprocess.run(command, cwd=folder / "host", check=True)
+    program = ctypes.CDLL(str(folder / "host" / "network.so"))
+    program.InitNetwork()
+
+    def place(name: str) -> tuple[int, str]:
+        (kind,) = re.findall(rf"(u?int\d+)_t\* DeeployNetwork_{name};", source)
+        return ctypes.c_void_p.in_dll(program, f"DeeployNetwork_{name}").value or 0, kind
+
+    with np.load(folder / "inputs.npz") as inputs, np.load(folder / "outputs.npz") as outputs:
+        for name in inputs.files:
+            address, kind = place(name)
+            values = np.ascontiguousarray(inputs[name].astype(kind))
+            ctypes.memmove(address, values.ctypes.data, values.nbytes)
+        program.RunNetwork()
+        assert len(outputs.files) == 3  # logits, the token's keys and values
+        for name in outputs.files:
+            address, kind = place(name)
+            nbytes = outputs[name].size * np.dtype(kind).itemsize
+            assert np.array_equal(np.frombuffer(ctypes.string_at(address, nbytes), kind), outputs[name].ravel()), name
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -55,8 +55,9 @@ def on_this_machine() -> Callable[[Path], list[int]]:
 
     def run(folder: Path) -> list[int]:
         (folder / "native.S").write_text(NATIVE_WEIGHTS)
-        command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-w", "runtime.c", "products.c", "model.c"]
-        subprocess.run([*command, "native.S", "-o", "native.so"], cwd=folder, check=True)
+        sources = ["runtime.c", "products.c", "lists.c", "model.c", "native.S"]
+        command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-w", *sources, "-o", "native.so"]
+        subprocess.run(command, cwd=folder, check=True)
         program = ctypes.CDLL(str(folder / "native.so"))
         wanted = list(expected_tokens(folder))
         prompt = re.search(r"#define PROMPT_TOKENS (\d+)", (folder / "model.h").read_text())

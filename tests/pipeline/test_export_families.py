@@ -44,7 +44,7 @@ def native() -> Callable[[Path], list[int]]:
     def run(folder: Path) -> list[int]:
         (folder / "native.S").write_text(NATIVE_WEIGHTS)
         objects = ["runtime.o", "products.o", "model.o", "native.o"]
-        for source in ("runtime.c", "products.c", "model.c", "native.S"):
+        for source in ("runtime.c", "products.c", "lists.c", "model.c", "native.S"):
             warnings = ("-Wall", "-Wextra", "-Werror") if source != "native.S" else ()
             command = [compiler, "-O1", "-std=c11", "-fPIC", "-ffreestanding", *warnings, "-c", source]
             subprocess.run(command, cwd=folder, check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.eval.perplexity import Protocol, token_windows
 from edgepress.eval.text import Text
 from edgepress.hardware.rv32.build import build
@@ -63,6 +65,15 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], int, str]] = [
     ("gemma2", TWO, {"bits": 3, "edge_bits": 4}, 32, "int8"),
     ("gemma3_text", THREE, {"bits": 2, "edge_bits": 8}, 32, "int8"),
     ("mistral", TWO | {"dtype": "bfloat16"}, {"bits": 4, "group": -1, "order": True}, 8, "int8"),
+    ("llama", TWO, {"pattern": "2:4", "bits": 4, "edge_bits": 8}, 8, "int8"),
+    ("qwen3", THREE, {"pattern": "2:4", "bits": 2, "symmetric": True, "group": -1}, 32, "int8"),
+    ("llama", TWO, {"pattern": "1:4", "bits": 4, "group": 64}, 32, "int8"),
+    ("gemma2", TWO, {"pattern": "2:4", "bits": 3}, 32, "int8"),
+    ("llama", TWO, {"pattern": "4:8", "bits": 4}, 32, "int8"),
+    ("llama", TWO, {"pattern": "1:8", "bits": 8}, 8, "int8"),
+    ("llama", TWO, {"pattern": "2:4"}, 32, "float"),
+    ("mistral", TWO | {"dtype": "bfloat16"}, {"pattern": "1:8"}, 8, "float"),
+    ("qwen3", THREE | {"dtype": "float16"}, {"pattern": "4:8", "rank": 4}, 32, "float"),
 ]
 
 
@@ -105,11 +116,18 @@ def rounded(x: Tensor, group: int) -> Tensor:
 @pytest.mark.parametrize(("bits", "how"), [
     (4, {"edge_bits": 8}), (4, {"group": -1, "edge_bits": 4, "rank": 4}), (8, {"symmetric": True}),
     (3, {"group": 64}), (2, {"group": -1, "symmetric": True}), (4, {"group": 16, "order": True}),
+    (4, {"pattern": "2:4"}), (4, {"pattern": "1:4", "symmetric": True}), (2, {"pattern": "2:4", "group": -1}),
+    (3, {"pattern": "2:4", "group": 64}), (4, {"pattern": "4:8"}), (8, {"pattern": "1:8", "edge_bits": 4}),
+    (4, {"large": 2e7}), (8, {"large": 3e8, "symmetric": True}), (4, {"large": 2e7, "pattern": "2:4"}),
 ])  # fmt: skip
 def test_integers_compute_what_rounded_inputs_give(
     bits: int, how: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    made = compressed(tmp_path / "model", tiny_model("llama", num_hidden_layers=1), None, bits, **how)
+    how = dict(how)
+    large, pattern, source = how.pop("large", 0.0), how.pop("pattern", None), tiny_model("llama", num_hidden_layers=1)
+    if large:  # inputs of up and gate; what down reads is larger still
+        source = with_norms(source, tmp_path / "large", large)
+    made = compressed(tmp_path / "model", source, pattern, bits, **how)
     checkpoint = Checkpoint.open(made)
     plan_export(checkpoint, load_soc("siracusa"), PROMPT, 4, CONTEXT, 32, "int8").write(tmp_path / "chip")
     native, model = Native(tmp_path / "chip"), exact_model(checkpoint)
@@ -130,6 +148,15 @@ def test_integers_compute_what_rounded_inputs_give(
     assert (
         float(off.median()) < 1e-3 < 20 * float(off.median()) + 1e-3 < float((plain - wanted).abs().amax(-1).median())
     )
+
+
+def with_norms(model: Path, to: Path, factor: float) -> Path:
+    """A model whose feed-forward parts read inputs that are larger by a factor."""
+    shutil.copytree(model, to)
+    for path in to.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({k: v * factor if "post_attention" in k else v for k, v in tensors.items()}, path, {"format": "pt"})
+    return to
 
 
 def by_groups(weight: Tensor, adapter: Tensor, order: Tensor, group: int) -> Any:
@@ -175,6 +202,27 @@ def test_simulate_tells_which_tokens_are_pythons_and_export_what_rounding_costs(
     done = compress("export", made, *few, "-o", tmp_path / "chip")
     assert done.returncode == 0, done.stderr
     assert re.search(r"perplexity [\d.]+ with activations in int8, [\d.]+ in float: [-+]", done.stdout)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_numbers_that_are_none_are_refused(activations: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    def export(source: Path, name: str) -> None:
+        made = compressed(tmp_path / name, source, None, 4)
+        if name == "scales":
+            for path in made.glob("*.safetensors"):
+                tensors = load_file(path)
+                for key in [key for key in tensors if key.endswith("up_proj.scales")]:
+                    tensors[key][0, 0] = torch.inf
+                save_file(tensors, path, {"format": "pt"})
+        planned = plan_export(Checkpoint.open(made), load_soc("siracusa"), PROMPT, 4, CONTEXT, 32, activations)
+        planned.write(tmp_path / "chip")
+
+    model = tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(NumericsError, match="not finite"):
+        export(model, "scales")
+    with pytest.raises(NumericsError, match="logits are not finite"):
+        export(with_norms(model, tmp_path / "vast", 1e30), "vast-4")
+    assert not (tmp_path / "chip").exists()
 
 
 @pytest.mark.parametrize(("command", "words"), [

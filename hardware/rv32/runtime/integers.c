@@ -18,7 +18,13 @@
 #define APART(bits) ((bits) == 3 ? 15 : 16) /* S */
 #define CHUNK(bits) ((bits) == 2 ? 128 : 32) /* columns, at most */
 
-/* Of each group: its scale times 2^112 as a float, the sum of its inputs, and of each chunk a word's beginning and the
+/* Scales of weights are read 2^112 too small, and those of inputs are kept 2^24 times as large, so that neither leaves
+ * the range of a float: a row's sum lacks a factor of 2^88. */
+#define INPUT_FACTOR 0x1p24f
+#define ROW_FACTOR 0x1p88f
+#define TOO_LARGE 0x1p110f /* of an input */
+
+/* Of each group: its scale times the factor as a float, the sum of its inputs, and of each chunk a word's beginning and the
  * inputs. */
 static word inputs[INPUT_WORDS];
 
@@ -32,6 +38,23 @@ INLINED int chunk_of(int bits, int group) {
 
 /* x times inverse to the nearest, halves to even: the last bit of the sum is worth one. */
 INLINED int nearest(float x, float inverse) { return (int)(to_bits(fused(x, inverse, 0x1.8p23f)) - to_bits(0x1.8p23f)); }
+
+/* The largest magnitude of so many inputs, and what they are multiplied by to be rounded. */
+INLINED float largest_of(const float *x, int count) {
+    word most = 0;
+    for (int i = 0; i < count; i++) {
+        word magnitude = to_bits(x[i]) & 0x7fffffff;
+        if (magnitude > most) most = magnitude;
+    }
+    return from_bits(most);
+}
+
+INLINED float inverse_of(float largest) { return largest < 0x1p-100f || !(largest < TOO_LARGE) ? 0.0f : 127.0f / largest; }
+
+/* The scale of the rounded inputs, a factor higher: no number where there is none, whose products then are none too. */
+INLINED word scale_of(float largest) {
+    return largest < TOO_LARGE ? to_bits(largest * (INPUT_FACTOR / 127.0f)) : 0x7fc00000;
+}
 
 /* Lay a unit of inputs out as `unit_of` takes it; their sum. */
 INLINED int round_unit(int bits, const float *x, float inverse, word *to) {
@@ -68,18 +91,13 @@ INLINED int round_unit(int bits, const float *x, float inverse, word *to) {
     return sum;
 }
 
-/* Fill `inputs`, which ends where this points. */
-INLINED const word *round_inputs(int bits, const float *x, int columns, int group) {
+/* Fill `inputs`. */
+INLINED void round_inputs(int bits, const float *x, int columns, int group) {
     int chunk = chunk_of(bits, group);
     word *to = inputs;
     const float *last = x + columns;
     do {
-        word most = 0;
-        for (int i = 0; i < group; i++) {
-            word magnitude = to_bits(x[i]) & 0x7fffffff;
-            if (magnitude > most) most = magnitude;
-        }
-        float largest = from_bits(most), inverse = largest < 0x1p-100f ? 0.0f : 127.0f / largest;
+        float largest = largest_of(x, group), inverse = inverse_of(largest);
         word *head = to;
         int all = 0;
         to += 2;
@@ -91,15 +109,15 @@ INLINED const word *round_inputs(int bits, const float *x, int columns, int grou
             do {
                 sum += round_unit(bits, x, inverse, to);
                 x += UNIT(bits), to += PREPARED(bits);
+                MOVED(x, to);
             } while (x < stop);
             word less = (word)(sum * MIDDLE(bits));
             *start = bits == 8 ? -less : (1u << (APART(bits) - 1)) - (less << APART(bits));
             all += sum;
         } while (x < end);
-        head[0] = to_bits(largest * (0x1p112f / 127.0f));
+        head[0] = scale_of(largest);
         head[1] = (word)all;
     } while (x < last);
-    return to;
 }
 
 /* --- products ----------------------------------------------------------------------------------------------------- */
@@ -135,52 +153,201 @@ INLINED int sum_of(int bits, word sum) {
     return bits == 8 ? (int)sum : bits == 3 ? (int)(sum << 2) >> 17 : (int)sum >> 16;
 }
 
-/* A float16 times 2^-112: the groups' scales give it back. */
+/* A float16 times 2^-112. */
 INLINED float low_half(half h) { return from_bits((word)(short)h << 13 & 0x8fffffff); }
 
+/* sum of four rows += the products of their next unit. */
+#define UNITS(bits)                                                                                                    \
+    do {                                                                                                               \
+        _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++)                                                         \
+            products[r] = unit_of(bits, w + r * WORDS(bits), v, products[r]);                                          \
+        v += PREPARED(bits), w += ROWS * WORDS(bits);                                                                  \
+        MOVED(v, w);                                                                                                   \
+    } while (v < stop)
+
 /* Four rows lie side by side, as FORMAT.md says. */
-INLINED void integer_rows(int bits, int zeros, const struct linear *l, const word *last, float *y, int add) {
+INLINED void integer_rows(int bits, int zeros, const struct linear *l, float *y, int add) {
     int chunk = chunk_of(bits, l->group), many = chunk / UNIT(bits) * PREPARED(bits);
     int whole = l->group / chunk * (many + 1);
-    const word *w = (const word *)(weights + l->codes);
+    const word *w = (const word *)(weights + l->codes), *last = inputs + l->columns / l->group * (whole + 2);
     for (int left = l->rows; left > 0; left -= ROWS, y += ROWS) {
         float all[ROWS] = {0.0f};
         const word *v = inputs;
         do {
             const half *scales = (const half *)w;
             const byte *points = (const byte *)(w + 2);
-            float scale[ROWS], factor = from_bits(v[0]);
-            int sum = (int)v[1];
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) {
-                scale[r] = low_half(scales[r]) * factor;
-                /* A zero point is stored less one; the middle code is taken off below. */
-                if (zeros) all[r] = fused(scale[r], (float)((MIDDLE(bits) - 1 - points[r]) * sum), all[r]);
-            }
+            float factor = from_bits(v[0]);
+            int inputs_sum = (int)v[1], total[ROWS];
             w += zeros ? 3 : 2;
             v += 2;
-            const word *end = v + whole;
-            do {
-                word products[ROWS] = {*v, *v, *v, *v};
+            if (bits == 8) { /* one chunk, whose words hold the sum itself */
+                word products[ROWS];
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) products[r] = zeros ? -(word)((points[r] + 1) * inputs_sum) : *v;
                 const word *stop = ++v + many;
+                UNITS(bits);
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) total[r] = (int)products[r];
+            } else {
+                /* A zero point is stored less one; the middle code is taken off below. */
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) total[r] = zeros ? (MIDDLE(bits) - 1 - points[r]) * inputs_sum : 0;
+                const word *end = v + whole;
                 do {
+                    word products[ROWS] = {*v, *v, *v, *v};
+                    const word *stop = ++v + many;
+                    UNITS(bits);
 #pragma GCC unroll 4
-                    for (int r = 0; r < ROWS; r++) products[r] = unit_of(bits, w + r * WORDS(bits), v, products[r]);
-                    v += PREPARED(bits), w += ROWS * WORDS(bits);
-                } while (v < stop);
+                    for (int r = 0; r < ROWS; r++) total[r] += sum_of(bits, products[r]);
+                } while (v < end);
+            }
 #pragma GCC unroll 4
-                for (int r = 0; r < ROWS; r++) all[r] = fused(scale[r], (float)sum_of(bits, products[r]), all[r]);
-            } while (v < end);
+            for (int r = 0; r < ROWS; r++) all[r] = fused(low_half(scales[r]) * factor, (float)total[r], all[r]);
         } while (v < last);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) all[r] *= ROW_FACTOR;
         put_sums(all, left, y, add);
     }
 }
 
-void integer_linear(const struct linear *l, const float *x, float *y, int add) {
+#if LISTED
+
+/* Whether the codes of a list are multiplied two at a time, those that lie 16 bits apart in a word. */
+#define PAIRED(bits, tabled) (tabled && (bits == 2 || bits == 4))
+
+/* Fill `inputs` for lists: of each group its scale, then of each group of the pattern and each set the inputs that are
+ * kept, a word each, and their sum; or all inputs, a byte each, where they are gathered. Of pairs the input of the lower
+ * code stands 16 bits higher. */
+INLINED void round_for_list(
+    int bits, int kept, int of, int sets, int tabled, const byte (*places)[kept], const float *x, int columns, int group
+) {
+    word *to = inputs;
+    const float *last = x + columns;
+    do {
+        float largest = largest_of(x, group), inverse = inverse_of(largest);
+        int place = 0; /* of a unit's codes */
+        *to++ = scale_of(largest);
+        for (const float *end = x + group; x < end; x += of, place = (place + kept) % (LIST_UNIT / of * kept)) {
+            int q[LIST_UNIT];
+            for (int i = 0; i < of; i++) {
+                q[i] = nearest(x[i], inverse);
+                if (!tabled) ((signed char *)to)[i] = (signed char)q[i];
+            }
+            if (!tabled) to += of / 4;
+            for (int set = 0; tabled && set < sets; set++, to += ENTRY(kept)) {
+                int sum = 0;
+                for (int j = 0; j < kept; j++) {
+                    int own = q[places[set][j]];
+                    to[j] = (word)own << (PAIRED(bits, tabled) && ((place + j) * bits & 31) < 16 ? 16 : 0);
+                    sum += own;
+                }
+                to[kept] = (word)sum;
+            }
+        }
+    } while (x < last);
+}
+
+/* sum + the products of a row's codes in a unit, whose middle is taken off where they are paired; in: of each of the
+ * pattern's groups what its set finds in the table. */
+INLINED int listed_products(
+    int bits, int kept, int groups, const word *const *in, int some, const word *codes, int first, const word *own, int sum
+) {
+    const int apart = 16 / bits, mask = (1 << bits) - 1;
+    word products = 1u << 15;
+    if (!PAIRED(bits, 1)) {
+#pragma GCC unroll 32
+        for (int p = 0; p < groups * kept; p++) {
+            sum += (int)(code_at(bits, codes, first, own, p, 0) * in[p / kept][p % kept]);
+            if (p % kept == kept - 1) IN_TURN;
+        }
+        return sum;
+    }
+#pragma GCC unroll 32
+    for (int p = 0; p < groups * kept; p++)
+        if ((p * bits & 31) < 16) {
+            int both = p + apart < groups * kept;
+            word q = in[p / kept][p % kept];
+            if (both) q += in[(p + apart) / kept][(p + apart) % kept];
+            products += (own[p * bits / 32] >> (p * bits & 31) & (word)(both ? mask | mask << 16 : mask)) * q;
+            IN_TURN;
+        }
+    return sum + ((int)(products - ((word)some << (15 + bits))) >> 16);
+}
+
+/* As `list_rows` in lists.c, in integers. */
+INLINED void integer_list_rows(
+    int bits, int zeros, int kept, int of, int sets, int set_bits, int tabled, const byte (*places)[kept],
+    const struct linear *l, float *y, int add
+) {
+    const int groups = LIST_UNIT / of, index = (groups * set_bits + 7) / 8, codes = (groups * kept * bits + 7) / 8;
+    const int step = tabled ? groups * sets * ENTRY(kept) : LIST_UNIT / 4, middle = PAIRED(bits, tabled) ? MIDDLE(bits) : 0;
+    const word *w = (const word *)(weights + l->codes);
+    const word *last = inputs + l->columns / l->group + l->columns / LIST_UNIT * step;
+    for (int left = l->rows; left > 0; left -= ROWS, y += ROWS) {
+        float all[ROWS] = {0.0f};
+        const word *v = inputs;
+        do {
+            const half *scales = (const half *)w;
+            const byte *points = (const byte *)(w + 2);
+            float factor = from_bits(*v++);
+            int sum[ROWS] = {0}, some[ROWS] = {0}; /* of the products, and of the inputs that were kept */
+            w += zeros ? 3 : 2;
+            for (int n = l->group; n > 0; n -= LIST_UNIT, v += step, w += index + codes)
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) {
+                    word chosen = bits_at(w, 8 * index * r, 8 * index);
+                    word own[8];
+                    const word *in[LIST_UNIT];
+                    int found = 0;
+                    take_codes(bits, w + index, codes * r, codes, own);
+#pragma GCC unroll 16
+                    for (int g = 0; g < groups; g++) {
+                        int set = (int)(chosen >> g * set_bits & ((1u << set_bits) - 1));
+                        in[g] = v + (g * sets + set) * ENTRY(kept);
+                        if (tabled) found += (int)in[g][kept];
+                        if (!tabled)
+#pragma GCC unroll 16
+                            for (int j = 0; j < kept; j++) {
+                                int q = ((const signed char *)v)[g * of + places[set][j]];
+                                sum[r] += (int)code_at(bits, w + index, codes * r, own, g * kept + j, 0) * q;
+                                found += q;
+                            }
+                    }
+                    if (tabled) sum[r] = listed_products(bits, kept, groups, in, found, w + index, codes * r, own, sum[r]);
+                    some[r] += found;
+                }
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                int total = sum[r] - ((zeros ? points[r] + 1 : MIDDLE(bits)) - middle) * some[r];
+                all[r] = fused(low_half(scales[r]) * factor, (float)total, all[r]);
+            }
+        } while (v < last);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) all[r] *= ROW_FACTOR;
+        put_sums(all, left, y, add);
+    }
+}
+
+#endif
+
+void integer_linear(const struct linear *l, const float *x, float *y, int add, int made) {
     switch (l->format) {
 #define CASE(name, bits, zeros)                                                                                        \
-    case name: integer_rows(bits, zeros, l, round_inputs(bits, x, l->columns, l->group), y, add); break;
+    case name:                                                                                                         \
+        if (!made) round_inputs(bits, x, l->columns, l->group);                                                        \
+        integer_rows(bits, zeros, l, y, add);                                                                          \
+        break;
     GRIDS(CASE)
+#undef CASE
+#define CASE(name, bits, zeros, kept, of)                                                                              \
+    case name: {                                                                                                       \
+        static const byte places[][kept] = {PLACES_##kept##_##of};                                                     \
+        const int sets = SETS_##kept##_##of, set_bits = SET_BITS_##kept##_##of, tabled = TABLED_##kept##_##of;         \
+        if (!made) round_for_list(bits, kept, of, sets, tabled, places, x, l->columns, l->group);                      \
+        integer_list_rows(bits, zeros, kept, of, sets, set_bits, tabled, places, l, y, add);                           \
+        break;                                                                                                         \
+    }
+    LISTS(CASE)
 #undef CASE
     }
 }
@@ -189,7 +356,7 @@ void integer_linear(const struct linear *l, const float *x, float *y, int add) {
 
 float round_state(const float *x) {
     round_inputs(HEAD_BITS, x, HIDDEN, HIDDEN);
-    return (float)(int)inputs[1] * (from_bits(inputs[0]) * 0x1p-112f);
+    return (float)(int)inputs[1] * (from_bits(inputs[0]) * (1.0f / INPUT_FACTOR));
 }
 
 /* Of so many rows, a constant. */
@@ -210,7 +377,7 @@ INLINED void head_rows(int rows, const word *w, float *y) {
         for (int r = 0; r < rows; r++) all[r] += sum_of(HEAD_BITS, products[r]);
     } while (v < end);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) y[r] = (float)all[r] * (from_bits(inputs[0]) * 0x1p-112f);
+    for (int r = 0; r < rows; r++) y[r] = (float)all[r] * (from_bits(inputs[0]) * (1.0f / INPUT_FACTOR));
 }
 
 /* The head's rows lie one after the other. */

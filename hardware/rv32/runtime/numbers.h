@@ -36,6 +36,19 @@ static inline float from_brain(word h) { return from_bits(h << 16); }
 static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 /* half: 0.5 with the sign of x */
+/* The larger; of a number and what is none the number. One instruction too, which gcc must be told. */
+static inline float larger(float a, float b) {
+#ifdef __riscv
+    float most;
+    __asm__("fmax.s %0, %1, %2" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+#else
+    return __builtin_fmaxf(a, b);
+#endif
+}
+
+#define LARGEST 0x1.fffffep127f
+
 static inline float exponential_within(float x, float half) {
     int n = (int)fused(x, 1.44269504f, half);
     /* ln 2 in two parts, so that the difference keeps its digits; then Taylor's series for |r| <= ln 2 / 2. */
@@ -51,14 +64,14 @@ static inline float exponential_within(float x, float half) {
     return p * from_bits((word)(n + 127) << 23);
 }
 
+/* Kept within 1e-38 and 1e38. */
 static inline float exponential(float x) {
-    if (x < -87.0f) return 0.0f;
-    if (x > 88.0f) x = 88.0f;
-    return exponential_within(x, x < 0.0f ? -0.5f : 0.5f);
+    x = -larger(-larger(x, -87.0f), -88.0f);
+    return exponential_within(x, __builtin_copysignf(0.5f, x));
 }
 
-/* Of x <= 0. */
-static inline float decay(float x) { return x < -87.0f ? 0.0f : exponential_within(x, -0.5f); }
+/* Of x <= 0; what is below 1e-38 becomes that. */
+static inline float decay(float x) { return exponential_within(larger(x, -87.0f), -0.5f); }
 
 /* Of an angle from 0 to 12,000: less a multiple of pi / 2 in three parts, then Taylor's series for |r| <= pi / 4. */
 static inline void turn(float angle, float *cosine, float *sine) {

@@ -6,30 +6,9 @@
 #define HAS(format) (FORMATS >> format & 1)
 #define TOGETHER 32 /* tokens whose logits are computed in one call */
 
-static float low[RANK + !RANK]; /* between the two matrices of an adapter */
-
-/* Bytes of a row of n numbers. */
-static word row_bytes(unsigned format, word n) {
-    switch (format) {
-    case F32: return 4 * n;
-    case F16: case BF16: return 2 * n;
-    case U4: return n / 2;
-    default: return n;
-    }
-}
-
 /* --- numbers one by one ------------------------------------------------------------------------------------------- */
 
-INLINED float number(unsigned format, const byte *w, int i) {
-    switch (format) {
-    case F32: return ((const float *)w)[i];
-    case F16: return from_half(((const half *)w)[i]);
-    case BF16: return from_brain(((const half *)w)[i]);
-    case I8: return (float)((const signed char *)w)[i];
-    case U4: return (float)(w[i / 2] >> (i & 1) * 4 & 15);
-    default: return (float)w[i];
-    }
-}
+static float low[RANK + !RANK]; /* between the two matrices of an adapter */
 
 INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x, int columns, float *y, int add) {
     const int step = format == I8 ? 4 : 8; /* B of an adapter in bytes has few columns */
@@ -42,13 +21,16 @@ INLINED void plain_rows(unsigned format, const byte *w, int rows, const float *x
         const float *v = x;
         float sum[ROWS] = {0.0f};
         int n = columns;
-        for (; n >= step; n -= step, v += step)
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) {
+        for (; n >= step; n -= step, v += step) {
 #pragma GCC unroll 8
-                for (int i = 0; i < step; i++) sum[r] = fused(number(format, row[r], i), v[i], sum[r]);
-                row[r] += row_bytes(format, (word)step);
+            for (int i = 0; i < step; i++) {
+                float input = v[i];
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) sum[r] = fused(number(format, row[r], i), input, sum[r]);
             }
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) row[r] += row_bytes(format, (word)step);
+        }
 #pragma GCC unroll 1
         for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
@@ -75,15 +57,17 @@ static __attribute__((noinline)) void plain(
 
 /* --- codes of a grid ---------------------------------------------------------------------------------------------- */
 
-#if defined GRIDS && INPUT_BITS == 32 /* there are any, and inputs are not rounded */
-
 #if INPUT_NUMBERS
-static float prepared[INPUT_NUMBERS]; /* what is made of x for a product */
-#else
-#define prepared x
+float prepared[INPUT_NUMBERS];
 #endif
 
-#if GROUPS /* there are any all of whose codes are stored */
+#if GROUPS && INPUT_BITS == 32 /* there are any all of whose codes are stored, and inputs are not rounded */
+
+#if INPUT_NUMBERS
+#define PREPARED prepared
+#else
+#define PREPARED x
+#endif
 
 /* A code is not moved to the lower end of its word: x is divided by what it stands too high instead, which is a power
  * of two and costs no digit. So a weight takes three instructions: mask, convert, multiply and add. */
@@ -163,9 +147,11 @@ INLINED void grid_rows(int bits, int zeros, const struct linear *l, const float 
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) sum[r] = zeros ? fused((float)points[r], *less, *less) : middle;
             w += zeros ? 3 : 2;
-            for (const float *end = v + l->group; v < end; v += columns, w += ROWS * words)
+            for (const float *end = v + l->group; v < end; v += columns, w += ROWS * words) {
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; r++) sum[r] = unit_of(bits, w + r * words, v, sum[r]);
+                MOVED(v, w);
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) all[r] = fused(from_half(scales[r]), sum[r], all[r]);
             less++;
@@ -174,127 +160,15 @@ INLINED void grid_rows(int bits, int zeros, const struct linear *l, const float 
     }
 }
 
-#endif
-
-#if LISTED
-
-/* Lists: of an N:M pattern the codes of the kept weights alone. A group of the pattern has the number of the set of its
- * places that are kept. */
-#define LIST_UNIT 32 /* columns whose numbers and codes lie together */
-#define ENTRY(kept) (kept == 1 ? 2 : kept < 4 ? 4 : kept < 8 ? 8 : kept < 16 ? 16 : 32)
-/* The bit of its word at which the code `place` of a row's unit begins, unless it is moved. */
-#define LOW_BIT(bits, place) (bits == 8 || (bits * (place) & 31) + bits > 32 ? 0 : bits * (place) & 31)
-
-/* The 32 bits of a stream of words from bit `first` on, of which `count` are asked for. */
-INLINED word bits_at(const word *w, int first, int count) {
-    int at = first / 32, from = first % 32;
-    return from + count > 32 ? w[at] >> from | w[at + 1] << (32 - from) : w[at] >> from;
-}
-
-/* A table in `prepared`: of each group and each set the inputs that are kept, divided as their codes stand, and their
- * sum. */
-INLINED void tabulate(int bits, int kept, int of, int sets, const byte (*places)[kept], const float *x, int columns) {
-#if INPUT_NUMBERS
-    float *to = prepared;
-    int place = 0;
-    for (const float *last = x + columns; x < last; x += of, place = (place + kept) % (LIST_UNIT / of * kept)) {
-        float factors[8]; /* tables have sets of fewer */
-#pragma GCC unroll 8
-        for (int j = 0; j < kept; j++) factors[j] = from_bits((word)(127 - LOW_BIT(bits, place + j)) << 23);
-#pragma GCC unroll 8
-        for (int set = 0; set < sets; set++, to += ENTRY(kept)) {
-            float sum = 0.0f;
-#pragma GCC unroll 8
-            for (int j = 0; j < kept; j++) {
-                float value = x[places[set][j]];
-                sum = j ? sum + value : value;
-                to[j] = bits == 8 ? value : value * factors[j];
-            }
-            to[kept] = sum;
-        }
-    }
-#else /* every form gathers */
-    (void)bits, (void)of, (void)sets, (void)places, (void)x, (void)columns;
-#endif
-}
-
-/* Four rows side by side as in a grid; of each unit the numbers of their sets, then their codes. */
-INLINED void list_rows(
-    int bits, int zeros, int kept, int of, int sets, int set_bits, int tabled, const byte (*places)[kept],
-    const struct linear *l, const float *x, float *y, int add
-) {
-    const int groups = LIST_UNIT / of, index = (groups * set_bits + 7) / 8, codes = (groups * kept * bits + 7) / 8;
-    const int entry = ENTRY(kept), step = tabled ? groups * sets * entry : LIST_UNIT;
-    const word *w = (const word *)(weights + l->codes);
-    for (int left = l->rows; left > 0; left -= ROWS, y += ROWS) {
-        const float *v = x;
-        float all[ROWS] = {0.0f};
-        for (int column = 0; column < l->columns; column += l->group) {
-            const half *scales = (const half *)w;
-            const byte *points = (const byte *)(w + 2);
-            float sum[ROWS] = {0.0f}, inputs[ROWS] = {0.0f}; /* of the products, and of the inputs that were kept */
-            w += zeros ? 3 : 2;
-            for (int n = l->group; n > 0; n -= LIST_UNIT, v += step, w += index + codes)
-#pragma GCC unroll 4
-                for (int r = 0; r < ROWS; r++) {
-                    word numbers = bits_at(w, 8 * index * r, 8 * index);
-                    word own[8]; /* the row's codes from a word's lowest bit on */
-                    if (bits < 8)
-#pragma GCC unroll 8
-                        for (int k = 0; k < (codes + 3) / 4; k++) {
-                            int rest = 8 * codes - 32 * k;
-                            own[k] = bits_at(w + index, 8 * codes * r + 32 * k, rest < 32 ? rest : 32);
-                        }
-#pragma GCC unroll 16
-                    for (int g = 0; g < groups; g++) {
-                        int size = tabled ? 4 * entry : kept; /* of what a set's number finds, in bytes */
-                        word number = numbers >> g * set_bits & ((1u << set_bits) - 1);
-                        const float *in = (const float *)((const char *)(v + g * sets * entry) + number * (word)size);
-                        const byte *at = (const byte *)places + number * (word)size;
-#pragma GCC unroll 16
-                        for (int j = 0; j < kept; j++) {
-                            int place = g * kept + j, bit = bits * place & 31, last = bits * place / 32;
-                            word mask = (1u << bits) - 1, code;
-                            if (bits == 8) code = ((const byte *)(w + index))[codes * r + place];
-                            else if (bit + bits > 32) code = (own[last] >> bit | own[last + 1] << (32 - bit)) & mask;
-                            else code = tabled ? own[last] & mask << bit : own[last] >> bit & mask;
-                            float value = tabled ? in[j] : v[g * of + at[j]];
-                            sum[r] = fused((float)code, value, sum[r]);
-                            if (!tabled) inputs[r] += value;
-                        }
-                        if (tabled) inputs[r] += in[kept];
-                    }
-                }
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) {
-                float zero = zeros ? (float)(points[r] + 1) : (float)(1 << (bits - 1));
-                all[r] = fused(from_half(scales[r]), fused(-zero, inputs[r], sum[r]), all[r]);
-            }
-        }
-        put_sums(all, left, y, add);
-    }
-}
-#endif
-
-/* y = W x or y += W x. */
-static __attribute__((noinline)) void grid(const struct linear *l, const float *x, float *y, int add) {
+/* y = W x or y += W x. made: what is made of x before it is multiplied lies there. */
+static __attribute__((noinline)) void grid(const struct linear *l, const float *x, float *y, int add, int made) {
     switch (l->format) {
 #define CASE(name, bits, zeros)                                                                                        \
     case name:                                                                                                         \
-        shift(l, bits, x);                                                                                             \
-        grid_rows(bits, zeros, l, bits < 8 ? prepared : x, y, add);                                                    \
+        if (!made) shift(l, bits, x);                                                                                  \
+        grid_rows(bits, zeros, l, bits < 8 ? PREPARED : x, y, add);                                                    \
         break;
     GRIDS(CASE)
-#undef CASE
-#define CASE(name, bits, zeros, kept, of)                                                                              \
-    case name: {                                                                                                       \
-        static const byte places[][kept] = {PLACES_##kept##_##of};                                                     \
-        const int sets = SETS_##kept##_##of, set_bits = SET_BITS_##kept##_##of, tabled = TABLED_##kept##_##of;         \
-        if (tabled) tabulate(bits, kept, of, sets, places, x, l->columns);                                             \
-        list_rows(bits, zeros, kept, of, sets, set_bits, tabled, places, l, tabled ? prepared : x, y, add);            \
-        break;                                                                                                         \
-    }
-    LISTS(CASE)
 #undef CASE
     }
 }
@@ -302,7 +176,7 @@ static __attribute__((noinline)) void grid(const struct linear *l, const float *
 
 /* --- layers ------------------------------------------------------------------------------------------------------- */
 
-void linear(const struct linear *l, const float *x, float *y, int add) {
+void linear(const struct linear *l, const float *x, float *y, int add, const struct linear *like) {
     if (l->bias) {
         for (int row = 0; row < l->rows; row++) y[row] = add ? y[row] + floats(l->bias)[row] : floats(l->bias)[row];
         add = 1;
@@ -315,14 +189,19 @@ void linear(const struct linear *l, const float *x, float *y, int add) {
     }
 #ifdef GRIDS
     if (l->format >= GRID) {
+        int made = like && like->format == l->format && like->group == l->group;
+#if NUMBERS_LISTED || LISTED && INPUT_BITS == 32
+        if (list_linear(l, x, y, add, made)) return;
+#endif
 #if INPUT_BITS == 8
-        integer_linear(l, x, y, add);
-#else
-        grid(l, x, y, add);
+        integer_linear(l, x, y, add, made);
+#elif GROUPS
+        grid(l, x, y, add, made);
 #endif
         return;
     }
 #endif
+    (void)like;
     plain(l->format, weights + l->codes, l->rows, x, l->columns, y, add);
 }
 
@@ -360,8 +239,8 @@ extern float logits[VOCABULARY];
 
 int likeliest(const float *x) {
     const half *scales = (const half *)(weights + HEAD.scales), *minimum = (const half *)(weights + HEAD.minimum);
-    float best = 0.0f;
-    int found = -1, coded = HEAD.scales != 0;
+    float best = -LARGEST;
+    int found = 0, coded = HEAD.scales != 0;
 #ifdef HEAD_BITS
     float sum = round_state(x);
 #else
@@ -382,7 +261,7 @@ int likeliest(const float *x) {
 #ifdef EVERY_LOGIT
             logits[token] = logit;
 #endif
-            if (found < 0 || logit > best) best = logit, found = token;
+            if (logit > best) best = logit, found = token;
         }
     }
     return found;

@@ -10,6 +10,8 @@
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
 #define QUERY (HEADS * HEAD_DIM)
 #define KEY (KV_HEADS * HEAD_DIM)
+/* Heads that read the same keys and values are gone through two at a time: a number is read once for both. */
+#define ABREAST (HEADS / KV_HEADS % 2 ? 1 : 2)
 
 #if KV_BITS == 8
 typedef signed char kept;
@@ -31,7 +33,7 @@ static struct {
     float gate[INTERMEDIATE];
 #endif
     float up[INTERMEDIATE];
-    float scores[MOST_ROOM];
+    float scores[ABREAST][MOST_ROOM];
 #if KV_BITS == 8
     float fresh[2][KEY]; /* a token's key and value before they are kept */
 #endif
@@ -129,10 +131,7 @@ INLINED void place(int layer, float *query, float *key) {
 static OPERATOR void keep(const float *x, int which, int slot) {
     for (int h = 0; h < KV_HEADS; h++, x += HEAD_DIM) {
         float most = 0.0f;
-        for (int i = 0; i < HEAD_DIM; i++) {
-            float magnitude = x[i] < 0.0f ? -x[i] : x[i];
-            if (magnitude > most) most = magnitude;
-        }
+        for (int i = 0; i < HEAD_DIM; i++) most = larger(most, __builtin_fabsf(x[i]));
         word scale = (to_bits(most / 127.0f) + 0xffff) >> 16;
         float inverse = from_brain(scale) < 0x1p-100f ? 0.0f : 1.0f / from_brain(scale);
         cache.scales[which][slot][h] = (half)scale;
@@ -148,46 +147,78 @@ static OPERATOR void keep(const float *x, int which, int slot) {
 /* Channels of a head that stay in registers while all tokens are gone through. */
 #define TOGETHER (HEAD_DIM % 8 ? HEAD_DIM % 2 ? 1 : 2 : 8)
 
+/* The scores of the heads from h on, and the largest of each. */
+INLINED void compare(int h, int first, int seen, int shared, float *top) {
+#pragma GCC unroll 2
+    for (int a = 0; a < ABREAST; a++) top[a] = -LARGEST;
+    for (int i = 0; i < HEAD_DIM; i += TOGETHER) {
+        const kept *k = cache.numbers[0][first] + shared * HEAD_DIM + i;
+        float some[ABREAST][TOGETHER]; /* of the queries */
+#pragma GCC unroll 2
+        for (int a = 0; a < ABREAST; a++)
+#pragma GCC unroll 8
+            for (int c = 0; c < TOGETHER; c++) some[a][c] = act.query[(h + a) * HEAD_DIM + i + c] * ATTENTION_SCALE;
+        for (int t = 0; t < seen; t++, k += KEY) {
+            float score[ABREAST];
+#pragma GCC unroll 2
+            for (int a = 0; a < ABREAST; a++) score[a] = i ? act.scores[a][t] : 0.0f;
+#pragma GCC unroll 8
+            for (int c = 0; c < TOGETHER; c++) {
+                float number = (float)k[c];
+#pragma GCC unroll 2
+                for (int a = 0; a < ABREAST; a++) score[a] = fused(number, some[a][c], score[a]);
+            }
+#pragma GCC unroll 2
+            for (int a = 0; a < ABREAST; a++) {
+                if (i == HEAD_DIM - TOGETHER) { /* the last of them */
+                    score[a] *= KEPT_SCALE(0, first + t, shared);
+#ifdef ATTENTION_CAP
+                    score[a] = ATTENTION_CAP * hyperbolic_tangent(score[a] / ATTENTION_CAP);
+#endif
+                    top[a] = larger(top[a], score[a]);
+                }
+                act.scores[a][t] = score[a];
+            }
+        }
+    }
+}
+
+/* Each score's part in a head's result, times their sum, which is returned. Not inlined: its constants need registers. */
+static __attribute__((noinline)) float share(float *scores, int seen, float top) {
+    float sum = 0.0f;
+    for (int t = 0; t < seen; t++) {
+        scores[t] = decay(scores[t] - top);
+        sum += scores[t];
+    }
+    return sum;
+}
+
 static OPERATOR void attention(int layer, int position) {
     int first = ROOM_START(layer);
     int seen = SEEN(layer, position);
-    for (int h = 0; h < HEADS; h++) {
-        const float *q = act.query + h * HEAD_DIM;
-        float *out = act.normed + h * HEAD_DIM;
-        int shared = h / (HEADS / KV_HEADS), own = shared * HEAD_DIM;
-        float top = 0.0f, sum = 0.0f;
+    for (int h = 0; h < HEADS; h += ABREAST) {
+        int shared = h / (HEADS / KV_HEADS);
+        float top[ABREAST], sum[ABREAST];
+        compare(h, first, seen, shared, top);
+        for (int a = 0; a < ABREAST; a++) sum[a] = share(act.scores[a], seen, top[a]);
         for (int i = 0; i < HEAD_DIM; i += TOGETHER) {
-            const kept *k = cache.numbers[0][first] + own + i;
-            float some[TOGETHER]; /* of the query */
+            const kept *v = cache.numbers[1][first] + shared * HEAD_DIM + i;
+            float all[ABREAST][TOGETHER] = {{0.0f}};
+            for (int t = 0; t < seen; t++, v += KEY) {
+                float part[ABREAST];
+#pragma GCC unroll 2
+                for (int a = 0; a < ABREAST; a++) part[a] = act.scores[a][t] * KEPT_SCALE(1, first + t, shared);
 #pragma GCC unroll 8
-            for (int c = 0; c < TOGETHER; c++) some[c] = q[i + c];
-            for (int t = 0; t < seen; t++, k += KEY) {
-                float score = i ? act.scores[t] : 0.0f;
-#pragma GCC unroll 8
-                for (int c = 0; c < TOGETHER; c++) score = fused((float)k[c], some[c], score);
-                if (i == HEAD_DIM - TOGETHER) { /* the last of them */
-                    score *= ATTENTION_SCALE * KEPT_SCALE(0, first + t, shared);
-#ifdef ATTENTION_CAP
-                    score = ATTENTION_CAP * hyperbolic_tangent(score / ATTENTION_CAP);
-#endif
-                    if (t == 0 || score > top) top = score;
+                for (int c = 0; c < TOGETHER; c++) {
+                    float number = (float)v[c];
+#pragma GCC unroll 2
+                    for (int a = 0; a < ABREAST; a++) all[a][c] = fused(part[a], number, all[a][c]);
                 }
-                act.scores[t] = score;
             }
-        }
-        for (int t = 0; t < seen; t++) {
-            float share = decay(act.scores[t] - top);
-            sum += share;
-            act.scores[t] = share * KEPT_SCALE(1, first + t, shared);
-        }
-        for (int i = 0; i < HEAD_DIM; i += TOGETHER) {
-            const kept *v = cache.numbers[1][first] + own + i;
-            float all[TOGETHER] = {0.0f};
-            for (int t = 0; t < seen; t++, v += KEY)
+#pragma GCC unroll 2
+            for (int a = 0; a < ABREAST; a++)
 #pragma GCC unroll 8
-                for (int k = 0; k < TOGETHER; k++) all[k] = fused(act.scores[t], (float)v[k], all[k]);
-#pragma GCC unroll 8
-            for (int k = 0; k < TOGETHER; k++) out[i + k] = all[k] / sum;
+                for (int c = 0; c < TOGETHER; c++) act.normed[(h + a) * HEAD_DIM + i + c] = all[a][c] / sum[a];
         }
     }
 }
@@ -215,12 +246,15 @@ static OPERATOR const float *arrange(const float *x, unsigned order, int n) {
     return act.ordered;
 }
 #define ARRANGED(x, layer, role) arrange(x, ORDERS[layer][role], LINEARS[layer][role].columns)
+#define LIKE(layer, role) 0 /* each layer has an order of its own */
 #else
 #define ARRANGED(x, layer, role) (x)
+#define LIKE(layer, role) (&LINEARS[layer][role])
 #endif
 
-INLINED void apply(int layer, int role, const float *x, float *y, int add) {
-    linear(&LINEARS[layer][role], ARRANGED(x, layer, role), y, add);
+/* like: the layer that was applied just before, to the same x, or none. */
+INLINED void apply(int layer, int role, const float *x, float *y, int add, const struct linear *like) {
+    linear(&LINEARS[layer][role], ARRANGED(x, layer, role), y, add, like);
 }
 
 /* What a branch reads: the state, after this norm if there is one. */
@@ -233,7 +267,7 @@ INLINED const float *entering(int layer, int kind) {
 /* Add the result of a branch's last layer to the state, after this norm if there is one. */
 INLINED void leave(int layer, int role, const float *x, int kind) {
 #if BRANCH
-    apply(layer, role, x, act.query, 0); /* nobody needs the queries any more */
+    apply(layer, role, x, act.query, 0, 0); /* nobody needs the queries any more */
     if (kind != NONE) norm(act.query, NORMS[layer][kind], act.query, HIDDEN);
     for (int i = 0; i < HIDDEN; i++) {
 #ifdef RESIDUAL_SCALE
@@ -244,7 +278,7 @@ INLINED void leave(int layer, int role, const float *x, int kind) {
     }
 #else
     (void)kind;
-    apply(layer, role, x, act.x, 1);
+    apply(layer, role, x, act.x, 1, 0);
 #endif
 }
 
@@ -258,9 +292,9 @@ static OPERATOR void activate(int n) {
 }
 
 INLINED void widen(int layer, const float *x) {
-    apply(layer, UP_LAYER, x, act.up, 0);
+    apply(layer, UP_LAYER, x, act.up, 0, 0);
 #if GATED
-    apply(layer, GATE_LAYER, x, act.gate, 0);
+    apply(layer, GATE_LAYER, x, act.gate, 0, LIKE(layer, UP_LAYER));
 #endif
     activate(LINEARS[layer][UP_LAYER].rows);
 }
@@ -288,9 +322,9 @@ int forward(int token, int position, int want_next) {
         float *key = cache.numbers[0][slot], *value = cache.numbers[1][slot];
 #endif
         const float *x = entering(layer, ATTENTION_IN);
-        apply(layer, Q_LAYER, x, act.query, 0);
-        apply(layer, K_LAYER, x, key, 0);
-        apply(layer, V_LAYER, x, value, 0);
+        apply(layer, Q_LAYER, x, act.query, 0, 0);
+        apply(layer, K_LAYER, x, key, 0, LIKE(layer, Q_LAYER));
+        apply(layer, V_LAYER, x, value, 0, LIKE(layer, K_LAYER));
 #if PARALLEL
         widen(layer, x); /* both branches read the same, and attention writes where it lies */
 #endif

@@ -35,7 +35,7 @@ struct matrix {
 #else
 #define OPERATOR __attribute__((noipa))
 #endif
-#define INLINED static inline __attribute__((always_inline))
+#define INLINED static inline __attribute__((always_inline, unused))
 
 extern const unsigned char weights[];
 
