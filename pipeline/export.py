@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -146,9 +147,7 @@ class Export:
                     )  # fmt: skip
             facts["expected"] = NATIVE
         files |= {"expected.txt": _words(expected), _OURS: json.dumps(facts, indent=2).encode() + b"\n"}
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in sorted(files, key=lambda name: name == _OURS):  # what marks the folder as ours comes last
-            write_bytes(folder / name, files[name])
+        _write_files(folder, files)
         return quality
 
     def _windows(self, text: Text) -> list[list[int]]:
@@ -163,6 +162,19 @@ class Export:
         numbers = self.numbers
         nats = sum(native.losses(window, numbers.logit_factor, numbers.logit_cap) for window in windows)
         return math.exp(nats / sum(len(window) - 1 for window in windows))
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder's files, what marks it as ours last; where that is interrupted, no new folder is left."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in sorted(files, key=lambda name: name == _OURS):
+            write_bytes(folder / name, files[name])
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _native(folder: Path, files: Mapping[str, bytes]) -> Native:

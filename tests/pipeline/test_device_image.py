@@ -30,6 +30,7 @@ pytestmark = pytest.mark.pipeline
     ("mistral", None, 8, {"symmetric": True, "group": -1}),
     ("llama", None, 4, {"order": True, "rank": 4}),
     ("llama", "4:8", 3, {"symmetric": True}),
+    ("qwen2", "2:4", None, {"rank": 4}),
     ("gemma2", None, 4, {}),
     ("cohere", None, 4, {"rank": 4}),
     ("phi3", None, 4, {"rank": 4, "adapter_bits": 8}),

@@ -201,6 +201,8 @@ OTHERS: list[tuple[str, int | None, dict[str, Any], dict[str, Any]]] = [
     ("llama", 4, {"pattern": "4:8", "symmetric": True}, {}),
     ("llama", 3, {"pattern": "4:8"}, {}),
     ("llama", 8, {"pattern": "1:8", "group": -1}, {}),
+    ("llama", None, {"pattern": "2:4"}, {}),
+    ("llama", None, {"pattern": "4:8", "rank": 4}, {"dtype": "float16"}),
     ("llama", 4, {"pattern": "3:4", "symmetric": True, "edge_bits": 8}, {}),
     ("llama", 3, {"edge_bits": 8}, {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -233,7 +235,10 @@ def test_on_a_simulated_core_they_are_the_same_in_the_memory_that_was_predicted(
     tiny_model: TinyModel,
     tmp_path: Path,
     rv32: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    taken = {"clang" if "ziglang" in rv32 else "gcc": rv32}  # whose code is predicted
+    monkeypatch.setattr("edgepress.hardware.rv32.cost.compilers", lambda: taken)
     model = tiny_model(family, num_hidden_layers=2, **FULL.get(family, {}))
     folder = exported(compressed(tmp_path / "model", model, pattern, bits, rank), tmp_path / "chip")
     build(folder, rv32)
@@ -358,6 +363,23 @@ def test_a_folder_with_other_things_is_left_alone(
     done = compress("export", tiny_model("llama"), "-o", tmp_path)
     assert done.returncode == 2 and "holds no exported program" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_an_interrupted_export_leaves_no_folder(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def write(path: Path, data: bytes) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        path.write_bytes(data)
+        written.append(path.name)
+
+    monkeypatch.setattr("edgepress.pipeline.export.write_bytes", write)
+    with pytest.raises(KeyboardInterrupt):
+        exported(tiny_model("llama", num_hidden_layers=1), tmp_path / "chip")
+    assert len(written) == 3 and not (tmp_path / "chip").exists()
 
 
 def test_simulate_prints_the_text_and_what_it_took(

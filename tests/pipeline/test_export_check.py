@@ -36,6 +36,7 @@ NEAR = 2 * 1024  # bytes by which code and stack may be below what was predicted
     ("llama", 4, 32, "int8", {"pattern": "2:4"}),
     ("gemma2", 8, 32, "float", {}),
     ("llama", None, 8, "float", {}),
+    ("llama", None, 8, "float", {"pattern": "2:4"}),
     ("llama", 4, 8, "int8", {"rank": 4, "adapter_bits": 8, "edge_bits": 8}),
     ("qwen2", 3, 32, "int8", {"edge_bits": 4, "group": -1, "symmetric": True}),
     ("gemma2", 8, 32, "int8", {}),
