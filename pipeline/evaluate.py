@@ -373,7 +373,8 @@ def print_steps(console: Console, found: Sequence[Step]) -> None:
             interval = f"{number(d.low, d.unit)} – {number(d.high, d.unit)}"
             words = verdict(d).replace("B is ", "")
             label = step.after if place == 0 else ""
-            table.add_row(label, f"{d.task} {d.metric}", number(d.difference, d.unit), interval, str(d.n), words)
+            metric = d.metric if d.metric == d.task else f"{d.task} {d.metric}"
+            table.add_row(label, metric, number(d.difference, d.unit), interval, str(d.n), words)
     if table.rows:
         console.print("\neach stage against the one before it, paired", highlight=False)
         print_whole(console, table, labels=2)
