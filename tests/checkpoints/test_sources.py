@@ -64,7 +64,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(
-        CheckpointError, match=r"hub did not give 'owner/name': no route to host\nIf the machine"
+        CheckpointError, match=r"owner/name here, and the hub did not give it: no route to host\nIf the machine"
     ) as raised:
         open_source("owner/name")
     assert "much more" not in str(raised.value)
