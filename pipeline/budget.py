@@ -468,6 +468,8 @@ def sensitivities(
         with interrupts.meanwhile("the same command measures the layers anew; what was finished before is kept"):
             known = sensitivity.measure(parent, windows, options, ways, bits, runtime).to_dict()
         Store(out).keep_measurement(key, known)
+    else:
+        reporter.say(f"what each of {len(ways)} ways costs every layer was measured before, and is kept in {out}")
     return sensitivity.Sensitivity.from_dict(known)
 
 
