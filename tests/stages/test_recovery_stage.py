@@ -340,6 +340,8 @@ def test_packed_counts_in_the_forecast_and_needs_codes() -> None:
         lora.cost(quantised, Lora(method="qlora", targets="all", packed=keep)).peak_memory_bytes
         for keep in (False, True)
     ]
-    assert peaks[1] < 0.5 * peaks[0]
+    # What is not held: the linear layers in 16 bits, but for their 4-bit codes and a scale for every 64 of them.
+    weights = sum(x.weights for block in shape.blocks for x in block.linears)
+    assert peaks[0] - peaks[1] == pytest.approx(weights * (2 - 0.5), rel=0.1)
     with pytest.raises(PlanError, match="--lora-packed keeps quantised weights packed; give --recover qlora"):
         lora.plan(shape, Lora(packed=True))
