@@ -174,11 +174,12 @@ class Calibration:
     def _sampled(self, samples: int, length: int, kept: Tensor | None, runtime: Runtime) -> TokenBatches:
         """Text that the uncompressed model writes itself, kept in the store so that a rerun need not.
 
-        It is written in batches of _ROWS rows, of a length that is a power of two: stages that ask for more or fewer
-        windows, or for somewhat shorter ones, read the beginning of the same text. kept: the tokens (n,) it may choose
-        from; ids are then their places, those of the trimmed vocabulary.
+        It is written in batches of _ROWS rows, of a power of two of tokens or as many as the model has positions for:
+        stages that ask for more or fewer windows, or for somewhat shorter ones, read the beginning of the same text.
+        kept: the tokens (n,) it may choose from; ids are then their places, those of the trimmed vocabulary.
         """
         size = max(_SHORTEST, 1 << (length - 1).bit_length())
+        size = max(length, min(size, self._source.shape.positions))  # a table of positions has no row beyond
         again = f"-{runtime.turn}" if runtime.turn else ""
         words = f"-{hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:12]}" if kept is not None else ""
         written, name = self._store / "calibration", f"self-{self._source.fingerprint[:12]}-{runtime.seed}{again}"

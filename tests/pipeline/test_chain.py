@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, NumericsError, PlanError, RecipeError, TextError
@@ -189,6 +190,15 @@ def test_more_windows_begin_with_the_text_of_fewer(tiny_llama: Path, tmp_path: P
         seen = odds[:, :-1].gather(-1, many[:, 1:, None]).mean()
         entropy = -(odds.exp() * odds)[:, :-1].sum(-1).mean()
     assert seen.item() == pytest.approx(-entropy.item(), rel=0.05)
+
+
+def test_a_model_writes_no_further_than_its_positions(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("llama", max_position_embeddings=48)
+    recipe = build(None, {"model": str(model), "data": "self", "text": "embedded"})
+    calibration = Calibration(recipe, Checkpoint.open(model), tmp_path, Runtime())
+    assert calibration.windows("wanda", Wanda(samples=3, length=40)).ids.shape == (3, 40)
+    (written,) = (load_file(path)["ids"] for path in (tmp_path / "calibration").iterdir())
+    assert written.shape[1] == 48
 
 
 def test_a_damaged_checkpoint_is_named_and_neither_reused_nor_removed(
