@@ -74,7 +74,7 @@ class Calibration:
             self._lengths.add((stage, options.length))
             if beyond := beyond_positions(self._source.shape, options.length, flag_of(options, "length")):
                 self._runtime.progress.note(beyond)
-        spec = (options.data if isinstance(options, Training) else "") or self._recipe.calibration_text
+        spec = self._spec(options)
         runtime = replace(self._runtime, turn=turn)
         generator = runtime.generator(f"{stage} calibration")
         shares = shares_of(spec, options.samples).items()
@@ -87,6 +87,10 @@ class Calibration:
             if spec != SELF:  # training wants its windows shuffled, not in the text's order
                 batches = _shuffled(batches, options, generator)
         return batches
+
+    def _spec(self, options: Windowed) -> str:
+        """The text that a stage with these options reads."""
+        return (options.data if isinstance(options, Training) else "") or self._recipe.calibration_text
 
     def _drawn(
         self, stage: str, spec: str, samples: int, options: Windowed, runtime: Runtime, generator: torch.Generator
@@ -174,11 +178,13 @@ class Calibration:
     def _sampled(self, samples: int, length: int, kept: Tensor | None, runtime: Runtime) -> TokenBatches:
         """Text that the uncompressed model writes itself, kept in the store so that a rerun need not.
 
-        It is written in batches of _ROWS rows, of a power of two of tokens or as many as the model has positions for:
-        stages that ask for more or fewer windows, or for somewhat shorter ones, read the beginning of the same text.
+        It is written in batches of _ROWS rows, of as many tokens as the stage of the recipe with the longest windows of
+        it reads, rounded up to a power of two, or as many as the model has positions for: stages that ask for more or
+        fewer windows, or for shorter ones, read the beginning of the same text.
         kept: the tokens (n,) it may choose from; ids are then their places, those of the trimmed vocabulary.
         """
-        size = max(_SHORTEST, 1 << (length - 1).bit_length())
+        stages = (o for _, o in self._recipe.stages if isinstance(o, Windowed) and SELF in texts_of(self._spec(o)))
+        size = max(_SHORTEST, 1 << (max([length, *(o.length for o in stages)]) - 1).bit_length())
         size = max(length, min(size, self._source.shape.positions))  # a table of positions has no row beyond
         again = f"-{runtime.turn}" if runtime.turn else ""
         words = f"-{hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:12]}" if kept is not None else ""

@@ -9,7 +9,7 @@ float16 ones are solved for once more, now against the whole Hessian (`refit`), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import NumericsError, PlanError
@@ -18,6 +18,7 @@ from edgepress.checkpoints.super_blocks import GGUF_TYPES, SuperBlocks
 from edgepress.stages.hessian import hessians, inverse_factor, live_diagonal, output_error
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import HESSIANS
+from edgepress.stages.quantisers.codes import rows_at_once
 from edgepress.stages.quantisers.gptq import in_turn
 
 if TYPE_CHECKING:
@@ -220,6 +221,11 @@ class Steps:
 def fit(weight: Tensor, importance: Tensor, kept: Tensor | None, form: SuperBlocks, search: bool) -> Steps:
     """The grid for rounding: least error weighted by importance (in,), the Hessian's diagonal; kept (out, in)."""
     out, columns = weight.shape
+    if (rows := rows_at_once(weight)) < out:  # a row's grid depends on no other row
+        some = [slice(start, start + rows) for start in range(0, out, rows)]
+        parts = [fit(weight[x], importance, None if kept is None else kept[x], form, search) for x in some]
+        of = {x.name: [getattr(part, x.name) for part in parts] for x in fields(Steps) if x.name != "form"}
+        return Steps(form, **{name: torch.cat(tensors) for name, tensors in of.items()})
     w = weight.view(out, form.groups(columns), -1)
     h = importance.view(1, w.shape[1], -1).expand_as(w)
     if kept is not None:

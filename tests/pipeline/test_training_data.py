@@ -22,7 +22,7 @@ from edgepress.checkpoints.writer import verify
 from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import plan, text_faults
 from edgepress.pipeline.recipe import build, shares_of, texts_of
-from edgepress.stages.options import Lora, Wanda
+from edgepress.stages.options import Depth, Lora, Wanda
 
 pytestmark = pytest.mark.pipeline
 
@@ -196,6 +196,20 @@ def test_texts_joined_with_a_plus_share_the_windows(tiny_llama: Path, questions:
     known = "".join(f"What is {i} and {i}?" for i in range(400))
     assert all(decode(row).split("What is ")[1].split(" and")[0] in known for row in found.ids[4:])
     assert found.left_out == 0  # of the file; what the model writes is compared with nothing
+
+
+def test_all_stages_read_one_text_that_the_model_writes(tiny_llama: Path, tmp_path: Path) -> None:
+    """As long as the stage with the longest windows of it wants, whichever stage comes first."""
+    stages = (("depth", Depth(length=16)), ("wanda", Wanda(length=32)), ("lora", Lora(length=160, samples=12)))
+    plain = build(None, {"model": str(tiny_llama), "data": "self", "text": "embedded"})
+    recipe = replace(plain, stages=stages)
+    calibration = Calibration(recipe, Checkpoint.open(tiny_llama), tmp_path, Runtime())
+    read = {stage: calibration.windows(stage, options).ids for stage, options in recipe.stages}
+    (written,) = (load_file(path)["ids"] for path in (tmp_path / "calibration").iterdir())
+    positions = Checkpoint.open(tiny_llama).shape.positions
+    assert written.shape[1] == min(256, positions or 256)
+    for stage, ids in read.items():
+        assert torch.equal(ids[:40], written[: len(ids), : ids.shape[1]]), stage
 
 
 def test_training_on_a_mixture_shuffles_it(tiny_llama: Path, questions: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from edgepress.checkpoints.packing import dequantise, pack_linear
 from edgepress.stages.hessian import inverse_factor
 from edgepress.stages.options import Gptq
 from edgepress.stages.pruning.wanda import prune_n_of_m
-from edgepress.stages.quantisers import gptq
+from edgepress.stages.quantisers import codes, gptq
 from edgepress.stages.quantisers.codes import fit_grid
 
 pytestmark = pytest.mark.unit
@@ -346,6 +346,15 @@ def test_grids_are_storable_and_the_search_never_loses(
         rounded = s * ((torch.round(weight / s) + z).clamp(0, 2**bits - 1) - z)
         found[search] = ((weight - rounded).square() * importance).view(6, scales.shape[1], -1).sum(-1)
     assert bool((found[True] <= found[False] * (1 + 1e-6) + 1e-30).all())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_search_over_some_rows_at_once_finds_the_same_grid(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, importance = torch.randn(7, 64), torch.rand(64)
+    whole = fit_grid(weight, importance, Grid(4, 32, symmetric), True)
+    monkeypatch.setattr(codes, "_IN_CACHE", 130)  # two rows, and one of another number in the end
+    parts = fit_grid(weight, importance, Grid(4, 32, symmetric), True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def test_without_search_the_grid_spans_the_group() -> None:

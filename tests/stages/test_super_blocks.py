@@ -25,6 +25,7 @@ from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import gptq
 from edgepress.stages.hessian import output_error
 from edgepress.stages.options import Gptq
+from edgepress.stages.quantisers import codes as plain_codes
 from edgepress.stages.quantisers import gptq as plain
 from edgepress.stages.quantisers import super_blocks
 
@@ -126,6 +127,18 @@ def test_marked_zeros_always_have_an_index() -> None:
     grids = (Grid(3, 32), SuperBlocks("gptq3-s", 3, 32, masked=True))
     found = [mask_index(LinearShape("x", 64, 64, "BF16", pattern=Pattern(1, 8), grid=grid)) for grid in grids]
     assert found[0] is None and found[1] is not None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_search_over_some_rows_at_once_finds_the_same_grid(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, importance = torch.randn(7, 128), torch.rand(128)
+    kept = torch.rand(7, 128) > 0.2 if masked else None
+    form = SuperBlocks("gptq3-s", 3, 32).suited(7, 128, masked)
+    whole = super_blocks.fit(weight, importance, kept, form, True)
+    monkeypatch.setattr(plain_codes, "_IN_CACHE", 300)
+    parts = super_blocks.fit(weight, importance, kept, form, True)
+    for name in ("d", "e", "scales", "minima"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
 
 
 def test_dead_inputs_and_rows_of_zeros_are_no_trouble(layer: tuple[Tensor, Tensor]) -> None:
