@@ -1,8 +1,9 @@
 """`--budget`: the settings of every layer with the least predicted loss that fit into so many bytes.
 
-An exact integer program (a multiple-choice knapsack): one way to quantise for each layer and one for the embedding, the
-least sum of predicted losses (stages/sensitivity.py) under the bytes. The chosen plan runs and is measured like any
-recipe; what the solver then left of each layer corrects the prediction for the next round.
+An exact integer program (a multiple-choice knapsack): one way to quantise for each layer and one for the embedding, or
+none for the layers of a block that is removed, the least sum of predicted losses (stages/sensitivity.py) under the
+bytes. The chosen plan runs and is measured like any recipe; what the solver then left of each layer, and what the
+removed blocks really cost, corrects the prediction for the next round.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -38,8 +39,9 @@ from edgepress.hardware.soc import Soc, load_soc, shipped_socs
 from edgepress.pipeline.plan import plan as planned
 from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.tables import print_whole
+from edgepress.stages import depth as depth_stage
 from edgepress.stages import gptq
-from edgepress.stages.options import Gptq
+from edgepress.stages.options import STAGES, Depth, Gptq, Options
 from edgepress.stages.quantisers import METHODS
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from edgepress.pipeline.run import RunResult
     from edgepress.stages.sensitivity import Layer, Sensitivity, Way
 
+DEFAULT = "gptq4-s"  # the quantiser's family where none is asked for
 GROUPS = (32, 64, 128)
 WINDOWS = 8  # of calibration, at most, that the sensitivities are measured on
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -112,34 +115,53 @@ def family(quant: str) -> tuple[str, ...]:
 # --- the integer program ----------------------------------------------------------------------------------------------
 
 
-def solve(choices: Sequence[Sequence[tuple[float, int]]], limit: int) -> list[int] | None:
+@dataclass(frozen=True)
+class Removal:
+    """A block that may go: what its absence costs, and the choices that there are no more without it."""
+
+    loss: float
+    freed: int  # bytes beside those of its choices
+    members: frozenset[int]  # places in the list of choices
+
+
+def solve(
+    choices: Sequence[Sequence[tuple[float, int]]], limit: int, removals: Sequence[Removal] = ()
+) -> list[int] | None:
     """Of each list of (loss, bytes) the place of the one to take: least sum of losses, bytes at most `limit`.
 
-    None where even the smallest do not fit.
+    -1 for the choices that a removal takes away: x_1 + ... + x_n = 1 - r. None where even the smallest do not fit.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_matrix, hstack
 
-    if sum(min(size for _, size in options) for options in choices) > limit:
+    smallest = [min(size for _, size in options) for options in choices]
+    saved = sum(max(0, r.freed + sum(smallest[at] for at in r.members)) for r in removals)
+    if sum(smallest) - saved > limit:
         return None
-    losses = np.array([loss for options in choices for loss, _ in options])
-    sizes = np.array([size for options in choices for _, size in options], dtype=float)
     of = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
     one = csr_matrix((np.ones(len(of)), (of, np.arange(len(of)))))
+    of_removal = np.array([[at in r.members for r in removals] for at in range(len(choices))], dtype=float)
+    losses = np.array([loss for options in choices for loss, _ in options])
     scale = max(float(np.abs(losses).max()), 1e-30)
+    losses = np.concatenate([losses, [r.loss for r in removals]])
+    sizes = np.array([size for options in choices for _, size in options] + [-r.freed for r in removals], dtype=float)
     with _printing_nothing():
         found = milp(
             losses / scale,
-            integrality=np.ones(len(of)),
+            integrality=np.ones(len(losses)),
             bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one, 1, 1), LinearConstraint(sizes[None] / limit, -np.inf, 1)],
+            constraints=[
+                LinearConstraint(hstack([one, csr_matrix(of_removal)]), 1, 1),
+                LinearConstraint(sizes[None] / abs(limit or 1), -np.inf, np.sign(limit)),
+            ],
             options={"mip_rel_gap": 1e-6, "time_limit": 60},
         )
     if found.x is None:
         raise PlanError(f"the integer program found no plan: {found.message}")
     starts = np.concatenate([[0], np.cumsum([len(options) for options in choices])])
-    return [int(found.x[a:b].argmax()) for a, b in pairwise(starts)]
+    gone = {at for r, taken in zip(removals, found.x[len(of) :], strict=True) if taken > 0.5 for at in r.members}
+    return [-1 if at in gone else int(found.x[a:b].argmax()) for at, (a, b) in enumerate(pairwise(starts))]
 
 
 @contextmanager
@@ -158,27 +180,46 @@ def _printing_nothing() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A way for each layer, bits of the embedding, and what comes of it."""
+    """A way for each layer, blocks that go, bits of the embedding, and what comes of it.
+
+    Layers have the block's number before any is removed; in `options` they have the one after it.
+    """
 
     layers: dict[Layer, Way]
     embedding: int
     options: Gptq
     nbytes: int  # exactly
     loss: float  # predicted, nats a token above the model as it is
+    removed: tuple[int, ...] = ()
+    depth: Depth | None = None  # the stage that removes them
+
+    @property
+    def stages(self) -> tuple[tuple[str, Options], ...]:
+        """What a recipe has of it."""
+        return (*((("depth", self.depth),) if self.depth else ()), ("gptq", self.options))
 
 
 class Chooser:
     """Plans of one model under one budget."""
 
     def __init__(
-        self, shape: ModelShape, budget: Budget, options: Gptq, ways: Sequence[Way], embedding: Sequence[int]
+        self,
+        shape: ModelShape,
+        budget: Budget,
+        options: Gptq,
+        ways: Sequence[Way],
+        embedding: Sequence[int],
+        depth: Depth | None = None,
     ) -> None:
-        """Raises PlanError where no plan fits, or there is nothing to do."""
-        self.shape, self.budget, self.options = shape, budget, options
+        """depth: its limits, where blocks may go. Raises PlanError where no plan fits, or there is nothing to do."""
+        self.shape, self.budget, self.options, self.depth = shape, budget, options, depth
         self.embedding = tuple(embedding)
         self.sizes = layer_sizes(shape, options, ways, budget)
+        self.rest = [self._rest(i, block) for i, block in enumerate(shape.blocks)]
         self.all_ways = tuple(ways)
-        self.smallest = self._least()
+        self.blocks = removable(shape, depth)
+        self.least = {layer: min(sizes, key=lambda way: sizes[way]) for layer, sizes in self.sizes.items()}
+        self.smallest = min((self._plan(self._without(self.blocks), b, self.blocks) for b in self.embedding), key=_size)
         source = budget.size(shape)
         if source <= budget.nbytes:
             raise PlanError(
@@ -187,43 +228,68 @@ class Chooser:
             )
         if self.smallest.nbytes > budget.nbytes:
             ways_ = Counter(f"{quant}, groups of {group}" for quant, group in self.smallest.layers.values())
-            edge = f", the embedding at {self.smallest.embedding} bits" if self.smallest.embedding else ""
+            said = [ways_.most_common(1)[0][0]]
+            said += [f"the embedding at {self.smallest.embedding} bits"] if self.smallest.embedding else []
+            said += [f"{len(self.blocks)} of {len(shape.blocks)} blocks removed"] if self.blocks else []
+            others = "Remove tokens with --trim-vocabulary, let more blocks go with --protect-first and --protect-last"
             raise PlanError(
                 f"--budget {budget.text} is {size_text(budget.nbytes)}, and the smallest model that --budget can make "
-                f"has {size_text(self.smallest.nbytes)} ({ways_.most_common(1)[0][0]}{edge}). Remove blocks with "
-                "--depth or tokens with --trim-vocabulary, or give more"
+                f"has {size_text(self.smallest.nbytes)} ({', '.join(said)}). {others}, or give more"
             )
 
-    def _least(self) -> Plan:
-        layers = {layer: min(sizes, key=lambda way: sizes[way]) for layer, sizes in self.sizes.items()}
-        return min((self._plan(layers, bits, math.nan) for bits in self.embedding), key=lambda plan: plan.nbytes)
+    def _rest(self, index: int, block: BlockShape) -> int:
+        """Bytes of a block beside its layers that have ways."""
+        left = tuple(x for x in block.linears if (index, x.name) not in self.sizes)
+        return self.budget.of_layer(self.shape, BlockShape(left, block.others))
 
-    def _plan(self, layers: dict[Layer, Way], embedding: int, loss: float) -> Plan:
-        (quant, group), _ = Counter(layers.values()).most_common(1)[0]
-        options = replace(self.options, quant=quant, group=group, quant_embeddings=embedding, layers=rules(layers))
-        return Plan(layers, embedding, options, self.budget.size(gptq.plan(self.shape, options)), loss)
+    def _without(self, removed: Iterable[int]) -> dict[Layer, Way]:
+        """Every layer at its fewest bytes, without those of removed blocks."""
+        return {layer: way for layer, way in self.least.items() if layer[0] not in set(removed)}
 
-    def choose(
-        self, losses: Mapping[Layer, Mapping[Way, float]], embedding: Mapping[int, float], room: int = 0
+    def _plan(
+        self, layers: dict[Layer, Way], embedding: int, removed: Sequence[int] = (), loss: float = math.nan
     ) -> Plan:
+        (quant, group), _ = Counter(layers.values()).most_common(1)[0]
+        kept = [i for i in range(len(self.shape.blocks)) if i not in removed]
+        stage, shape = None, self.shape
+        if removed:
+            # Which windows the stage would rank on makes no difference: those of gptq are there.
+            assert self.depth is not None
+            samples, length = self.options.samples, self.options.length
+            stage = replace(self.depth, layers=_ranges(kept), remove=len(removed), samples=samples, length=length)
+            shape = depth_stage.plan(shape, stage)
+        renumbered = {(kept.index(block), name): way for (block, name), way in layers.items()}
+        options = replace(self.options, quant=quant, group=group, quant_embeddings=embedding, layers=rules(renumbered))
+        return Plan(
+            layers, embedding, options, self.budget.size(gptq.plan(shape, options)), loss, tuple(removed), stage
+        )
+
+    def outer_bytes(self, embedding: int) -> int:
+        """Bytes of the whole model beside its layers that have ways, with no block removed."""
+        least = sum(self.sizes[layer][way] for layer, way in self.least.items())
+        return self._plan(self.least, embedding).nbytes - least
+
+    def choose(self, predicted: Sensitivity, room: int = 0) -> Plan:
         """The plan of the least predicted loss. room: more bytes than the budget has."""
         layers = list(self.sizes)
-        outer = {bits: self._plan(self.smallest.layers, bits, math.nan).nbytes for bits in self.embedding}
-        least = sum(self.sizes[layer][self.smallest.layers[layer]] for layer in layers)
-        ways = {layer: [way for way in self.sizes[layer] if way in losses.get(layer, {})] for layer in layers}
-        choices = [[(losses[layer][way], self.sizes[layer][way]) for way in ways[layer]] for layer in layers]
-        choices.append([(embedding[bits], outer[bits] - least) for bits in self.embedding])
+        outer = {bits: self.outer_bytes(bits) for bits in self.embedding}
+        ways = {layer: [way for way in self.sizes[layer] if way in predicted.losses.get(layer, {})] for layer in layers}
+        choices = [[(predicted.losses[layer][way], self.sizes[layer][way]) for way in ways[layer]] for layer in layers]
+        choices.append([(predicted.embedding[bits], outer[bits]) for bits in self.embedding])
+        blocks = [i for i in self.blocks if i in predicted.blocks]
+        own = {i: frozenset(at for at, (block, _) in enumerate(layers) if block == i) for i in blocks}
+        removals = [Removal(predicted.blocks[i], self.rest[i], own[i]) for i in blocks]
         goal = self.budget.nbytes + room
         limit = goal
         for turn in range(_TURNS):
-            found = solve(choices, limit)
+            found = solve(choices, limit, removals)
             if found is None:
-                return replace(self.smallest, loss=self._sum(self.smallest, losses, embedding))
-            taken = {layer: ways[layer][at] for layer, at in zip(layers, found, strict=False)}
-            loss = sum(options[at][0] for options, at in zip(choices, found, strict=True))
-            plan = self._plan(taken, self.embedding[found[-1]], loss)
+                return replace(self.smallest, loss=self.predicted(self.smallest, predicted))
+            taken = {layer: ways[layer][at] for layer, at in zip(layers, found, strict=False) if at >= 0}
+            removed = [i for i in blocks if all(found[at] < 0 for at in own[i])]
+            plan = self._plan(taken, self.embedding[found[-1]], removed)
             if plan.nbytes <= goal:
-                return plan
+                return replace(plan, loss=self.predicted(plan, predicted))
             # The header lists the blocks that are unlike, and those of the next plan may be more: a growing margin.
             limit -= (plan.nbytes - goal) << turn
         raise PlanError(
@@ -231,8 +297,22 @@ class Chooser:
             "included; give a little more"
         )
 
-    def _sum(self, plan: Plan, losses: Mapping[Layer, Mapping[Way, float]], embedding: Mapping[int, float]) -> float:
-        return embedding[plan.embedding] + sum(losses[layer][way] for layer, way in plan.layers.items())
+    @staticmethod
+    def predicted(plan: Plan, by: Sensitivity) -> float:
+        """A plan's loss: the sum of its parts'."""
+        parts = [by.losses[layer][way] for layer, way in plan.layers.items()]
+        return by.embedding[plan.embedding] + sum(parts) + sum(by.blocks[i] for i in plan.removed)
+
+
+def _size(plan: Plan) -> int:
+    return plan.nbytes
+
+
+def removable(shape: ModelShape, depth: Depth | None) -> tuple[int, ...]:
+    """The blocks that the stage depth may remove: none that it protects, and none whose weights another runs too."""
+    if depth is None or len(shape.own_blocks) < len(shape.blocks):
+        return ()
+    return tuple(range(depth.protect_first, len(shape.blocks) - depth.protect_last))
 
 
 def rules(layers: Mapping[Layer, Way]) -> str:
@@ -332,12 +412,71 @@ def corrected(
     return {layer: {way: x * times(layer, way) for way, x in ways.items()} for layer, ways in losses.items()}
 
 
+def corrected_blocks(
+    predicted: Mapping[int, float], measured: Sequence[tuple[Sequence[int], float]]
+) -> dict[int, float]:
+    """The losses of blocks by what removing some of them really cost.
+
+    Each was measured alone, and several together cost another sum: mostly more. measured: the blocks of each plan that
+    ran, and the rise of the loss without them. What it is above the sum of their own is shared out evenly, and every
+    block gets the mean of these shares, since none that goes in their place would be alone either.
+    """
+    shares = [(rise - sum(predicted[i] for i in gone)) / len(gone) for gone, rise in measured if gone]
+    return {i: x + (fmean(shares) if shares else 0.0) for i, x in predicted.items()}
+
+
 @dataclass(frozen=True)
 class Round:
     plan: Plan
     perplexity: float
     nbytes: int  # of the file or on the chip, counted from what lies on the disk
     rise: float  # measured, nats a token above the model before gptq
+
+
+@dataclass(frozen=True)
+class Bought:
+    """What a part of the model took of the budget, and what it got for it, above the smallest way to store it."""
+
+    part: str  # a kind of layer, the embedding, or blocks that went
+    settings: str
+    nbytes: int
+    loss: float  # predicted, nats a token
+    more: int  # bytes above the smallest; of what went, those that it would have
+    less: float  # nats a token that these bytes are predicted to buy
+
+
+def bought(chooser: Chooser, plan: Plan, by: Sensitivity) -> Iterator[Bought]:
+    """By kind of layer; the removed blocks' row has the bytes that it gives back and the nats that it costs."""
+    sizes, kinds = chooser.sizes, dict[str, list[Any]]()
+    for layer in sizes:
+        kinds.setdefault(layer[1].rpartition(".")[2], []).append(layer)
+
+    def loss(layer: Layer) -> float:
+        return by.losses[layer][chooser.least[layer]]
+
+    def size(layer: Layer) -> int:
+        return sizes[layer][chooser.least[layer]]
+
+    for name, layers in kinds.items():
+        ways = {layer: plan.layers[layer] for layer in layers if layer in plan.layers}
+        if ways:
+            counted = Counter(f"{quant}/{group}" for quant, group in ways.values())
+            losses = sum(by.losses[layer][way] for layer, way in ways.items())
+            nbytes = sum(sizes[layer][way] for layer, way in ways.items())
+            more, less = nbytes - sum(map(size, ways)), sum(map(loss, ways)) - losses
+            said = ", ".join(f"{way} ({count})" for way, count in sorted(counted.items()))
+            yield Bought(name, said, nbytes, losses, more, less)
+    outer = {bits: chooser.outer_bytes(bits) for bits in chooser.embedding}
+    few, here = min(outer, key=lambda bits: outer[bits]), plan.embedding
+    said = f"{here} bits" if here else "as it is"
+    more, less = outer[here] - outer[few], by.embedding[few] - by.embedding[here]
+    yield Bought("embedding", said, outer[here], by.embedding[here], more, less)
+    if plan.removed:
+        gone = [layer for layer in sizes if layer[0] in plan.removed]
+        freed = sum(map(size, gone)) + sum(chooser.rest[i] for i in plan.removed)
+        lost = sum(by.blocks[i] for i in plan.removed)
+        said = f"{_ranges(plan.removed)} removed"
+        yield Bought("blocks", said, 0, lost, -freed, sum(map(loss, gone)) - lost)
 
 
 @dataclass(frozen=True)
@@ -349,6 +488,7 @@ class Outcome:
     rounds: tuple[Round, ...]
     best: int
     gain: float  # nats a token less that 1 % more bytes would give, by the last prediction
+    bought: tuple[Bought, ...] = ()  # by the best round's plan, as the last prediction has it
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -356,10 +496,12 @@ class Outcome:
             "budget_bytes": self.budget.nbytes,
             "best": self.best,
             "nats_for_one_percent_more": self.gain,
+            "bought": [asdict(row) for row in self.bought],
             "rounds": [
                 {
                     "perplexity": r.perplexity, "bytes": r.nbytes, "predicted_bytes": r.plan.nbytes, "rise": r.rise,
                     "predicted_rise": r.plan.loss, "quant_embeddings": r.plan.embedding,
+                    "removed_blocks": list(r.plan.removed), "depth_layers": r.plan.depth.layers if r.plan.depth else "",
                     "quant": r.plan.options.quant, "group": r.plan.options.group, "layers": r.plan.options.layers,
                 }
                 for r in self.rounds
@@ -367,7 +509,27 @@ class Outcome:
         }  # fmt: skip
 
 
-def possible(recipe: Recipe, text: str, source: ModelShape, embedding: int | None) -> tuple[Recipe, Gptq, Chooser]:
+def candidate_stages(flags: Mapping[str, Any], skip: str) -> tuple[dict[str, Any], str, Depth | None]:
+    """Flags and --skip of a command with --budget and no recipe file, and the limits of depth where blocks may go.
+
+    Nothing runs besides gptq that no flag asks for, since nothing else pays at equal bytes. With --depth N or --layers
+    the stage depth runs as ever, before gptq; without them its other flags say which blocks --budget may remove.
+    """
+    given = {key for key, value in flags.items() if value is not None}
+    asked = {key.partition(".")[0] for key in given}
+    left_out = {name.strip() for name in skip.split(",")}
+    depth = None
+    if not {"depth.remove", "depth.layers"} & given and "depth" not in left_out:
+        asked -= {"depth"}
+        depth = Depth(**{key.removeprefix("depth."): flags[key] for key in given if key.startswith("depth.")})
+    skip = ",".join(filter(None, [skip, *(name for name in STAGES if name not in {"gptq", *asked})]))
+    rest = {key: value for key, value in flags.items() if depth is None or not key.startswith("depth.")}
+    return rest | {"gptq.quant": flags.get("gptq.quant") or DEFAULT}, skip, depth
+
+
+def possible(
+    recipe: Recipe, text: str, source: ModelShape, embedding: int | None, depth: Depth | None = None
+) -> tuple[Recipe, Gptq, Chooser]:
     """The recipe up to the stage gptq, that stage's options, and the plans there are.
 
     Raises PlanError or RecipeError for a budget that cannot be.
@@ -384,64 +546,95 @@ def possible(recipe: Recipe, text: str, source: ModelShape, embedding: int | Non
     shape = ([source] + [step.shape for step in planned(earlier, source)])[-1]
     budget = Budget.parse(text, shape)
     ways = candidates(shape, options, asked)
-    return earlier, options, Chooser(shape, budget, options, ways, (4, 8) if embedding is None else (embedding,))
+    bits = (4, 8) if embedding is None else (embedding,)
+    return earlier, options, Chooser(shape, budget, options, ways, bits, depth)
 
 
 def run_budget(
-    recipe: Recipe, text: str, out: Path, reporter: Reporter, *, rounds: int, embedding: int | None
+    recipe: Recipe,
+    text: str,
+    out: Path,
+    reporter: Reporter,
+    *,
+    rounds: int,
+    embedding: int | None,
+    depth: Depth | None = None,
 ) -> Outcome:
     """Carry out the recipe with the best layers' settings for a budget. The caller holds the store open.
 
-    embedding: its bits where somebody asked for them. Raises PlanError for a budget that cannot be.
+    embedding: its bits where somebody asked for them; depth: its limits, where blocks may go. Raises PlanError for a
+    budget that cannot be.
     """
     from edgepress.pipeline.run import Conditions, run
 
     at = Conditions.prepare(recipe, out, reporter)
-    earlier, options, chooser = possible(recipe, text, at.source.shape, embedding)
+    earlier, options, chooser = possible(recipe, text, at.source.shape, embedding, depth)
     budget, ways = chooser.budget, chooser.all_ways
     parent, now = at.source, at.measured(at.source)
     if earlier.stages:
         last = run(earlier, out, reporter).stages[-1]
         parent, now = last.checkpoint, last.after
-    found = sensitivities(recipe, parent, options, ways, chooser.embedding, out, reporter)
+    found = sensitivities(recipe, parent, options, ways, chooser.embedding, out, reporter, depth)
     before = math.log(now["perplexity"])
     measured: list[tuple[Plan, Mapping[Any, float]]] = []
+    shortened: list[tuple[Sequence[int], float]] = []
     done: list[tuple[Round, RunResult]] = []
-    losses: Mapping[Layer, Mapping[Way, float]] = found.losses
+    predicted = found
     for number in range(1, rounds + 1):
-        plan = chooser.choose(losses, found.embedding)
-        if any(plan.options == other.plan.options for other, _ in done):
+        plan = chooser.choose(predicted)
+        if any(plan.stages == other.plan.stages for other, _ in done):
             reporter.say(f"round {number}: the corrected prediction chooses a plan that has run")
             break
+        gone = f", blocks {_ranges(plan.removed)} removed" if plan.removed else ""
         reporter.say(
-            f"round {number}: {size_text(plan.nbytes, decimals=2)} of {size_text(budget.nbytes, decimals=2)}, "
+            f"round {number}: {size_text(plan.nbytes, decimals=2)} of {size_text(budget.nbytes, decimals=2)}{gone}, "
             f"predicted perplexity {math.exp(before + plan.loss):.2f}", style="bold",
         )  # fmt: skip
-        result = run(replace(recipe, stages=(*recipe.stages[:-1], ("gptq", plan.options))), out, reporter)
+        result = run(replace(earlier, stages=(*earlier.stages, *plan.stages)), out, reporter)
         last = result.stages[-1]
         perplexity = float(last.after["perplexity"])
         done.append(
             (Round(plan, perplexity, budget.size(last.checkpoint.shape), math.log(perplexity) - before), result)
         )
-        facts = last.manifest.facts["blocks"]
-        errors = {(i, n): f["error"] for i, block in enumerate(facts) for n, f in block.items() if "error" in f}
-        measured.append((plan, errors))
-        losses = corrected(found.losses, found.errors, measured)
+        measured.append((plan, _left_by_solver(plan, last.manifest.facts["blocks"], len(parent.shape.blocks))))
+        if plan.removed:
+            shortened.append((plan.removed, math.log(last.before["perplexity"]) - before))
+        predicted = replace(
+            found,
+            losses=corrected(found.losses, found.errors, measured),
+            blocks=corrected_blocks(found.blocks, shortened),
+        )
     best = min(range(len(done)), key=lambda i: done[i][0].perplexity)
     if best != len(done) - 1:  # so that `result` leads to it; all of it is in the store
-        winner = ("gptq", done[best][0].plan.options)
-        done[best] = done[best][0], run(replace(recipe, stages=(*recipe.stages[:-1], winner)), out, reporter)
-    here, more = (chooser.choose(losses, found.embedding, room) for room in (0, budget.nbytes // 100))
-    outcome = Outcome(done[best][1], budget, tuple(r for r, _ in done), best, here.loss - more.loss)
+        winner = done[best][0].plan.stages
+        done[best] = done[best][0], run(replace(earlier, stages=(*earlier.stages, *winner)), out, reporter)
+    here, more = (chooser.choose(predicted, room) for room in (0, budget.nbytes // 100))
+    rows = tuple(bought(chooser, done[best][0].plan, predicted))
+    outcome = Outcome(done[best][1], budget, tuple(r for r, _ in done), best, here.loss - more.loss, rows)
     write_json(out / "budget.json", sealed(outcome.to_dict()))
     return outcome
 
 
+def _left_by_solver(plan: Plan, facts: Sequence[Mapping[str, Any]], count: int) -> dict[Layer, float]:
+    """The relative error of each layer that ran, by the numbers that blocks had before some went."""
+    kept = [i for i in range(count) if i not in plan.removed]
+    return {
+        (old, name): f["error"]
+        for old, block in zip(kept, facts, strict=True)
+        for name, f in block.items()
+        if "error" in f
+    }
+
+
 def sensitivities(
     recipe: Recipe, parent: Checkpoint, options: Gptq, ways: Sequence[Way], embedding: Sequence[int], out: Path,
-    reporter: Reporter,
+    reporter: Reporter, depth: Depth | None = None,
 ) -> Sensitivity:  # fmt: skip
-    """Measured, or from the store `out` where they were measured of the same checkpoint on the same windows."""
+    """Measured, or from the store `out` where they were measured of the same checkpoint on the same windows.
+
+    depth: its limits, where the loss without each block is wanted too. That is measured apart, in one walk through the
+    blocks that takes about half a forward pass and a head for each of them.
+    """
     from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
     from edgepress.pipeline.calibration import Calibration
     from edgepress.pipeline.store import Store, open_model
@@ -451,26 +644,48 @@ def sensitivities(
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, device, parent.shape.dense_dtype)
     runtime = Runtime(device, dtype, recipe.seed, reporter, spill_bytes=recipe.spill_mib * 2**20)
-    source = open_model(recipe.model)
+    source, store = open_model(recipe.model), Store(out)
     few = replace(options, samples=min(options.samples, WINDOWS))
     windows = Calibration(recipe, source, out, runtime).windows("gptq", few)
+
+    def known_or_measured(
+        kind: str, decides: list[Any], what: str, seconds: float, measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        key = f"{kind}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}"
+        known = store.measurement(key, reporter.note)
+        if known is not None:
+            reporter.say(f"what {what} was measured before, and is kept in {out}")
+            return known
+        reporter.say(
+            f"measuring what {what}, on {len(windows.ids)} windows of {few.length} tokens: about "
+            f"{duration_text(max(1.0, seconds))} here"
+        )
+        with interrupts.meanwhile("the same command measures the layers anew; what was finished before is kept"):
+            known = measure()
+        store.keep_measurement(key, known)
+        return known
+
+    speed = measured_speed(recipe.device, recipe.dtype)
     bits = [b for b in embedding if b]
     decides = [parent.fingerprint, windows.sha256, list(ways), bits, sensitivity.VERSION, str(dtype)]
     decides += [options.damping, options.symmetric, options.scale_search]
-    key = "bits-" + hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    known = Store(out).measurement(key, reporter.note)
-    if known is None:
-        seconds = sensitivity.operations(parent.shape, few, ways) / measured_speed(recipe.device, recipe.dtype)
-        reporter.say(
-            f"measuring what each of {len(ways)} ways costs every layer, on {len(windows.ids)} windows of {few.length} "
-            f"tokens: about {duration_text(max(1.0, seconds * sensitivity.SLOWDOWN))} here"
+    found = sensitivity.Sensitivity.from_dict(
+        known_or_measured(
+            "bits", decides, f"each of {len(ways)} ways costs every layer",
+            sensitivity.operations(parent.shape, few, ways) / speed * sensitivity.SLOWDOWN,
+            lambda: sensitivity.measure(parent, windows, options, ways, bits, runtime).to_dict(),
         )
-        with interrupts.meanwhile("the same command measures the layers anew; what was finished before is kept"):
-            known = sensitivity.measure(parent, windows, options, ways, bits, runtime).to_dict()
-        Store(out).keep_measurement(key, known)
-    else:
-        reporter.say(f"what each of {len(ways)} ways costs every layer was measured before, and is kept in {out}")
-    return sensitivity.Sensitivity.from_dict(known)
+    )  # fmt: skip
+    if not (blocks := removable(parent.shape, depth)):
+        return found
+    assert depth is not None
+    cost = depth_stage.cost(parent.shape, replace(depth, samples=few.samples, length=few.length, layers=""))
+    losses = known_or_measured(
+        "blocks", [parent.fingerprint, windows.sha256, list(blocks), depth_stage.VERSION, str(dtype)],
+        f"the absence of each of {len(blocks)} blocks costs", cost.seconds(speed),
+        lambda: {str(i): x for i, x in depth_stage.losses_without(parent, windows, blocks, runtime).items()},
+    )  # fmt: skip
+    return replace(found, blocks={int(i): x for i, x in losses.items()})
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -490,17 +705,21 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         )
     console.print(f"\nBudget {outcome.budget.text}: {outcome.budget.nbytes:,} bytes; * is the result", highlight=False)
     print_whole(console, table)
-    best = outcome.rounds[outcome.best].plan
-    bought = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("layers", "settings (blocks)"):
-        bought.add_column(column)
-    by_name: dict[str, Counter[str]] = {}
-    for (_, name), (quant, group) in best.layers.items():
-        by_name.setdefault(name.rpartition(".")[2], Counter())[f"{quant}/{group}"] += 1
-    for name, ways in by_name.items():
-        bought.add_row(name, ", ".join(f"{way} ({count})" for way, count in sorted(ways.items())))
-    bought.add_row("embedding", f"{best.embedding} bits" if best.embedding else "as it is")
-    print_whole(console, bought)
+    parts = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("part", "settings (blocks)"):
+        parts.add_column(column)
+    for column in ("bytes", "loss", "bytes above the smallest", "nats they buy", "a KiB"):
+        parts.add_column(column, justify="right", no_wrap=True)
+    for row in outcome.bought:
+        rate = f"{1024 * row.less / row.more:.2g}" if row.more else ""
+        parts.add_row(
+            row.part, row.settings, f"{row.nbytes:,}", f"{row.loss:.4f}", f"{row.more:,}", f"{row.less:.4f}", rate
+        )
+    print_whole(console, parts)
+    console.print(
+        "Losses are predicted, in nats a token. Above the smallest: than with each part at the fewest bytes that it "
+        "can have; a removed block gives bytes back and costs nats.", highlight=False,
+    )  # fmt: skip
     console.print(
         f"1 % more bytes would lower the loss by {outcome.gain:.4f} nats a token, by prediction.", highlight=False
     )

@@ -33,10 +33,8 @@ from edgepress.pipeline.flags import (
 )
 from edgepress.pipeline.recipe import Recipe, draft
 from edgepress.pipeline.sweep_recipe import is_sweep
-from edgepress.stages.options import STAGES
 
 EXIT_BUG, EXIT_ERROR, EXIT_PIPE = 1, 2, 141
-DEFAULT = "gptq4-s"  # with --budget: the quantiser's family where none is asked for
 
 app = typer.Typer(
     cls=PlainGroup,
@@ -49,7 +47,7 @@ app = typer.Typer(
 
 Budget = Annotated[
     str,
-    typer.Option(help="Bytes (60MiB), bits a parameter (4.5bits) or a chip: the best bits of each layer that fit."),
+    typer.Option(help="Bytes (60MiB), bits a parameter (4.5bits) or a chip: the best bits and blocks that fit."),
 ]
 Rounds = Annotated[int, typer.Option("--budget-rounds", help="Plans of --budget that are run and measured, at most.")]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Forecast only, as the command plan does.")]
@@ -118,10 +116,11 @@ def _run(
     if plan_only:
         _plan(flags, recipe, skip, as_json)
         return
+    depth = None
     if budget and not recipe:  # nothing else pays at equal bytes unless somebody asks for it
-        asked = {key.partition(".")[0] for key, value in flags.items() if value is not None}
-        skip = ",".join(filter(None, [skip, *(name for name in STAGES if name not in {"gptq", *asked})]))
-        flags = flags | {"gptq.quant": flags.get("gptq.quant") or DEFAULT}
+        from edgepress.pipeline.budget import candidate_stages
+
+        flags, skip, depth = candidate_stages(flags, skip)
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
     from edgepress.pipeline.progress import Reporter
@@ -135,13 +134,13 @@ def _run(
         from edgepress.pipeline.store import open_model
     wanted, console = prepared(drafted, out), Console(stderr=as_json)
     if budget:  # before anything is written
-        possible(wanted, budget, open_model(wanted.model).shape, flags.get("gptq.quant_embeddings"))
+        possible(wanted, budget, open_model(wanted.model).shape, flags.get("gptq.quant_embeddings"), depth)
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         try:
             with interrupts.gently(reporter.interrupt):
                 if budget:
                     bits = flags.get("gptq.quant_embeddings")
-                    found = run_budget(wanted, budget, out, reporter, rounds=rounds, embedding=bits)
+                    found = run_budget(wanted, budget, out, reporter, rounds=rounds, embedding=bits, depth=depth)
                 result = found.result if budget else run_stages(wanted, out, reporter)
         except KeyboardInterrupt:
             interrupts.caught(None if as_json else reporter.say)  # quiet, it would say it to the log alone

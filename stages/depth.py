@@ -169,7 +169,32 @@ def choose(source: Checkpoint, calibration: TokenBatches, options: Options, runt
 def perplexity(
     skeleton: Skeleton, order: list[int], candidates: list[int], chunks: list[Tensor], runtime: Runtime
 ) -> dict[int, float]:
-    """Perplexity of the model without each candidate, in one pass over the blocks.
+    """Perplexity of the model without each candidate, in one pass over the blocks."""
+    return {j: math.exp(x) for j, x in _losses(skeleton, order, candidates, chunks, runtime).items() if j is not None}
+
+
+def losses_without(
+    source: Checkpoint, calibration: TokenBatches, blocks: Sequence[int], runtime: Runtime
+) -> dict[int, float]:
+    """Nats a token that the windows' loss rises by without each of these blocks, alone."""
+    from edgepress.checkpoints.checkpoint import Skeleton
+
+    skeleton = Skeleton(source, runtime.device, runtime.dtype)
+    order, chunks = list(range(len(skeleton.blocks))), calibration.chunks(runtime.chunk_tokens)
+    losses = _losses(skeleton, order, list(blocks), chunks, runtime, also_intact=True)
+    whole = losses.pop(None)
+    return {j: x - whole for j, x in losses.items() if j is not None}
+
+
+def _losses(
+    skeleton: Skeleton,
+    order: list[int],
+    candidates: list[int],
+    chunks: list[Tensor],
+    runtime: Runtime,
+    also_intact: bool = False,
+) -> dict[int | None, float]:
+    """Nats a token of the model without each candidate; None: of the model as it is.
 
     At block i there is one hidden state for the intact model and one for every candidate j < i already
     skipped, so each block is loaded once and a candidate costs only the blocks behind it.
@@ -181,7 +206,7 @@ def perplexity(
         intact = scratch.states(shapes, runtime.dtype)
         for number, states in enumerate(skeleton.embed(chunks)):
             intact.write(number, states)
-        without: dict[int, States] = {}
+        without: dict[int | None, States] = {}
         runtime.progress.start("ranking blocks", len(order))
         for i in order:
             with skeleton.block(i) as block:
@@ -191,8 +216,9 @@ def perplexity(
                     without[i] = scratch.states(shapes, runtime.dtype, like=intact)
                 _advance(skeleton, block, i, intact)
             runtime.progress.step(block=i)
+        ended = without | ({None: intact} if also_intact else {})
         with skeleton.head() as head, torch.no_grad():
-            return {j: _perplexity(head, skipped.chunks, chunks) for j, skipped in without.items()}
+            return {j: _mean_loss(head, skipped.chunks, chunks) for j, skipped in ended.items()}
 
 
 def _advance(skeleton: Skeleton, block: nn.Module, index: int, states: States) -> None:
@@ -325,7 +351,7 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def _perplexity(head: Callable[[Tensor], Tensor], states: Sequence[Tensor], chunks: list[Tensor]) -> float:
+def _mean_loss(head: Callable[[Tensor], Tensor], states: Sequence[Tensor], chunks: list[Tensor]) -> float:
     # One sequence at a time: over 49,152 words, the logits of 128 tokens are 25 MB in float32.
     nll = 0.0
     for chunk, ids in zip(states, chunks, strict=True):
@@ -333,4 +359,4 @@ def _perplexity(head: Callable[[Tensor], Tensor], states: Sequence[Tensor], chun
     loss = nll / sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
     if not loss < math.log(sys.float_info.max):
         raise NumericsError(f"depth: the loss of the calibration windows is {loss:.4g} nats a token, not finite")
-    return math.exp(loss)
+    return loss

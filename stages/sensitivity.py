@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
@@ -48,6 +48,7 @@ class Sensitivity:
     errors: Mapping[Layer, Mapping[Way, float]]  # tr(dW H dW^T) / tr(W H W^T)
     embedding: Mapping[int, float]  # nats a token by its bits; 0: as it is
     loss: float  # of the calibration windows, as the model is
+    blocks: Mapping[int, float] = field(default_factory=dict)  # nats a token without each block that may go
 
     def to_dict(self) -> dict[str, Any]:
         rows = [

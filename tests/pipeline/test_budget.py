@@ -19,15 +19,32 @@ from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.image import pack_checkpoint
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import Pattern, with_pattern
+from edgepress.checkpoints.shape import Pattern, with_blocks, with_pattern
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.hardware.needs import room_for
 from edgepress.hardware.placement import weight_bytes
 from edgepress.hardware.soc import load_soc
-from edgepress.pipeline.budget import Budget, Chooser, Plan, candidates, corrected, family, layer_sizes, rules, solve
-from edgepress.stages import sensitivity
-from edgepress.stages.options import Gptq
+from edgepress.pipeline.budget import (
+    Budget,
+    Chooser,
+    Plan,
+    Removal,
+    bought,
+    candidate_stages,
+    candidates,
+    corrected,
+    corrected_blocks,
+    family,
+    layer_sizes,
+    rules,
+    solve,
+)
+from edgepress.pipeline.plan import plan as planned
+from edgepress.pipeline.recipe import Recipe, build
+from edgepress.stages import depth, sensitivity
+from edgepress.stages.options import Depth, Gptq
 from edgepress.stages.quantisers import gptq
+from edgepress.stages.sensitivity import Sensitivity
 
 SHAPE = shape_from_config(PRESETS["smollm2-135m"])
 
@@ -55,6 +72,97 @@ def test_the_program_finds_what_brute_force_finds(seed: int) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("seed", range(6))
+def test_the_program_removes_the_blocks_that_brute_force_removes(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(high: int) -> int:
+        return int(torch.randint(1, high, (1,), generator=generator))
+
+    choices = [[(drawn(10**6) / 10**6, drawn(5000)) for _ in range(3)] for _ in range(6)]
+    removals = [Removal(drawn(10**6) / 6e5, drawn(900), frozenset({2 * i, 2 * i + 1})) for i in range(2)]
+    plans = []
+    for gone in itertools.product([False, True], repeat=2):
+        left = [at for at in range(6) if not any(g and at in r.members for g, r in zip(gone, removals, strict=True))]
+        free = sum(r.freed for g, r in zip(gone, removals, strict=True) if g)
+        lost = sum(r.loss for g, r in zip(gone, removals, strict=True) if g)
+        for taken in itertools.product(range(3), repeat=len(left)):
+            own = [choices[at][way] for at, way in zip(left, taken, strict=True)]
+            where = [dict(zip(left, taken, strict=True)).get(at, -1) for at in range(6)]
+            plans.append((lost + sum(x for x, _ in own), sum(x for _, x in own) - free, where))
+    sizes = [size for _, size, _ in plans]
+    seen = set()
+    for limit in sorted(sizes)[:: len(sizes) // 5]:
+        best, _, where = min(plan for plan in plans if plan[1] <= limit)
+        found = solve(choices, limit, removals)
+        assert found is not None and [plan[0] for plan in plans if plan[2] == found] == [pytest.approx(best, abs=1e-5)]
+        seen.add(where.count(-1))
+    assert len(seen) > 1  # with and without removed blocks
+    assert solve(choices, min(sizes) - 1, removals) is None
+
+
+@pytest.mark.unit
+def test_a_plan_without_blocks_is_a_recipe_of_its_bytes() -> None:
+    options, ways = Gptq(quant="gptq4-s"), candidates(SHAPE, Gptq(quant="gptq4-s"), "gptq4-s")
+    budget, limits = Budget.parse("45MiB", SHAPE), Depth(protect_first=3, protect_last=1)
+    chooser = Chooser(SHAPE, budget, options, ways, (4, 8), limits)
+    assert chooser.smallest.removed == tuple(range(3, 29))
+    losses = {layer: {way: (1 + layer[0]) / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
+    blocks = {i: 1e-9 if i in (5, 9) else 9.0 for i in range(3, 29)}
+    plan = chooser.choose(Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, blocks))
+    assert plan.removed == (5, 9) and plan.nbytes <= budget.nbytes
+    assert all(block not in (5, 9) for block, _ in plan.layers)
+    assert plan.loss == pytest.approx(
+        2e-9 + (1e-5 if plan.embedding == 4 else 0) + sum(losses[layer][way] for layer, way in plan.layers.items())
+    )
+    (_, stage), (_, own) = plan.stages
+    assert isinstance(stage, Depth) and stage.sequence == [i for i in range(30) if i not in (5, 9)]
+    recipe = Recipe(model="smollm2-135m", stages=plan.stages)
+    last = planned(recipe, SHAPE)[-1].shape
+    assert packed_sizes(last).total == plan.nbytes and len(last.blocks) == 28
+    assert isinstance(own, Gptq)
+    for (block, name), (quant, group) in plan.layers.items():
+        after = own.of(stage.sequence.index(block), name)
+        assert (after.quant, after.group) == (quant, group)
+    rows = list(bought(chooser, plan, Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, blocks)))
+    assert rows[-1].settings == "5,9 removed" and rows[-1].more < 0
+    assert sum(row.loss for row in rows) == pytest.approx(plan.loss)
+    every = Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, dict.fromkeys(range(3, 29), 9.0))
+    assert not chooser.choose(every).removed
+    again = with_blocks(SHAPE, [*range(30), 29])  # its last block runs twice: none goes
+    assert not Chooser(again, budget, options, ways, (4, 8), limits).blocks
+
+
+@pytest.mark.unit
+def test_what_blocks_cost_together_corrects_what_each_costs_alone() -> None:
+    alone = {4: 0.1, 5: 0.2, 6: 0.3}
+    assert corrected_blocks(alone, []) == alone
+    found = corrected_blocks(alone, [((4, 5), 0.5)])
+    assert found == pytest.approx({4: 0.2, 5: 0.3, 6: 0.4})
+    found = corrected_blocks(alone, [((4, 5), 0.5), ((6,), 0.3), ((), 0.0)])
+    assert found == pytest.approx({4: 0.15, 5: 0.25, 6: 0.35})
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("flags", "skip", "limits", "runs"),
+    [
+        ({}, "", Depth(), set()),
+        ({"depth.protect_first": 1, "wanda.pattern": "2:4"}, "", Depth(protect_first=1), {"wanda"}),
+        ({"depth.remove": 2}, "", None, {"depth"}),
+        ({"depth.remove": 0}, "", None, set()),
+        ({"depth.layers": "0-3"}, "", None, {"depth"}),
+        ({}, "depth", None, set()),
+    ],
+)
+def test_which_stages_a_budget_has_to_choose_from(
+    flags: dict[str, Any], skip: str, limits: Depth | None, runs: set[str]
+) -> None:
+    rest, left_out, found = candidate_stages(flags, skip)
+    assert found == limits and {name for name, _ in build(None, rest, left_out).stages} == {*runs, "gptq"}
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize("budget", ["55MiB", "4.5bits", "siracusa:hyperram=64MiB", "siracusa"])
 def test_what_a_budget_is_and_what_a_plan_takes_of_it(budget: str) -> None:
     soc = load_soc(budget) if "siracusa" in budget else None
@@ -70,7 +178,7 @@ def test_what_a_budget_is_and_what_a_plan_takes_of_it(budget: str) -> None:
     losses = {
         layer: {way: (1 + layer[0] % 5) / size for way, size in sizes.items()} for layer, sizes in chooser.sizes.items()
     }
-    plan = chooser.choose(losses, {4: 1e-5, 8: 0.0})
+    plan = chooser.choose(Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0))
     assert found.nbytes - 2**16 < plan.nbytes <= found.nbytes
     from edgepress.stages import gptq as stage
 
@@ -191,6 +299,55 @@ def test_the_best_plan_for_a_budget_runs_and_resumes(
 
 
 @pytest.mark.pipeline
+def test_where_bits_alone_do_not_fit_a_block_goes(
+    make_tiny: Callable[..., Path], compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make_tiny(tmp_path / "model", blocks=4)
+    shape, options, limits = Checkpoint.open(model).shape, Gptq(quant="q4_k"), Depth(protect_first=1, protect_last=1)
+    ways, room = candidates(shape, options, "q4_k"), Budget("", packed_sizes(shape).total - 1)
+    every = Chooser(shape, room, options, ways, (4, 8)).smallest.nbytes
+    fewer = Chooser(shape, room, options, ways, (4, 8), limits).smallest.nbytes
+    budget = (every + fewer) // 2
+    flags = (*FLAGS, "--protect-first", "1", "--protect-last", "1")
+    command = (model, *flags, "--quant", "q4_k", "--budget", f"{budget}B", "-o", tmp_path / "out")
+    done = compress("run", *command)
+    assert done.returncode == 0, done.stderr
+    assert "the absence of each of 2 blocks costs" in done.stdout and "removed" in done.stdout
+    told = json.loads((tmp_path / "out" / "budget.json").read_text())
+    best = told["rounds"][told["best"]]
+    gone = best["removed_blocks"]
+    assert gone and set(gone) <= {1, 2} and best["predicted_bytes"] == best["bytes"] <= budget
+    assert told["bought"][-1]["part"] == "blocks" and told["bought"][-1]["more"] < 0
+    result = Checkpoint.open(tmp_path / "out" / "result")
+    assert pack_checkpoint(result, tmp_path / "image").nbytes == best["bytes"]
+    assert result.manifest is not None
+    assert result.manifest.origin["blocks"] == [i for i in range(4) if i not in gone]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [s["stage"] for s in report["stages"]] == ["depth", "gptq"]
+    assert report["recipe"]["stages"][0]["depth"]["layers"] == best["depth_layers"]
+    again = compress("run", *command, "--json")
+    assert all(s["reused"] for s in json.loads(again.stdout)["stages"])
+    refused = compress("run", *command[:-4], "--budget", f"{budget}B", "--skip", "depth", "-o", tmp_path / "out")
+    assert refused.returncode == 2 and "the smallest model that --budget can make" in refused.stderr
+
+
+@pytest.mark.unit
+def test_the_loss_without_a_block_is_that_of_the_model_without_it(tiny_llama: Path) -> None:
+    source = Checkpoint.open(tiny_llama)
+    ids = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(1))
+
+    def loss(kept: list[int]) -> float:
+        model = source.model().float()
+        model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in kept)
+        logits = model(input_ids=ids, use_cache=False).logits
+        return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).detach())
+
+    found = depth.losses_without(source, TokenBatches("t", ids), [2, 4], Runtime(chunk_tokens=24, dtype=torch.float32))
+    for block, rise in found.items():
+        assert rise == pytest.approx(loss([i for i in range(6) if i != block]) - loss([*range(6)]), abs=1e-4)
+
+
+@pytest.mark.pipeline
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -244,7 +401,7 @@ def test_a_group_wider_than_a_layer_is_no_way_of_its_own(tiny_llama: Path) -> No
     budget = Budget.parse("4.6bits", shape)
     chooser = Chooser(shape, budget, options, ways, (8,))
     losses = {layer: {way: 1 / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
-    plan = chooser.choose(losses, {8: 0.0})
+    plan = chooser.choose(Sensitivity(losses, {}, {8: 0.0}, 0.0))
     assert all(way in chooser.sizes[layer] for layer, way in plan.layers.items()) and plan.nbytes <= budget.nbytes
 
 
