@@ -2,8 +2,9 @@
 
 An exact integer program (a multiple-choice knapsack): one way to quantise for each layer and one for the embedding, or
 none for the layers of a block that is removed, the least sum of predicted losses (stages/sensitivity.py) under the
-bytes. The chosen plan runs and is measured like any recipe; what the solver then left of each layer, and what the
-removed blocks really cost, corrects the prediction for the next round.
+bytes; once without and once with each adapter of EoRA. The chosen plan runs and is measured like any recipe; what the
+solver then left of each layer, and what the removed blocks and the adapter really did, corrects the prediction for the
+next round.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from edgepress.pipeline.plan import plan as planned
 from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.tables import print_whole
 from edgepress.stages import depth as depth_stage
+from edgepress.stages import eora as eora_stage
 from edgepress.stages import gptq
-from edgepress.stages.options import STAGES, Depth, Gptq, Options
+from edgepress.stages.options import STAGES, Depth, Eora, Gptq, Options
 from edgepress.stages.quantisers import METHODS
 
 if TYPE_CHECKING:
@@ -52,8 +54,10 @@ if TYPE_CHECKING:
 
 DEFAULT = "gptq4-s"  # the quantiser's family where none is asked for
 GROUPS = (32, 64, 128)
+RANKS = (8, 16, 32)  # of EoRA where none is asked for, at 8 bits: as good as 16 by prediction, and half the bytes
 WINDOWS = 8  # of calibration, at most, that the sensitivities are measured on
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+Stages = tuple[tuple[str, Options], ...]
 _TURNS = 12  # of the program, until the bytes of the whole file are below the budget too
 
 
@@ -192,11 +196,21 @@ class Plan:
     loss: float  # predicted, nats a token above the model as it is
     removed: tuple[int, ...] = ()
     depth: Depth | None = None  # the stage that removes them
+    eora: Eora | None = None
 
-    @property
-    def stages(self) -> tuple[tuple[str, Options], ...]:
-        """What a recipe has of it."""
-        return (*((("depth", self.depth),) if self.depth else ()), ("gptq", self.options))
+    def stages(self, *tuned: tuple[str, Options]) -> tuple[tuple[str, Options], ...]:
+        """What a recipe has of it. tuned: what comes between gptq and eora."""
+        before: Stages = (("depth", self.depth),) if self.depth else ()
+        after: Stages = (("eora", self.eora),) if self.eora else ()
+        return (*before, ("gptq", self.options), *tuned, *after)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What there is to choose from besides bits and groups."""
+
+    depth: Depth | None = None  # its limits, where blocks may go
+    eora: tuple[Eora, ...] = ()
 
 
 class Chooser:
@@ -209,15 +223,17 @@ class Chooser:
         options: Gptq,
         ways: Sequence[Way],
         embedding: Sequence[int],
-        depth: Depth | None = None,
+        beside: Candidates = Candidates(),
     ) -> None:
-        """depth: its limits, where blocks may go. Raises PlanError where no plan fits, or there is nothing to do."""
-        self.shape, self.budget, self.options, self.depth = shape, budget, options, depth
+        """Raises PlanError where no plan fits, or there is nothing to do."""
+        self.shape, self.budget, self.options, self.depth = shape, budget, options, beside.depth
         self.embedding = tuple(embedding)
         self.sizes = layer_sizes(shape, options, ways, budget)
         self.rest = [self._rest(i, block) for i, block in enumerate(shape.blocks)]
-        self.all_ways = tuple(ways)
-        self.blocks = removable(shape, depth)
+        self.adapters = self._adapters(beside.eora, ways[0])
+        self.blocks = removable(shape, beside.depth)
+        ranks = tuple(sorted({eora.rank for eora in self.adapters}))
+        self.wanted = Wanted(tuple(ways), self.embedding, self.blocks, ranks)
         self.least = {layer: min(sizes, key=lambda way: sizes[way]) for layer, sizes in self.sizes.items()}
         self.smallest = min((self._plan(self._without(self.blocks), b, self.blocks) for b in self.embedding), key=_size)
         source = budget.size(shape)
@@ -242,12 +258,20 @@ class Chooser:
         left = tuple(x for x in block.linears if (index, x.name) not in self.sizes)
         return self.budget.of_layer(self.shape, BlockShape(left, block.others))
 
+    def _adapters(self, candidates: Sequence[Eora], way: Way) -> dict[Eora, dict[Layer, int]]:
+        found = {eora: adapter_sizes(self.shape, self.options, way, eora, self.budget) for eora in candidates}
+        return {
+            eora: {layer: size for layer, size in own.items() if layer in self.sizes}
+            for eora, own in found.items()
+            if own
+        }
+
     def _without(self, removed: Iterable[int]) -> dict[Layer, Way]:
         """Every layer at its fewest bytes, without those of removed blocks."""
         return {layer: way for layer, way in self.least.items() if layer[0] not in set(removed)}
 
     def _plan(
-        self, layers: dict[Layer, Way], embedding: int, removed: Sequence[int] = (), loss: float = math.nan
+        self, layers: dict[Layer, Way], embedding: int, removed: Sequence[int] = (), eora: Eora | None = None
     ) -> Plan:
         (quant, group), _ = Counter(layers.values()).most_common(1)[0]
         kept = [i for i in range(len(self.shape.blocks)) if i not in removed]
@@ -260,21 +284,35 @@ class Chooser:
             shape = depth_stage.plan(shape, stage)
         renumbered = {(kept.index(block), name): way for (block, name), way in layers.items()}
         options = replace(self.options, quant=quant, group=group, quant_embeddings=embedding, layers=rules(renumbered))
-        return Plan(
-            layers, embedding, options, self.budget.size(gptq.plan(shape, options)), loss, tuple(removed), stage
-        )
+        after = gptq.plan(shape, options)
+        size = self.budget.size(after if eora is None else eora_stage.plan(after, eora))
+        return Plan(layers, embedding, options, size, math.nan, tuple(removed), stage, eora)
 
-    def outer_bytes(self, embedding: int) -> int:
-        """Bytes of the whole model beside its layers that have ways, with no block removed."""
+    def outer_bytes(self, embedding: int, eora: Eora | None = None) -> int:
+        """Bytes of the whole model beside its layers that have ways and their adapters, with no block removed."""
         least = sum(self.sizes[layer][way] for layer, way in self.least.items())
-        return self._plan(self.least, embedding).nbytes - least
+        least += sum(self.adapters[eora].values()) if eora else 0
+        return self._plan(self.least, embedding, eora=eora).nbytes - least
 
     def choose(self, predicted: Sensitivity, room: int = 0) -> Plan:
         """The plan of the least predicted loss. room: more bytes than the budget has."""
+        able = [eora for eora in self.adapters if all(eora.rank in own for own in predicted.left.values())]
+        plans = [self._chosen(predicted, room, eora) for eora in (None, *(able if predicted.left else ()))]
+        found = [plan for plan in plans if plan is not None]
+        if not found:
+            return replace(self.smallest, loss=self.predicted(self.smallest, predicted))
+        return min(found, key=lambda plan: plan.loss)
+
+    def _chosen(self, predicted: Sensitivity, room: int, eora: Eora | None) -> Plan | None:
+        """The best with this adapter; None where even the smallest is too large."""
         layers = list(self.sizes)
-        outer = {bits: self.outer_bytes(bits) for bits in self.embedding}
+        outer = {bits: self.outer_bytes(bits, eora) for bits in self.embedding}
+        beside = self.adapters[eora] if eora else dict.fromkeys(layers, 0)
+        left = {layer: _left(predicted, layer, eora) for layer in layers}
         ways = {layer: [way for way in self.sizes[layer] if way in predicted.losses.get(layer, {})] for layer in layers}
-        choices = [[(predicted.losses[layer][way], self.sizes[layer][way]) for way in ways[layer]] for layer in layers]
+        choices = [
+            [(left[x] * predicted.losses[x][way], self.sizes[x][way] + beside[x]) for way in ways[x]] for x in layers
+        ]
         choices.append([(predicted.embedding[bits], outer[bits]) for bits in self.embedding])
         blocks = [i for i in self.blocks if i in predicted.blocks]
         own = {i: frozenset(at for at, (block, _) in enumerate(layers) if block == i) for i in blocks}
@@ -284,10 +322,10 @@ class Chooser:
         for turn in range(_TURNS):
             found = solve(choices, limit, removals)
             if found is None:
-                return replace(self.smallest, loss=self.predicted(self.smallest, predicted))
+                return None
             taken = {layer: ways[layer][at] for layer, at in zip(layers, found, strict=False) if at >= 0}
             removed = [i for i in blocks if all(found[at] < 0 for at in own[i])]
-            plan = self._plan(taken, self.embedding[found[-1]], removed)
+            plan = self._plan(taken, self.embedding[found[-1]], removed, eora)
             if plan.nbytes <= goal:
                 return replace(plan, loss=self.predicted(plan, predicted))
             # The header lists the blocks that are unlike, and those of the next plan may be more: a growing margin.
@@ -300,12 +338,17 @@ class Chooser:
     @staticmethod
     def predicted(plan: Plan, by: Sensitivity) -> float:
         """A plan's loss: the sum of its parts'."""
-        parts = [by.losses[layer][way] for layer, way in plan.layers.items()]
+        parts = [_left(by, layer, plan.eora) * by.losses[layer][way] for layer, way in plan.layers.items()]
         return by.embedding[plan.embedding] + sum(parts) + sum(by.blocks[i] for i in plan.removed)
 
 
 def _size(plan: Plan) -> int:
     return plan.nbytes
+
+
+def _left(by: Sensitivity, layer: Layer, eora: Eora | None) -> float:
+    """Share of a layer's loss that its adapter leaves."""
+    return 1.0 if eora is None else by.left.get(layer, {}).get(eora.rank, 1.0)
 
 
 def removable(shape: ModelShape, depth: Depth | None) -> tuple[int, ...]:
@@ -357,6 +400,24 @@ def layer_sizes(
                     own.add(x.grid)
                     size = counting.of_layer(shape, BlockShape((x,), ()))
                     found.setdefault((i, x.name), {})[quant, group] = size
+    return found
+
+
+def adapter_sizes(
+    shape: ModelShape, options: Gptq, way: Way, eora: Eora, budget: Budget | None = None
+) -> dict[Layer, int]:
+    """Bytes of each layer's adapter, whatever its bits; none where some layer does not have the rank."""
+    counting, (quant, group) = budget or Budget("", 0), way
+    coded = gptq.plan(shape, replace(options, quant=quant, group=group, layers="", quant_embeddings=0))
+    try:
+        after = eora_stage.plan(coded, eora)
+    except PlanError:
+        return {}
+    found = dict[Any, int]()
+    for i, (block, was) in enumerate(zip(after.blocks, coded.blocks, strict=True)):
+        for x, before in zip(block.linears, was.linears, strict=True):
+            both = (counting.of_layer(shape, BlockShape((own,), ())) for own in (x, before))
+            found[i, x.name] = next(both) - next(both)
     return found
 
 
@@ -425,6 +486,23 @@ def corrected_blocks(
     return {i: x + (fmean(shares) if shares else 0.0) for i, x in predicted.items()}
 
 
+def corrected_left(
+    left: Mapping[Layer, Mapping[int, float]], measured: Sequence[tuple[Eora, Mapping[Layer, float]]]
+) -> dict[Layer, dict[int, float]]:
+    """The shares that adapters leave, times what those that ran left over what was predicted, for all ranks alike.
+
+    measured: each adapter that ran with the share of every layer's error that it left.
+    """
+    factors: dict[Layer, list[float]] = {}
+    for eora, found in measured:
+        for layer, share in found.items():
+            if (predicted := left.get(layer, {}).get(eora.rank, 0.0)) > 0:
+                factors.setdefault(layer, []).append(share / predicted)
+    usual = median([x for own in factors.values() for x in own]) if factors else 1.0
+    times = {layer: fmean(factors[layer]) if layer in factors else usual for layer in left}
+    return {layer: {rank: min(1.0, x * times[layer]) for rank, x in own.items()} for layer, own in left.items()}
+
+
 @dataclass(frozen=True)
 class Round:
     plan: Plan
@@ -437,7 +515,7 @@ class Round:
 class Bought:
     """What a part of the model took of the budget, and what it got for it, above the smallest way to store it."""
 
-    part: str  # a kind of layer, the embedding, or blocks that went
+    part: str  # a kind of layer, the embedding, adapters, or blocks that went
     settings: str
     nbytes: int
     loss: float  # predicted, nats a token
@@ -471,6 +549,10 @@ def bought(chooser: Chooser, plan: Plan, by: Sensitivity) -> Iterator[Bought]:
     said = f"{here} bits" if here else "as it is"
     more, less = outer[here] - outer[few], by.embedding[few] - by.embedding[here]
     yield Bought("embedding", said, outer[here], by.embedding[here], more, less)
+    if plan.eora:
+        own = {layer: chooser.adapters[plan.eora][layer] for layer in plan.layers}
+        less = sum((1 - _left(by, layer, plan.eora)) * by.losses[layer][way] for layer, way in plan.layers.items())
+        yield Bought("eora", plan.eora.label, sum(own.values()), -less, sum(own.values()), less)
     if plan.removed:
         gone = [layer for layer in sizes if layer[0] in plan.removed]
         freed = sum(map(size, gone)) + sum(chooser.rest[i] for i in plan.removed)
@@ -489,6 +571,7 @@ class Outcome:
     best: int
     gain: float  # nats a token less that 1 % more bytes would give, by the last prediction
     bought: tuple[Bought, ...] = ()  # by the best round's plan, as the last prediction has it
+    tuned: float | None = None  # perplexity of the best round's plan with --tune
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -496,12 +579,14 @@ class Outcome:
             "budget_bytes": self.budget.nbytes,
             "best": self.best,
             "nats_for_one_percent_more": self.gain,
+            "perplexity_tuned": self.tuned,
             "bought": [asdict(row) for row in self.bought],
             "rounds": [
                 {
                     "perplexity": r.perplexity, "bytes": r.nbytes, "predicted_bytes": r.plan.nbytes, "rise": r.rise,
                     "predicted_rise": r.plan.loss, "quant_embeddings": r.plan.embedding,
                     "removed_blocks": list(r.plan.removed), "depth_layers": r.plan.depth.layers if r.plan.depth else "",
+                    "eora": {"rank": r.plan.eora.rank, "bits": r.plan.eora.bits} if r.plan.eora else None,
                     "quant": r.plan.options.quant, "group": r.plan.options.group, "layers": r.plan.options.layers,
                 }
                 for r in self.rounds
@@ -509,45 +594,61 @@ class Outcome:
         }  # fmt: skip
 
 
-def candidate_stages(flags: Mapping[str, Any], skip: str) -> tuple[dict[str, Any], str, Depth | None]:
-    """Flags and --skip of a command with --budget and no recipe file, and the limits of depth where blocks may go.
+def candidate_stages(flags: Mapping[str, Any], skip: str) -> tuple[dict[str, Any], str, Candidates]:
+    """Flags and --skip of a command with --budget and no recipe file, and what else there is to choose from.
 
     Nothing runs besides gptq that no flag asks for, since nothing else pays at equal bytes. With --depth N or --layers
-    the stage depth runs as ever, before gptq; without them its other flags say which blocks --budget may remove.
+    the stage depth runs as ever, before gptq; without them its other flags say which blocks --budget may remove. With
+    --eora R or other flags of it, that adapter or none is chosen; without them also its rank.
     """
     given = {key for key, value in flags.items() if value is not None}
     asked = {key.partition(".")[0] for key in given}
     left_out = {name.strip() for name in skip.split(",")}
-    depth = None
+    depth, eora = None, tuple[Eora, ...]()
     if not {"depth.remove", "depth.layers"} & given and "depth" not in left_out:
         asked -= {"depth"}
         depth = Depth(**{key.removeprefix("depth."): flags[key] for key in given if key.startswith("depth.")})
+    if not {"eora"} & {*asked, *left_out}:  # on windows that are there, since gptq has them
+        names = [name for name in ("samples", "length") if f"gptq.{name}" in given]
+        windows = {name: flags[f"gptq.{name}"] for name in names}
+        eora = tuple(Eora(rank=rank, bits=8, **{"samples": Gptq.samples, **windows}) for rank in RANKS)
     skip = ",".join(filter(None, [skip, *(name for name in STAGES if name not in {"gptq", *asked})]))
     rest = {key: value for key, value in flags.items() if depth is None or not key.startswith("depth.")}
-    return rest | {"gptq.quant": flags.get("gptq.quant") or DEFAULT}, skip, depth
+    return rest | {"gptq.quant": flags.get("gptq.quant") or DEFAULT}, skip, Candidates(depth, eora)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe taken apart at what --budget chooses."""
+
+    earlier: Recipe  # up to the stage gptq
+    options: Gptq
+    tuned: Stages  # --tune, of the best plan alone
+    chooser: Chooser
 
 
 def possible(
-    recipe: Recipe, text: str, source: ModelShape, embedding: int | None, depth: Depth | None = None
-) -> tuple[Recipe, Gptq, Chooser]:
-    """The recipe up to the stage gptq, that stage's options, and the plans there are.
-
-    Raises PlanError or RecipeError for a budget that cannot be.
-    """
+    recipe: Recipe, text: str, source: ModelShape, embedding: int | None, beside: Candidates = Candidates()
+) -> Setting:
+    """The recipe's parts and the plans there are. Raises PlanError or RecipeError for a budget that cannot be."""
     names = [name for name, _ in recipe.stages]
-    if "gptq" not in names or recipe.homotopic or names[-1] != "gptq":
+    place = names.index("gptq") if "gptq" in names else len(names)
+    if not names[place:] or recipe.homotopic or not set(names[place + 1 :]) <= {"tune", "eora"}:
         raise PlanError(
-            "--budget chooses what the stage gptq does, which must be there and the last one: leave out eora, --tune, "
-            "--homotopic and a --recover that trains beside quantised weights"
+            "--budget chooses what the stage gptq does, which must be there, with --tune and eora alone after it: "
+            "leave out --homotopic and a --recover that trains beside quantised weights"
         )
-    options, earlier = recipe.stages[-1][1], replace(recipe, stages=recipe.stages[:-1])
+    options, earlier = recipe.stages[place][1], replace(recipe, stages=recipe.stages[:place])
     assert isinstance(options, Gptq)
     asked, options = options.quant, replace(options, layers="")
+    beside = replace(beside, eora=(*beside.eora, *(o for _, o in recipe.stages if isinstance(o, Eora))))
+    if "depth" in names:
+        beside = replace(beside, depth=None)
     shape = ([source] + [step.shape for step in planned(earlier, source)])[-1]
     budget = Budget.parse(text, shape)
-    ways = candidates(shape, options, asked)
     bits = (4, 8) if embedding is None else (embedding,)
-    return earlier, options, Chooser(shape, budget, options, ways, bits, depth)
+    chooser = Chooser(shape, budget, options, candidates(shape, options, asked), bits, beside)
+    return Setting(earlier, options, tuple(s for s in recipe.stages if s[0] == "tune"), chooser)
 
 
 def run_budget(
@@ -558,82 +659,119 @@ def run_budget(
     *,
     rounds: int,
     embedding: int | None,
-    depth: Depth | None = None,
+    beside: Candidates = Candidates(),
 ) -> Outcome:
     """Carry out the recipe with the best layers' settings for a budget. The caller holds the store open.
 
-    embedding: its bits where somebody asked for them; depth: its limits, where blocks may go. Raises PlanError for a
-    budget that cannot be.
+    Plans are compared without --tune, which changes no byte; the best one is tuned. embedding: its bits where somebody
+    asked for them. Raises PlanError for a budget that cannot be.
     """
     from edgepress.pipeline.run import Conditions, run
 
     at = Conditions.prepare(recipe, out, reporter)
-    earlier, options, chooser = possible(recipe, text, at.source.shape, embedding, depth)
-    budget, ways = chooser.budget, chooser.all_ways
+    setting = possible(recipe, text, at.source.shape, embedding, beside)
+    earlier, chooser = setting.earlier, setting.chooser
+    budget = chooser.budget
     parent, now = at.source, at.measured(at.source)
     if earlier.stages:
         last = run(earlier, out, reporter).stages[-1]
         parent, now = last.checkpoint, last.after
-    found = sensitivities(recipe, parent, options, ways, chooser.embedding, out, reporter, depth)
-    before = math.log(now["perplexity"])
+    found = sensitivities(recipe, parent, setting.options, chooser.wanted, out, reporter)
+    before, start = math.log(now["perplexity"]), len(earlier.stages)
     measured: list[tuple[Plan, Mapping[Any, float]]] = []
     shortened: list[tuple[Sequence[int], float]] = []
+    compensated: list[tuple[Eora, Mapping[Any, float]]] = []
     done: list[tuple[Round, RunResult]] = []
     predicted = found
     for number in range(1, rounds + 1):
         plan = chooser.choose(predicted)
-        if any(plan.stages == other.plan.stages for other, _ in done):
+        if any(plan.stages() == other.plan.stages() for other, _ in done):
             reporter.say(f"round {number}: the corrected prediction chooses a plan that has run")
             break
-        gone = f", blocks {_ranges(plan.removed)} removed" if plan.removed else ""
         reporter.say(
-            f"round {number}: {size_text(plan.nbytes, decimals=2)} of {size_text(budget.nbytes, decimals=2)}{gone}, "
-            f"predicted perplexity {math.exp(before + plan.loss):.2f}", style="bold",
+            f"round {number}: {size_text(plan.nbytes, decimals=2)} of {size_text(budget.nbytes, decimals=2)}"
+            f"{_beside_bits(plan)}, predicted perplexity {math.exp(before + plan.loss):.2f}", style="bold",
         )  # fmt: skip
-        result = run(replace(earlier, stages=(*earlier.stages, *plan.stages)), out, reporter)
-        last = result.stages[-1]
+        result = run(replace(earlier, stages=(*earlier.stages, *plan.stages())), out, reporter)
+        last, own = result.stages[-1], {r.manifest.stage: r for r in result.stages[start:]}
         perplexity = float(last.after["perplexity"])
         done.append(
             (Round(plan, perplexity, budget.size(last.checkpoint.shape), math.log(perplexity) - before), result)
         )
-        measured.append((plan, _left_by_solver(plan, last.manifest.facts["blocks"], len(parent.shape.blocks))))
+        count = len(parent.shape.blocks)
+        measured.append((plan, _of_layers(plan, own["gptq"].manifest.facts["blocks"], count, _error)))
         if plan.removed:
-            shortened.append((plan.removed, math.log(last.before["perplexity"]) - before))
+            shortened.append((plan.removed, math.log(own["depth"].after["perplexity"]) - before))
+        if plan.eora:
+            compensated.append((plan.eora, _of_layers(plan, own["eora"].manifest.facts["blocks"], count, _share)))
         predicted = replace(
             found,
             losses=corrected(found.losses, found.errors, measured),
             blocks=corrected_blocks(found.blocks, shortened),
+            left=corrected_left(found.left, compensated),
         )
     best = min(range(len(done)), key=lambda i: done[i][0].perplexity)
-    if best != len(done) - 1:  # so that `result` leads to it; all of it is in the store
-        winner = done[best][0].plan.stages
-        done[best] = done[best][0], run(replace(earlier, stages=(*earlier.stages, *winner)), out, reporter)
+    winner, tuned = done[best][0].plan, None
+    if setting.tuned or best != len(done) - 1:  # so that `result` leads to it; what ran before is in the store
+        result = run(replace(earlier, stages=(*earlier.stages, *winner.stages(*setting.tuned))), out, reporter)
+        tuned = float(result.stages[-1].after["perplexity"]) if setting.tuned else None
+        done[best] = done[best][0], result
     here, more = (chooser.choose(predicted, room) for room in (0, budget.nbytes // 100))
-    rows = tuple(bought(chooser, done[best][0].plan, predicted))
-    outcome = Outcome(done[best][1], budget, tuple(r for r, _ in done), best, here.loss - more.loss, rows)
+    rows = tuple(bought(chooser, winner, predicted))
+    outcome = Outcome(done[best][1], budget, tuple(r for r, _ in done), best, here.loss - more.loss, rows, tuned)
     write_json(out / "budget.json", sealed(outcome.to_dict()))
     return outcome
 
 
-def _left_by_solver(plan: Plan, facts: Sequence[Mapping[str, Any]], count: int) -> dict[Layer, float]:
-    """The relative error of each layer that ran, by the numbers that blocks had before some went."""
+def _beside_bits(plan: Plan) -> str:
+    gone = f", blocks {_ranges(plan.removed)} removed" if plan.removed else ""
+    return gone + (f", {plan.eora.label}" if plan.eora else "")
+
+
+def _error(facts: Mapping[str, float]) -> float | None:
+    """What GPTQ's solver left of a layer's outputs."""
+    return facts.get("error")
+
+
+def _share(facts: Mapping[str, float]) -> float | None:
+    """What an adapter left of the solver's error."""
+    return facts["error_after"] / facts["error_before"] if facts["error_before"] > 0 else None
+
+
+def _of_layers(
+    plan: Plan,
+    facts: Sequence[Mapping[str, Any]],
+    count: int,
+    number: Callable[[Mapping[str, float]], float | None],
+) -> dict[Layer, float]:
+    """A number of each layer from a stage's facts, by the numbers that blocks had before some went."""
     kept = [i for i in range(count) if i not in plan.removed]
-    return {
-        (old, name): f["error"]
+    found = {
+        (old, name): number(f)
         for old, block in zip(kept, facts, strict=True)
         for name, f in block.items()
-        if "error" in f
+        if isinstance(f, dict)
     }
+    return {layer: x for layer, x in found.items() if x is not None}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured."""
+
+    ways: tuple[Way, ...]
+    embedding: tuple[int, ...]  # bits
+    blocks: tuple[int, ...] = ()  # that may go
+    ranks: tuple[int, ...] = ()  # of adapters
 
 
 def sensitivities(
-    recipe: Recipe, parent: Checkpoint, options: Gptq, ways: Sequence[Way], embedding: Sequence[int], out: Path,
-    reporter: Reporter, depth: Depth | None = None,
-) -> Sensitivity:  # fmt: skip
+    recipe: Recipe, parent: Checkpoint, options: Gptq, wanted: Wanted, out: Path, reporter: Reporter
+) -> Sensitivity:
     """Measured, or from the store `out` where they were measured of the same checkpoint on the same windows.
 
-    depth: its limits, where the loss without each block is wanted too. That is measured apart, in one walk through the
-    blocks that takes about half a forward pass and a head for each of them.
+    The loss without each block that may go is measured apart, in one walk through the blocks that takes about half a
+    forward pass and a head for each of them; what adapters leave takes a solution of all of a layer's rows.
     """
     from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
     from edgepress.pipeline.calibration import Calibration
@@ -666,20 +804,21 @@ def sensitivities(
         return known
 
     speed = measured_speed(recipe.device, recipe.dtype)
-    bits = [b for b in embedding if b]
+    ways, bits, ranks = wanted.ways, [b for b in wanted.embedding if b], list(wanted.ranks)
     decides = [parent.fingerprint, windows.sha256, list(ways), bits, sensitivity.VERSION, str(dtype)]
-    decides += [options.damping, options.symmetric, options.scale_search]
+    decides += [options.damping, options.symmetric, options.scale_search, *([ranks] if ranks else [])]
     found = sensitivity.Sensitivity.from_dict(
         known_or_measured(
             "bits", decides, f"each of {len(ways)} ways costs every layer",
-            sensitivity.operations(parent.shape, few, ways) / speed * sensitivity.SLOWDOWN,
-            lambda: sensitivity.measure(parent, windows, options, ways, bits, runtime).to_dict(),
+            sensitivity.operations(parent.shape, few, ways, ranks) / speed * sensitivity.SLOWDOWN,
+            lambda: sensitivity.measure(parent, windows, options, ways, bits, runtime, ranks).to_dict(),
         )
     )  # fmt: skip
-    if not (blocks := removable(parent.shape, depth)):
+    if not (blocks := wanted.blocks):
         return found
-    assert depth is not None
-    cost = depth_stage.cost(parent.shape, replace(depth, samples=few.samples, length=few.length, layers=""))
+    last = len(parent.shape.blocks) - 1 - blocks[-1]
+    limits = Depth(1, protect_first=blocks[0], protect_last=last, samples=few.samples, length=few.length)
+    cost = depth_stage.cost(parent.shape, limits)
     losses = known_or_measured(
         "blocks", [parent.fingerprint, windows.sha256, list(blocks), depth_stage.VERSION, str(dtype)],
         f"the absence of each of {len(blocks)} blocks costs", cost.seconds(speed),
@@ -720,6 +859,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         "Losses are predicted, in nats a token. Above the smallest: than with each part at the fewest bytes that it "
         "can have; a removed block gives bytes back and costs nats.", highlight=False,
     )  # fmt: skip
+    if outcome.tuned is not None:
+        console.print(f"With --tune the best plan has perplexity {outcome.tuned:.2f}.", highlight=False)
     console.print(
         f"1 % more bytes would lower the loss by {outcome.gain:.4f} nats a token, by prediction.", highlight=False
     )

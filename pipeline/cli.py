@@ -116,11 +116,13 @@ def _run(
     if plan_only:
         _plan(flags, recipe, skip, as_json)
         return
-    depth = None
-    if budget and not recipe:  # nothing else pays at equal bytes unless somebody asks for it
-        from edgepress.pipeline.budget import candidate_stages
+    if budget:
+        from edgepress.pipeline.budget import Candidates, candidate_stages, possible, print_outcome, run_budget
+        from edgepress.pipeline.store import open_model
 
-        flags, skip, depth = candidate_stages(flags, skip)
+        beside = Candidates()
+        if not recipe:
+            flags, skip, beside = candidate_stages(flags, skip)
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
     from edgepress.pipeline.progress import Reporter
@@ -129,18 +131,15 @@ def _run(
     from edgepress.pipeline.run import run as run_stages
     from edgepress.pipeline.store import Store
 
-    if budget:
-        from edgepress.pipeline.budget import possible, print_outcome, run_budget
-        from edgepress.pipeline.store import open_model
     wanted, console = prepared(drafted, out), Console(stderr=as_json)
     if budget:  # before anything is written
-        possible(wanted, budget, open_model(wanted.model).shape, flags.get("gptq.quant_embeddings"), depth)
+        possible(wanted, budget, open_model(wanted.model).shape, flags.get("gptq.quant_embeddings"), beside)
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         try:
             with interrupts.gently(reporter.interrupt):
                 if budget:
                     bits = flags.get("gptq.quant_embeddings")
-                    found = run_budget(wanted, budget, out, reporter, rounds=rounds, embedding=bits, depth=depth)
+                    found = run_budget(wanted, budget, out, reporter, rounds=rounds, embedding=bits, beside=beside)
                 result = found.result if budget else run_stages(wanted, out, reporter)
         except KeyboardInterrupt:
             interrupts.caught(None if as_json else reporter.say)  # quiet, it would say it to the log alone

@@ -42,12 +42,14 @@ def rank(
 ) -> None:
     """Rank a model's blocks by what each is worth, or its layers' bits.
 
-    The lowest block would be removed first. Of bits: what every layer would take and cost at each way to quantise it.
+    The lowest block would be removed first. Of bits: what every layer would take and cost at each way to quantise it,
+    and what each block's absence and EoRA's adapters would.
     """
     quiet_libraries()
     from edgepress.checkpoints.manifest import is_special, require_output
     from edgepress.pipeline.progress import Reporter
     from edgepress.pipeline.rank import print_bits, print_ranking, rank_bits, rank_blocks, write_bits, write_ranking
+    from edgepress.stages.options import Depth
 
     flags = {"model": model or None, "data": data or None, "seed": seed, "device": device, "dtype": dtype}
     flags["text"] = "embedded" if data == SELF else None  # nothing is measured; a recipe must name a text for it
@@ -55,6 +57,7 @@ def rank(
     options |= {"samples": 10 if samples is None else samples, "length": 128 if length is None else length, "remove": 1}
     for path in (out.with_suffix(".png"), out.with_suffix(".json")) if out and not is_special(out) else ():
         require_output(path)
+    limits = Depth(protect_first=protect_first, protect_last=protect_last)
     if bits := metric == "bits":
         own = {
             "quant": quant,
@@ -65,7 +68,7 @@ def rank(
     else:
         wanted = build(None, flags | {f"depth.{key}": value for key, value in options.items()})
     with Reporter(Console(stderr=True), quiet=as_json) as reporter:
-        ranking = rank_bits(wanted, reporter) if bits else rank_blocks(wanted, reporter)
+        ranking = rank_bits(wanted, reporter, limits) if bits else rank_blocks(wanted, reporter)
     if out is not None:
         (write_bits if bits else write_ranking)(ranking, out)
     if as_json:

@@ -16,7 +16,7 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import is_special, replacing, sealed, write_json
 from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
 from edgepress.checkpoints.sources import cache_folder
-from edgepress.pipeline.budget import candidates, layer_sizes, sensitivities
+from edgepress.pipeline.budget import RANKS, Wanted, adapter_sizes, candidates, layer_sizes, removable, sensitivities
 from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.progress import Reporter
@@ -24,7 +24,7 @@ from edgepress.pipeline.recipe import Recipe
 from edgepress.pipeline.store import open_model
 from edgepress.pipeline.tree import duration_text, measured_speed
 from edgepress.stages.depth import choose
-from edgepress.stages.options import Depth, Gptq
+from edgepress.stages.options import Depth, Eora, Gptq
 
 _MEANING = {
     "perplexity": "perplexity of the model without the block",
@@ -33,6 +33,9 @@ _MEANING = {
     "magnitude": "sum of |W| over the block",
     "influence": "1 − cosine of the block's input and output",
 }
+
+
+_FEW = 5  # blocks that the table of bits names
 
 
 def rank_blocks(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
@@ -111,21 +114,29 @@ def _skewed(scores: dict[str, float]) -> bool:
     return min(scores.values()) > 0 and max(scores.values()) > 20 * min(scores.values())
 
 
-def rank_bits(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
-    """Bytes and predicted loss of every layer at each way of the quantiser's family, and of the embedding's bits.
+def rank_bits(recipe: Recipe, reporter: Reporter, limits: Depth) -> dict[str, Any]:
+    """Bytes and predicted loss of every layer at each way of the quantiser's family, of the embedding's bits, of each
+    block's absence and of EoRA's adapters.
 
-    What was measured is kept in the cache folder by the model's fingerprint and all that decides it.
+    limits: which blocks may go. What was measured is kept in the cache folder by the model's fingerprint and all that
+    decides it.
     """
     options = next(o for _, o in recipe.stages if isinstance(o, Gptq))
     source = open_model(recipe.model)
     ways = candidates(source.shape, options, options.quant)
     home = cache_folder() / "rank"
     home.mkdir(parents=True, exist_ok=True)
-    found = sensitivities(recipe, source, options, ways, (8, 4), home, reporter)
+    every = {rank: adapter_sizes(source.shape, options, ways[0], Eora(rank=rank, bits=8)) for rank in RANKS}
+    adapters = {rank: of_layers for rank, of_layers in every.items() if of_layers}
+    wanted = Wanted(tuple(ways), (8, 4), removable(source.shape, limits), tuple(adapters))
+    found = sensitivities(recipe, source, options, wanted, home, reporter)
     sizes = layer_sizes(source.shape, options, ways)
     rows = found.to_dict()
     own = [(row, sizes[row["block"], row["layer"]].get((row["quant"], row["group"]))) for row in rows["layers"]]
     rows["layers"] = [row | {"bytes": size} for row, size in own if size is not None]
+    rows["eora"] = [
+        row | {"bits": 8, "bytes": adapters[row["rank"]][row["block"], row["layer"]]} for row in rows["eora"]
+    ]
     about = {"model": recipe.model or "smollm2-135m-instruct", "metric": "bits", "fingerprint": source.fingerprint}
     return about | {"meaning": "predicted rise of the loss, nats a token"} | rows
 
@@ -142,8 +153,19 @@ def print_bits(console: Console, ranking: dict[str, Any], out: Path | None) -> N
     for bits, loss in ranking["embedding"].items():
         if bits != "0":
             table.add_row("embedding", f"{bits} bits", "", f"{loss:.3g}", "")
+    for block, loss in sorted(ranking["blocks"].items(), key=lambda row: float(row[1]))[:_FEW]:
+        table.add_row(f"block {block}", "removed", "0.000", f"{loss:.3g}", "")
     console.print(f"{ranking['model']}: {ranking['meaning']}", highlight=False)
     console.print(table)
+    if (hidden := len(ranking["blocks"]) - _FEW) > 0:
+        console.print(f"{hidden} more blocks cost more than these", highlight=False)
+    for rank in sorted({row["rank"] for row in ranking["eora"]}):
+        rows = [row for row in ranking["eora"] if row["rank"] == rank]
+        left = [100 * row["left"] for row in rows]
+        console.print(
+            f"EoRA of rank {rank} at 8 bits, {sum(row['bytes'] for row in rows) / 2**20:.3f} MiB: {min(left):.0f} to "
+            f"{max(left):.0f} % of a layer's loss are left, by prediction", highlight=False,
+        )  # fmt: skip
     _say_where(console, out)
 
 

@@ -4,6 +4,13 @@ The loss of dW is taken to second order: half of sum_r E[g_r^2] (dW H dW^T)_rr o
 layer's inputs and g the gradient of the text's loss in the layer's outputs: the empirical Fisher information, factored
 as in K-FAC (Martens and Grosse, arXiv 1503.05671), of the outputs the diagonal alone. Layers are taken to add up.
 dW is that of GPTQ's solver on a sample of the layer's rows, which it solves independently of one another.
+
+What an adapter of rank r would leave of a layer's error is taken from the spectrum of its weighted residual. EoRA (Liu
+et al., arXiv 2410.21271, equations 3 to 5) takes the best B A of that rank for dW Q', with H = Q L Q^T and
+Q' = Q sqrt(L), so that of the energy sum_i s_i^2 of its singular values those beyond the first r are left (Eckart and
+Young): a share sum_{i > r} s_i^2 / sum_i s_i^2. It is taken of all rows, since few rows have few singular values, but
+of the way of the fewest bits alone, and holds for the others; the gradients' weights and the adapter's own rounding are
+left out.
 """
 
 from __future__ import annotations
@@ -49,6 +56,7 @@ class Sensitivity:
     embedding: Mapping[int, float]  # nats a token by its bits; 0: as it is
     loss: float  # of the calibration windows, as the model is
     blocks: Mapping[int, float] = field(default_factory=dict)  # nats a token without each block that may go
+    left: Mapping[Layer, Mapping[int, float]] = field(default_factory=dict)  # share of the loss, by an adapter's rank
 
     def to_dict(self) -> dict[str, Any]:
         rows = [
@@ -56,7 +64,16 @@ class Sensitivity:
             for (i, n), ways in self.losses.items()
             for (q, g), loss in ways.items()
         ]
-        return {"loss": self.loss, "embedding": {str(b): x for b, x in self.embedding.items()}, "layers": rows}
+        eora = [
+            {"block": i, "layer": n, "rank": r, "left": x} for (i, n), own in self.left.items() for r, x in own.items()
+        ]
+        return {
+            "loss": self.loss,
+            "embedding": {str(b): x for b, x in self.embedding.items()},
+            "blocks": {str(i): x for i, x in self.blocks.items()},
+            "eora": eora,
+            "layers": rows,
+        }
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Sensitivity:
@@ -65,7 +82,11 @@ class Sensitivity:
             layer, way = (row["block"], row["layer"]), (row["quant"], row["group"])
             losses.setdefault(layer, {})[way] = row["loss"]
             errors.setdefault(layer, {})[way] = row["error"]
-        return cls(losses, errors, {int(b): x for b, x in facts["embedding"].items()}, facts["loss"])
+        left = dict[Layer, dict[int, float]]()
+        for row in facts.get("eora", ()):
+            left.setdefault((row["block"], row["layer"]), {})[row["rank"]] = row["left"]
+        blocks = {int(i): x for i, x in facts.get("blocks", {}).items()}
+        return cls(losses, errors, {int(b): x for b, x in facts["embedding"].items()}, facts["loss"], blocks, left)
 
 
 def forms_of(shape: ModelShape, options: Options, ways: Sequence[Way]) -> dict[tuple[Way, int], Form]:
@@ -78,11 +99,14 @@ def forms_of(shape: ModelShape, options: Options, ways: Sequence[Way]) -> dict[t
     return found
 
 
-def operations(shape: ModelShape, options: Options, ways: Sequence[Way]) -> float:
+def operations(shape: ModelShape, options: Options, ways: Sequence[Way], ranks: Sequence[int] = ()) -> float:
     """Multiply-adds of `measure`: passes forwards and backwards, Hessians and their factors, and the solver's rows."""
     passes = 6 * forward_operations(shape, options)
     solver = (x.in_features**2 * (tokens(options) + 2 * x.in_features + len(ways) * ROWS) for x in linears(shape))
-    return passes + float(sum(solver))
+    spectra = (
+        x.in_features**2 * 2 * x.out_features + 9 * min(x.in_features, x.out_features) ** 3 for x in linears(shape)
+    )
+    return passes + float(sum(solver)) + (float(sum(spectra)) if ranks else 0.0)
 
 
 def measure(
@@ -92,14 +116,16 @@ def measure(
     ways: Sequence[Way],
     embedding_bits: Sequence[int],
     runtime: Runtime,
+    ranks: Sequence[int] = (),
 ) -> Sensitivity:
-    """Of every layer that a way's form holds. Raises NumericsError naming what is not finite."""
+    """Of every layer that a way's form holds. ranks: of adapters. Raises NumericsError naming what is not finite."""
     skeleton = Skeleton(source, runtime.device, runtime.dtype)
     chunks = calibration.chunks(runtime.chunk_tokens)
     forms = forms_of(source.shape, options, ways)
     shapes = [(*ids.shape, source.shape.hidden_size) for ids in chunks]
     count = len(skeleton.blocks)
     losses, errors = dict[Layer, dict[Way, float]](), dict[Layer, dict[Way, float]]()
+    left = dict[Layer, dict[int, float]]()
     total = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
     with Scratch(runtime.spill_bytes) as scratch:
         edges = {bits: Skeleton(_Rounded.like(source, bits), runtime.device, runtime.dtype) for bits in embedding_bits}
@@ -129,11 +155,13 @@ def measure(
                     for name, way, loss_of, error in _solved(weights, hessian, squares, forms, options):
                         losses.setdefault((i, name), {})[way] = loss_of / total
                         errors.setdefault((i, name), {})[way] = error
+                    if ranks:
+                        left |= {(i, n): x for n, x in _spectra(weights, hessian, forms, options, ranks).items()}
             runtime.progress.step(block=f"{count - i}/{count}")
     bad = [f"block {i}, {name}" for (i, name), own in losses.items() if not all(x < math.inf for x in own.values())]
     if bad or not all(abs(x) < math.inf for x in embedding.values()):
         raise NumericsError(f"the predicted loss of {bad[0] if bad else 'the embedding'} is not finite")
-    return Sensitivity(dict(sorted(losses.items())), errors, embedding, loss / total)
+    return Sensitivity(dict(sorted(losses.items())), errors, embedding, loss / total, {}, dict(sorted(left.items())))
 
 
 class _Rounded(Checkpoint):
@@ -240,28 +268,11 @@ def _solved(
 ) -> Iterator[tuple[str, Way, float, float]]:
     """Layer, way, half of sum_r E[g_r^2] (dW H dW^T)_rr and the relative error, of layers that share an input."""
     columns = hessian.shape[0]
-    H, _ = live_diagonal(hessian)
-    importance = H.diagonal().clone()
-    order = importance.argsort(descending=True, stable=True)
-    inverse = order.argsort()
-    U, _, _ = inverse_factor(H[order][:, order], options.damping)
     # The layers' rows lie in one matrix: neither the search for scales nor the solver lets one row touch another.
     sample = {name: torch.arange(0, len(w), max(1, len(w) // ROWS))[:ROWS] for name, w in weights.items()}
     rows = torch.cat([weights[name][places] for name, places in sample.items()])
-    scaled: dict[Form, tuple[Tensor, Tensor, int]] = {}
-    tops: dict[int, list[Form]] = {}
-    for (_, width), own in forms.items():
-        if width == columns and own not in scaled and any(own.holds(len(w), columns) for w in weights.values()):
-            scaled[own] = _grid(rows, importance, own, options)
-            tops.setdefault(scaled[own][2], []).append(own)
-    errors: dict[Form, Tensor] = {}
-    for top, several in tops.items():  # codes of as many bits in one turn
-        S, Z = (torch.cat([scaled[own][part] for own in several])[:, order] for part in (0, 1))  # type: ignore[misc]
-        W = rows.repeat(len(several), 1)[:, order]
-        Q, _ = in_turn(W.clone(), U, S, Z, top, None)
-        delta = (W - S * (Q - Z))[:, inverse]
-        each = ((delta @ hessian) * delta).sum(dim=1)
-        errors |= dict(zip(several, torch.split(each, len(rows)), strict=True))
+    deltas = _residuals(rows, hessian, _fitting(weights, forms), options)
+    errors = {own: ((delta @ hessian) * delta).sum(dim=1) for own, delta in deltas}
     whole = ((rows @ hessian) * rows).sum(dim=1)
     start = 0
     for name, places in sample.items():
@@ -272,6 +283,61 @@ def _solved(
                 error = errors[own][here]
                 loss = 0.5 * out / len(places) * float((squares[name][places] * error).sum())
                 yield name, way, loss, float(error.sum() / whole[here].sum().clamp_min(1e-30))
+
+
+def _fitting(weights: Mapping[str, Tensor], forms: Mapping[tuple[Way, int], Form]) -> list[Form]:
+    """The forms that hold one of these layers at least, each once."""
+    each = [
+        own
+        for (_, width), own in forms.items()
+        if any(own.holds(*w.shape) and width == w.shape[1] for w in weights.values())
+    ]
+    return list(dict.fromkeys(each))
+
+
+def _residuals(rows: Tensor, hessian: Tensor, forms: Sequence[Form], options: Options) -> Iterator[tuple[Form, Tensor]]:
+    """dW (rows, in) of rows that GPTQ's solver has put into each form."""
+    H, _ = live_diagonal(hessian)
+    importance = H.diagonal().clone()
+    order = importance.argsort(descending=True, stable=True)
+    inverse = order.argsort()
+    U, _, _ = inverse_factor(H[order][:, order], options.damping)
+    scaled: dict[Form, tuple[Tensor, Tensor, int]] = {}
+    tops: dict[int, list[Form]] = {}
+    for own in forms:
+        scaled[own] = _grid(rows, importance, own, options)
+        tops.setdefault(scaled[own][2], []).append(own)
+    for top, several in tops.items():  # codes of as many bits in one turn
+        S, Z = (torch.cat([scaled[own][part] for own in several])[:, order] for part in (0, 1))  # type: ignore[misc]
+        W = rows.repeat(len(several), 1)[:, order]
+        Q, _ = in_turn(W.clone(), U, S, Z, top, None)
+        delta = (W - S * (Q - Z))[:, inverse]
+        yield from zip(several, torch.split(delta, len(rows)), strict=True)
+
+
+def _spectra(
+    weights: Mapping[str, Tensor],
+    hessian: Tensor,
+    forms: Mapping[tuple[Way, int], Form],
+    options: Options,
+    ranks: Sequence[int],
+) -> dict[str, dict[int, float]]:
+    """By layer and rank the share of the error's energy that the best adapter leaves, at the fewest bits."""
+    L, Q = torch.linalg.eigh(hessian.double())
+    root = Q * L.clamp_min(0).sqrt()  # Q' (in, in)
+    found: dict[str, dict[int, float]] = {}
+    for name, weight in weights.items():
+        if able := _fitting({name: weight}, forms):
+            coarsest = min(able, key=lambda own: (own.bits, -own.group))
+            ((_, delta),) = _residuals(weight, hessian, [coarsest], options)
+            projected = delta.double() @ root
+            wide = projected if projected.shape[0] <= projected.shape[1] else projected.T
+            energies = torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0).flip(0).cumsum(0)  # of the first 1, 2, ...
+            whole = float(energies[-1])
+            found[name] = {
+                rank: 1 - float(energies[min(rank, len(energies)) - 1]) / whole if whole > 0 else 1.0 for rank in ranks
+            }
+    return found
 
 
 def _grid(rows: Tensor, importance: Tensor, own: Form, options: Options) -> tuple[Tensor, Tensor, int]:

@@ -25,7 +25,9 @@ from edgepress.hardware.needs import room_for
 from edgepress.hardware.placement import weight_bytes
 from edgepress.hardware.soc import load_soc
 from edgepress.pipeline.budget import (
+    RANKS,
     Budget,
+    Candidates,
     Chooser,
     Plan,
     Removal,
@@ -34,6 +36,7 @@ from edgepress.pipeline.budget import (
     candidates,
     corrected,
     corrected_blocks,
+    corrected_left,
     family,
     layer_sizes,
     rules,
@@ -41,8 +44,8 @@ from edgepress.pipeline.budget import (
 )
 from edgepress.pipeline.plan import plan as planned
 from edgepress.pipeline.recipe import Recipe, build
-from edgepress.stages import depth, sensitivity
-from edgepress.stages.options import Depth, Gptq
+from edgepress.stages import depth, eora, sensitivity
+from edgepress.stages.options import Depth, Eora, Gptq
 from edgepress.stages.quantisers import gptq
 from edgepress.stages.sensitivity import Sensitivity
 
@@ -105,7 +108,7 @@ def test_the_program_removes_the_blocks_that_brute_force_removes(seed: int) -> N
 def test_a_plan_without_blocks_is_a_recipe_of_its_bytes() -> None:
     options, ways = Gptq(quant="gptq4-s"), candidates(SHAPE, Gptq(quant="gptq4-s"), "gptq4-s")
     budget, limits = Budget.parse("45MiB", SHAPE), Depth(protect_first=3, protect_last=1)
-    chooser = Chooser(SHAPE, budget, options, ways, (4, 8), limits)
+    chooser = Chooser(SHAPE, budget, options, ways, (4, 8), Candidates(limits))
     assert chooser.smallest.removed == tuple(range(3, 29))
     losses = {layer: {way: (1 + layer[0]) / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
     blocks = {i: 1e-9 if i in (5, 9) else 9.0 for i in range(3, 29)}
@@ -115,9 +118,9 @@ def test_a_plan_without_blocks_is_a_recipe_of_its_bytes() -> None:
     assert plan.loss == pytest.approx(
         2e-9 + (1e-5 if plan.embedding == 4 else 0) + sum(losses[layer][way] for layer, way in plan.layers.items())
     )
-    (_, stage), (_, own) = plan.stages
+    (_, stage), (_, own) = plan.stages()
     assert isinstance(stage, Depth) and stage.sequence == [i for i in range(30) if i not in (5, 9)]
-    recipe = Recipe(model="smollm2-135m", stages=plan.stages)
+    recipe = Recipe(model="smollm2-135m", stages=plan.stages())
     last = planned(recipe, SHAPE)[-1].shape
     assert packed_sizes(last).total == plan.nbytes and len(last.blocks) == 28
     assert isinstance(own, Gptq)
@@ -130,7 +133,38 @@ def test_a_plan_without_blocks_is_a_recipe_of_its_bytes() -> None:
     every = Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, dict.fromkeys(range(3, 29), 9.0))
     assert not chooser.choose(every).removed
     again = with_blocks(SHAPE, [*range(30), 29])  # its last block runs twice: none goes
-    assert not Chooser(again, budget, options, ways, (4, 8), limits).blocks
+    assert not Chooser(again, budget, options, ways, (4, 8), Candidates(limits)).blocks
+
+
+@pytest.mark.unit
+def test_an_adapter_is_chosen_where_its_bytes_beat_more_bits() -> None:
+    options, ways = Gptq(quant="gptq4-s"), candidates(SHAPE, Gptq(quant="gptq4-s"), "gptq4-s")
+    budget, adapters = Budget.parse("55MiB", SHAPE), tuple(Eora(rank=rank, bits=8) for rank in (8, 16, 512))
+    chooser = Chooser(SHAPE, budget, options, ways, (8,), Candidates(eora=adapters))
+    assert [own.rank for own in chooser.adapters] == [8, 16]  # k_proj has rank 192
+    losses = {layer: {way: 1 / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
+
+    def predicted(shares: dict[int, float]) -> Sensitivity:
+        return Sensitivity(losses, {}, {8: 0.0}, 0.0, {}, dict.fromkeys(losses, shares))
+
+    assert chooser.choose(predicted({8: 0.99, 16: 0.98})).eora is None
+    for shares, rank in (({8: 0.3, 16: 0.299}, 8), ({8: 0.3, 16: 0.05}, 16)):
+        plan = chooser.choose(predicted(shares))
+        assert plan.eora is not None and plan.eora.rank == rank and plan.nbytes <= budget.nbytes
+        last = planned(Recipe(model="smollm2-135m", stages=plan.stages()), SHAPE)[-1].shape
+        assert packed_sizes(last).total == plan.nbytes and packed_sizes(last).adapters > 0
+        rows = {row.part: row for row in bought(chooser, plan, predicted(shares))}
+        assert rows["eora"].nbytes == pytest.approx(packed_sizes(last).adapters, rel=0.01)
+        assert sum(row.loss for row in rows.values()) == pytest.approx(plan.loss)
+
+
+@pytest.mark.unit
+def test_what_an_adapter_left_corrects_what_it_would_leave() -> None:
+    left = {(0, "q"): {8: 0.8, 16: 0.6}, (1, "q"): {8: 0.9, 16: 0.5}, (2, "q"): {8: 0.4, 16: 0.2}}
+    assert corrected_left(left, []) == left
+    found = corrected_left(left, [(Eora(rank=8), {(0, "q"): 0.4, (1, "q"): 0.99})])
+    assert found[0, "q"] == pytest.approx({8: 0.4, 16: 0.3}) and found[1, "q"] == pytest.approx({8: 0.99, 16: 0.55})
+    assert found[2, "q"] == pytest.approx({8: 0.32, 16: 0.16})  # as the median of the others
 
 
 @pytest.mark.unit
@@ -145,21 +179,24 @@ def test_what_blocks_cost_together_corrects_what_each_costs_alone() -> None:
 
 @pytest.mark.unit
 @pytest.mark.parametrize(
-    ("flags", "skip", "limits", "runs"),
+    ("flags", "skip", "limits", "ranks", "runs"),
     [
-        ({}, "", Depth(), set()),
-        ({"depth.protect_first": 1, "wanda.pattern": "2:4"}, "", Depth(protect_first=1), {"wanda"}),
-        ({"depth.remove": 2}, "", None, {"depth"}),
-        ({"depth.remove": 0}, "", None, set()),
-        ({"depth.layers": "0-3"}, "", None, {"depth"}),
-        ({}, "depth", None, set()),
+        ({}, "", Depth(), RANKS, set()),
+        ({"depth.protect_first": 1, "wanda.pattern": "2:4"}, "", Depth(protect_first=1), RANKS, {"wanda"}),
+        ({"depth.remove": 2}, "", None, RANKS, {"depth"}),
+        ({"depth.remove": 0}, "", None, RANKS, set()),
+        ({"depth.layers": "0-3", "tune.steps": 2}, "eora", None, (), {"depth", "tune"}),
+        ({"eora.rank": 4}, "", Depth(), (), {"eora"}),
+        ({"eora.rank": 0}, "", Depth(), (), set()),
+        ({}, "depth, eora", None, (), set()),
     ],
 )
 def test_which_stages_a_budget_has_to_choose_from(
-    flags: dict[str, Any], skip: str, limits: Depth | None, runs: set[str]
+    flags: dict[str, Any], skip: str, limits: Depth | None, ranks: tuple[int, ...], runs: set[str]
 ) -> None:
     rest, left_out, found = candidate_stages(flags, skip)
-    assert found == limits and {name for name, _ in build(None, rest, left_out).stages} == {*runs, "gptq"}
+    assert found.depth == limits and tuple(own.rank for own in found.eora) == ranks
+    assert {name for name, _ in build(None, rest, left_out).stages} == {*runs, "gptq"}
 
 
 @pytest.mark.unit
@@ -246,7 +283,7 @@ def test_a_layers_loss_is_half_its_error_under_the_fisher_information(tiny_llama
     ids = torch.randint(3, 500, (4, 24), generator=torch.Generator().manual_seed(0))
     options = Gptq(group=32)
     found = sensitivity.measure(
-        source, TokenBatches("t", ids), options, [("gptq4", 32)], (4,), Runtime(chunk_tokens=48)
+        source, TokenBatches("t", ids), options, [("gptq4", 32)], (4,), Runtime(chunk_tokens=48), ranks=(4, 32)
     )
 
     model = source.model().float()
@@ -270,6 +307,13 @@ def test_a_layers_loss_is_half_its_error_under_the_fisher_information(tiny_llama
         wanted = 0.5 * float((squares * ((delta @ (x.T @ x)) * delta).sum(dim=1)).sum()) / (4 * 23)
         assert found.losses[index, name]["gptq4", 32] == pytest.approx(wanted, rel=0.02)
         assert found.errors[index, name]["gptq4", 32] == pytest.approx(solved.error, rel=0.02)
+        S = torch.linalg.svdvals(delta.double() @ x.T.double())  # over tokens: as with the root of x^T x
+        for rank in (4, 32):
+            left = float(S[rank:].square().sum() / S.square().sum())
+            assert found.left[index, name][rank] == pytest.approx(left, rel=0.02, abs=1e-3)
+            B, A = eora.compensate(delta, x.T @ x, rank)  # what the stage itself would leave
+            after = eora.output_energy(delta - B @ A, x.T @ x) / eora.output_energy(delta, x.T @ x)
+            assert found.left[index, name][rank] == pytest.approx(after, rel=0.02, abs=1e-3)
         assert found.loss == pytest.approx(float(nll.detach()) / (4 * 23), rel=1e-3)
     assert sensitivity.Sensitivity.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
@@ -306,7 +350,7 @@ def test_where_bits_alone_do_not_fit_a_block_goes(
     shape, options, limits = Checkpoint.open(model).shape, Gptq(quant="q4_k"), Depth(protect_first=1, protect_last=1)
     ways, room = candidates(shape, options, "q4_k"), Budget("", packed_sizes(shape).total - 1)
     every = Chooser(shape, room, options, ways, (4, 8)).smallest.nbytes
-    fewer = Chooser(shape, room, options, ways, (4, 8), limits).smallest.nbytes
+    fewer = Chooser(shape, room, options, ways, (4, 8), Candidates(limits)).smallest.nbytes
     budget = (every + fewer) // 2
     flags = (*FLAGS, "--protect-first", "1", "--protect-last", "1")
     command = (model, *flags, "--quant", "q4_k", "--budget", f"{budget}B", "-o", tmp_path / "out")
@@ -348,6 +392,39 @@ def test_the_loss_without_a_block_is_that_of_the_model_without_it(tiny_llama: Pa
 
 
 @pytest.mark.pipeline
+def test_a_plan_with_an_adapter_is_compared_and_then_tuned(
+    make_tiny: Callable[..., Path], compress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, measured = sensitivity.measure, []
+
+    def as_if_it_paid(*arguments: Any) -> Any:
+        measured.append(real(*arguments))
+        return replace(measured[-1], left={layer: {4: 0.01} for layer in measured[-1].left})
+
+    monkeypatch.setattr(sensitivity, "measure", as_if_it_paid)
+    model, tune = make_tiny(tmp_path / "model", blocks=2), ("--tune", "2", "--tune-samples", "8", "--tune-length", "64")
+    command = (
+        model, *FLAGS, "--quant", "gptq4-s", "--budget", "85KB", "-o", tmp_path / "out", "--budget-rounds", "1", *tune,
+        "--tune-batch", "2", "--tune-micro-batch", "1", "--tune-held-out", "2", "--tune-save-steps", "1",
+        "--eora", "4", "--eora-bits", "8", "--eora-samples", "4", "--eora-length", "64", "--json",
+    )  # fmt: skip
+    done = compress("run", *command)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [stage["stage"] for stage in report["stages"]] == ["gptq", "tune", "eora"]
+    (only,) = report["budget"]["rounds"]
+    assert only["eora"] == {"rank": 4, "bits": 8} and only["predicted_bytes"] == only["bytes"] <= 85_000
+    assert all(set(own) == {4} and 0 < own[4] < 1 for own in measured[0].left.values())
+    result = Checkpoint.open(tmp_path / "out" / "result")
+    assert pack_checkpoint(result, tmp_path / "image").nbytes == only["bytes"]
+    assert report["budget"]["perplexity_tuned"] == report["stages"][-1]["perplexity"]["after"]
+    assert {row["part"] for row in report["budget"]["bought"]} >= {"q_proj", "embedding", "eora"}
+    again = json.loads(compress("run", *command).stdout)
+    assert all(stage["reused"] for stage in again["stages"]) and again["budget"] == report["budget"]
+    assert len(measured) == 1
+
+
+@pytest.mark.pipeline
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -355,7 +432,8 @@ def test_the_loss_without_a_block_is_that_of_the_model_without_it(tiny_llama: Pa
         (("--budget", "1KB"), "the smallest model that --budget can make"),
         (("--budget", "60MiB"), "there is nothing to do"),
         (("--budget", "90KB", "--quant", "nf4"), "nf4 has no others beside it"),
-        (("--budget", "90KB", "--eora", "4"), "leave out eora"),
+        (("--budget", "90KB", "--eora", "64"), "the smallest quantised layer has rank 32"),
+        (("--budget", "90KB", "--quant", "gptq4", "--recover", "qlora"), "leave out --homotopic and a --recover"),
         (("--budget", "90KB", "--plan"), "--plan cannot forecast what it chooses"),
         (("--budget", "90KB", "--budget-rounds", "0"), "at least one plan must be run"),
     ],
@@ -377,7 +455,10 @@ def test_bits_are_ranked_with_table_figure_and_json(
                     "--length", "64", "-o", out)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "down_proj" in done.stdout and out.with_suffix(".png").stat().st_size > 1000
-    rows = json.loads(out.with_suffix(".json").read_text())["layers"]
+    ranking = json.loads(out.with_suffix(".json").read_text())
+    assert set(ranking["blocks"]) == {"0", "1"} and "block 0" in done.stdout and "EoRA of rank 8" in done.stdout
+    assert {row["rank"] for row in ranking["eora"]} == {8, 16, 32} and len(ranking["eora"]) == 3 * 14
+    rows = ranking["layers"]
     by = {(r["block"], r["layer"], r["quant"], r["group"]): r for r in rows}
     for (block, layer, quant, group), row in by.items():
         if quant == "gptq3":
