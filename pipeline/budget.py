@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from edgepress.checkpoints import interrupts
-from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.manifest import sealed, write_json
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.packed_sizes import block_records, packed_sizes, place
@@ -37,8 +37,10 @@ from edgepress.checkpoints.shape import BlockShape, ModelShape
 from edgepress.hardware.needs import room_for
 from edgepress.hardware.placement import weight_bytes
 from edgepress.hardware.soc import Soc, load_soc, shipped_socs
+from edgepress.pipeline.formats import FORMATS, module_of
 from edgepress.pipeline.plan import plan as planned
 from edgepress.pipeline.recipe import Recipe
+from edgepress.pipeline.store import Store, open_model
 from edgepress.pipeline.tables import print_whole
 from edgepress.stages import depth as depth_stage
 from edgepress.stages import eora as eora_stage
@@ -48,11 +50,13 @@ from edgepress.stages.quantisers import METHODS
 
 if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.pipeline.formats.gguf import FileBytes
     from edgepress.pipeline.progress import Reporter
     from edgepress.pipeline.run import RunResult
     from edgepress.stages.sensitivity import Layer, Sensitivity, Way
 
-DEFAULT = "gptq4-s"  # the quantiser's family where none is asked for
+PACKED, GGUF = "packed", "gguf"  # whose bytes are counted
+DEFAULT = {PACKED: "gptq4-s", GGUF: "q4_k"}  # the quantiser's family where none is asked for
 GROUPS = (32, 64, 128)
 RANKS = (8, 16, 32)  # of EoRA where none is asked for, at 8 bits: as good as 16 by prediction, and half the bytes
 WINDOWS = 8  # of calibration, at most, that the sensitivities are measured on
@@ -67,10 +71,11 @@ class Budget:
 
     text: str
     nbytes: int
-    soc: Soc | None = None  # its memory for weights, in its own layout; None: the packed file
+    soc: Soc | None = None  # its memory for weights, in its own layout
+    file: FileBytes | None = None  # of a GGUF file; without this and a chip: the packed file
 
     @classmethod
-    def parse(cls, text: str, shape: ModelShape) -> Budget:
+    def parse(cls, text: str, shape: ModelShape, file: FileBytes | None = None) -> Budget:
         """Read `60MiB`, `4.5bits` a parameter of the whole model, or a chip. Raises PlanError for anything else."""
         match = re.fullmatch(r"([\d.,]+)\s*([A-Za-z]*)", text.strip())
         if match is None:
@@ -80,25 +85,34 @@ class Budget:
                     f"{', '.join(shipped_socs())}"
                 )
             soc = load_soc(text)
+            if file is not None:
+                raise PlanError(
+                    f"--budget {text} is a chip's memory, in the chip's own layout; --budget-as gguf counts a file: "
+                    "give bytes, or leave it out"
+                )
             return cls(text, room_for(soc, "weights"), soc)
         try:
             number, unit = float(match[1]), match[2].lower()
         except ValueError:
             raise PlanError(f"--budget {text}: {match[1]} is no number") from None
         if unit in ("bit", "bits"):
-            return cls(text, int(number * shape.parameters_total / 8))
+            return cls(text, int(number * shape.parameters_total / 8), file=file)
         if unit not in _UNITS:
             raise PlanError(
                 f"--budget {text}: there is no unit {match[2]}; write 60MiB, 60MB, 4.5bits or a chip's name"
             )
-        return cls(text, int(number * _UNITS[unit]))
+        return cls(text, int(number * _UNITS[unit]), file=file)
 
-    def size(self, shape: ModelShape) -> int:
-        """Bytes of the whole model, exactly as they will be."""
+    def size(self, shape: ModelShape, name: str) -> int:
+        """Bytes of the whole model, exactly as they will be. name: its folder's, which a GGUF file holds."""
+        if self.file is not None:
+            return self.file.of(shape, name)
         return packed_sizes(shape).total if self.soc is None else weight_bytes(shape, self.soc.layout).total
 
     def of_layer(self, shape: ModelShape, block: BlockShape) -> int:
         """Bytes of one layer, in a block of its own."""
+        if self.file is not None:
+            return self.file.of_block(shape, block)
         if self.soc is None:
             return place(block_records(block))[1]
         return weight_bytes(replace(shape, blocks=(block,), outer=()), self.soc.layout).total
@@ -224,9 +238,12 @@ class Chooser:
         ways: Sequence[Way],
         embedding: Sequence[int],
         beside: Candidates = Candidates(),
+        earlier: int = 0,
+        tuned: Stages = (),
     ) -> None:
-        """Raises PlanError where no plan fits, or there is nothing to do."""
+        """earlier: stages before; tuned: --tune's. Raises PlanError where no plan fits, or there is nothing to do."""
         self.shape, self.budget, self.options, self.depth = shape, budget, options, beside.depth
+        self._earlier, self._tuned = earlier, tuned
         self.embedding = tuple(embedding)
         self.sizes = layer_sizes(shape, options, ways, budget)
         self.rest = [self._rest(i, block) for i, block in enumerate(shape.blocks)]
@@ -236,7 +253,7 @@ class Chooser:
         self.wanted = Wanted(tuple(ways), self.embedding, self.blocks, ranks)
         self.least = {layer: min(sizes, key=lambda way: sizes[way]) for layer, sizes in self.sizes.items()}
         self.smallest = min((self._plan(self._without(self.blocks), b, self.blocks) for b in self.embedding), key=_size)
-        source = budget.size(shape)
+        source = budget.size(shape, "")
         if source <= budget.nbytes:
             raise PlanError(
                 f"--budget {budget.text}: the model has {size_text(source)} as it is, and {size_text(budget.nbytes)} "
@@ -247,10 +264,12 @@ class Chooser:
             said = [ways_.most_common(1)[0][0]]
             said += [f"the embedding at {self.smallest.embedding} bits"] if self.smallest.embedding else []
             said += [f"{len(self.blocks)} of {len(shape.blocks)} blocks removed"] if self.blocks else []
-            others = "Remove tokens with --trim-vocabulary, let more blocks go with --protect-first and --protect-last"
+            others = (
+                "let more blocks go with --protect-first and --protect-last" if beside.depth else "blocks with --depth"
+            )
             raise PlanError(
                 f"--budget {budget.text} is {size_text(budget.nbytes)}, and the smallest model that --budget can make "
-                f"has {size_text(self.smallest.nbytes)} ({', '.join(said)}). {others}, or give more"
+                f"has {size_text(self.smallest.nbytes)} ({', '.join(said)}). Remove tokens with --trim-vocabulary, {others}, or give more"
             )
 
     def _rest(self, index: int, block: BlockShape) -> int:
@@ -285,8 +304,14 @@ class Chooser:
         renumbered = {(kept.index(block), name): way for (block, name), way in layers.items()}
         options = replace(self.options, quant=quant, group=group, quant_embeddings=embedding, layers=rules(renumbered))
         after = gptq.plan(shape, options)
-        size = self.budget.size(after if eora is None else eora_stage.plan(after, eora))
-        return Plan(layers, embedding, options, size, math.nan, tuple(removed), stage, eora)
+        plan = Plan(layers, embedding, options, 0, math.nan, tuple(removed), stage, eora)
+        return replace(plan, nbytes=self.size(plan, after if eora is None else eora_stage.plan(after, eora)))
+
+    def size(self, plan: Plan, shape: ModelShape) -> int:
+        """Bytes of a plan's result, which has this shape."""
+        stages = plan.stages(*self._tuned)
+        folder = Store(Path()).stage_folder(self._earlier + len(stages), stages[-1][1].label, "0" * 8)
+        return self.budget.size(shape, folder.name)
 
     def outer_bytes(self, embedding: int, eora: Eora | None = None) -> int:
         """Bytes of the whole model beside its layers that have ways and their adapters, with no block removed."""
@@ -330,6 +355,8 @@ class Chooser:
                 return replace(plan, loss=self.predicted(plan, predicted))
             # The header lists the blocks that are unlike, and those of the next plan may be more: a growing margin.
             limit -= (plan.nbytes - goal) << turn
+        if eora is not None:
+            return None  # without one there may be a plan
         raise PlanError(
             f"--budget {self.budget.text}: after {_TURNS} attempts no plan's whole file was small enough, headers "
             "included; give a little more"
@@ -577,6 +604,7 @@ class Outcome:
         return {
             "budget": self.budget.text,
             "budget_bytes": self.budget.nbytes,
+            "budget_as": _counted(self.budget),
             "best": self.best,
             "nats_for_one_percent_more": self.gain,
             "perplexity_tuned": self.tuned,
@@ -594,7 +622,9 @@ class Outcome:
         }  # fmt: skip
 
 
-def candidate_stages(flags: Mapping[str, Any], skip: str) -> tuple[dict[str, Any], str, Candidates]:
+def candidate_stages(
+    flags: Mapping[str, Any], skip: str, counted: str = PACKED
+) -> tuple[dict[str, Any], str, Candidates]:
     """Flags and --skip of a command with --budget and no recipe file, and what else there is to choose from.
 
     Nothing runs besides gptq that no flag asks for, since nothing else pays at equal bytes. With --depth N or --layers
@@ -614,7 +644,7 @@ def candidate_stages(flags: Mapping[str, Any], skip: str) -> tuple[dict[str, Any
         eora = tuple(Eora(rank=rank, bits=8, **{"samples": Gptq.samples, **windows}) for rank in RANKS)
     skip = ",".join(filter(None, [skip, *(name for name in STAGES if name not in {"gptq", *asked})]))
     rest = {key: value for key, value in flags.items() if depth is None or not key.startswith("depth.")}
-    return rest | {"gptq.quant": flags.get("gptq.quant") or DEFAULT}, skip, Candidates(depth, eora)
+    return rest | {"gptq.quant": flags.get("gptq.quant") or DEFAULT.get(counted)}, skip, Candidates(depth, eora)
 
 
 @dataclass(frozen=True)
@@ -627,10 +657,8 @@ class Setting:
     chooser: Chooser
 
 
-def possible(
-    recipe: Recipe, text: str, source: ModelShape, embedding: int | None, beside: Candidates = Candidates()
-) -> Setting:
-    """The recipe's parts and the plans there are. Raises PlanError or RecipeError for a budget that cannot be."""
+def before_gptq(recipe: Recipe) -> Stages:
+    """The stages that run as they are. Raises PlanError where what comes then is not for --budget to choose."""
     names = [name for name, _ in recipe.stages]
     place = names.index("gptq") if "gptq" in names else len(names)
     if not names[place:] or recipe.homotopic or not set(names[place + 1 :]) <= {"tune", "eora"}:
@@ -638,44 +666,70 @@ def possible(
             "--budget chooses what the stage gptq does, which must be there, with --tune and eora alone after it: "
             "leave out --homotopic and a --recover that trains beside quantised weights"
         )
-    options, earlier = recipe.stages[place][1], replace(recipe, stages=recipe.stages[:place])
+    return recipe.stages[:place]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a person asked --budget for."""
+
+    text: str
+    counted: str = PACKED  # or GGUF
+    embedding: int | None = None  # its bits, where somebody asked for them
+    beside: Candidates = Candidates()
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise PlanError(f"--budget-rounds {self.rounds}: at least one plan must be run")
+        if self.counted not in (PACKED, GGUF):
+            raise PlanError(
+                f"--budget-as {self.counted}{near(self.counted, (PACKED, GGUF))}: there are {PACKED} and {GGUF}"
+            )
+
+
+def possible(recipe: Recipe, wish: Wish, source: Checkpoint, ran: Checkpoint | None = None) -> Setting:
+    """The recipe's parts and the plans there are. ran: what the stages before gptq gave, where they ran already.
+
+    Raises PlanError or RecipeError for a budget that cannot be.
+    """
+    names = [name for name, _ in recipe.stages]
+    earlier = replace(recipe, stages=before_gptq(recipe))
+    options = recipe.stages[len(earlier.stages)][1]
     assert isinstance(options, Gptq)
     asked, options = options.quant, replace(options, layers="")
-    beside = replace(beside, eora=(*beside.eora, *(o for _, o in recipe.stages if isinstance(o, Eora))))
+    beside = replace(wish.beside, eora=(*wish.beside.eora, *(o for _, o in recipe.stages if isinstance(o, Eora))))
     if "depth" in names:
         beside = replace(beside, depth=None)
-    shape = ([source] + [step.shape for step in planned(earlier, source)])[-1]
-    budget = Budget.parse(text, shape)
-    bits = (4, 8) if embedding is None else (embedding,)
-    chooser = Chooser(shape, budget, options, candidates(shape, options, asked), bits, beside)
-    return Setting(earlier, options, tuple(s for s in recipe.stages if s[0] == "tune"), chooser)
+    shape = ran.shape if ran else ([source.shape] + [step.shape for step in planned(earlier, source.shape)])[-1]
+    file = None
+    if wish.counted == GGUF:
+        module = cast("Any", module_of(FORMATS["gguf"]))
+        file = module.FileBytes(ran or source)
+    budget = Budget.parse(wish.text, shape, file)
+    bits = (4, 8) if wish.embedding is None else (wish.embedding,)
+    tuned = tuple(s for s in recipe.stages if s[0] == "tune")
+    ways = candidates(shape, options, asked)
+    chooser = Chooser(shape, budget, options, ways, bits, beside, len(earlier.stages), tuned)
+    return Setting(earlier, options, tuned, chooser)
 
 
-def run_budget(
-    recipe: Recipe,
-    text: str,
-    out: Path,
-    reporter: Reporter,
-    *,
-    rounds: int,
-    embedding: int | None,
-    beside: Candidates = Candidates(),
-) -> Outcome:
+def run_budget(recipe: Recipe, wish: Wish, out: Path, reporter: Reporter) -> Outcome:
     """Carry out the recipe with the best layers' settings for a budget. The caller holds the store open.
 
-    Plans are compared without --tune, which changes no byte; the best one is tuned. embedding: its bits where somebody
-    asked for them. Raises PlanError for a budget that cannot be.
+    Plans are compared without --tune, which changes no byte; the best one is tuned. Raises PlanError for a budget that
+    cannot be.
     """
     from edgepress.pipeline.run import Conditions, run
 
     at = Conditions.prepare(recipe, out, reporter)
-    setting = possible(recipe, text, at.source.shape, embedding, beside)
+    parent, now = at.source, at.measured(at.source)
+    if stages := before_gptq(recipe):
+        last = run(replace(recipe, stages=stages), out, reporter).stages[-1]
+        parent, now = last.checkpoint, last.after
+    setting = possible(recipe, wish, at.source, parent)
     earlier, chooser = setting.earlier, setting.chooser
     budget = chooser.budget
-    parent, now = at.source, at.measured(at.source)
-    if earlier.stages:
-        last = run(earlier, out, reporter).stages[-1]
-        parent, now = last.checkpoint, last.after
     found = sensitivities(recipe, parent, setting.options, chooser.wanted, out, reporter)
     before, start = math.log(now["perplexity"]), len(earlier.stages)
     measured: list[tuple[Plan, Mapping[Any, float]]] = []
@@ -683,7 +737,7 @@ def run_budget(
     compensated: list[tuple[Eora, Mapping[Any, float]]] = []
     done: list[tuple[Round, RunResult]] = []
     predicted = found
-    for number in range(1, rounds + 1):
+    for number in range(1, wish.rounds + 1):
         plan = chooser.choose(predicted)
         if any(plan.stages() == other.plan.stages() for other, _ in done):
             reporter.say(f"round {number}: the corrected prediction chooses a plan that has run")
@@ -696,7 +750,7 @@ def run_budget(
         last, own = result.stages[-1], {r.manifest.stage: r for r in result.stages[start:]}
         perplexity = float(last.after["perplexity"])
         done.append(
-            (Round(plan, perplexity, budget.size(last.checkpoint.shape), math.log(perplexity) - before), result)
+            (Round(plan, perplexity, chooser.size(plan, last.checkpoint.shape), math.log(perplexity) - before), result)
         )
         count = len(parent.shape.blocks)
         measured.append((plan, _of_layers(plan, own["gptq"].manifest.facts["blocks"], count, _error)))
@@ -775,7 +829,6 @@ def sensitivities(
     """
     from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
     from edgepress.pipeline.calibration import Calibration
-    from edgepress.pipeline.store import Store, open_model
     from edgepress.pipeline.tree import duration_text, measured_speed
     from edgepress.stages import sensitivity
 
@@ -830,6 +883,10 @@ def sensitivities(
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
+def _counted(budget: Budget) -> str:
+    return GGUF if budget.file is not None else PACKED if budget.soc is None else budget.soc.name
+
+
 def print_outcome(console: Console, outcome: Outcome) -> None:
     """The rounds, what each kind of layer got, and what more bytes would buy."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -842,7 +899,10 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         table.add_row(
             f"{number + 1}{mark}", f"{r.nbytes:,}", f"{math.exp(dense + r.plan.loss):.2f}", f"{r.perplexity:.2f}"
         )
-    console.print(f"\nBudget {outcome.budget.text}: {outcome.budget.nbytes:,} bytes; * is the result", highlight=False)
+    as_gguf = " of a GGUF file" if outcome.budget.file is not None else ""
+    console.print(
+        f"\nBudget {outcome.budget.text}: {outcome.budget.nbytes:,} bytes{as_gguf}; * is the result", highlight=False
+    )
     print_whole(console, table)
     parts = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("part", "settings (blocks)"):

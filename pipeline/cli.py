@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,7 @@ Budget = Annotated[
     str,
     typer.Option(help="Bytes (60MiB), bits a parameter (4.5bits) or a chip: the best bits and blocks that fit."),
 ]
+BudgetAs = Annotated[str, typer.Option(help="Whose bytes --budget counts: packed, or gguf of export --to gguf.")]
 Rounds = Annotated[int, typer.Option("--budget-rounds", help="Plans of --budget that are run and measured, at most.")]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Forecast only, as the command plan does.")]
 
@@ -70,6 +72,7 @@ def compress(
     out: Out = Path("out"),
     plan_only: PlanOnly = False,
     budget: Budget = "",
+    budget_as: BudgetAs = "packed",
     budget_rounds: Rounds = 2,
     as_json: Json = False,
     show_version: Annotated[
@@ -87,7 +90,7 @@ def compress(
         if given := [key for key, value in flags.items() if value is not None]:
             raise PlanError(f"options go behind the command: compress {ctx.invoked_subcommand} … ({', '.join(given)})")
         return
-    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_rounds)
+    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_as, budget_rounds)
 
 
 @with_model_argument
@@ -99,30 +102,40 @@ def run(
     out: Out = Path("out"),
     plan_only: PlanOnly = False,
     budget: Budget = "",
+    budget_as: BudgetAs = "packed",
     budget_rounds: Rounds = 2,
     as_json: Json = False,
 ) -> None:
     """Send a model through the stages, as compress does without a command."""
-    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_rounds)
+    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_as, budget_rounds)
 
 
 def _run(
-    flags: dict[str, Any], recipe: str, skip: str, out: Path, plan_only: bool, as_json: bool, budget: str, rounds: int
+    flags: dict[str, Any],
+    recipe: str,
+    skip: str,
+    out: Path,
+    plan_only: bool,
+    as_json: bool,
+    budget: str,
+    counted: str,
+    rounds: int,
 ) -> None:
+    if counted != "packed" and not budget:
+        raise PlanError(f"--budget-as {counted} says whose bytes --budget counts, and there is no --budget; give one")
     if budget and plan_only:
         raise PlanError("--budget looks at the weights, so --plan cannot forecast what it chooses; leave one out")
-    if budget and rounds < 1:
-        raise PlanError(f"--budget-rounds {rounds}: at least one plan must be run")
     if plan_only:
         _plan(flags, recipe, skip, as_json)
         return
     if budget:
-        from edgepress.pipeline.budget import Candidates, candidate_stages, possible, print_outcome, run_budget
+        from edgepress.pipeline.budget import Wish, candidate_stages, possible, print_outcome, run_budget
         from edgepress.pipeline.store import open_model
 
-        beside = Candidates()
+        wish = Wish(budget, counted, flags.get("gptq.quant_embeddings"), rounds=rounds)
         if not recipe:
-            flags, skip, beside = candidate_stages(flags, skip)
+            flags, skip, beside = candidate_stages(flags, skip, counted)
+            wish = replace(wish, beside=beside)
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
     from edgepress.pipeline.progress import Reporter
@@ -132,14 +145,14 @@ def _run(
     from edgepress.pipeline.store import Store
 
     wanted, console = prepared(drafted, out), Console(stderr=as_json)
-    if budget:  # before anything is written
-        possible(wanted, budget, open_model(wanted.model).shape, flags.get("gptq.quant_embeddings"), beside)
+    # Before anything is written; a trimmed vocabulary's bytes in a GGUF file are not known by then.
+    if budget and not (counted == "gguf" and any(name == "vocabulary" for name, _ in wanted.stages)):
+        possible(wanted, wish, open_model(wanted.model))
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         try:
             with interrupts.gently(reporter.interrupt):
                 if budget:
-                    bits = flags.get("gptq.quant_embeddings")
-                    found = run_budget(wanted, budget, out, reporter, rounds=rounds, embedding=bits, beside=beside)
+                    found = run_budget(wanted, wish, out, reporter)
                 result = found.result if budget else run_stages(wanted, out, reporter)
         except KeyboardInterrupt:
             interrupts.caught(None if as_json else reporter.say)  # quiet, it would say it to the log alone

@@ -7,8 +7,11 @@ as dense weights, in their own precision. Names of tensors and keys are those of
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,13 @@ from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
-from edgepress.checkpoints.forms import Grid
+from edgepress.checkpoints.forms import Grid, TensorShape
 from edgepress.checkpoints.llama2c import halves_to_pairs
 from edgepress.checkpoints.manifest import drafted
+from edgepress.checkpoints.packed_sizes import aligned
 from edgepress.checkpoints.packing import unpack_linear
 from edgepress.checkpoints.runtime import Runtime
-from edgepress.checkpoints.shape import LinearShape
+from edgepress.checkpoints.shape import BlockShape, LinearShape, ModelShape
 from edgepress.checkpoints.super_blocks import GGUF_TYPES, SuperBlocks, ggml_rows
 from edgepress.pipeline.formats import Wanted, Written
 
@@ -200,8 +204,8 @@ def _coded(x: LinearShape, own: Mapping[str, Tensor]) -> tuple[SuperBlocks, Tens
         if x.grid.gguf:
             return x.grid, codes, sides
         # A row's d and e for each of ggml's super-blocks, and a group's scale for each of its groups of 32.
-        form = GGUF_TYPES["Q4_K" if x.grid.bits <= 4 else "Q5_K"]
-        if x.grid.masked or x.in_features % (form.group * form.per) or x.grid.group % form.group:
+        form = _k_type(x.grid, x.in_features)
+        if form is None:
             return None
         each, blocks = x.grid.group // form.group, x.in_features // (form.group * form.per)
         wider = {name: sides[name].repeat_interleave(each, dim=1) for name in ("scales", "minima")}
@@ -221,6 +225,13 @@ def _coded(x: LinearShape, own: Mapping[str, Tensor]) -> tuple[SuperBlocks, Tens
             sides = {"d": scales[:, order[::32]].to(torch.float16)}
             return form, (levels + form.middle).to(torch.uint8), sides
     return None
+
+
+def _k_type(own: SuperBlocks, columns: int) -> SuperBlocks | None:
+    """The type that holds a form of this project without loss, where there is one."""
+    form = GGUF_TYPES["Q4_K" if own.bits <= 4 else "Q5_K"]
+    fits = not own.masked and columns % (form.group * form.per) == 0 and own.group % form.group == 0
+    return form if fits else None
 
 
 def _table(tensor: Tensor, packed: Mapping[str, Tensor], notes: list[str]) -> Rows:
@@ -264,6 +275,121 @@ def _settings(writer: GGUFWriter, source: Checkpoint) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
     writer.add_vocab_size(shape.vocabulary)
+
+
+# --- bytes before there are weights -----------------------------------------------------------------------------------
+
+
+class FileBytes:
+    """Bytes of the file that `write` makes of a model, and of its adapter's beside it, by its shape."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        """source: a checkpoint with the tokenizer that the file will have. Raises PlanError for what is not written."""
+        self._architecture = _require_runnable(source, "")
+        self._source, self._factors = source, _rope_factors(source)
+
+    @cached_property
+    def _keys(self) -> int:
+        """Bytes of the header and of what is not tensors, without the model's name."""
+        name = len(self._source.name.encode())
+
+        def fill(writer: GGUFWriter) -> None:
+            _settings(writer, self._source)
+            _tokenizer(writer, self._source)
+
+        return self._begun(fill) - name
+
+    @cached_property
+    def _adapter_keys(self) -> int:
+        return self._begun(lambda writer: _adapter_settings(writer, 1, 1.0))
+
+    def _begun(self, fill: Callable[[GGUFWriter], object]) -> int:
+        with tempfile.TemporaryDirectory(prefix="edgepress-gguf-") as folder:
+            writer = GGUFWriter(path := Path(folder) / "keys.gguf", self._architecture)
+            fill(writer)
+            writer.add_tensor("none", np.zeros(1, np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+            return path.stat().st_size
+
+    def of(self, shape: ModelShape, name: str) -> int:
+        """Of both files. name: the model's, which is its folder's. Raises PlanError where the codes decide the type."""
+        tensors, adapters = [self._outer(t, shape) for t in shape.outer], list[tuple[int, int]]()
+        if self._factors is not None:
+            tensors.append(_tensor_bytes("rope_freqs.weight", self._factors.shape, "F32"))
+        for index, block in enumerate(shape.blocks):
+            own, beside = self._block(index, block, shape)
+            tensors, adapters = tensors + own, adapters + beside
+        whole = _file_bytes(self._keys + len(name.encode()), tensors)
+        return whole + (_file_bytes(self._adapter_keys, adapters) if adapters else 0)
+
+    def of_block(self, shape: ModelShape, block: BlockShape) -> int:
+        """Of a block's tensors, those of its adapters included."""
+        own, beside = self._block(0, block, shape)
+        return sum(info + data for info, data in own + beside)
+
+    def _block(
+        self, index: int, block: BlockShape, shape: ModelShape
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        names = _names(self._architecture, len(shape.blocks))
+        tensors, adapters = list[tuple[int, int]](), list[tuple[int, int]]()
+        for x in block.linears:
+            stem = names.get_name(f"{shape.block_prefix}.{index}.{x.name}")
+            tensors.append(_tensor_bytes(f"{stem}.weight", (x.out_features, x.in_features), _type_of(x)))
+            if x.bias:
+                tensors.append(_tensor_bytes(f"{stem}.bias", (x.out_features,), "F32"))
+            if x.adapter_rank:
+                sides = {"a": (x.adapter_rank, x.in_features), "b": (x.out_features, x.adapter_rank)}
+                adapters += [_tensor_bytes(f"{stem}.weight.lora_{side}", size, "F32") for side, size in sides.items()]
+        for t in block.others:
+            stem, _, last = t.name.rpartition(".")
+            theirs = names.get_name(f"{shape.block_prefix}.{index}.{stem}")
+            tensors.append(_tensor_bytes(f"{theirs}.{last}", t.shape, "F32"))
+        return tensors, adapters
+
+    def _outer(self, t: TensorShape, shape: ModelShape) -> tuple[int, int]:
+        stem, _, last = t.name.rpartition(".")
+        name = f"{_names(self._architecture, len(shape.blocks)).get_name(stem)}.{last}"
+        kind = "F32" if len(t.shape) == 1 else t.dtype
+        if len(t.shape) == 2 and shape.embedding_bits and t.shape[1] % 32 == 0:
+            kind = "Q4_1" if shape.embedding_bits == 4 else "Q8_0"
+        return _tensor_bytes(name, t.shape, kind)
+
+
+@cache
+def _names(architecture: str, blocks: int) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(_key_of(architecture), blocks)
+
+
+def _type_of(x: LinearShape) -> str:
+    """ggml's type, as `_matrix` finds it with the codes. Raises PlanError where only they decide."""
+    if isinstance(x.grid, SuperBlocks):
+        form = x.grid if x.grid.gguf else _k_type(x.grid, x.in_features)
+        return x.dtype if form is None else form.name
+    if not isinstance(x.grid, Grid):
+        return x.dtype
+    if not x.grid.symmetric:
+        raise PlanError(
+            "which of ggml's types a layer takes depends on its zero points, so the bytes of the GGUF file are not "
+            "known before; give --quant q4_k, whose family are ggml's own types, or --symmetric"
+        )
+    size = x.in_features if x.grid.group == -1 else x.grid.group
+    if x.in_features % size or size % 32:
+        return x.dtype
+    return next(name for name in _SMALLEST_FIRST if GGUF_TYPES[name].bits >= x.grid.bits)
+
+
+def _tensor_bytes(name: str, shape: Sequence[int], kind: str) -> tuple[int, int]:
+    """Of a tensor's entry in the table, and of its data with what fills it up."""
+    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    data = math.prod(shape) // block * size
+    return 8 + len(name.encode()) + 4 + 8 * len(shape) + 4 + 8, aligned(data, gguf.GGUF_DEFAULT_ALIGNMENT)
+
+
+def _file_bytes(begun: int, tensors: Sequence[tuple[int, int]]) -> int:
+    table = begun + sum(info for info, _ in tensors)
+    return aligned(table, gguf.GGUF_DEFAULT_ALIGNMENT) + sum(data for _, data in tensors)
 
 
 def _rope_factors(source: Checkpoint) -> NDArray[np.float32] | None:
@@ -374,9 +500,7 @@ def _write_adapter(source: Checkpoint, path: Path, architecture: str, names: ggu
     if len(ranks) != 1:
         raise CheckpointError(f"{source.folder}: adapters of several ranks ({sorted(ranks)}); take --type merged")
     writer = GGUFWriter(path, architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, source.adapter_scale * ranks.pop())
+    _adapter_settings(writer, ranks.pop(), source.adapter_scale)
     for index, block in enumerate(source.shape.blocks):
         parts = source.adapter_part(index)
         for x in block.linears:
@@ -390,3 +514,9 @@ def _write_adapter(source: Checkpoint, path: Path, architecture: str, names: ggu
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _adapter_settings(writer: GGUFWriter, rank: int, scale: float) -> None:
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scale * rank)

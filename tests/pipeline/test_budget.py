@@ -42,6 +42,7 @@ from edgepress.pipeline.budget import (
     rules,
     solve,
 )
+from edgepress.pipeline.formats import FORMATS, Wanted, module_of
 from edgepress.pipeline.plan import plan as planned
 from edgepress.pipeline.recipe import Recipe, build
 from edgepress.stages import depth, eora, sensitivity
@@ -139,13 +140,13 @@ def test_a_plan_without_blocks_is_a_recipe_of_its_bytes() -> None:
 @pytest.mark.unit
 def test_an_adapter_is_chosen_where_its_bytes_beat_more_bits() -> None:
     options, ways = Gptq(quant="gptq4-s"), candidates(SHAPE, Gptq(quant="gptq4-s"), "gptq4-s")
-    budget, adapters = Budget.parse("55MiB", SHAPE), tuple(Eora(rank=rank, bits=8) for rank in (8, 16, 512))
-    chooser = Chooser(SHAPE, budget, options, ways, (8,), Candidates(eora=adapters))
+    budget, adapters = Budget.parse("60MiB", SHAPE), tuple(Eora(rank=rank, bits=8) for rank in (8, 16, 512))
+    chooser = Chooser(SHAPE, budget, options, ways, (4,), Candidates(eora=adapters))
     assert [own.rank for own in chooser.adapters] == [8, 16]  # k_proj has rank 192
     losses = {layer: {way: 1 / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
 
     def predicted(shares: dict[int, float]) -> Sensitivity:
-        return Sensitivity(losses, {}, {8: 0.0}, 0.0, {}, dict.fromkeys(losses, shares))
+        return Sensitivity(losses, {}, {4: 0.0}, 0.0, {}, dict.fromkeys(losses, shares))
 
     assert chooser.choose(predicted({8: 0.99, 16: 0.98})).eora is None
     for shares, rank in (({8: 0.3, 16: 0.299}, 8), ({8: 0.3, 16: 0.05}, 16)):
@@ -392,6 +393,35 @@ def test_the_loss_without_a_block_is_that_of_the_model_without_it(tiny_llama: Pa
 
 
 @pytest.mark.pipeline
+@pytest.mark.parametrize("adapted", [False, True])
+def test_bytes_of_a_gguf_file_are_those_that_export_writes(
+    adapted: bool, make_tiny: Callable[..., Path], compress: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    real = sensitivity.measure
+
+    def as_if_it_paid(*arguments: Any) -> Any:
+        found = real(*arguments)
+        return replace(found, left={layer: {4: 0.01} for layer in found.left})
+
+    monkeypatch.setattr(sensitivity, "measure", as_if_it_paid)
+    model = make_tiny(tmp_path / "model", blocks=2)
+    beside = ("--eora", "4", "--eora-samples", "4", "--eora-length", "64") if adapted else ("--skip", "eora,depth")
+    command = (*FLAGS, *beside, "--budget", "8.5bits", "--budget-as", "gguf", "--budget-rounds", "1")
+    done = compress("run", model, *command, "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    budget = json.loads(done.stdout)["budget"]
+    (only,) = budget["rounds"]
+    assert budget["budget_as"] == "gguf" and only["quant"].endswith("_k") and (only["eora"] is not None) == adapted
+    result = Checkpoint.open(tmp_path / "out" / "result")
+    written = module_of(FORMATS["gguf"]).write(result, Wanted(tmp_path / "model.gguf"), Runtime())
+    files = sorted(tmp_path.glob("model*.gguf"))
+    assert len(files) == 1 + adapted
+    size = sum(file.stat().st_size for file in files)
+    assert only["predicted_bytes"] == only["bytes"] == written.nbytes == size <= budget["budget_bytes"]
+
+
+@pytest.mark.pipeline
 def test_a_plan_with_an_adapter_is_compared_and_then_tuned(
     make_tiny: Callable[..., Path], compress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +462,10 @@ def test_a_plan_with_an_adapter_is_compared_and_then_tuned(
         (("--budget", "1KB"), "the smallest model that --budget can make"),
         (("--budget", "60MiB"), "there is nothing to do"),
         (("--budget", "90KB", "--quant", "nf4"), "nf4 has no others beside it"),
+        (("--budget", "90KB", "--budget-as", "zip"), "there are packed and gguf"),
+        (("--budget", "siracusa", "--budget-as", "gguf"), "is a chip's memory, in the chip's own layout"),
+        (("--budget", "90KB", "--budget-as", "gguf", "--quant", "gptq4"), "depends on its zero points"),
+        (("--budget-as", "gguf"), "there is no --budget; give one"),
         (("--budget", "90KB", "--eora", "64"), "the smallest quantised layer has rank 32"),
         (("--budget", "90KB", "--quant", "gptq4", "--recover", "qlora"), "leave out --homotopic and a --recover"),
         (("--budget", "90KB", "--plan"), "--plan cannot forecast what it chooses"),
@@ -512,7 +546,7 @@ def test_interrupted_while_it_measures_it_says_that_it_begins_anew(
     tiny_llama: Path, compress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*arguments: Any) -> Any:
-        progress = arguments[-1].progress
+        progress = arguments[5].progress
         progress.start("forwards", 2)
         signal.raise_signal(signal.SIGINT)  # which lets the step end
         progress.step()

@@ -18,6 +18,7 @@ from edgepress.checkpoints.llama2c import halves_to_pairs
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.sources import open_source
 from edgepress.pipeline.formats import FORMATS, Wanted, Written, module_of
+from edgepress.pipeline.formats.gguf import FileBytes
 from edgepress.pipeline.formats.proof import exact_model, logits_of, some_tokens
 from tests.conftest import TinyModel
 from tests.pipeline.test_export import compressed
@@ -70,6 +71,11 @@ def test_gguf_reads_the_checkpoints_weights(
     source = Checkpoint.open(compressed(tmp_path / "stage", model, "1:8", **how))
     written = export(source, tmp_path / "model.gguf")
     assert written.nbytes == (tmp_path / "model.gguf").stat().st_size
+    if how["bits"] is None or how.get("symmetric"):
+        assert FileBytes(source).of(source.shape, source.name) == written.nbytes
+    else:
+        with pytest.raises(PlanError, match="depends on its zero points"):
+            FileBytes(source).of(source.shape, source.name)
     found = tensors_of(tmp_path / "model.gguf")
     for index in range(2):
         for name, theirs in TABLE.items():
