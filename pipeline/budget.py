@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -52,10 +52,11 @@ if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.pipeline.formats.gguf import FileBytes
     from edgepress.pipeline.progress import Reporter
-    from edgepress.pipeline.run import RunResult
+    from edgepress.pipeline.run import Conditions, RunResult
     from edgepress.stages.sensitivity import Layer, Sensitivity, Way
 
 PACKED, GGUF = "packed", "gguf"  # whose bytes are counted
+TRIED = ("vocabulary", "wanda")  # stages that --budget may do without
 DEFAULT = {PACKED: "gptq4-s", GGUF: "q4_k"}  # the quantiser's family where none is asked for
 GROUPS = (32, 64, 128)
 RANKS = (8, 16, 32)  # of EoRA where none is asked for, at 8 bits: as good as 16 by prediction, and half the bytes
@@ -248,7 +249,9 @@ class Chooser:
         self.sizes = layer_sizes(shape, options, ways, budget)
         self.rest = [self._rest(i, block) for i, block in enumerate(shape.blocks)]
         self.adapters = self._adapters(beside.eora, ways[0])
-        self.blocks = removable(shape, beside.depth)
+        coded = {block for block, _ in self.sizes}
+        blocks = tuple(i for i in removable(shape, beside.depth) if i in coded)
+        self.blocks = blocks if len(blocks) < len(coded) else blocks[1:]  # one at least stays
         ranks = tuple(sorted({eora.rank for eora in self.adapters}))
         self.wanted = Wanted(tuple(ways), self.embedding, self.blocks, ranks)
         self.least = {layer: min(sizes, key=lambda way: sizes[way]) for layer, sizes in self.sizes.items()}
@@ -264,12 +267,13 @@ class Chooser:
             said = [ways_.most_common(1)[0][0]]
             said += [f"the embedding at {self.smallest.embedding} bits"] if self.smallest.embedding else []
             said += [f"{len(self.blocks)} of {len(shape.blocks)} blocks removed"] if self.blocks else []
-            others = (
+            more = (
                 "let more blocks go with --protect-first and --protect-last" if beside.depth else "blocks with --depth"
             )
             raise PlanError(
                 f"--budget {budget.text} is {size_text(budget.nbytes)}, and the smallest model that --budget can make "
-                f"has {size_text(self.smallest.nbytes)} ({', '.join(said)}). Remove tokens with --trim-vocabulary, {others}, or give more"
+                f"has {size_text(self.smallest.nbytes)} ({', '.join(said)}). Remove tokens with --trim-vocabulary, "
+                f"{more}, or give more"
             )
 
     def _rest(self, index: int, block: BlockShape) -> int:
@@ -536,6 +540,8 @@ class Round:
     perplexity: float
     nbytes: int  # of the file or on the chip, counted from what lies on the disk
     rise: float  # measured, nats a token above the model before gptq
+    bits_per_byte: float
+    after: tuple[str, ...] = ()  # stages before gptq
 
 
 @dataclass(frozen=True)
@@ -612,7 +618,8 @@ class Outcome:
             "rounds": [
                 {
                     "perplexity": r.perplexity, "bytes": r.nbytes, "predicted_bytes": r.plan.nbytes, "rise": r.rise,
-                    "predicted_rise": r.plan.loss, "quant_embeddings": r.plan.embedding,
+                    "bits_per_byte": r.bits_per_byte, "predicted_rise": r.plan.loss, "after": list(r.after),
+                    "quant_embeddings": r.plan.embedding,
                     "removed_blocks": list(r.plan.removed), "depth_layers": r.plan.depth.layers if r.plan.depth else "",
                     "eora": {"rank": r.plan.eora.rank, "bits": r.plan.eora.bits} if r.plan.eora else None,
                     "quant": r.plan.options.quant, "group": r.plan.options.group, "layers": r.plan.options.layers,
@@ -623,16 +630,16 @@ class Outcome:
 
 
 def candidate_stages(
-    flags: Mapping[str, Any], skip: str, counted: str = PACKED
+    flags: Mapping[str, Any], skip: str, counted: str = PACKED, tried: Sequence[str] = ()
 ) -> tuple[dict[str, Any], str, Candidates]:
     """Flags and --skip of a command with --budget and no recipe file, and what else there is to choose from.
 
     Nothing runs besides gptq that no flag asks for, since nothing else pays at equal bytes. With --depth N or --layers
     the stage depth runs as ever, before gptq; without them its other flags say which blocks --budget may remove. With
-    --eora R or other flags of it, that adapter or none is chosen; without them also its rank.
+    --eora R or other flags of it, that adapter or none is chosen; without them also its rank. tried: as in a Wish.
     """
     given = {key for key, value in flags.items() if value is not None}
-    asked = {key.partition(".")[0] for key in given}
+    asked = {key.partition(".")[0] for key in given} | set(tried)
     left_out = {name.strip() for name in skip.split(",")}
     depth, eora = None, tuple[Eora, ...]()
     if not {"depth.remove", "depth.layers"} & given and "depth" not in left_out:
@@ -678,14 +685,25 @@ class Wish:
     embedding: int | None = None  # its bits, where somebody asked for them
     beside: Candidates = Candidates()
     rounds: int = 2
+    tried: tuple[str, ...] = ()  # stages before gptq that are tried with and without
 
     def __post_init__(self) -> None:
+        for name in self.tried:
+            if name not in TRIED:
+                raise PlanError(f"--budget-with {name}{near(name, TRIED)}: there are {' and '.join(TRIED)}")
         if self.rounds < 1:
             raise PlanError(f"--budget-rounds {self.rounds}: at least one plan must be run")
         if self.counted not in (PACKED, GGUF):
             raise PlanError(
                 f"--budget-as {self.counted}{near(self.counted, (PACKED, GGUF))}: there are {PACKED} and {GGUF}"
             )
+
+    def file(self, source: Checkpoint) -> FileBytes | None:
+        """What counts the bytes of a GGUF file with this checkpoint's tokenizer, where these are counted."""
+        if self.counted != GGUF:
+            return None
+        module = cast("Any", module_of(FORMATS["gguf"]))
+        return cast("FileBytes", module.FileBytes(source))
 
 
 def possible(recipe: Recipe, wish: Wish, source: Checkpoint, ran: Checkpoint | None = None) -> Setting:
@@ -702,16 +720,89 @@ def possible(recipe: Recipe, wish: Wish, source: Checkpoint, ran: Checkpoint | N
     if "depth" in names:
         beside = replace(beside, depth=None)
     shape = ran.shape if ran else ([source.shape] + [step.shape for step in planned(earlier, source.shape)])[-1]
-    file = None
-    if wish.counted == GGUF:
-        module = cast("Any", module_of(FORMATS["gguf"]))
-        file = module.FileBytes(ran or source)
-    budget = Budget.parse(wish.text, shape, file)
+    # Variants must meet the same bytes, also where these are bits for each parameter.
+    budget = Budget.parse(wish.text, source.shape if wish.tried else shape, wish.file(ran or source))
     bits = (4, 8) if wish.embedding is None else (wish.embedding,)
     tuned = tuple(s for s in recipe.stages if s[0] == "tune")
     ways = candidates(shape, options, asked)
     chooser = Chooser(shape, budget, options, ways, bits, beside, len(earlier.stages), tuned)
     return Setting(earlier, options, tuned, chooser)
+
+
+def variants(recipe: Recipe, tried: Sequence[str]) -> list[Recipe]:
+    """The recipe with and without each of these stages, the whole one first. Raises PlanError for one it has not."""
+    found = [recipe]
+    for name in tried:
+        if name not in [stage for stage, _ in before_gptq(recipe)]:
+            flag = "--wanda 2:4" if name == "wanda" else "--trim-vocabulary TEXT"
+            raise PlanError(f"--budget-with {name}: nothing says what the stage would do before gptq; give {flag}")
+        found += [replace(r, stages=tuple(s for s in r.stages if s[0] != name)) for r in found]
+    return found
+
+
+@dataclass
+class Arm:
+    """One variant of the recipe: what runs before gptq, the plans after it, and what they did."""
+
+    setting: Setting
+    parent: Checkpoint
+    before: float  # nats a token of the model before gptq
+    rate: float  # its tokens for one of the source's: a trimmed vocabulary takes more
+    found: Sensitivity
+    predicted: Sensitivity
+    measured: list[tuple[Plan, Mapping[Layer, float]]] = field(default_factory=list)
+    shortened: list[tuple[Sequence[int], float]] = field(default_factory=list)
+    compensated: list[tuple[Eora, Mapping[Layer, float]]] = field(default_factory=list)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stages before gptq."""
+        return tuple(name for name, _ in self.setting.earlier.stages)
+
+    def recipe(self, stages: Stages) -> Recipe:
+        earlier = self.setting.earlier
+        return replace(earlier, stages=(*earlier.stages, *stages))
+
+    def choose(self) -> tuple[float, Plan]:
+        """The best plan, and its loss in nats for a token of the source's, in which variants are compared."""
+        plan = self.setting.chooser.choose(self.predicted)
+        return self.rate * (self.before + plan.loss), plan
+
+    def learn(self, plan: Plan, result: RunResult) -> Round:
+        """Correct the prediction by what a plan gave."""
+        start, count = len(self.setting.earlier.stages), len(self.parent.shape.blocks)
+        last, own = result.stages[-1], {r.manifest.stage: r for r in result.stages[start:]}
+        self.measured.append((plan, _of_layers(plan, own["gptq"].manifest.facts["blocks"], count, _error)))
+        if plan.removed:
+            self.shortened.append((plan.removed, math.log(own["depth"].after["perplexity"]) - self.before))
+        if plan.eora:
+            shares = _of_layers(plan, own["eora"].manifest.facts["blocks"], count, _share)
+            self.compensated.append((plan.eora, shares))
+        self.predicted = replace(
+            self.found,
+            losses=corrected(self.found.losses, self.found.errors, self.measured),
+            blocks=corrected_blocks(self.found.blocks, self.shortened),
+            left=corrected_left(self.found.left, self.compensated),
+        )
+        perplexity, size = float(last.after["perplexity"]), self.setting.chooser.size(plan, last.checkpoint.shape)
+        bits = float(last.after["bits_per_byte"])
+        return Round(plan, perplexity, size, math.log(perplexity) - self.before, bits, self.names)
+
+
+def require_possible(recipe: Recipe, wish: Wish, source: Checkpoint) -> None:
+    """Raise PlanError where no variant has a plan, before anything runs."""
+    faults = list[PlanError]()
+    for variant in variants(recipe, wish.tried):
+        if wish.counted == GGUF and any(name == "vocabulary" for name, _ in variant.stages):
+            Budget.parse(wish.text, source.shape, wish.file(source))
+            return  # the bytes of what is left of the vocabulary are known once the stage ran
+        try:
+            possible(variant, wish, source)
+        except PlanError as error:
+            faults.append(error)
+        else:
+            return
+    raise faults[0]
 
 
 def run_budget(recipe: Recipe, wish: Wish, out: Path, reporter: Reporter) -> Outcome:
@@ -722,64 +813,64 @@ def run_budget(recipe: Recipe, wish: Wish, out: Path, reporter: Reporter) -> Out
     """
     from edgepress.pipeline.run import Conditions, run
 
-    at = Conditions.prepare(recipe, out, reporter)
-    parent, now = at.source, at.measured(at.source)
-    if stages := before_gptq(recipe):
-        last = run(replace(recipe, stages=stages), out, reporter).stages[-1]
-        parent, now = last.checkpoint, last.after
-    setting = possible(recipe, wish, at.source, parent)
-    earlier, chooser = setting.earlier, setting.chooser
-    budget = chooser.budget
-    found = sensitivities(recipe, parent, setting.options, chooser.wanted, out, reporter)
-    before, start = math.log(now["perplexity"]), len(earlier.stages)
-    measured: list[tuple[Plan, Mapping[Any, float]]] = []
-    shortened: list[tuple[Sequence[int], float]] = []
-    compensated: list[tuple[Eora, Mapping[Any, float]]] = []
-    done: list[tuple[Round, RunResult]] = []
-    predicted = found
+    arms = list(_arms(Conditions.prepare(recipe, out, reporter), wish, out, reporter))
+    done: list[tuple[Round, RunResult, Arm]] = []
     for number in range(1, wish.rounds + 1):
-        plan = chooser.choose(predicted)
-        if any(plan.stages() == other.plan.stages() for other, _ in done):
+        (_, plan), arm = min(((arm.choose(), arm) for arm in arms), key=lambda found: found[0][0])
+        if any(plan.stages() == other.plan.stages() and arm is of for other, _, of in done):
             reporter.say(f"round {number}: the corrected prediction chooses a plan that has run")
             break
+        budget = arm.setting.chooser.budget
         reporter.say(
             f"round {number}: {size_text(plan.nbytes, decimals=2)} of {size_text(budget.nbytes, decimals=2)}"
-            f"{_beside_bits(plan)}, predicted perplexity {math.exp(before + plan.loss):.2f}", style="bold",
+            f"{_beside_bits(plan, arm.names if len(arms) > 1 else ())}, "
+            f"predicted perplexity {math.exp(arm.before + plan.loss):.2f}", style="bold",
         )  # fmt: skip
-        result = run(replace(earlier, stages=(*earlier.stages, *plan.stages())), out, reporter)
-        last, own = result.stages[-1], {r.manifest.stage: r for r in result.stages[start:]}
-        perplexity = float(last.after["perplexity"])
-        done.append(
-            (Round(plan, perplexity, chooser.size(plan, last.checkpoint.shape), math.log(perplexity) - before), result)
-        )
-        count = len(parent.shape.blocks)
-        measured.append((plan, _of_layers(plan, own["gptq"].manifest.facts["blocks"], count, _error)))
-        if plan.removed:
-            shortened.append((plan.removed, math.log(own["depth"].after["perplexity"]) - before))
-        if plan.eora:
-            compensated.append((plan.eora, _of_layers(plan, own["eora"].manifest.facts["blocks"], count, _share)))
-        predicted = replace(
-            found,
-            losses=corrected(found.losses, found.errors, measured),
-            blocks=corrected_blocks(found.blocks, shortened),
-            left=corrected_left(found.left, compensated),
-        )
-    best = min(range(len(done)), key=lambda i: done[i][0].perplexity)
-    winner, tuned = done[best][0].plan, None
-    if setting.tuned or best != len(done) - 1:  # so that `result` leads to it; what ran before is in the store
-        result = run(replace(earlier, stages=(*earlier.stages, *winner.stages(*setting.tuned))), out, reporter)
-        tuned = float(result.stages[-1].after["perplexity"]) if setting.tuned else None
-        done[best] = done[best][0], result
-    here, more = (chooser.choose(predicted, room) for room in (0, budget.nbytes // 100))
-    rows = tuple(bought(chooser, winner, predicted))
-    outcome = Outcome(done[best][1], budget, tuple(r for r, _ in done), best, here.loss - more.loss, rows, tuned)
+        result = run(arm.recipe(plan.stages()), out, reporter)
+        done.append((arm.learn(plan, result), result, arm))
+    best = min(range(len(done)), key=lambda i: done[i][0].bits_per_byte)
+    (won, result, arm), tuned = done[best], None
+    if arm.setting.tuned or best != len(done) - 1:  # so that `result` leads to it; what ran before is in the store
+        result = run(arm.recipe(won.plan.stages(*arm.setting.tuned)), out, reporter)
+        tuned = float(result.stages[-1].after["perplexity"]) if arm.setting.tuned else None
+    chooser = arm.setting.chooser
+    here, more = (chooser.choose(arm.predicted, room) for room in (0, chooser.budget.nbytes // 100))
+    rows = tuple(bought(chooser, won.plan, arm.predicted))
+    rounds = tuple(r for r, _, _ in done)
+    outcome = Outcome(result, chooser.budget, rounds, best, here.loss - more.loss, rows, tuned)
     write_json(out / "budget.json", sealed(outcome.to_dict()))
     return outcome
 
 
-def _beside_bits(plan: Plan) -> str:
+def _arms(at: Conditions, wish: Wish, out: Path, reporter: Reporter) -> Iterator[Arm]:
+    """The variants that can meet the budget, run up to gptq. Raises PlanError where there is none."""
+    from edgepress.pipeline.run import run
+
+    base, faults, several = at.measured(at.source), list[PlanError](), variants(at.recipe, wish.tried)
+    for recipe in several:
+        parent, now = at.source, base
+        if stages := before_gptq(recipe):
+            last = run(replace(recipe, stages=stages), out, reporter).stages[-1]
+            parent, now = last.checkpoint, last.after
+        try:
+            setting = possible(recipe, wish, at.source, parent)
+        except PlanError as error:
+            faults.append(error)
+            if len(several) == 1:
+                break
+            reporter.note(f"without a plan after {', '.join(s for s, _ in stages) or 'no stage'}: {error}")
+            continue
+        found = sensitivities(recipe, parent, setting.options, setting.chooser.wanted, out, reporter)
+        before = math.log(now["perplexity"])
+        rate = now["bits_per_byte"] / before / (base["bits_per_byte"] / math.log(base["perplexity"]))
+        yield Arm(setting, parent, before, rate, found, found)
+    if len(faults) == len(several):
+        raise faults[0]
+
+
+def _beside_bits(plan: Plan, after: Sequence[str]) -> str:
     gone = f", blocks {_ranges(plan.removed)} removed" if plan.removed else ""
-    return gone + (f", {plan.eora.label}" if plan.eora else "")
+    return gone + (f", {plan.eora.label}" if plan.eora else "") + (f", after {', '.join(after)}" if after else "")
 
 
 def _error(facts: Mapping[str, float]) -> float | None:
@@ -892,13 +983,12 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("round", "bytes", "predicted ppl", "measured ppl"):
         table.add_column(column, justify="right", no_wrap=True)
-    first = outcome.rounds[0]
-    dense = math.log(first.perplexity) - first.rise
+    table.add_column("stages")
     for number, r in enumerate(outcome.rounds):
         mark = " *" if number == outcome.best else ""
-        table.add_row(
-            f"{number + 1}{mark}", f"{r.nbytes:,}", f"{math.exp(dense + r.plan.loss):.2f}", f"{r.perplexity:.2f}"
-        )
+        expected = r.perplexity * math.exp(r.plan.loss - r.rise)
+        stages = ", ".join((*r.after, *(name for name, _ in r.plan.stages())))
+        table.add_row(f"{number + 1}{mark}", f"{r.nbytes:,}", f"{expected:.2f}", f"{r.perplexity:.2f}", stages)
     as_gguf = " of a GGUF file" if outcome.budget.file is not None else ""
     console.print(
         f"\nBudget {outcome.budget.text}: {outcome.budget.nbytes:,} bytes{as_gguf}; * is the result", highlight=False

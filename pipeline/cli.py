@@ -51,6 +51,7 @@ Budget = Annotated[
     typer.Option(help="Bytes (60MiB), bits a parameter (4.5bits) or a chip: the best bits and blocks that fit."),
 ]
 BudgetAs = Annotated[str, typer.Option(help="Whose bytes --budget counts: packed, or gguf of export --to gguf.")]
+BudgetWith = Annotated[str, typer.Option(help="Stages to try with and without: wanda, vocabulary.")]
 Rounds = Annotated[int, typer.Option("--budget-rounds", help="Plans of --budget that are run and measured, at most.")]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Forecast only, as the command plan does.")]
 
@@ -73,6 +74,7 @@ def compress(
     plan_only: PlanOnly = False,
     budget: Budget = "",
     budget_as: BudgetAs = "packed",
+    budget_with: BudgetWith = "",
     budget_rounds: Rounds = 2,
     as_json: Json = False,
     show_version: Annotated[
@@ -90,7 +92,7 @@ def compress(
         if given := [key for key, value in flags.items() if value is not None]:
             raise PlanError(f"options go behind the command: compress {ctx.invoked_subcommand} … ({', '.join(given)})")
         return
-    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_as, budget_rounds)
+    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_as, budget_with, budget_rounds)
 
 
 @with_model_argument
@@ -103,11 +105,12 @@ def run(
     plan_only: PlanOnly = False,
     budget: Budget = "",
     budget_as: BudgetAs = "packed",
+    budget_with: BudgetWith = "",
     budget_rounds: Rounds = 2,
     as_json: Json = False,
 ) -> None:
     """Send a model through the stages, as compress does without a command."""
-    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_as, budget_rounds)
+    _run(flags, recipe, skip, out, plan_only, as_json, budget, budget_as, budget_with, budget_rounds)
 
 
 def _run(
@@ -119,22 +122,25 @@ def _run(
     as_json: bool,
     budget: str,
     counted: str,
+    tried: str,
     rounds: int,
 ) -> None:
-    if counted != "packed" and not budget:
-        raise PlanError(f"--budget-as {counted} says whose bytes --budget counts, and there is no --budget; give one")
+    if not budget and (counted != "packed" or tried):
+        flag = f"--budget-with {tried}" if tried else f"--budget-as {counted}"
+        raise PlanError(f"{flag} says more of --budget, and there is no --budget; give one")
     if budget and plan_only:
         raise PlanError("--budget looks at the weights, so --plan cannot forecast what it chooses; leave one out")
     if plan_only:
         _plan(flags, recipe, skip, as_json)
         return
     if budget:
-        from edgepress.pipeline.budget import Wish, candidate_stages, possible, print_outcome, run_budget
+        from edgepress.pipeline.budget import Wish, candidate_stages, print_outcome, require_possible, run_budget
         from edgepress.pipeline.store import open_model
 
-        wish = Wish(budget, counted, flags.get("gptq.quant_embeddings"), rounds=rounds)
+        names = tuple(dict.fromkeys(name.strip() for name in tried.split(",") if name.strip()))
+        wish = Wish(budget, counted, flags.get("gptq.quant_embeddings"), rounds=rounds, tried=names)
         if not recipe:
-            flags, skip, beside = candidate_stages(flags, skip, counted)
+            flags, skip, beside = candidate_stages(flags, skip, counted, names)
             wish = replace(wish, beside=beside)
     drafted = draft(recipe or None, flags, skip)
     quiet_libraries()
@@ -145,9 +151,8 @@ def _run(
     from edgepress.pipeline.store import Store
 
     wanted, console = prepared(drafted, out), Console(stderr=as_json)
-    # Before anything is written; a trimmed vocabulary's bytes in a GGUF file are not known by then.
-    if budget and not (counted == "gguf" and any(name == "vocabulary" for name, _ in wanted.stages)):
-        possible(wanted, wish, open_model(wanted.model))
+    if budget:  # before anything is written
+        require_possible(wanted, wish, open_model(wanted.model))
     with Store(out).opened(), Reporter(console, out / "compress.log", quiet=as_json) as reporter:
         try:
             with interrupts.gently(reporter.interrupt):

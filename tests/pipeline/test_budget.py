@@ -41,6 +41,7 @@ from edgepress.pipeline.budget import (
     layer_sizes,
     rules,
     solve,
+    variants,
 )
 from edgepress.pipeline.formats import FORMATS, Wanted, module_of
 from edgepress.pipeline.plan import plan as planned
@@ -107,41 +108,45 @@ def test_the_program_removes_the_blocks_that_brute_force_removes(seed: int) -> N
 
 @pytest.mark.unit
 def test_a_plan_without_blocks_is_a_recipe_of_its_bytes() -> None:
-    options, ways = Gptq(quant="gptq4-s"), candidates(SHAPE, Gptq(quant="gptq4-s"), "gptq4-s")
-    budget, limits = Budget.parse("45MiB", SHAPE), Depth(protect_first=3, protect_last=1)
-    chooser = Chooser(SHAPE, budget, options, ways, (4, 8), Candidates(limits))
-    assert chooser.smallest.removed == tuple(range(3, 29))
+    shape, options = with_blocks(SHAPE, range(10)), Gptq(quant="gptq4-s")
+    ways = candidates(shape, options, "gptq4-s")
+    budget, limits = Budget.parse("27MB", shape), Depth(protect_first=3, protect_last=1)
+    chooser = Chooser(shape, budget, options, ways, (4, 8), Candidates(limits))
+    assert chooser.smallest.removed == tuple(range(3, 9))
     losses = {layer: {way: (1 + layer[0]) / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
-    blocks = {i: 1e-9 if i in (5, 9) else 9.0 for i in range(3, 29)}
+    blocks = {i: 1e-9 if i in (5, 7) else 9.0 for i in range(3, 9)}
     plan = chooser.choose(Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, blocks))
-    assert plan.removed == (5, 9) and plan.nbytes <= budget.nbytes
-    assert all(block not in (5, 9) for block, _ in plan.layers)
+    assert plan.removed == (5, 7) and plan.nbytes <= budget.nbytes
+    assert all(block not in (5, 7) for block, _ in plan.layers)
     assert plan.loss == pytest.approx(
         2e-9 + (1e-5 if plan.embedding == 4 else 0) + sum(losses[layer][way] for layer, way in plan.layers.items())
     )
     (_, stage), (_, own) = plan.stages()
-    assert isinstance(stage, Depth) and stage.sequence == [i for i in range(30) if i not in (5, 9)]
+    assert isinstance(stage, Depth) and stage.sequence == [i for i in range(10) if i not in (5, 7)]
     recipe = Recipe(model="smollm2-135m", stages=plan.stages())
-    last = planned(recipe, SHAPE)[-1].shape
-    assert packed_sizes(last).total == plan.nbytes and len(last.blocks) == 28
+    last = planned(recipe, shape)[-1].shape
+    assert packed_sizes(last).total == plan.nbytes and len(last.blocks) == 8
     assert isinstance(own, Gptq)
     for (block, name), (quant, group) in plan.layers.items():
         after = own.of(stage.sequence.index(block), name)
         assert (after.quant, after.group) == (quant, group)
     rows = list(bought(chooser, plan, Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, blocks)))
-    assert rows[-1].settings == "5,9 removed" and rows[-1].more < 0
+    assert rows[-1].settings == "5,7 removed" and rows[-1].more < 0
     assert sum(row.loss for row in rows) == pytest.approx(plan.loss)
-    every = Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, dict.fromkeys(range(3, 29), 9.0))
+    every = Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, dict.fromkeys(range(3, 9), 9.0))
     assert not chooser.choose(every).removed
-    again = with_blocks(SHAPE, [*range(30), 29])  # its last block runs twice: none goes
+    bare = Chooser(shape, budget, options, ways, (4, 8), Candidates(Depth(protect_first=0, protect_last=0)))
+    assert bare.blocks == tuple(range(1, 10))  # one stays
+    again = with_blocks(shape, [*range(10), 9])  # its last block runs twice: none goes
     assert not Chooser(again, budget, options, ways, (4, 8), Candidates(limits)).blocks
 
 
 @pytest.mark.unit
 def test_an_adapter_is_chosen_where_its_bytes_beat_more_bits() -> None:
-    options, ways = Gptq(quant="gptq4-s"), candidates(SHAPE, Gptq(quant="gptq4-s"), "gptq4-s")
-    budget, adapters = Budget.parse("60MiB", SHAPE), tuple(Eora(rank=rank, bits=8) for rank in (8, 16, 512))
-    chooser = Chooser(SHAPE, budget, options, ways, (4,), Candidates(eora=adapters))
+    shape, options = with_blocks(SHAPE, range(6)), Gptq(quant="gptq4-s")
+    ways = candidates(shape, options, "gptq4-s")
+    budget, adapters = Budget.parse("24MB", shape), tuple(Eora(rank=rank, bits=8) for rank in (8, 16, 512))
+    chooser = Chooser(shape, budget, options, ways, (4,), Candidates(eora=adapters))
     assert [own.rank for own in chooser.adapters] == [8, 16]  # k_proj has rank 192
     losses = {layer: {way: 1 / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
 
@@ -152,7 +157,7 @@ def test_an_adapter_is_chosen_where_its_bytes_beat_more_bits() -> None:
     for shares, rank in (({8: 0.3, 16: 0.299}, 8), ({8: 0.3, 16: 0.05}, 16)):
         plan = chooser.choose(predicted(shares))
         assert plan.eora is not None and plan.eora.rank == rank and plan.nbytes <= budget.nbytes
-        last = planned(Recipe(model="smollm2-135m", stages=plan.stages()), SHAPE)[-1].shape
+        last = planned(Recipe(model="smollm2-135m", stages=plan.stages()), shape)[-1].shape
         assert packed_sizes(last).total == plan.nbytes and packed_sizes(last).adapters > 0
         rows = {row.part: row for row in bought(chooser, plan, predicted(shares))}
         assert rows["eora"].nbytes == pytest.approx(packed_sizes(last).adapters, rel=0.01)
@@ -393,6 +398,42 @@ def test_the_loss_without_a_block_is_that_of_the_model_without_it(tiny_llama: Pa
 
 
 @pytest.mark.pipeline
+def test_a_pattern_and_a_smaller_vocabulary_are_tried_with_and_without(
+    make_tiny: Callable[..., Path], compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make_tiny(tmp_path / "model", blocks=2)
+    command = (
+        "run", model, *FLAGS, "--skip", "eora,depth", "--wanda", "2:4", "--wanda-samples", "4", "--wanda-length", "64",
+        "--trim-vocabulary", "embedded", "--vocabulary-size", "400", "--budget-with", "wanda,vocabulary",
+        "--budget", "75KB", "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    done = compress(*command)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    budget, names = report["budget"], [stage["stage"] for stage in report["stages"]]
+    best = budget["rounds"][budget["best"]]
+    assert best["bits_per_byte"] == min(r["bits_per_byte"] for r in budget["rounds"])
+    assert names == [*best["after"], "gptq"] and best["predicted_bytes"] == best["bytes"] <= 75_000
+    result = Checkpoint.open(tmp_path / "out" / "result")
+    assert pack_checkpoint(result, tmp_path / "image").nbytes == best["bytes"]
+    assert (result.shape.pattern is not None) == ("wanda" in best["after"])
+    assert (result.shape.vocabulary <= 400) == ("vocabulary" in best["after"])
+    measured = [path.name for path in (tmp_path / "out" / "measurements").glob("bits-*")]
+    assert len(measured) == 4  # each variant's
+    again = json.loads(compress(*command).stdout)
+    assert all(stage["reused"] for stage in again["stages"]) and again["budget"] == budget
+
+
+@pytest.mark.unit
+def test_variants_are_every_choice_of_the_stages() -> None:
+    recipe = build(None, {"wanda.pattern": "2:4", "vocabulary.size": 400}, "lora,eora")
+    found = [[name for name, _ in variant.stages] for variant in variants(recipe, ("wanda", "vocabulary"))]
+    assert found == [["vocabulary", "depth", "wanda", "gptq"], ["vocabulary", "depth", "gptq"],
+                     ["depth", "wanda", "gptq"], ["depth", "gptq"]]  # fmt: skip
+    assert variants(recipe, ()) == [recipe]
+
+
+@pytest.mark.pipeline
 @pytest.mark.parametrize("adapted", [False, True])
 def test_bytes_of_a_gguf_file_are_those_that_export_writes(
     adapted: bool, make_tiny: Callable[..., Path], compress: Callable[..., Any], tmp_path: Path,
@@ -465,6 +506,9 @@ def test_a_plan_with_an_adapter_is_compared_and_then_tuned(
         (("--budget", "90KB", "--budget-as", "zip"), "there are packed and gguf"),
         (("--budget", "siracusa", "--budget-as", "gguf"), "is a chip's memory, in the chip's own layout"),
         (("--budget", "90KB", "--budget-as", "gguf", "--quant", "gptq4"), "depends on its zero points"),
+        (("--budget", "90KB", "--budget-with", "wander"), "--budget-with wander (near: wanda)"),
+        (("--budget", "90KB", "--budget-with", "vocabulary"), "--budget-with vocabulary: nothing says"),
+        (("--budget-with", "wanda"), "there is no --budget; give one"),
         (("--budget-as", "gguf"), "there is no --budget; give one"),
         (("--budget", "90KB", "--eora", "64"), "the smallest quantised layer has rank 32"),
         (("--budget", "90KB", "--quant", "gptq4", "--recover", "qlora"), "leave out --homotopic and a --recover"),
