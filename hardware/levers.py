@@ -33,7 +33,7 @@ from edgepress.hardware.soc import Soc
 
 State = tuple[ModelShape, Request]
 
-GROUP = 128  # as `--group`
+GROUP = 32  # as `--group`
 LEAST_VOCABULARY = 260  # 256 bytes and a few special tokens: a byte-level tokenizer cannot be cut further
 LEAST_CONTEXT = 16
 PROTECTED = (4, 2)  # first and last blocks, as `--protect-first` and `--protect-last`

@@ -8,7 +8,7 @@ codes with one scale a rank, which lie beside it; its own 16-bit tensors are the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -224,15 +224,12 @@ def compensate(error: Tensor, covariance: Tensor, rank: int) -> tuple[Tensor, Te
 
     error dW (out, in) = wanted - present; covariance (in, in) = X^T X. With X^T X = Q L Q^T and
     Q' = Q sqrt(L): dW Q' = U S V^T, B = U_r S_r, A = V_r^T Q'^-1 (EoRA, equations 3 to 5). It minimises
-    norm(dW X - B A X), so it is never worse than no adapter. S is shared evenly between B and A, which
+    norm(dW X - B A X), so it is never worse than no adapter. Any Q' with X^T X = Q' Q'^T has the same B A: where the
+    covariance has an inverse it is Cholesky's factor, ten times as fast. S is shared evenly between B and A, which
     halves the range that 16-bit storage has to cover.
     """
-    L, Q = torch.linalg.eigh(covariance.double())
-    # Directions without input cannot matter, and their inverse would only amplify noise.
-    root = L.clamp_min(0).sqrt()
-    live = root > root.max() * 1e-6
-    inverse = torch.where(live, 1 / root.clamp_min(1e-300), torch.zeros_like(root))
-    projected = error.double() @ Q * root  # (out, in)
+    root, unroot = _root(covariance.double())
+    projected = error.double() @ root  # (out, in)
     out, columns = projected.shape
     # The leading singular vectors from the smaller Gram matrix: cheaper than a full decomposition.
     if out <= columns:
@@ -248,8 +245,22 @@ def compensate(error: Tensor, covariance: Tensor, rank: int) -> tuple[Tensor, Te
         SV = S.unsqueeze(1) * V.T
     S = SV.norm(dim=1)
     B = U * S.sqrt()
-    A = (SV / S.sqrt().clamp_min(1e-150).unsqueeze(1)) * inverse @ Q.T
+    A = unroot(SV / S.sqrt().clamp_min(1e-150).unsqueeze(1))
     return B.float(), A.float()
+
+
+def _root(covariance: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Q' (in, in) with covariance = Q' Q'^T, and what multiplies a matrix (r, in) by its inverse from the right."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    diagonal = factor.diagonal()
+    if not failed and bool(diagonal.min() > 1e-6 * diagonal.max()):
+        return factor, lambda x: torch.linalg.solve_triangular(factor, x, upper=False, left=False)
+    L, Q = torch.linalg.eigh(covariance)
+    # Directions without input cannot matter, and their inverse would only amplify noise.
+    size = L.clamp_min(0).sqrt()
+    live = size > size.max() * 1e-6
+    inverse = torch.where(live, 1 / size.clamp_min(1e-300), torch.zeros_like(size))
+    return Q * size, lambda x: x * inverse @ Q.T
 
 
 def adapter_config(shape: ModelShape, options: Options) -> dict[str, Any]:

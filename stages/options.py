@@ -223,9 +223,9 @@ class Lora:
 
     rank: int = option(8, "--lora-rank", "Rank of the adapters.")
     alpha: int = option(16, "--lora-alpha", "Scale of the adapters is alpha / rank.")
-    dropout: float = option(0.1, "--lora-dropout", "Dropout on the adapters' inputs.")
+    dropout: float = option(0.0, "--lora-dropout", "Dropout on the adapters' inputs.")
     targets: str = option(
-        "", "--lora-targets", "Linear layers to adapt, comma-separated, or all; default: q, k, v and o, with ia3 all."
+        "all", "--lora-targets", "Linear layers to adapt, comma-separated (the thesis: q, k, v and o), or all."
     )
     data: str = option("", "--lora-data", "Training text: wikitext2, trivia_qa, alpaca or a file; default: --data's.")
     samples: int = option(80, "--lora-samples", "Training windows (the thesis: 8192).")
@@ -292,7 +292,6 @@ class Lora:
 
     def _settle(self) -> None:
         object.__setattr__(self, "method", str(self.recovery))
-        object.__setattr__(self, "targets", self.targets or self.recovery.adapter.TARGETS)
         if self.recovery.begin is not None and self.loftq_steps == 0:
             object.__setattr__(self, "loftq_steps", LOFTQ_STEPS)
 
@@ -357,7 +356,9 @@ class Gptq:
     """Low-bit weights: GPTQ's (arXiv 2210.17323) unless another method is asked for."""
 
     quant: str = option("gptq4", "--quant", f"Method and bits: {', '.join(QUANTS)}. -channel is one scale a row.")
-    group: int = option(128, "--group", "Weights that share a scale; the largest that fits all layers is used.")
+    group: int = option(
+        32, "--group", "Weights that share a scale (the thesis: 128); the largest that fits all layers is used."
+    )
     symmetric: bool = option(False, "--symmetric", "Fix the zero point in the middle of the grid.")
     activation_order: bool = option(True, "--activation-order", "Quantise the most used columns first.")
     scale_search: bool = option(True, "--scale-search", "Search each group's scale for the least error.")
@@ -474,7 +475,7 @@ class Eora:
 
     rank: int = option(32, "--eora", "Rank of the compensation; 0 skips the stage.")
     against: str = option("parent", "--eora-against", "Error against the checkpoint before quantisation, or dense.")
-    bits: int = option(16, "--eora-bits", "16, or 8 to round the adapter to packed 8-bit codes.")
+    bits: int = option(8, "--eora-bits", "16, or 8 to round the adapter to packed 8-bit codes.")
     samples: int = option(64, "--eora-samples", "Calibration windows.")
     length: int = option(512, "--eora-length", "Tokens per calibration window.")
 

@@ -42,7 +42,6 @@ class Adapter(Protocol):
 
     TAKES: frozenset[str]  # the settings that it goes with
     RANKED: bool  # whether it has a rank, an alpha and a dropout
-    TARGETS: str  # what `--lora-targets` is where it is not given
 
     def beside(self, linear: LinearShape, options: Any) -> LinearShape:
         """The layer with the adapter beside it: from this, parameters and bytes are counted."""

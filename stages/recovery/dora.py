@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 TAKES = lora.TAKES
 RANKED = True
-TARGETS = lora.TARGETS
 
 
 def beside(linear: LinearShape, options: Lora) -> LinearShape:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 TAKES: frozenset[str] = frozenset()
 RANKED = False
-TARGETS = "all"
 
 
 def beside(linear: LinearShape, options: Lora) -> LinearShape:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"qlora"})
 RANKED = False
-TARGETS = "all"
 FEEDFORWARD = ("down_proj",)  # last parts of the names of layers whose inputs are scaled
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"qlora", "rslora", "loftq"})
 RANKED = True
-TARGETS = "q_proj,k_proj,v_proj,o_proj"
 
 
 def beside(linear: LinearShape, options: Lora) -> LinearShape:

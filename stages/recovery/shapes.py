@@ -16,7 +16,7 @@ def target_names(shape: ModelShape, options: Lora) -> list[str]:
         return sorted(present)
     wanted = [name.strip() for name in options.targets.split(",")]
     if set(wanted) == {"q_proj", "k_proj", "v_proj", "o_proj"} and "qkv_proj" in present:
-        wanted = ["qkv_proj", "o_proj"]  # the default, on families that fuse q, k and v
+        wanted = ["qkv_proj", "o_proj"]  # as the thesis adapts, on families that fuse q, k and v
     if unknown := [name for name in wanted if name not in present]:
         named = ",".join(f"{name}{near(name, sorted(present))}" for name in unknown)
         raise PlanError(f"--lora-targets {named}: this model's blocks have {', '.join(sorted(present))}")

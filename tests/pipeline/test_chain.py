@@ -34,7 +34,7 @@ def stage_folders(out: Path) -> list[Path]:
 def test_five_folders_a_link_and_a_report_of_the_documented_form(chain: Path) -> None:
     folders = stage_folders(chain)
     assert [p.name.rsplit("-", 1)[0] for p in folders] == ["1-depth-2", "2-wanda-1of8", "3-lora-r8".replace("r8", "r4"),
-                                                           "4-gptq4", "5-eora-r4"]  # fmt: skip
+                                                           "4-gptq4", "5-eora-r4-8bit"]  # fmt: skip
     assert (chain / "result").resolve() == folders[-1].resolve()
     report = json.loads((chain / "report.json").read_text())
     assert set(report) >= {"model", "stages", "hardware"}

@@ -91,7 +91,7 @@ def test_rules_as_keys_of_a_recipe_and_what_the_plan_says(
     )
     done = compress("plan", "--recipe", recipe)
     assert done.returncode == 0, done.stderr
-    assert "of 42 layers have settings of their own: 2 gptq3-s/128, 6 gptq5-s/64" in " ".join(done.stdout.split())
+    assert "of 42 layers have settings of their own: 2 gptq3-s/32, 6 gptq5-s/64" in " ".join(done.stdout.split())
     assert "3-5" in done.stdout
 
 

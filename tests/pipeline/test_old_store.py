@@ -31,6 +31,8 @@ OPTIONS: dict[str, Any] = {
     **{"wanda.samples": 2, "wanda.length": 32, "lora.rank": 4, "lora.samples": 8, "lora.length": 32},
     **{"lora.batch": 4, "lora.steps": 2, "gptq.samples": 2, "gptq.length": 32, "gptq.group": 32},
     **{"eora.rank": 2, "eora.samples": 2, "eora.length": 32},
+    # These were defaults then.
+    **{"lora.dropout": 0.1, "lora.targets": "q_proj,k_proj,v_proj,o_proj", "eora.bits": 16},
 }
 # What is asked for besides, and the stage folders that a558005 has for it: their names end in a fingerprint's head,
 # and each fingerprint is of the one before with the stage's key, VERSION, options and calibration. Stages that leave an
@@ -38,7 +40,8 @@ OPTIONS: dict[str, Any] = {
 FOLDERS: list[tuple[dict[str, Any], str]] = [
     ({}, "1-depth-1-52cbcdc1 2-wanda-1of8-222227fd 3-lora-r4-7ecafce1 4-gptq4-0ccef3b5 5-eora-r2-9b127e0a"),
     (
-        {"wanda.method": "sparsegpt", "wanda.pattern": "2:4", "lora.method": "ia3", "gptq.quant": "nf4"},
+        {"wanda.method": "sparsegpt", "wanda.pattern": "2:4", "lora.method": "ia3", "lora.targets": "all"}
+        | {"gptq.quant": "nf4"},
         "1-depth-1-52cbcdc1 2-sparsegpt-2of4-d7723090 3-ia3-35afd6b9 4-nf4-fdb87c80 5-eora-r2-e5fe9d13",
     ),
     (

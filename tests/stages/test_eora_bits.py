@@ -153,7 +153,7 @@ def test_the_codes_lie_beside_the_adapter_and_are_counted_everywhere(chain: Chai
     assert size == sum(x.adapter_bytes for x in linears)
     assert size == sum(4 * (x.out_features + x.in_features) + 2 * 4 * 4 for x in linears)
     assert weight_bytes(result.shape).adapters == weight_bytes(planned).adapters == size
-    wide = eora.plan(quantised.shape, Eora(rank=4))
+    wide = eora.plan(quantised.shape, Eora(rank=4, bits=16))
     assert weight_bytes(wide).adapters == sum(4 * (x.out_features + x.in_features) * 4 for x in linears)  # float32
     read, down = weights_read(result.shape), next(x for x in linears if x.name == "mlp.down_proj")
     assert read["model.layers.0.mlp.down_proj.lora_A"] == 4 * down.in_features  # a byte each, not 2 or 4

@@ -112,12 +112,12 @@ def test_groups_without_a_range_are_kept(value: float) -> None:
 def test_the_form_follows_the_pattern() -> None:
     shape = shape_from_config(PRESETS["smollm2-135m"])
     for quant, bits in (("hqq4", 4), ("hqq2", 2)):
-        planned = gptq.plan(shape, Gptq(quant=quant))
+        planned = gptq.plan(shape, Gptq(quant=quant, group=128))
         assert planned.grid == RealGrid(bits, 64)
         assert planned.config["quantization_config"] == {
             "quant_method": "edgepress-real-zeros", "bits": bits, "group_size": 64,
         }  # fmt: skip
-        assert gptq.plan(with_pattern(shape, Pattern(2, 4)), Gptq(quant=quant)).grid == Grid(bits, 64)
+        assert gptq.plan(with_pattern(shape, Pattern(2, 4)), Gptq(quant=quant, group=128)).grid == Grid(bits, 64)
     with pytest.raises(PlanError, match=r"already quantised \(4 bits with real zero points\)"):
         gptq.plan(gptq.plan(shape, Gptq(quant="hqq4")), Gptq())
 

@@ -160,8 +160,8 @@ def test_high_effort_is_refused_where_there_is_nothing_to_tune(method: str) -> N
 
 
 def test_what_a_method_fixes_itself_is_said() -> None:
-    said = gptq.remarks(smollm(), Gptq(quant="int4", group=32))
-    assert said == ["gptq: int4 has one scale a row; --group 32 is not used"]
+    said = gptq.remarks(smollm(), Gptq(quant="int4", group=64))
+    assert said == ["gptq: int4 has one scale a row; --group 64 is not used"]
     assert gptq.remarks(smollm(), Gptq(quant="int8")) == []
     noise = (
         "gptq: hqq2 rounds to 2 bits without looking at calibration text, and a small model then answers noise (of "

@@ -139,9 +139,8 @@ def test_what_makes_no_sense_is_refused(written: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_targets_are_the_methods_where_none_are_given() -> None:
-    assert Lora().targets == Lora(method="dora").targets == "q_proj,k_proj,v_proj,o_proj"
-    assert Lora(method="ia3").targets == "all"
+def test_all_layers_are_adapted_where_none_are_named() -> None:
+    assert {Lora(method=method).targets for method in METHODS} == {"all"}
     assert Lora(method="ia3", targets="k_proj,v_proj,down_proj").targets == "k_proj,v_proj,down_proj"
 
 

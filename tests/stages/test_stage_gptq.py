@@ -144,9 +144,10 @@ def test_embedding_codes_stand_for_the_stored_embedding(
 
 def test_plan_chooses_the_group_that_fits_and_says_so() -> None:
     shape = shape_from_config(PRESETS["smollm2-135m"])
-    assert gptq.plan(shape, Gptq()).grid == Grid(4, 64)
-    assert gptq.remarks(shape, Gptq()) == ["gptq: groups of 64: 128 does not divide every layer"]
-    assert gptq.remarks(shape, Gptq(group=64)) == []
+    assert gptq.plan(shape, Gptq()).grid == Grid(4, 32)
+    assert gptq.plan(shape, Gptq(group=128)).grid == Grid(4, 64)
+    assert gptq.remarks(shape, Gptq(group=128)) == ["gptq: groups of 64: 128 does not divide every layer"]
+    assert gptq.remarks(shape, Gptq(group=64)) == gptq.remarks(shape, Gptq()) == []
     assert gptq.plan(shape, Gptq(group=-1)).grid == Grid(4, -1)
 
 

@@ -142,9 +142,9 @@ def test_it_lowers_the_loss_of_the_merged_model_and_keeps_the_mask_bit_for_bit(
             changed += not torch.equal(new[key], old[key])
         for key in old.keys() - {f"{x.name}.weight" for x in block.linears}:
             assert torch.equal(new[key], old[key])
-    assert changed == 4 * 3  # q, k, v, o of three blocks, and nothing else
-    widths = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64)}
-    assert facts["trainable_parameters"] == 3 * sum(4 * (o + i) for o, i in widths.values())
+    linears = [x for block in masked.shape.blocks for x in block.linears]
+    assert changed == len(linears) == 7 * 3  # all of three blocks, and nothing else
+    assert facts["trainable_parameters"] == sum(4 * (x.out_features + x.in_features) for x in linears)
 
 
 def test_the_first_loss_is_that_of_the_model_as_it_came(masked: Checkpoint, writer: CheckpointWriter) -> None:
@@ -206,17 +206,17 @@ def test_activation_checkpointing_changes_nothing_but_memory(masked: Checkpoint,
 
 def test_targets() -> None:
     shape = shape_from_config(PRESETS["smollm2-135m"])
-    assert lora.target_names(shape, Lora()) == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert lora.target_names(shape, Lora(targets="up_proj, down_proj")) == ["up_proj", "down_proj"]
     every = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert lora.target_names(shape, Lora(targets="all")) == every
+    assert lora.target_names(shape, Lora()) == every
     with pytest.raises(PlanError) as caught:
         lora.plan(shape, Lora(targets="q_proj,qkv,wo"))
     assert str(caught.value) == (
         "--lora-targets qkv,wo: this model's blocks have down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
     fused = shape_from_config(PRESETS["smollm2-135m"] | {"model_type": "phi3"})
-    assert lora.target_names(fused, Lora()) == ["qkv_proj", "o_proj"]
+    thesis = Lora(targets="q_proj,k_proj,v_proj,o_proj")
+    assert lora.target_names(fused, thesis) == ["qkv_proj", "o_proj"]
     words = r"--lora-targets q_proj \(near: qkv_proj, .*\): this model's blocks have down_proj, gate_up_proj"
     with pytest.raises(PlanError, match=words):
         lora.target_names(fused, Lora(targets="q_proj"))

@@ -135,9 +135,9 @@ def test_what_is_skipped_and_what_it_is_called() -> None:
         (Lora(rank=16), False, "lora-r16"),
         (Gptq(quant="none"), True, "none"),
         (Gptq(quant="gptq3"), False, "gptq3"),
-        (Eora(rank=0), True, "eora-r0"),
-        (Eora(rank=8), False, "eora-r8"),
-        (Eora(rank=8, bits=8), False, "eora-r8-8bit"),
+        (Eora(rank=0, bits=16), True, "eora-r0"),
+        (Eora(rank=8, bits=16), False, "eora-r8"),
+        (Eora(rank=8), False, "eora-r8-8bit"),
     ]
     for options, skipped, label in cases:
         assert (options.skipped, options.label) == (skipped, label)
