@@ -5,7 +5,8 @@
 A cell is the largest difference of log-probabilities between that program and the checkpoint's own numbers in float32,
 and the bytes written. 120 tokens of the embedded text are read; tokens below e^-12 by the checkpoint are left out, and
 llama.cpp is asked at every sixth position. The two Pythons have xllamacpp, and edgepress with executorch; the folder
-has llama2.c's run.c and runq.c. A format whose program is missing is "not installed".
+has llama2.c's run.c and runq.c. A format whose program is missing is "not installed". What was measured of a checkpoint
+by a version of a program is kept in `--cache` and printed again.
 """
 
 from __future__ import annotations
@@ -137,23 +138,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--executorch", default=os.environ.get("EXECUTORCH_PYTHON", ""))
     parser.add_argument("--llama2c", default=os.environ.get("LLAMA2C", ""))
     parser.add_argument("--only", nargs="+", choices=COLUMNS, default=COLUMNS)
-    parser.add_argument("--json", type=Path, help="add the cells to this file, and keep those that it has")
+    parser.add_argument("--cache", type=Path, default=Path("formats.json"))
     given = parser.parse_args(arguments)
     programs = Programs(sys.executable, given.llama_cpp, given.executorch, given.llama2c)
-    cells: dict[str, dict[str, str]] = json.loads(given.json.read_text()) if given.json and given.json.is_file() else {}
+    kept: dict[str, str] = json.loads(given.cache.read_text()) if given.cache.is_file() else {}
     readers = programs.names()
+    rows: dict[str, dict[str, str]] = {}
     for stage in (stage for run in given.run for stage in stages_of(run)):
-        row = cells.setdefault(stage.name.rpartition("-")[0] or stage.name, {})
-        wanted = [column for column in given.only if column not in row]
-        if not wanted:
-            continue
-        ids, ours = reference(Checkpoint.open(stage))
-        for column in wanted:
-            row[column] = cell(stage, column, ids, ours, programs) if readers[column] != MISSING else MISSING
+        source = Checkpoint.open(stage)
+        row = rows.setdefault(stage.name.rpartition("-")[0] or stage.name, {})
+        keys = {column: f"{source.fingerprint} {column} by {readers[column]}" for column in given.only}
+        ids: list[int] = []
+        for column, key in keys.items():
+            if readers[column] != MISSING and key not in kept:
+                if not ids:
+                    ids, ours = reference(source)
+                kept[key] = cell(stage, column, ids, ours, programs)
+                given.cache.write_text(json.dumps(kept, indent=2))
+            row[column] = kept.get(key, MISSING)
             print(f"{stage.name} {column}: {row[column]}", file=sys.stderr, flush=True)
-            if given.json:
-                given.json.write_text(json.dumps(cells, indent=2))
-    print(table(cells, given.only, readers))
+    print(table(rows, given.only, readers))
 
 
 def stages_of(run: Path) -> list[Path]:

@@ -38,13 +38,11 @@ import json
 import math
 import platform
 import resource
-import shutil
 import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -54,7 +52,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.bits import Bytes, Mask, choose_removed, pack_bits, pack_mask, unpack_bits, unpack_mask
 from edgepress.checkpoints.checkpoint import Checkpoint, unpacked
 from edgepress.checkpoints.config import beyond_plain, form_of, ia3_config, peft_config
@@ -62,7 +59,7 @@ from edgepress.checkpoints.documents import parse_json
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.forms import DTYPE_BYTES, Form
 from edgepress.checkpoints.headers import ADAPTER_CONFIG, adapter_path
-from edgepress.checkpoints.manifest import PARTIAL, Manifest, describe_files, fingerprint, replacing, write_bytes
+from edgepress.checkpoints.manifest import Manifest, describe_files, drafted_folder, fingerprint, replacing, write_bytes
 from edgepress.checkpoints.packed_sizes import ALIGN, PAGE, PREAMBLE_BYTES, MaskIndex, aligned, header_text, image_table
 from edgepress.checkpoints.packing import dequantise_rows
 from edgepress.checkpoints.runtime import Progress, Silent
@@ -378,13 +375,10 @@ def restore(image: Image, folder: Path, source: Source, progress: Progress | Non
     folder = Path(folder)
     _require_free(folder)
     began = time.monotonic()
-    draft = folder.absolute().with_name(f".{folder.absolute().name}{PARTIAL}")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
-        with interrupts.or_undone(partial(shutil.rmtree, draft, ignore_errors=True)):
+        with drafted_folder(folder) as draft:
             _write(image, draft, source, progress)
             _write_manifest(image, draft, began)
-            draft.replace(folder)
     # Whatever fails here was stated by the header: sides, offsets and scales that no tensor has.
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
             struct.error) as error:  # fmt: skip

@@ -313,10 +313,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def drafted(path: Path) -> Iterator[Path]:
     """The path of a draft beside `path`, which whoever enters writes, and which becomes `path` at the end.
 
-    Its bytes reach the disk before it takes the name. After an error or Ctrl-C the draft is removed.
+    Its bytes reach the disk before it takes the name. After an error or Ctrl-C the draft is removed. Raises
+    CheckpointError for a device or pipe, which a draft would replace, and OSError naming `path`, not the draft.
     """
+    if is_special(path):
+        raise CheckpointError(f"{path} is a device or pipe; name a file to write")
     draft = path.with_name(f".{path.name}{PARTIAL}")
-    with interrupts.or_undone(partial(_remove, draft)):
+    with _named(path, draft), interrupts.or_undone(partial(_remove, draft)):
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
@@ -329,13 +332,79 @@ def _remove(draft: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def drafted_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place at the end, also of an older one.
+
+    Folders above it are made. After an error or Ctrl-C neither the draft nor these are left. Raises CheckpointError
+    for the current folder, in which a shell would see nothing of its successor, and OSError naming `folder`.
+    """
+    place = folder.resolve()
+    if place == Path.cwd():
+        raise CheckpointError(f"{folder} is the current folder, which cannot be replaced; name a new folder with -o")
+    draft = place.with_name(f".{place.name}{PARTIAL}")
+    remove = partial(shutil.rmtree, draft, ignore_errors=True)
+    remove()
+    with _named(folder, draft), folders_above(place), interrupts.or_undone(remove):
+        draft.mkdir()
+        yield draft
+        shutil.rmtree(place, ignore_errors=True)
+        draft.replace(place)
+    sync_folder(place.parent)
+
+
+@contextmanager
+def folders_above(path: Path) -> Iterator[None]:
+    """Make the folders that `path` lies in; after an error or Ctrl-C those that were made and are empty go again."""
+    made = [folder for folder in path.absolute().parents if not folder.exists()]  # the innermost first
+
+    def remove() -> None:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+    with interrupts.or_undone(remove):
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        yield
+
+
+@contextmanager
+def _named(path: Path, draft: Path) -> Iterator[None]:
+    """Within, an error of the operating system about the draft, or what is in it, names what it is a draft of."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str) and Path(error.filename).is_relative_to(draft):
+            error.filename = str(path / Path(error.filename).relative_to(draft))
+            error.filename2 = None
+        raise
+
+
 def require_output(path: Path) -> None:
     """Raise CheckpointError before long work where its result could not be written to `path`, whose folder is made."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name a file to write")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    require_place(path)
+
+
+def require_place(path: Path) -> None:
+    """Raise CheckpointError where no file or folder can be made at `path`; folders above it may be missing.
+
+    Permissions do not tell for root, or in /proc: a file without a name is made in the nearest folder that is there.
+    """
+    if is_special(path):
+        return
+    above = path if path.is_dir() else next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         raise CheckpointError(f"{path} cannot be written: {above} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        where = "" if above == path else f" in {above}"
+        raise CheckpointError(
+            f"{path} cannot be written: no file can be made{where} ({error.strerror}); name another place with -o"
+        ) from None
 
 
 def is_special(path: Path) -> bool:

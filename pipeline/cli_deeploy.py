@@ -22,6 +22,7 @@ from edgepress.pipeline.cli_hardware import EXIT_DOES_NOT_FIT
 from edgepress.pipeline.deeploy import FACTS, Export, in_words, plan_export, require_room_for, write
 from edgepress.pipeline.export import token_pieces
 from edgepress.pipeline.progress import Reporter
+from edgepress.pipeline.store import checkpoint_folder
 
 AS_DEEPLOY = {"sram_role": "weights", "kv_copies": "2"}  # settings of Siracusa's file
 
@@ -32,7 +33,9 @@ def export_to_deeploy(
     """Write the graph; exit code 3 where it does not fit and is not forced, before anything is written."""
     require_room_for(out)
     python = interpreter(deeploy)
-    planned = plan_export(Checkpoint.open(checkpoint, hashes=True), load_soc(soc), prompt, tokens, context, text)
+    planned = plan_export(
+        Checkpoint.open(checkpoint_folder(checkpoint), hashes=True), load_soc(soc), prompt, tokens, context, text
+    )
     for use in planned.uses:
         parts = ", ".join(f"{part} {nbytes:,}" for part, nbytes in use.parts.items())
         typer.echo(f"{use.name}: {use.nbytes:,} of {use.capacity:,} bytes ({parts})")

@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 
 from edgepress.checkpoints.errors import PlanError, near
+from edgepress.checkpoints.manifest import require_place
 from edgepress.checkpoints.quiet import quiet_libraries
 from edgepress.pipeline.flags import Json, with_model
-from edgepress.pipeline.formats import FORMATS, Wanted, module_of
+from edgepress.pipeline.formats import FORMATS, Wanted, formats_for, module_of
 
 if TYPE_CHECKING:
     from edgepress.pipeline.export import Export
@@ -48,7 +49,7 @@ def _telling_targets(command: Callable[..., None]) -> Callable[..., None]:
 @_telling_targets
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of any stage, or a model folder.")],
-    to: Annotated[str, typer.Option(help="For what; the list is below.")] = "rv32",
+    to: Annotated[str, typer.Option(help="For what; the list is above.")] = "rv32",
     soc: Soc = "siracusa",
     context: Context = 256,
     kv_bits: KvBits = 32,
@@ -59,10 +60,10 @@ def export(
         str, typer.Option(help="deeploy: chooses scales with its first part, measures on the rest; int8: measures.")
     ] = "",
     deeploy: Annotated[str, typer.Option(help="deeploy: a Python that has deeploy-pulp.")] = "",
-    kind: Annotated[str, typer.Option("--type", help="The format's own types, where the list below has some.")] = "",
+    kind: Annotated[str, typer.Option("--type", help="The format's own types, where the list has some.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Although it does not fit; over what is there.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="What to write [default: chip, model.gguf, …].")
+        Path | None, typer.Option("--out", "-o", help="What to write; by itself chip, model.gguf, ….")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +72,9 @@ def export(
     Exit code 0: written; 3: it does not fit the chip, and nothing was written.
     """
     if to not in ON_CHIPS and to not in FORMATS:
-        raise PlanError(f"--to {to}: there is {', '.join((*ON_CHIPS, *FORMATS))}{near(to, (*ON_CHIPS, *FORMATS))}")
+        read = [f"--to {name}" for name in formats_for(to)]
+        told = f"; what it reads is {' or '.join(read)}" if read else near(to, (*ON_CHIPS, *FORMATS))
+        raise PlanError(f"--to {to}: there is {', '.join((*ON_CHIPS, *FORMATS))}{told}")
     if to != "rv32" and activations != "float":
         raise PlanError(f"--activations {activations} goes with --to rv32")
     if to != "deeploy" and (deeploy or (text and activations == "float")):
@@ -79,6 +82,10 @@ def export(
     if to == "deeploy" and kv_bits not in (8, 32):
         raise PlanError(f"--kv-bits {kv_bits}: Deeploy's graph has eight bits throughout")
     if to in FORMATS:
+        of_chips = {"--soc": soc != "siracusa", "--kv-bits": kv_bits != 32, "--prompt": prompt != "Once upon a time"}
+        of_chips |= {"--tokens": tokens != 64, "--context": context != 256 and not FORMATS[to].has_cache}
+        if given := [flag for flag, changed in of_chips.items() if changed]:
+            raise PlanError(f"{' and '.join(given)} would change nothing of --to {to}; leave it out")
         _export_file(checkpoint, to, kind, context, force, out, as_json)
         return
     if kind or as_json:
@@ -120,6 +127,7 @@ def _export_file(
     out = out or Path(form.default)
     if (out.is_file() or (out.is_dir() and any(out.iterdir()))) and not force:
         raise PlanError(f"{out} is there already; write over it with --force, or choose another with -o")
+    require_place(out)
     quiet_libraries()
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.checkpoints.runtime import Runtime

@@ -17,7 +17,6 @@ from torch import Tensor
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.manifest import write_bytes
 from edgepress.checkpoints.packing import unpack
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import LinearShape, ModelShape
@@ -40,7 +39,7 @@ from edgepress.hardware.deeploy.model import (
 )
 from edgepress.hardware.rv32.memory import Use
 from edgepress.hardware.soc import Soc
-from edgepress.pipeline.export import ends_of
+from edgepress.pipeline.export import ends_of, write_files
 
 CHOSEN_ON, MEASURED_ON = 4096, 16384  # tokens
 FACTS = "deeploy.json"  # a folder that has it was written here, and may be written anew
@@ -143,10 +142,7 @@ def write(export: Export, folder: Path, runtime: Runtime) -> Written:
 
 def _write(folder: Path, graph: Graph, model: Model, context: int, facts: Mapping[str, Any]) -> None:
     contents = files(graph, "edgepress") | {"host.npz": _host(model, context)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_bytes(folder / name, content)
-    write_bytes(folder / FACTS, json.dumps(facts, indent=2).encode() + b"\n")  # last: it marks the folder as ours
+    write_files(folder, contents | {FACTS: json.dumps(facts, indent=2).encode() + b"\n"}, mark=FACTS)
 
 
 def _host(model: Model, context: int) -> bytes:

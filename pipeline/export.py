@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.config import rotary_width
 from edgepress.checkpoints.errors import CheckpointError, NumericsError, PlanError, TextError, require_unicode
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.manifest import write_bytes
+from edgepress.checkpoints.manifest import folders_above, write_bytes
 from edgepress.checkpoints.packing import dequantise_rows, group_of, unpack
 from edgepress.checkpoints.quiet import readable
 from edgepress.checkpoints.shape import LinearShape, ModelShape
@@ -147,7 +149,7 @@ class Export:
                     )  # fmt: skip
             facts["expected"] = NATIVE
         files |= {"expected.txt": _words(expected), _OURS: json.dumps(facts, indent=2).encode() + b"\n"}
-        _write_files(folder, files)
+        write_files(folder, files)
         return quality
 
     def _windows(self, text: Text) -> list[list[int]]:
@@ -164,17 +166,13 @@ class Export:
         return math.exp(nats / sum(len(window) - 1 for window in windows))
 
 
-def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_files(folder: Path, files: Mapping[str, bytes], mark: str = _OURS) -> None:
     """Write a folder's files, what marks it as ours last; where that is interrupted, no new folder is left."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        for name in sorted(files, key=lambda name: name == _OURS):
+    undo = (lambda: None) if folder.exists() else partial(shutil.rmtree, folder, ignore_errors=True)
+    with folders_above(folder), interrupts.or_undone(undo):
+        folder.mkdir(exist_ok=True)
+        for name in sorted(files, key=lambda name: name == mark):
             write_bytes(folder / name, files[name])
-    except BaseException:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _native(folder: Path, files: Mapping[str, bytes]) -> Native:

@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.errors import PlanError
+from edgepress.checkpoints.manifest import require_place
 from edgepress.checkpoints.quiet import set_verbosity
 from edgepress.eval.tasks import Settings
 from edgepress.pipeline.recipe import Recipe
@@ -121,6 +122,7 @@ _VERBOSE = typer.Option("--verbose", "-v", help="Every step, and what libraries 
 def with_verbosity(command: Callable[..., None], resumed: bool = True) -> Callable[..., None]:
     """Give a command --quiet and --verbose, which hold for all that it calls, and over those before the command.
 
+    Raises CheckpointError before anything else where nothing can be written at its --out.
     resumed: whether the command goes on from what it had done when it was interrupted.
     """
 
@@ -131,6 +133,9 @@ def with_verbosity(command: Callable[..., None], resumed: bool = True) -> Callab
             set_verbosity(verbose - quiet)
         if not resumed:
             interrupts.begins_anew()
+        other = "ctx" in given and given["ctx"].invoked_subcommand is not None
+        if given.get("out") and not other and not given.get("plan_only"):
+            require_place(Path(given["out"]))
         command(**given)
 
     declared = (("quiet", Annotated[bool, _QUIET]), ("verbose", Annotated[bool, _VERBOSE]))

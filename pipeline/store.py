@@ -31,6 +31,7 @@ from edgepress.checkpoints.manifest import (
     require_inside,
     require_name,
     require_no_links_out,
+    require_place,
     seal_holds,
     sealed,
     write_bytes,
@@ -53,6 +54,7 @@ class Store:
         """Create or take over the folder. Raises PlanError if it holds something else or is in use."""
         folder = self.folder
         require_unicode(folder, f"the name of the folder {folder}")
+        require_place(folder)
         if folder.exists() and not folder.is_dir():
             raise PlanError(f"{folder} is a file; give a folder with -o")
         if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():

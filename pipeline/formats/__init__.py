@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
     from edgepress.checkpoints.runtime import Runtime
 
-__all__ = ["FORMATS", "Format", "Module", "Wanted", "Written", "module_of"]
+__all__ = ["FORMATS", "Format", "Module", "Wanted", "Written", "formats_for", "module_of"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Format:
     reader: str  # who loads it
     loses: str  # what of a checkpoint is not in it, a sentence without its full stop
     types: tuple[str, ...] = ()  # values of --type; none where there is no choice
+    has_cache: bool = False  # the file has a KV cache, of --context tokens
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ FORMATS: dict[str, Format] = {
         "edgepress.pipeline.formats.executorch", "model.pte", "ExecuTorch",
         "Effective weights with the adapter merged, as float32 for XNNPACK, also of quantised checkpoints: codes (not "
         "made torchao's int4), zeros of a pattern and 16-bit weights take its room. The KV cache has the tokens of "
-        "--context; the tokenizer stays in the checkpoint",
+        "--context; the tokenizer stays in the checkpoint", has_cache=True,
     ),
     "compressed-tensors": Format(
         "edgepress.pipeline.formats.compressed_tensors", "model-compressed-tensors", "vLLM and transformers",
@@ -93,6 +94,14 @@ FORMATS: dict[str, Format] = {
         "no 2:4 format any more",
     ),
 }  # fmt: skip
+
+
+def formats_for(program: str) -> list[str]:
+    """The formats that a program of this name reads: people name it where the format is asked for."""
+    spelled = "".join(program.lower().split())
+    return [
+        name for name, form in FORMATS.items() if len(spelled) > 3 and spelled in form.reader.lower().replace(" ", "")
+    ]
 
 
 def module_of(form: Format) -> Module:

@@ -7,7 +7,6 @@ weight_zero_point, packed along the rows; weight_shape. The package's own functi
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -17,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid
-from edgepress.checkpoints.manifest import PARTIAL, sync_folder
+from edgepress.checkpoints.manifest import drafted_folder
 from edgepress.checkpoints.packing import group_of, unpack_linear
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import OWN_KEY, LinearShape
@@ -44,16 +42,11 @@ def write(source: Checkpoint, wanted: Wanted, runtime: Runtime) -> Written:
     require_own(wanted.out)
     ids = some_tokens(source.shape)
     logits = logits_of(exact_model(source), ids)
-    draft = wanted.out.with_name(f".{wanted.out.name}{PARTIAL}")
-    _remove(draft)
-    with interrupts.or_undone(partial(_remove, draft)):
+    with drafted_folder(wanted.out) as draft:
         _write(draft, source, grid)
         read = partial(_read, draft, ids)
         part = 1e-3 if grid.symmetric else 1e-2  # with zero points transformers decodes to the scales' float16
         difference = require_same(source.name, PACKAGE, logits, lambda: {"loaded by transformers": read()}, part)
-        _remove(wanted.out)
-        draft.replace(wanted.out)
-    sync_folder(wanted.out.parent)
     nbytes = sum(path.stat().st_size for path in wanted.out.iterdir())
     return Written(wanted.out, nbytes, tuple(_notes(source, grid, difference)), {
         "type": "pack-quantized", "runtime": f"{PACKAGE} {version(PACKAGE)}", "largest_logit_difference": difference,
@@ -157,7 +150,3 @@ def _read(folder: Path, ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     return logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
-from edgepress.checkpoints.manifest import drafted, require_output
+from edgepress.checkpoints.manifest import drafted, folders_above, require_output
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.pipeline.export import ends_of
 from edgepress.pipeline.formats import Wanted, Written
@@ -40,8 +40,7 @@ def write(source: Checkpoint, wanted: Wanted, runtime: Runtime) -> Written:
     logits = logits_of(model, ids)
     runtime.progress.note("ExecuTorch exports and lowers the model")
     program = _lowered(model, source, wanted.context)
-    wanted.out.parent.mkdir(parents=True, exist_ok=True)
-    with drafted(wanted.out) as draft:
+    with folders_above(wanted.out), drafted(wanted.out) as draft:
         with draft.open("wb") as file:
             program.write_to_file(file)
         difference = require_same(source.name, "executorch", logits, lambda: _read(draft, ids))

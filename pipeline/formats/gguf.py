@@ -26,7 +26,7 @@ from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import CheckpointError, PlanError
 from edgepress.checkpoints.forms import Grid, TensorShape
 from edgepress.checkpoints.llama2c import halves_to_pairs
-from edgepress.checkpoints.manifest import drafted
+from edgepress.checkpoints.manifest import drafted, folders_above
 from edgepress.checkpoints.packed_sizes import aligned
 from edgepress.checkpoints.packing import unpack_linear
 from edgepress.checkpoints.runtime import Runtime
@@ -53,7 +53,7 @@ def write(source: Checkpoint, wanted: Wanted, runtime: Runtime) -> Written:
     if adapter is not None and adapter.exists() and not wanted.out.exists():
         raise PlanError(f"{adapter}, where the adapter would lie, is there already; choose another name with -o")
     names = gguf.get_tensor_name_map(_key_of(architecture), len(source.shape.blocks))
-    with drafted(wanted.out) as draft:
+    with folders_above(wanted.out), drafted(wanted.out) as draft:
         kinds, notes = _write_model(source, draft, architecture, names, merged, runtime)
     written = wanted.out.stat().st_size
     if adapter is not None:

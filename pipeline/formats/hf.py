@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.checkpoint import Checkpoint, applied
 from edgepress.checkpoints.errors import NumericsError, PlanError
 from edgepress.checkpoints.forms import TORCH_NAMES
 from edgepress.checkpoints.headers import INDEX, SINGLE, dense_tensors
-from edgepress.checkpoints.manifest import MANIFEST, PARTIAL, require_own_links, sync_folder, write_bytes, write_json
+from edgepress.checkpoints.manifest import MANIFEST, drafted_folder, require_own_links, write_bytes, write_json
 from edgepress.checkpoints.masks import require_finite
 from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.runtime import Runtime
@@ -33,10 +30,7 @@ def write(source: Checkpoint, wanted: Wanted, runtime: Runtime) -> Written:
     require_own(wanted.out)
     stored = TORCH_NAMES[source.shape.dense_dtype]
     kind = wanted.type or stored
-    draft = wanted.out.with_name(f".{wanted.out.name}{PARTIAL}")
-    shutil.rmtree(draft, ignore_errors=True)
-    with interrupts.or_undone(partial(shutil.rmtree, draft, ignore_errors=True)):
-        draft.mkdir(parents=True)
+    with drafted_folder(wanted.out) as draft:
         _write_weights(source, draft, getattr(torch, kind), runtime)
         config = {key: value for key, value in source.config.items() if key not in (OWN_KEY, "quantization_config")}
         write_json(draft / "config.json", {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": kind})
@@ -45,9 +39,6 @@ def write(source: Checkpoint, wanted: Wanted, runtime: Runtime) -> Written:
             if (source.folder / name).is_file():
                 write_bytes(draft / name, (source.folder / name).read_bytes())
         Checkpoint.open(draft)  # the files hold what the configuration asks for, and nothing else
-        shutil.rmtree(wanted.out, ignore_errors=True)
-        draft.replace(wanted.out)
-    sync_folder(wanted.out.absolute().parent)
     nbytes = sum(path.stat().st_size for path in wanted.out.glob("*.safetensors"))
     return Written(wanted.out, nbytes, tuple(_notes(source, kind, stored, nbytes)), {"type": kind})
 

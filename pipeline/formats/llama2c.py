@@ -6,22 +6,19 @@ Layouts: https://github.com/karpathy/llama2.c, `export.py:legacy_export` (versio
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edgepress.checkpoints import interrupts
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.llama2c import VERSIONED_MAGIC, halves_to_pairs
-from edgepress.checkpoints.manifest import PARTIAL, sync_folder, write_bytes
+from edgepress.checkpoints.manifest import drafted_folder, write_bytes
 from edgepress.checkpoints.packing import unpack_linear
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import LinearShape
@@ -42,15 +39,9 @@ def write(source: Checkpoint, wanted: Wanted, runtime: Runtime) -> Written:
     require_runnable(source)
     _require_own(wanted.out)
     tokenizer = tokenizer_file(source)
-    draft = wanted.out.with_name(f".{wanted.out.name}{PARTIAL}")
-    shutil.rmtree(draft, ignore_errors=True)
-    with interrupts.or_undone(partial(shutil.rmtree, draft, ignore_errors=True)):
-        draft.mkdir(parents=True)
+    with drafted_folder(wanted.out) as draft:
         notes = (_write_int8 if wanted.type == "int8" else _write_float32)(source, draft / MODEL)
         write_bytes(draft / TOKENIZER, tokenizer)
-        shutil.rmtree(wanted.out, ignore_errors=True)
-        draft.replace(wanted.out)
-    sync_folder(wanted.out.absolute().parent)
     program = "runq" if wanted.type == "int8" else "run"
     notes.append(f"./{program} {wanted.out / MODEL} -z {wanted.out / TOKENIZER} -t 0 -i 'Once upon a time'")
     return Written(wanted.out, (wanted.out / MODEL).stat().st_size, tuple(notes), {"type": wanted.type or "float32"})

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.forms import Grid, RealGrid
-from edgepress.checkpoints.manifest import drafted, require_output
+from edgepress.checkpoints.manifest import drafted, folders_above, require_output
 from edgepress.checkpoints.packing import group_of, unpack_linear, unpack_real
 from edgepress.checkpoints.quiet import silenced
 from edgepress.checkpoints.runtime import Runtime
@@ -281,7 +281,7 @@ def _drafts(program: Any, out: Path) -> Iterator[Path]:
     ir: Any = importlib.import_module("onnx_ir")
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     with contextlib.ExitStack() as drafts:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        drafts.enter_context(folders_above(out))
         file = drafts.enter_context(drafted(out))
         if weights <= _ONE_FILE:
             ir.save(program.model, file)
