@@ -27,9 +27,11 @@ import torch
 from numpy.typing import NDArray
 
 from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.memory import size_text
+from edgepress.checkpoints.runtime import Runtime
 from edgepress.eval.text import load_text
-from edgepress.pipeline.formats import FORMATS
+from edgepress.pipeline.formats import FORMATS, Wanted, module_of
 from edgepress.pipeline.formats.proof import exact_model, logits_of
 
 TOKENS = 120
@@ -191,23 +193,34 @@ def cell(stage: Path, column: str, ids: list[int], ours: NDArray[np.float32], pr
     with tempfile.TemporaryDirectory(prefix="edgepress-formats-") as made:
         folder = Path(made)
         python = programs.executorch if form == "executorch" else programs.here
-        command = [python, "-m", "edgepress", "export", str(stage), "--to", form, "--json"]
-        command += ["-o", str(folder / FORMATS[form].default), *(["--type", kind] if kind else [])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error:" in line] or done.stderr.splitlines()[-1:]
-            return refusal(lines[-1] if lines else f"exit code {done.returncode}")
-        facts = json.loads(done.stdout)
         try:
-            theirs = read(column, Path(facts["path"]), facts.get("adapter"), ids, ours.shape[1], folder, programs)
+            path, nbytes, adapter = written(stage, form, kind, folder / FORMATS[form].default, python)
+            theirs = read(column, path, adapter, ids, ours.shape[1], folder, programs)
+        except PlanError as error:
+            return refusal(str(error))
         except CannotReadError as error:
             return f"not loaded: {error}"
-    return f"{difference(ours, theirs):.2g}; {size_text(facts['bytes'], 'MiB', 1 if facts['bytes'] > 2**22 else 2)}"
+    return f"{difference(ours, theirs):.2g}; {size_text(nbytes, 'MiB', 1 if nbytes > 2**22 else 2)}"
+
+
+def written(stage: Path, form: str, kind: str, out: Path, python: str) -> tuple[Path, int, str | None]:
+    """Path, bytes and adapter of what `compress export` writes: in this process, or by another Python where that has
+    what it takes. Raises PlanError where it refuses.
+    """
+    if python == sys.executable:
+        made = module_of(FORMATS[form]).write(Checkpoint.open(stage, hashes=True), Wanted(out, kind), Runtime())
+        return made.path, made.nbytes, made.facts.get("adapter")
+    command = [python, "-m", "edgepress", "export", str(stage), "--to", form, "--json", "-o", str(out)]
+    done = subprocess.run([*command, *(["--type", kind] if kind else [])], capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error:" in line] or done.stderr.splitlines()[-1:]
+        raise PlanError(lines[-1].partition("error: ")[2] or lines[-1] if lines else f"exit code {done.returncode}")
+    facts = json.loads(done.stdout)
+    return Path(facts["path"]), facts["bytes"], facts.get("adapter")
 
 
 def refusal(line: str) -> str:
     """The reason without the flag before it and the advice behind it."""
-    line = line.partition("error: ")[2] or line
     if "pip install" in line:
         return MISSING
     return "refused: " + re.split(r"; (?:take|give) ", re.sub(r"^--to \S+: ", "", line))[0]

@@ -170,7 +170,7 @@ def _loading(run: StageRun, folder: str) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"folder = {folder!r}",
-        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="{dtype}")',
+        f'model = AutoModelForCausalLM.from_pretrained(\n    folder, dtype="{dtype}"\n)',
         *(['model = PeftModel.from_pretrained(model, f"{folder}/adapter")'] if apart else []),
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]

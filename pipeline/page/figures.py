@@ -164,8 +164,8 @@ def plain_ticks(axes: Axes, which: str) -> None:
 _MIB = 2**20
 _PARTS = {
     "block codes": BLUE, "dense linears": SKY, "scales and zeros": PINK, "adapters": RED, "embedding": ORANGE,
-    "head": YELLOW, "norms": "#999999", "biases": "#666666", "KV cache": GREEN, "activations": "#B07AA1",
-    "code and stacks": "#BBBBBB",
+    "head": YELLOW, "norms": "#999999", "biases": "#666666", "KV cache": GREEN, "activations": "#A6761D",
+    "code and stacks": "#A9B7C6",
 }  # fmt: skip
 _OTHER_PARTS = ("#8C6BB1", "#66A61E", "#5B8DB8", "#7A3E3E")
 
@@ -510,7 +510,7 @@ def importance_figure(key: str, found: Importance) -> Picture:
         f"Removed: {', '.join(map(str, found.removed)) or 'none'}."
     )
     caption = (
-        "A low dot is a block that the model hardly needs. Red blocks were removed, in the order of their numbers."
+        "A low dot is a block that the model hardly needs. Orange blocks were removed, in the order of their numbers."
     )
     if found.rounds > 1:
         caption += f" The ranking was made anew after each removal; this is the first of {found.rounds}."

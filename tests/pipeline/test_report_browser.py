@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.pipeline,
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium with chromedriver on this machine"),
 ]
-WIDTHS = (1280, 400)
+WIDTHS = (1280, 800, 400)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,43 @@ def test_it_keeps_within_the_screen(browser: Any, pages: dict[str, Path], name: 
         )
         assert small == 0
     assert sources[1280] != sources[400]  # a drawing of its own for the narrow screen
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_cut_and_all_is_readable(browser: Any, pages: dict[str, Path], width: int, scheme: str) -> None:
+    """Commands wrap within their box, columns line up, a wider table has its cue, text stands out from the page."""
+    wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", wanted)
+    opened(browser, pages["run"], width)
+    cut = "return [...document.querySelectorAll('section > pre, .deeds pre')].map(e => e.scrollWidth - e.clientWidth)"
+    assert set(browser.execute_script(cut)) == {0}
+    middles = "return [...document.querySelectorAll('.items .change')].map(e => e.getBoundingClientRect().left)"
+    assert len(set(browser.execute_script(middles))) == 1
+    tables = browser.execute_script(
+        "return [...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth + 2,"
+        " e.previousElementSibling.getBoundingClientRect().height > 0])"
+    )
+    assert len(tables) >= 2 and all(wide == told for wide, told in tables)
+    colours = browser.execute_script(
+        "const page = getComputedStyle(document.body).backgroundColor;"
+        "return [...document.querySelectorAll('h1, h2, p, th, td, a, figcaption, .value, .verdict, .cue, dt, code')]"
+        ".filter(e => e.innerText).map(e => [getComputedStyle(e).color, page])"
+    )
+    assert min(_contrast(text, page) for text, page in {tuple(pair) for pair in colours}) >= 4.5  # WCAG 2.2, 1.4.3
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def _contrast(text: str, page: str) -> float:
+    """WCAG's ratio of two colours as `rgb(r, g, b)`."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in colour.partition("(")[2].rstrip(")").split(",")[:3]]
+        r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    dark, light = sorted((luminance(text), luminance(page)))
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_headings_sort_both_ways_and_rows_without_a_value_stay_last(browser: Any, pages: dict[str, Path]) -> None:
