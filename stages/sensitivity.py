@@ -310,7 +310,7 @@ def _residuals(rows: Tensor, hessian: Tensor, forms: Sequence[Form], options: Op
     for top, several in tops.items():  # codes of as many bits in one turn
         S, Z = (torch.cat([scaled[own][part] for own in several])[:, order] for part in (0, 1))  # type: ignore[misc]
         W = rows.repeat(len(several), 1)[:, order]
-        Q, _ = in_turn(W.clone(), U, S, Z, top, None)
+        Q, _ = in_turn(W, U, S, Z, top, None)
         delta = (W - S * (Q - Z))[:, inverse]
         yield from zip(several, torch.split(delta, len(rows)), strict=True)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NEEDS = HESSIANS
 TUNES = True
-COLUMNS = 128  # columns solved before their errors are applied to the rest: GPTQ's lazy batch
+COLUMNS = 64  # columns solved before their errors are applied to the rest: GPTQ's lazy batch
 
 
 def form(options: Options, masked: bool, bits: int, group: int | None = None) -> Grid:
@@ -88,7 +88,7 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
     keep = mask[:, order] if mask is not None else None
     group_of = (torch.arange(columns, device=weight.device) // group)[order]
     S, Z = scales[:, group_of], zeros[:, group_of].float()  # (out, in) in solving order
-    Q, P = in_turn(weight[:, order].clone(), U, S, Z, 2**grid.bits - 1, keep)
+    Q, P = in_turn(weight[:, order], U, S, Z, 2**grid.bits - 1, keep)
     codes, position = Q[:, inverse].to(torch.uint8), P[:, inverse] if options.effort == "high" else None
     solution = Solution(codes, scales, zeros, grid, position, 0.0, damping, float64)
     solution.error = output_error(weight, solution.weight, hessian)
@@ -99,23 +99,25 @@ def in_turn(W: Tensor, U: Tensor, S: Tensor, Z: Tensor, top: int, keep: Tensor |
     """Codes of W (out, in), one column after the other, each one's error compensated by those after it.
 
     U (in, in) is the upper Cholesky factor of the inverse Hessian. A weight is S (q - Z) with codes q of 0 to `top`,
-    and 0 where `keep` is False; S, Z and keep are (out, in). W is overwritten. Returns the codes as whole numbers in
-    float32, Z where not kept; and where between the codes each compensated weight lay, at most half a code away.
+    and 0 where `keep` is False; S, Z and keep are (out, in). Returns the codes as whole numbers in float32, Z where not
+    kept; and where between the codes each compensated weight lay, at most half a code away.
     """
-    columns = W.shape[1]
+    # All on its side, so that a column lies in one piece: three times as fast on a processor.
+    W, S, Z = (x.T.clone(memory_format=torch.contiguous_format) for x in (W, S, Z))
+    kept = None if keep is None else keep.T.contiguous()
+    columns, pivots = len(W), U.diagonal().tolist()
     Q, P = torch.empty_like(W), torch.empty_like(W)
     for start in range(0, columns, COLUMNS):
         end = min(start + COLUMNS, columns)
-        W1, E1 = W[:, start:end], torch.empty_like(W[:, start:end])
-        for j in range(end - start):
-            c = start + j
-            p = W1[:, j] / S[:, c] + Z[:, c]
+        E = torch.empty_like(W[start:end])
+        for c in range(start, end):
+            p = W[c] / S[c] + Z[c]
             q = p.round().clamp_(0, top)
-            if keep is not None:
-                q = torch.where(keep[:, c], q, Z[:, c])
-            Q[:, c], P[:, c] = q, p.clamp(q - 0.5, q + 0.5)
-            e = (W1[:, j] - S[:, c] * (q - Z[:, c])) / U[c, c]
-            W1[:, j + 1 :] -= torch.outer(e, U[c, c + 1 : end])
-            E1[:, j] = e
-        W[:, end:] -= E1 @ U[start:end, end:]
-    return Q, P
+            if kept is not None:
+                q = torch.where(kept[c], q, Z[c])
+            Q[c], P[c] = q, p.clamp(q - 0.5, q + 0.5)
+            e = (W[c] - S[c] * (q - Z[c])) / pivots[c]
+            W[c + 1 : end].addr_(U[c, c + 1 : end], e, alpha=-1)
+            E[c - start] = e
+        W[end:] -= U[start:end, end:].T @ E
+    return Q.T.contiguous(), P.T.contiguous()

@@ -162,7 +162,7 @@ def solve(
         scale, least = grid.each(columns)
         zero = (least / scale)[:, order]
         keep = kept[:, order] if kept is not None else None
-        Q, P = in_turn(weight[:, order].clone(), U, scale[:, order], zero, 2**form.bits - 1, keep)
+        Q, P = in_turn(weight[:, order], U, scale[:, order], zero, 2**form.bits - 1, keep)
         codes, position = Q[:, inverse], P[:, inverse] if options.effort == "high" else None
         if kept is not None:
             codes = torch.where(kept, codes, codes.new_tensor(form.middle))
