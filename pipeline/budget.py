@@ -579,9 +579,10 @@ def bought(chooser: Chooser, plan: Plan, by: Sensitivity) -> Iterator[Bought]:
             yield Bought(name, said, nbytes, losses, more, less)
     outer = {bits: chooser.outer_bytes(bits) for bits in chooser.embedding}
     few, here = min(outer, key=lambda bits: outer[bits]), plan.embedding
-    said = f"{here} bits" if here else "as it is"
+    said = (f"{here} bits" if here else "as it is") + ", with all that has no choice"
+    whole = outer[here] - sum(chooser.rest[i] for i in plan.removed)
     more, less = outer[here] - outer[few], by.embedding[few] - by.embedding[here]
-    yield Bought("embedding", said, outer[here], by.embedding[here], more, less)
+    yield Bought("embedding", said, whole, by.embedding[here], more, less)
     if plan.eora:
         own = {layer: chooser.adapters[plan.eora][layer] for layer in plan.layers}
         less = sum((1 - _left(by, layer, plan.eora)) * by.losses[layer][way] for layer, way in plan.layers.items())

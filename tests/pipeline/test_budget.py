@@ -132,6 +132,7 @@ def test_a_plan_without_blocks_is_a_recipe_of_its_bytes() -> None:
         assert (after.quant, after.group) == (quant, group)
     rows = list(bought(chooser, plan, Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, blocks)))
     assert rows[-1].settings == "5,7 removed" and rows[-1].more < 0
+    assert sum(row.nbytes for row in rows) == pytest.approx(plan.nbytes, abs=2**15)  # the header lists unlike blocks
     assert sum(row.loss for row in rows) == pytest.approx(plan.loss)
     every = Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, dict.fromkeys(range(3, 9), 9.0))
     assert not chooser.choose(every).removed
