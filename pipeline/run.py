@@ -245,12 +245,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _masks(result: Checkpoint, parent: Checkpoint) -> Checkpoint | None:
+    """The checkpoint whose zeros are the result's mask: the last before quantisation.
+
+    Codes may stand for 0 where nothing was removed, which the stage tune need not keep.
+    """
+    masked = [c for c in parent.ancestors() if c.shape.pattern and len(c.shape.blocks) == len(result.shape.blocks)]
+    return next((c for c in masked if c.shape.grid is None), masked[0] if masked else None)
+
+
 def _sparsity(shape: ModelShape, result: Checkpoint, parent: Checkpoint) -> dict[str, Any] | None:
     """Proof from the files themselves that the planned pattern is there; raises NumericsError if it is not."""
     if shape.pattern is None:
         return None
-    inherited = parent.shape.pattern is not None and len(parent.shape.blocks) == len(result.shape.blocks)
-    facts = prove_pattern(result, shape.pattern, parent if inherited else None)
+    facts = prove_pattern(result, shape.pattern, _masks(result, parent))
     if not facts["holds"]:
         raise NumericsError(
             f"{result.folder}: of the {shape.pattern} pattern {facts['kept_zeros']} of {facts['expected_zeros']} zeros "

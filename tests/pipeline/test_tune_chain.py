@@ -38,12 +38,12 @@ def test_a_run_with_tune_and_eora_after_it(tiny_llama: Path, compress: Callable[
     assert ran.returncode == 0, ran.stderr
     stages = {stage["stage"]: stage for stage in json.loads(ran.stdout)["stages"]}
     assert list(stages) == ["wanda", "gptq", "tune", "eora"]
-    before, after = (Checkpoint.open(Path(stages[name]["path"])) for name in ("gptq", "tune"))
+    masked, before, after = (Checkpoint.open(Path(stages[name]["path"])) for name in ("wanda", "gptq", "tune"))
     assert after.shape == before.shape and after.folder.name.startswith("3-tune-2-")
     assert stages["tune"]["packed_bytes"] == stages["gptq"]["packed_bytes"] == packed_sizes(after.shape).total
     assert stages["tune"]["file_bytes"] == stages["gptq"]["file_bytes"]
     assert stages["tune"]["sparsity"]["holds"]
-    assert after.shape.pattern is not None and prove_pattern(after, after.shape.pattern, before)["holds"]
+    assert after.shape.pattern is not None and prove_pattern(after, after.shape.pattern, masked)["holds"]
     manifest = after.manifest
     assert manifest is not None and manifest.options["steps"] == 2
     assert manifest.facts["trainable_parameters"] == tune.trainable_parameters(before.shape)

@@ -32,16 +32,13 @@ DATA = Path(os.environ.get("EDGEPRESS_DATA") or ROOT.parent / "shared" / "data")
 # A third of the demo's work: less text to measure on, to train on and to find the adapter on. The rest is as it is.
 SMALLER = ("--tokens", "4096", "--lora-steps", "6", "--eora-samples", "16")
 
-# Plain transformers in a fresh Python, nothing of ours imported; peft only for stage 5.
+# Plain transformers in a fresh Python, nothing of ours imported; it finds stage 5's adapter by itself.
 LOAD = """
 import os, sys
 os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder)
-if os.path.isdir(folder + "/adapter"):
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, folder + "/adapter")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=24, do_sample=False, no_repeat_ngram_size=3)
