@@ -16,7 +16,8 @@ from edgepress.checkpoints.errors import PlanError
 from edgepress.checkpoints.manifest import is_special, replacing, sealed, write_json
 from edgepress.checkpoints.runtime import Runtime, choose_device, choose_dtype
 from edgepress.checkpoints.sources import cache_folder
-from edgepress.pipeline.budget import RANKS, Wanted, adapter_sizes, candidates, layer_sizes, removable, sensitivities
+from edgepress.pipeline.allocate import Wanted, adapter_sizes, candidates, layer_sizes, removable
+from edgepress.pipeline.budget import RANKS, sensitivities
 from edgepress.pipeline.calibration import Calibration
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.progress import Reporter

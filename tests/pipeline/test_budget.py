@@ -24,23 +24,25 @@ from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.hardware.needs import room_for
 from edgepress.hardware.placement import weight_bytes
 from edgepress.hardware.soc import load_soc
-from edgepress.pipeline.budget import (
-    RANKS,
+from edgepress.pipeline.allocate import (
     Budget,
     Candidates,
     Chooser,
     Plan,
     Removal,
     bought,
-    candidate_stages,
     candidates,
-    corrected,
-    corrected_blocks,
-    corrected_left,
     family,
     layer_sizes,
     rules,
     solve,
+)
+from edgepress.pipeline.budget import (
+    RANKS,
+    candidate_stages,
+    corrected,
+    corrected_blocks,
+    corrected_left,
     variants,
 )
 from edgepress.pipeline.formats import FORMATS, Wanted, module_of
