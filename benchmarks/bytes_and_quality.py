@@ -43,17 +43,19 @@ from edgepress.stages import gptq, tune
 from edgepress.stages.hessian import hessians
 from edgepress.stages.options import Gptq, Tune
 
-OURS: dict[str, dict[str, Any]] = {
-    f"{quant}{' high' if effort == 'high' else ''}": {"quant": quant, "effort": effort, **more}
-    for effort in ("normal", "high")
-    for quant, more in {
-        "gptq4": {"group": 64}, "gptq3": {"group": 64}, "gptq5-s": {"group": 64}, "gptq4-s": {"group": 64},
-        "gptq3-s": {"group": 64}, "gptq2-s": {"group": 32},
-        "q5_k": {}, "q4_k": {}, "q3_k": {}, "q2_k": {},
-    }.items()
+# --quant and, where it is ours to choose, /--group.
+GRIDS = {
+    quant: {"quant": quant.partition("/")[0], **({"group": int(quant.partition("/")[2])} if "/" in quant else {})}
+    for quant in (
+        "gptq4/64", "gptq3/64", "gptq5-s/32", "gptq4-s/16", "gptq4-s/32", "gptq4-s/48", "gptq4-s/64", "gptq3-s/16",
+        "gptq3-s/32", "gptq3-s/64", "gptq2-s/16", "gptq2-s/32", "q5_k", "q4_k", "q3_k", "q2_k",
+    )
 }  # fmt: skip
+OURS: dict[str, dict[str, Any]] = GRIDS | {f"{name} high": {**grid, "effort": "high"} for name, grid in GRIDS.items()}
 # Then 100 steps of the stage tune on windows of the calibration text.
-OURS |= {f"{name} tuned": {**OURS[name], "tune": 100} for name in ("gptq4-s", "gptq3-s", "gptq2-s", "q3_k", "gptq3")}
+OURS |= {f"{name} tuned": {**grid, "tune": 100} for name, grid in OURS.items()}
+# Those of the table; --only names any other.
+TABLE = [*GRIDS, "gptq4-s/48 high", "gptq4-s/32 high", "gptq4-s/48 high tuned", "gptq3-s/32 tuned", "gptq2-s/16 tuned"]
 
 # ggml's number of a type and its bits a weight come from the package gguf.
 Mix = Callable[[str, int, int], str]
@@ -94,7 +96,7 @@ LIBRARY: dict[str, dict[str, Any]] = {
 }
 
 FAMILIES = {
-    "edgepress": "#1f5fa8", "edgepress, high effort": "#0b2f5b",
+    "edgepress": "#1f5fa8", "edgepress, high effort": "#0b2f5b", "edgepress, tuned": "#7a3fa0",
     "llama.cpp, importance matrix": "#c2571a", "GPTQModel": "#5b8c3a",
 }  # fmt: skip
 
@@ -223,7 +225,7 @@ class Bench:
 
     def row(self, name: str) -> Row | None:
         """Measured now or before; None where the library for it is not given."""
-        kept = self.cache / f"{name.replace(' ', '-')}.json"
+        kept = self.cache / f"{name.replace(' ', '-').replace('/', '-g')}.json"
         if kept.is_file():
             return Row(**json.loads(kept.read_text()))
         with tempfile.TemporaryDirectory(dir=self.cache) as folder:
@@ -292,7 +294,8 @@ def table(rows: Mapping[str, Row], texts: list[str]) -> str:
 def family(name: str) -> str:
     """Whose rounding a row is, for the figure's colours."""
     if name in OURS:
-        return "edgepress, high effort" if OURS[name]["effort"] == "high" else "edgepress"
+        own = OURS[name]
+        return "edgepress, tuned" if "tune" in own else "edgepress, high effort" if "effort" in own else "edgepress"
     return "GPTQModel" if name in LIBRARY else "llama.cpp, importance matrix"
 
 
@@ -351,7 +354,7 @@ def main() -> None:
     ggml = Ggml(arguments.ggml) if arguments.ggml else None
     bench = Bench(source, windows, training, texts, runtime, ggml, arguments.cache)
     rows: dict[str, Row] = {}
-    for name in arguments.only or ["dense", *OURS, *MIXES, *PURE, *LIBRARY]:
+    for name in arguments.only or ["dense", *TABLE, *MIXES, *PURE, *LIBRARY]:
         if (row := bench.row(name)) is not None:
             rows[name] = row
             print(name, f"{row.bits:.3f}", *(f"{row.perplexity(t.name):.2f}" for t in texts), flush=True)

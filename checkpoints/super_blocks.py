@@ -93,7 +93,10 @@ class SuperBlocks(Form):
         return columns % (WORD if self.gguf else SMALLEST_GROUP) == 0 and columns * self.bits % WORD == 0
 
     def fitted(self, widths: set[int]) -> SuperBlocks:
-        return self if self.gguf else replace(self, group=max(largest_group(widths, self.group), SMALLEST_GROUP))
+        """Groups of any multiple of 16 that divides every width, else of the largest power of two that does."""
+        if self.gguf or (self.group % SMALLEST_GROUP == 0 and not any(width % self.group for width in widths)):
+            return self
+        return replace(self, group=max(largest_group(widths, self.group), SMALLEST_GROUP))
 
     def suited(self, rows: int, columns: int, masked: bool) -> SuperBlocks:
         """This form, or GGUF's next larger type where the width is no multiple of the super-block."""

@@ -31,14 +31,14 @@ from edgepress.stages import depth as depth_stage
 from edgepress.stages import eora as eora_stage
 from edgepress.stages import gptq
 from edgepress.stages.options import Depth, Eora, Gptq, Options
-from edgepress.stages.quantisers import METHODS
+from edgepress.stages.quantisers import METHODS, smallest_group
 
 if TYPE_CHECKING:
     from edgepress.pipeline.formats.gguf import FileBytes
     from edgepress.stages.sensitivity import Layer, Sensitivity, Way
 
 PACKED, GGUF = "packed", "gguf"  # whose bytes are counted
-GROUPS = (32, 64, 128)
+GROUPS = (16, 32, 64, 128)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 Stages = tuple[tuple[str, Options], ...]
 _TURNS = 12  # of the program, until the bytes of the whole file are below the budget too
@@ -434,7 +434,7 @@ def candidates(shape: ModelShape, options: Gptq, asked: str) -> list[Way]:
     for quant in quants:
         # Those whose groups are the format's own come once.
         groups = GROUPS if not quant.endswith(("_k", "-channel")) else GROUPS[-1:]
-        for group in groups:
+        for group in (group for group in groups if group >= smallest_group(quant)):
             try:
                 own = gptq.plan(shape, replace(options, quant=quant, group=group, layers=f"*={quant}/{group}"))
             except PlanError as error:

@@ -342,8 +342,9 @@ class LayerRule:
         known = tuple(quantisers.METHODS)
         if quant not in known:
             raise PlanError(f"{where}: there is no quantiser {quant}{near(quant, known)}; there are {', '.join(known)}")
-        if group is not None and int(group) != -1 and int(group) < 32:
-            raise PlanError(f"{where}: a group of {group}; at least 32, or -1 for whole rows")
+        least = quantisers.smallest_group(quant)
+        if group is not None and int(group) != -1 and int(group) < least:
+            raise PlanError(f"{where}: a group of {group}; at least {least}, or -1 for whole rows")
         numbers = frozenset(Depth(layers=blocks).sequence) if blocks not in (None, "*") else frozenset()
         return cls(name, quant, int(group or 0), numbers)
 
@@ -384,7 +385,10 @@ class Gptq:
             )
         else:
             faults.one_of("--quant", self.quant, tuple(QUANTS))
-        faults.require(self.group == -1 or self.group >= 32, f"--group {self.group}: at least 32, or -1 for whole rows")
+        least = quantisers.smallest_group(self.quant)
+        faults.require(
+            self.group == -1 or self.group >= least, f"--group {self.group}: at least {least}, or -1 for whole rows"
+        )
         faults.require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
         faults.one_of("--quant-effort", self.effort, ("normal", "high"))
         faults.require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")

@@ -303,8 +303,7 @@ def _linear_faults(x: LinearShape) -> Iterator[str]:
         if x.dtype not in _DENSE:
             yield f"weights in {x.dtype}: {', '.join(_DENSE)} can be read"
     elif not isinstance(x.grid, Grid):
-        what = "real zero points" if x.grid.exact_zero is False else f"the codebook {x.grid.describe()}"
-        yield f"{what}: quantise to an integer grid instead (--quant gptq4)"
+        yield f"weights in {x.grid.describe()}: quantise to an integer grid instead (--quant gptq4)"
     else:
         group = x.in_features if x.grid.group == -1 else x.grid.group
         unit = CodeForm(x.grid.bits).unit

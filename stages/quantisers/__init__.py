@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from edgepress.checkpoints.walk import BlockVisit
 
-__all__ = ["HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "activation_bits", "form", "method", "too_few_bits"]
+__all__ = [
+    "HESSIANS", "METHODS", "NOTHING", "Method", "Solved", "activation_bits", "form", "method", "smallest_group",
+    "too_few_bits",
+]  # fmt: skip
 
 # The file of each name, and what its `form` is told besides the options.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -111,6 +114,11 @@ def activation_bits(options: Options) -> int:
 def form(options: Options, masked: bool) -> Form:
     """What the method asked for wants to store. masked: an N:M pattern is to be kept."""
     return method(options.quant).form(options, masked, **METHODS[options.quant][1])
+
+
+def smallest_group(quant: str) -> int:
+    """Weights that a scale serves at least: 16 where scales are codes of 6 bits themselves, else GPTQ's 32."""
+    return 16 if METHODS.get(quant, ("",))[0] == METHODS["gptq4-s"][0] else 32
 
 
 def too_few_bits(quant: str) -> str:

@@ -311,7 +311,7 @@ def test_a_model_the_program_cannot_run_is_refused_by_name(
 def test_weights_the_program_cannot_read_are_refused_by_name(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     book = compressed(tmp_path / "book", model, None, None, codebook="nf4")
-    with pytest.raises(PlanError, match="the codebook nf4: quantise to an integer grid"):
+    with pytest.raises(PlanError, match="weights in nf4: quantise to an integer grid"):
         exported(book, tmp_path / "chip")
     small = compressed(tmp_path / "small", model, None, 3, group=16)
     with pytest.raises(PlanError, match="groups of 16 in rows of 64 3-bit codes"):

@@ -89,6 +89,21 @@ def test_the_stored_tensors_are_the_weights(form: SuperBlocks, layer: tuple[Tens
     assert (told.form, told.rows, told.columns, told.dtype) == (form, ROWS, COLUMNS, "BF16")
 
 
+@pytest.mark.parametrize(
+    ("wanted", "widths", "group"), [(48, {576, 1536}, 48), (48, {512}, 32), (16, {64, 192}, 16), (200, {576}, 64)]
+)
+def test_a_group_is_as_asked_where_it_divides_every_width(wanted: int, widths: set[int], group: int) -> None:
+    fitted = SuperBlocks("gptq4-s", 4, wanted).fitted(widths)
+    assert fitted.group == group
+    for columns in widths:
+        generator = torch.Generator().manual_seed(0)
+        weight, inputs = (torch.randn(n, columns, generator=generator) for n in (8, 256))
+        found = super_blocks.solve(weight, inputs.T @ inputs, None, fitted, Gptq(quant="gptq4-s"), torch.bfloat16)
+        scales, minima = (found.stored()[f"weight.{name}"] for name in ("scales", "minima"))
+        assert scales.shape == minima.shape == (8, columns // group)
+        torch.testing.assert_close(fitted.read(found.stored(), 8, columns), found.weight, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_error_is_below_that_of_plain_groups_with_as_many_bits(bits: int, layer: tuple[Tensor, Tensor]) -> None:
     """A real minimum and 6-bit scales, groups of 32 or 64, against float16 scales and whole zero points."""
