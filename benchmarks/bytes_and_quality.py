@@ -9,7 +9,8 @@ multiple of 256 are padded with zeros for them, which its bits do not count.
     python -m benchmarks.bytes_and_quality shuffled wiki.valid.raw wiki.test.raw c4.jsonl --ggml LIBRARY [--only NAME]
 
 LIBRARY: a shared library that exports ggml_quantize_chunk, such as the extension module of the package xllamacpp. What
-was measured before is kept in `--cache` and printed again.
+was measured before is kept in bytes_and_quality.json beside this file (or `--rows`), with the processor it was measured
+on, and printed again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from torch import Tensor
 
 from benchmarks.gptq import library
 from edgepress.checkpoints.checkpoint import Checkpoint
-from edgepress.checkpoints.runtime import Runtime, choose_dtype
+from edgepress.checkpoints.manifest import write_bytes
+from edgepress.checkpoints.runtime import Runtime, choose_dtype, machine
 from edgepress.checkpoints.sources import open_source
 from edgepress.checkpoints.tokens import TokenBatches, sample_windows
 from edgepress.checkpoints.walk import Walk
@@ -106,6 +108,7 @@ class Row:
     name: str
     bits: float
     seconds: float
+    machine: str
     losses: dict[str, list[tuple[float, int]]]  # of each text: nats and predicted tokens of each window
 
     def perplexity(self, text: str) -> float:
@@ -220,18 +223,20 @@ class Bench:
     texts: list[Text]
     runtime: Runtime
     ggml: Ggml | None
-    cache: Path
+    rows: Path
     matrix: list[dict[str, Tensor]] | None = None
 
     def row(self, name: str) -> Row | None:
         """Measured now or before; None where the library for it is not given."""
-        kept = self.cache / f"{name.replace(' ', '-').replace('/', '-g')}.json"
-        if kept.is_file():
-            return Row(**json.loads(kept.read_text()))
-        with tempfile.TemporaryDirectory(dir=self.cache) as folder:
+        kept = json.loads(self.rows.read_text()) if self.rows.is_file() else {}
+        if name in kept:
+            return Row(name=name, **kept[name])
+        with tempfile.TemporaryDirectory() as folder:
             found = self._measured(name, Path(folder) / "out")
         if found is not None:
-            kept.write_text(json.dumps(vars(found)))
+            kept[name] = {key: value for key, value in vars(found).items() if key != "name"}
+            lines = (f"{json.dumps(n)}: {json.dumps(kept[n])}" for n in sorted(kept))
+            write_bytes(self.rows, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         return found
 
     def _measured(self, name: str, folder: Path) -> Row | None:
@@ -242,7 +247,7 @@ class Bench:
             return None
         model = self.source if name == "dense" else Checkpoint(folder, None)
         losses = {t.name: list(self._losses(model, t)) for t in self.texts}
-        return Row(name, bits or ours_bits(model), seconds, losses)
+        return Row(name, bits or ours_bits(model), round(seconds), machine(), losses)
 
     def _write(self, name: str, folder: Path) -> float | None:
         """Quantise into the folder; the bits a weight, 0 where the folder tells them, None where nothing can."""
@@ -268,7 +273,7 @@ class Bench:
 
     def _losses(self, model: Checkpoint, text: Text) -> Iterator[tuple[float, int]]:
         for passage in measure_passages(model, text, Protocol(), self.runtime):
-            yield passage.nll, passage.scored
+            yield round(passage.nll, 3), passage.scored
 
 
 def rival(row: Row, rows: Mapping[str, Row], text: str) -> Row | None:
@@ -339,7 +344,7 @@ def main() -> None:
     parser.add_argument("--ggml", type=Path)
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--figure", type=Path, help="a PNG of what was measured")
-    parser.add_argument("--cache", type=Path, default=Path("bytes_and_quality"))
+    parser.add_argument("--rows", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     source = open_source(arguments.model)
     runtime = Runtime(dtype=choose_dtype("auto", torch.device("cpu"), "BF16"))
@@ -350,9 +355,8 @@ def main() -> None:
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(2))
     training = TokenBatches("training", drawn.ids[order].contiguous())
     texts = [load_text(name, "whole") for name in arguments.texts]
-    arguments.cache.mkdir(parents=True, exist_ok=True)
     ggml = Ggml(arguments.ggml) if arguments.ggml else None
-    bench = Bench(source, windows, training, texts, runtime, ggml, arguments.cache)
+    bench = Bench(source, windows, training, texts, runtime, ggml, arguments.rows)
     rows: dict[str, Row] = {}
     for name in arguments.only or ["dense", *TABLE, *MIXES, *PURE, *LIBRARY]:
         if (row := bench.row(name)) is not None:

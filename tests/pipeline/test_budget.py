@@ -555,11 +555,11 @@ def test_a_group_wider_than_a_layer_is_no_way_of_its_own(tiny_llama: Path) -> No
     assert ("gptq4-s", 128) in ways
     sizes = layer_sizes(shape, options, ways)
     assert {g for q, g in sizes[0, "mlp.down_proj"] if q == "gptq4-s"} == {16, 32, 64, 128}
-    assert {g for q, g in sizes[0, "self_attn.q_proj"] if q == "gptq4-s"} == {32, 64}
+    assert {g for q, g in sizes[0, "self_attn.q_proj"] if q == "gptq4-s"} == {16, 32, 64}
     blocks = tuple(
         replace(b, linears=tuple(x for x in b.linears if not x.name.endswith("down_proj"))) for b in shape.blocks
     )
-    assert {g for _, g in candidates(replace(shape, blocks=blocks), options, "gptq4-s")} == {32, 64}
+    assert {g for _, g in candidates(replace(shape, blocks=blocks), options, "gptq4-s")} == {16, 32, 64}
     budget = Budget.parse("4.6bits", shape)
     chooser = Chooser(shape, budget, options, ways, (8,))
     losses = {layer: {way: 1 / size for way, size in own.items()} for layer, own in chooser.sizes.items()}
