@@ -22,11 +22,12 @@ from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import DENSE_DTYPE, OWN_KEY, BlockShape, LinearShape, ModelShape, coded, with_form
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.stages.options import Gptq as Options
-from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method, too_few_bits
+from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_bits, form, method, too_few_bits, w4a8
 from edgepress.stages.requirements import (
     BASE_BYTES,
     Cost,
     block_bytes,
+    block_weights,
     held_state_bytes,
     linears,
     linked_bytes,
@@ -125,7 +126,12 @@ def cost(before: ModelShape, options: Options) -> Cost:
     beside = states if high else 0  # of the dense blocks' walk
     if needs != HESSIANS:
         beside += 8 * max(x.weights for x in linears(before)) * 4
+    if options.smooth:
+        beside += 2 * block_bytes(before)  # its weights in 32 bits
     walk = walk_cost(before, options, needs, slowdown=4.5, linked=linked, beside=beside)
+    if options.smooth:
+        passed = w4a8.THRESHOLDS * w4a8.SEARCHED_TOKENS  # tokens
+        walk = replace(walk, operations=walk.operations + passed * len(before.blocks) * block_weights(before))
     if not high:
         return walk
     # Afterwards all layers of a block at once: positions, gradients, Adam's two moments, levels, weights and a float32

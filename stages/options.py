@@ -375,6 +375,9 @@ class Gptq:
     layers: str = option(
         "", "--quant-layers", "Settings of single layers: 'down_proj=gptq5-s/32; 0-3,7.q_proj=gptq3-s'.", later=True
     )
+    smooth: bool = option(
+        False, "--smooth", "With w4a8, QQQ's smoothing: divide outlying input channels, multiply their columns.", True
+    )
 
     def __post_init__(self) -> None:
         faults = _Faults()
@@ -404,6 +407,11 @@ class Gptq:
             not self.layers or not self.skipped,
             "--quant-layers says how layers are quantised, and --quant none quantises none",
         )
+        faults.require(
+            not self.smooth or self.quant == "w4a8",
+            "--smooth divides inputs before they are rounded, as QQQ does; give --quant w4a8 with it, not "
+            f"{self.quant}. awq4 has scales of its own, searched for the weights",
+        )
         faults.of(lambda: self.rules)
         faults.raise_all()
 
@@ -413,7 +421,7 @@ class Gptq:
 
     @property
     def label(self) -> str:
-        name = f"{self.quant}-mixed" if self.layers else self.quant
+        name = self.quant + "-smooth" * self.smooth + "-mixed" * bool(self.layers)
         return name if self.activation_bits == 16 else f"{name}-a{self.activation_bits}"
 
     @property

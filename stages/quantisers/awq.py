@@ -211,12 +211,13 @@ class Folding:
             return self.block.model.kv_heads * self.block.model.head_dim
         return self.block.linears[name].in_features
 
-    def shared(self, names: tuple[str, ...], values: Tensor) -> Tensor:
-        """values (in,), one for each input, made equal where one row makes several inputs."""
+    def shared(self, names: tuple[str, ...], values: Tensor, largest: bool = False) -> Tensor:
+        """values (in,), one for each input, made equal where one row makes several inputs: their mean or largest."""
         if names[0].rpartition(".")[2] != "o_proj":
             return values
         by_head = values.view(self.block.model.kv_heads, -1, self.block.model.head_dim)
-        return by_head.mean(dim=1, keepdim=True).expand_as(by_head).flatten()
+        joined = by_head.amax(dim=1, keepdim=True) if largest else by_head.mean(dim=1, keepdim=True)
+        return joined.expand_as(by_head).flatten()
 
     def fold(self, names: tuple[str, ...], before: str, s: Tensor) -> Tensor | None:
         """Divide the input of `names` by s (in,), equal where `shared`, and multiply their columns with it.

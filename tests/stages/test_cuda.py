@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "hqq4": ("gptq", Gptq("hqq4", **QUANT)),
     "awq4": ("gptq", Gptq("awq4", **QUANT)),
     "w4a8": ("gptq", Gptq("w4a8", **QUANT)),
+    "w4a8, smoothed": ("gptq", Gptq("w4a8", smooth=True, **QUANT)),
     "nf4": ("gptq", Gptq("nf4", **QUANT)),
     "depth, taylor": ("depth", Depth(1, metric="taylor", protect_first=0, protect_last=0, **WINDOWS)),
     "gptq4, high": ("gptq", Gptq("gptq4", effort="high", effort_steps=4, **QUANT)),
