@@ -92,6 +92,7 @@ def test_no_plan_waits_for_torch_or_transformers(tiny_llama: Path) -> None:
         *(["--prune", name] for name in PRUNERS),
         *(["--quant", name, "--wanda", "none"] for name in QUANTISERS),  # some keep no pattern
         *(["--recover", name] for name in RECOVERIES),
+        ["--quant", "w4a8", "--smooth"],
         ["--quant-effort", "high", "--quant-embeddings", "8", "--device", "cpu", "--dtype", "bfloat16"],
     ]
     small = ["--model", str(tiny_llama), "--data", "embedded", "--protect-first", "1", "--protect-last", "1"]

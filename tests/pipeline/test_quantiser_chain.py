@@ -61,6 +61,21 @@ def test_each_method_goes_through_the_command(
     assert again.computed == 0
 
 
+def test_smoothing_goes_through_the_command(out: Path, tiny_llama: Path, run_recipe: Callable[..., Any]) -> None:
+    values = {"wanda__pattern": "2:4", "skip": "depth,lora", "gptq__quant": "w4a8", "gptq__smooth": True}
+    pruned, quantised, adapted = run_recipe(out, tiny_llama, **values).stages
+    for stage in (quantised, adapted):
+        shape, facts = stage.checkpoint.shape, stage.checkpoint.manifest
+        assert facts.sparsity["holds"] and shape.activation_bits == 8
+        assert (shape.file_bytes, packed_sizes(shape).total) == (facts.file_bytes, facts.packed_bytes)
+        assert stage.after["perplexity"] < 2 * pruned.after["perplexity"]
+    assert quantised.checkpoint.folder.name.startswith("2-w4a8-smooth-")
+    assert all(
+        "threshold" in layer for block in quantised.checkpoint.manifest.facts["blocks"] for layer in block.values()
+    )
+    assert run_recipe(out, tiny_llama, **values).computed == 0
+
+
 @pytest.mark.parametrize("method", ["hqq4", "hqq2"])
 def test_real_zero_points_where_no_pattern_forbids_them(
     method: str, out: Path, tiny_llama: Path, run_recipe: Callable[..., Any], tmp_path: Path
@@ -90,3 +105,5 @@ def test_the_command_plans_and_refuses_in_words(compress: Callable[..., Any]) ->
     refused = compress(*flags, "--quant", "awq4", "--quant-effort", "high")
     assert refused.returncode == 2
     assert "awq4 has no such solution; it goes with gptq4" in " ".join(refused.stderr.split())
+    refused = compress(*flags, "--smooth")
+    assert refused.returncode == 2 and "give --quant w4a8 with it, not gptq4" in " ".join(refused.stderr.split())
