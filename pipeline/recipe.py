@@ -296,7 +296,7 @@ def _skipped(skip: str, faults: list[str]) -> set[str]:
 # time, distilling in between, so that the student never falls far behind. Here a round is the stages themselves with
 # a part of their amounts, so every round has its checkpoint, its measurement and its place in the store. Other than
 # in the paper, what is removed are blocks and N:M zeros by the stages' own rankings, and the teacher's logits alone
-# are matched, not its hidden states.
+# are matched unless --distill-hidden adds its hidden states.
 #
 # The rounds together take the optimiser steps, the training windows and the removals of one run in full. Each round
 # is a training of its own, with its own warm-up and cosine, on windows of its own. Calibration of a ranking is not

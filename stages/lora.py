@@ -64,6 +64,8 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
     Raises PlanError for unknown targets, and for weights that are not of the kind that the method works on.
     """
     recovery = options.recovery
+    if options.distill_hidden:
+        _require_comparable(shape, options)
     for index, block in enumerate(shape.blocks if options.noise else ()):
         _require_noise(find_gate(block, index), options, shape)
     if recovery.whole and len(shape.own_blocks) < len(shape.blocks):
@@ -85,6 +87,21 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
         if options.rank > least:
             raise PlanError(f"--lora-rank {options.rank}: the smallest layer to adapt has rank {least}")
     return with_adapters(shape, options)
+
+
+def _require_comparable(shape: ModelShape, options: Options) -> None:
+    """Raise PlanError where no teacher has hidden states, or not one for every run of a block."""
+    asked = f"--distill-hidden {options.distill_hidden:g}"
+    if options.distill == 0:
+        raise PlanError(
+            f"{asked} compares hidden states with the teacher's, and without --distill there is no teacher; give "
+            "--distill 0.5 with it, or 1 for the teacher alone"
+        )
+    if len(shape.own_blocks) < len(shape.blocks):
+        raise PlanError(
+            f"{asked}: a block runs several times here, and the teacher has no hidden states for its other runs; leave "
+            "it out, and --distill compares the logits alone"
+        )
 
 
 def _require_noise(gate: LinearShape, options: Options, shape: ModelShape) -> None:
@@ -135,6 +152,8 @@ def _step_bytes(before: ModelShape, options: Options) -> int:
     if options.packed:  # one layer: whole numbers, values and products in 32 bits, and what is computed with
         passing += 14 * max(x.weights for x in linears(before))
     kept = count * 2 * before.hidden_size + block if options.checkpointing else count * block
+    if options.distill_hidden:  # the teacher's states, and their differences in 32 bits for the gradient
+        kept += count * (2 + 4) * before.hidden_size
     return options.micro_batch * options.length * (kept + logits) + passing
 
 
@@ -207,11 +226,12 @@ def run(
         own_random_state(seed),  # again: whether the teacher had to compute anything must make no difference
     ):
         model, layers, starts = adapted(source, options, runtime)
+        plain = model if options.recovery.whole else model.get_base_model()
         with ExitStack() as disturbed:
             for disturbance in disturbances(options):
-                plain = model if options.recovery.whole else model.get_base_model()
                 disturbed.enter_context(disturbance.on_model(plain, source.shape))
-            training = train(model, calibration, options, runtime, target.work, taught)
+            blocks = plain.get_submodule(source.shape.block_prefix)
+            training = train(model, calibration, options, runtime, target.work, taught, blocks)
 
     training.curve.write(target.folder, options)
     for line in (*training.curve.lines(), f"  {training.summary()}"):

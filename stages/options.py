@@ -259,6 +259,9 @@ class Lora:
     loftq_steps: int = option(
         0, "--loftq-steps", "With loftq, turns of fitting A and B and quantising; 0 is 5; 1 keeps the codes.", True, 1
     )
+    distill_hidden: float = option(
+        0.0, "--distill-hidden", "Weight in the loss of the teacher's hidden states after each block; 0 is none.", True
+    )
 
     stage, title, trained = "lora", "LoRA training", "the adapter"
 
@@ -281,6 +284,8 @@ class Lora:
         faults.require(0 <= self.weight_decay < math.inf, decay)
         faults.require(0 <= self.noise < math.inf, f"--train-noise {self.noise}: must be 0 or more, and finite")
         faults.require(0 <= self.mask < 1, f"--train-mask {self.mask}: must be in [0, 1)")
+        hidden = f"--distill-hidden {self.distill_hidden}: must be 0 or more, and finite"
+        faults.require(0 <= self.distill_hidden < math.inf, hidden)
         turns = f"--loftq-steps {self.loftq_steps}"
         faults.require(self.loftq_steps >= 0, f"{turns}: cannot be negative")
         faults.require(
@@ -456,7 +461,7 @@ class Tune:
     # As lora's options of these names; no flags.
     stage, title, trained = "tune", "Training of scales", "the set of scales"
     teacher, loss, packing, schedule = "auto", "all", "windows", "cosine"
-    warmup, weight_decay, checkpointing = 0.1, 0.0, False
+    warmup, weight_decay, checkpointing, distill_hidden = 0.1, 0.0, False, 0.0
 
     def __post_init__(self) -> None:
         faults = _Faults()

@@ -6,11 +6,12 @@ import io
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,9 +66,17 @@ class Training:
 
 
 def train(
-    model: nn.Module, data: TokenBatches, options: Options, runtime: Runtime, work: Work, teacher: Teacher | None
+    model: nn.Module,
+    data: TokenBatches,
+    options: Options,
+    runtime: Runtime,
+    work: Work,
+    teacher: Teacher | None,
+    blocks: Iterable[nn.Module] = (),
 ) -> Training:
     """Train what asks for a gradient on data.ids (windows, L); the last held_out windows only tell when to stop.
+
+    blocks: the model's, whose outputs are compared with the teacher's hidden states if the options say so.
 
     Goes on from the last whole saved step. With held-out windows, training stops when their loss has not
     improved for `patience` checks, and what the best check found is what stays in the model.
@@ -79,7 +88,7 @@ def train(
     windows = len(data.ids)
     steps = options.steps_over(windows)
     cut = windows - options.held_out
-    trainer = _distilling(teacher, options.distill)(
+    trainer = _distilling(teacher, options, list(blocks))(
         model=model,
         args=_arguments(options, steps, runtime, work.folder),
         train_dataset=_Windows(data, 0, cut),
@@ -218,9 +227,14 @@ def _kept(work: Work, options: Options) -> str:
     return f"{options.trained} of step {step}, the last good one, is kept in {saved}. Lower {rate}"
 
 
-def _distilling(teacher: Teacher | None, share: float) -> Any:
-    """The Trainer's class, whose loss is mixed with KL(teacher || student) over the same tokens."""
+def _distilling(teacher: Teacher | None, options: Options, blocks: list[nn.Module]) -> Any:
+    """The Trainer's class, whose loss is mixed with KL(teacher || student) over the same tokens.
+
+    With distill_hidden the error of the outputs of `blocks`, the student's, is added with that weight.
+    """
     from transformers import Trainer
+
+    share, hidden = options.distill, options.distill_hidden
 
     class Distilling(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -228,14 +242,22 @@ def _distilling(teacher: Teacher | None, share: float) -> Any:
             windows = inputs.pop("windows")
             if teacher is None:
                 return super().compute_loss(model, inputs, *args, **kwargs)
-            loss, outputs = super().compute_loss(model, inputs, *args, **(kwargs | {"return_outputs": True}))
+            with outputs_of(blocks if hidden else []) as states:
+                loss, outputs = super().compute_loss(model, inputs, *args, **(kwargs | {"return_outputs": True}))
             with torch.no_grad():
-                wanted = teacher(inputs["input_ids"], windows)[:, : inputs["labels"].shape[1] - 1]
-            kl = token_divergence(outputs["logits"][:, :-1], wanted)
-            learnt = inputs["labels"][:, 1:] != IGNORED
-            kl = kl if learnt.all() else kl[learnt]
+                lesson = teacher(inputs["input_ids"], windows)
+            learnt, width = inputs["labels"][:, 1:] != IGNORED, inputs["labels"].shape[1] - 1
             count = kwargs.get("num_items_in_batch")
-            mixed = (1 - share) * loss + share * (kl.mean() if count is None else kl.sum() / count)
+
+            def mean(of_tokens: Tensor) -> Tensor:
+                of_tokens = of_tokens if learnt.all() else of_tokens[learnt]
+                return of_tokens.mean() if count is None else of_tokens.sum() / count
+
+            kl = token_divergence(outputs["logits"][:, :-1], lesson.logits[:, :width])
+            mixed = (1 - share) * loss + share * mean(kl)
+            if hidden:
+                errors = hidden_errors([x[:, :width] for x in states], [x[:, :width] for x in lesson.states])
+                mixed = mixed + hidden * mean(errors)
             return (mixed, outputs) if kwargs.get("return_outputs") else mixed
 
     return Distilling
@@ -370,9 +392,21 @@ def own_random_state(seed: int) -> Iterator[None]:
 # logits, are kept in the unfinished folder. Its own norm and head turn them back into the full, exact logits of a
 # batch when the batch comes. Nothing is lost, as it would be with the top k logits, and a token takes d numbers
 # instead of one for every word: 47 MB for 80 windows of 512 on SmolLM2, where the logits would be 4 GB.
+#
+# With --distill-hidden the states after each of the teacher's blocks that the student still has are compared too, as
+# HomoDistil does (Liang et al., arXiv 2302.09632, with TinyBERT's loss on hidden layers, arXiv 1909.10351). A streamed
+# teacher keeps those as well. Student and teacher are as wide as each other here, so no projection is learned between
+# them. Attention maps, which the paper matches besides, are not: fused attention gives none.
 
 
-Teacher = Callable[[Tensor, Tensor], Tensor]  # token ids (b, L), window numbers (b,) -> logits (b, L, vocabulary)
+class Lesson(NamedTuple):
+    """What the teacher says of a batch."""
+
+    logits: Tensor  # (b, L, vocabulary)
+    states: Sequence[Tensor]  # (b, L, d) after each of its blocks that the student has; none unless they are compared
+
+
+Teacher = Callable[[Tensor, Tensor], Lesson]  # of token ids (b, L) and window numbers (b,)
 
 
 @contextmanager
@@ -389,18 +423,54 @@ def teacher(
         return
     # The oldest of the chain that has this vocabulary: trimming it comes first, and changes no logit that stays.
     *_, root = (c for c in source.ancestors() if c.shape.vocabulary == source.shape.vocabulary)
+    compared = counterparts(source, root) if options.distill_hidden else []
     if kind == "held":
         model = root.model(runtime.device, runtime.dtype)
-        yield lambda batch, _: model(input_ids=batch).logits
+        blocks: Any = model.get_submodule(root.shape.block_prefix)
+
+        def held(batch: Tensor, _: Tensor) -> Lesson:
+            with outputs_of([blocks[number] for number in compared]) as states:
+                return Lesson(model(input_ids=batch).logits, states)
+
+        yield held
         return
     numbers = visited(len(ids), options)
-    walk = streamed(root, ids[numbers], runtime, Work(work.folder / "teacher"))
+    walk, files = streamed(root, ids[numbers], runtime, Work(work.folder / "teacher"), compared)
     assert walk.states.path is not None
     width = (ids.shape[1], root.shape.hidden_size)
-    kept = States([width] * len(numbers), runtime.dtype, walk.states.path).chunks
+    last, *kept = (States([width] * len(numbers), runtime.dtype, path).chunks for path in (walk.states.path, *files))
     place = {number: index for index, number in enumerate(numbers)}
+
+    def read(chunks: Sequence[Tensor], windows: Tensor) -> Tensor:
+        return torch.stack([chunks[place[int(number)]] for number in windows])
+
     with walk.skeleton.head() as head:
-        yield lambda _, windows: head(torch.stack([kept[place[int(number)]] for number in windows]))
+        yield lambda batch, windows: Lesson(
+            head(read(last, windows)), [read(chunks, windows).to(batch.device) for chunks in kept]
+        )
+
+
+def counterparts(source: Checkpoint, root: Checkpoint) -> list[int]:
+    """Of each block of the source, the number of the block of `root` that it was.
+
+    Raises CheckpointError where that is not recorded, or the blocks are not some of the root's in their order.
+    """
+    count, of_root = len(source.shape.blocks), len(root.shape.blocks)
+    numbers = source.manifest.origin.get("blocks") if source.manifest else None
+    if numbers is None and count == of_root:
+        numbers = list(range(count))
+    if numbers is None or len(numbers) != count or not set(numbers) <= set(range(of_root)):
+        raise CheckpointError(
+            f"--distill-hidden: it is not recorded which blocks of {root.folder} are left in {source.folder}; leave it "
+            "out, and --distill compares the logits alone"
+        )
+    if any(later <= earlier for earlier, later in pairwise(numbers)):
+        raise CheckpointError(
+            f"--distill-hidden: the blocks of {source.folder} are {', '.join(map(str, numbers))} of {root.folder}, not "
+            "in its order, so their outputs are no steps on its way; leave it out, and --distill compares the logits "
+            "alone"
+        )
+    return list(numbers)
 
 
 def visited(windows: int, options: Options) -> list[int]:
@@ -409,22 +479,64 @@ def visited(windows: int, options: Options) -> list[int]:
     return [*range(min(training, options.steps_over(windows) * options.batch)), *range(training, windows)]
 
 
-def streamed(root: Checkpoint, ids: Tensor, runtime: Runtime, work: Work) -> Walk:
-    """A finished walk whose states are the teacher's last hidden states (windows, L, d), in a file that lasts."""
+def streamed(
+    root: Checkpoint, ids: Tensor, runtime: Runtime, work: Work, compared: Sequence[int] = ()
+) -> tuple[Walk, list[Path]]:
+    """A finished walk whose states are the teacher's last hidden states (windows, L, d), in a file that lasts; and a
+    file of the states after each block in `compared`, in the same layout."""
     chunks = list(torch.split(ids, max(1, runtime.chunk_tokens // ids.shape[1])))
     walk = Walk(root, chunks, runtime, work, last_outputs=True, task="teacher")
+    files = {number: work.folder / f"after-{number:05d}.bin" for number in compared}
     for block in walk:
+        # Those before this block, which still lie there when a kill comes before it is done.
+        if (copy := files.get(block.index - 1)) is not None:
+            assert walk.states.path is not None
+            shutil.copyfile(walk.states.path, copy)
+            work.vouch(copy)
         block.done()
     for path in work.folder.glob("states-*.bin"):
         if path != walk.states.path:  # the states before the last block
             path.unlink()
-    return walk
+    assert walk.states.path is not None
+    if (last := len(root.shape.blocks) - 1) in files:
+        files[last] = walk.states.path
+    return walk, list(files.values())
 
 
 def token_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of each token in nats, float32: (b, L) from logits (b, L, vocabulary)."""
     p, q = teacher.float().log_softmax(dim=-1), student.float().log_softmax(dim=-1)
     return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1)
+
+
+def hidden_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared error of each token's hidden states relative to the teacher's, float32: (b, L), the mean over blocks.
+
+    Both are (b, L, d), one for each block. HomoDistil compares BERT's states, which a norm has brought to one size. The
+    states between a LLaMA model's blocks have not been through one: they grow from block to block, and of a few tokens
+    they are a thousand times those of the rest, which would be all that a plain mean saw.
+    """
+    errors = [
+        (s.float() - t.float()).square().sum(dim=-1) / t.float().square().sum(dim=-1).clamp_min(1e-12)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(errors).mean(dim=0)
+
+
+@contextmanager
+def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list that takes the output (b, L, d) of each of these blocks as it runs, until the context ends."""
+    found: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(take) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # --- the loss curve ---------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def teacher_kind(shape: ModelShape, options: Training) -> str:
 
 
 def teacher_disk_bytes(shape: ModelShape, options: Training) -> int:
-    """Most disk the streamed teacher takes: hidden states before and after a block, in 16 bit."""
+    """Most disk the streamed teacher takes, in 16 bit: hidden states before and after a block, and those to compare."""
     windows = min(options.samples, options.total_steps * options.batch + options.held_out)
-    return 2 * windows * options.length * shape.hidden_size * 2
+    copies = 2 + (len(shape.blocks) if options.distill_hidden else 0)
+    return copies * windows * options.length * shape.hidden_size * 2

@@ -109,6 +109,28 @@ def test_a_run_that_stopped_between_rounds_goes_on_to_the_same_bytes(
     assert weight_hashes(out) == whole
 
 
+def test_rounds_that_compare_hidden_states(tiny_llama: Path, run_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    """Round after round the student has fewer blocks; each is compared with the teacher's that it was."""
+    short = FLAGS | {"skip": "gptq,eora", "wanda__pattern": "none"}
+    plain, hidden = (
+        run_recipe(tmp_path / str(weight), tiny_llama, **short, lora__distill_hidden=weight) for weight in (0.0, 1.0)
+    )
+    trained = [r for r in hidden.stages if r.checkpoint.manifest.stage == "lora"]
+    assert [r.checkpoint.manifest.options["distill_hidden"] for r in trained] == [1.0, 1.0]
+    assert [len(r.checkpoint.shape.blocks) for r in trained] == [5, 4]
+    first = [next(r for r in result.stages if r.checkpoint.manifest.stage == "lora") for result in (plain, hidden)]
+    assert first[1].checkpoint.manifest.facts["losses"][0] > first[0].checkpoint.manifest.facts["losses"][0]
+    assert run_recipe(tmp_path / "1.0", tiny_llama, **short, lora__distill_hidden=1.0).computed == 0
+
+
+def test_hidden_states_are_refused_without_a_teacher(compress: Callable[..., Any]) -> None:
+    refused = compress("plan", "--distill-hidden", "1", "--model", "smollm2-135m")
+    assert refused.returncode == 2
+    assert "without --distill there is no teacher; give --distill 0.5 with it" in " ".join(refused.stderr.split())
+    rounds = compress("plan", "--distill-hidden", "1", "--homotopic", "2", "--model", "smollm2-135m")
+    assert rounds.returncode == 0, rounds.stderr  # rounds distil of themselves
+
+
 def report(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "report.json").read_text())
     return found
