@@ -206,6 +206,11 @@ class BlockVisit:
         return result
 
     @property
+    def work(self) -> Work | None:
+        """The stage's work, if it keeps any."""
+        return self._walk.work
+
+    @property
     def stored_dtype(self) -> torch.dtype:
         """The precision in which `weights` gives the block to its file."""
         return self._walk.source.stored_dtype

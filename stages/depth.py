@@ -17,6 +17,7 @@ from edgepress.checkpoints.lazy import F, torch
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import ModelShape, cut_config, with_blocks, with_firsts
 from edgepress.checkpoints.tokens import TokenBatches
+from edgepress.stages.gradients import advance, backwards, nll
 from edgepress.stages.options import Depth as Options
 from edgepress.stages.requirements import (
     BASE_BYTES,
@@ -33,7 +34,7 @@ from edgepress.stages.requirements import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
     from edgepress.checkpoints.walk import States
@@ -211,23 +212,14 @@ def _losses(
         for i in order:
             with skeleton.block(i) as block:
                 for skipped in without.values():
-                    _advance(skeleton, block, i, skipped)
+                    advance(skeleton, block, i, skipped)
                 if i in candidates:
                     without[i] = scratch.states(shapes, runtime.dtype, like=intact)
-                _advance(skeleton, block, i, intact)
+                advance(skeleton, block, i, intact)
             runtime.progress.step(block=i)
         ended = without | ({None: intact} if also_intact else {})
         with skeleton.head() as head, torch.no_grad():
             return {j: _mean_loss(head, skipped.chunks, chunks) for j, skipped in ended.items()}
-
-
-def _advance(skeleton: Skeleton, block: nn.Module, index: int, states: States) -> None:
-    """Carry states through a block, in place. Raises NumericsError naming a block whose output is not finite."""
-    for number, before in enumerate(states.chunks):
-        after = skeleton.run(block, index, before)
-        if not bool(torch.isfinite(after).all()):
-            raise NumericsError(f"the hidden states after block {index} are not finite")
-        states.write(number, after)
 
 
 def taylor(
@@ -256,48 +248,12 @@ def _by_gradient(
     runtime: Runtime,
     of: Callable[[Tensor], Tensor],
 ) -> dict[int, float]:
-    """Sum of of(W * dL/dW), float32, over a block's linear layers.
-
-    The gradient is carried backwards one block at a time from the stored inputs of each block, so memory
-    stays at one block with its gradient plus the hidden states.
-    """
-    from edgepress.checkpoints.walk import Scratch
-
-    shapes = [(*ids.shape, skeleton.checkpoint.shape.hidden_size) for ids in chunks]
-    scratch = Scratch(runtime.spill_bytes)
-    inputs = [scratch.states(shapes, runtime.dtype)]
-    for number, states in enumerate(skeleton.embed(chunks)):
-        inputs[0].write(number, states)
-    for i in order:
-        inputs.append(scratch.states(shapes, runtime.dtype, like=inputs[-1]))
-        with skeleton.block(i) as block:
-            _advance(skeleton, block, i, inputs[-1])
-    total = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
-    gradients = []
-    with skeleton.head() as head:
-        for states, ids in zip(inputs.pop().chunks, chunks, strict=True):
-            leaf = states.to(skeleton.device).requires_grad_()
-            for row, targets in zip(torch.split(leaf, 1), torch.split(ids, 1), strict=True):
-                torch.autograd.backward(_nll(head(row), targets) / total)
-            assert leaf.grad is not None
-            gradients.append(leaf.grad)
-    scores = {}
+    """Sum of of(W * dL/dW), float32, over a block's linear layers."""
     runtime.progress.start("ranking blocks", len(order))
-    for i in reversed(order):
-        with skeleton.block(i) as block:
-            linears = skeleton.linears(i)
-            for linear in linears.values():
-                linear.weight.requires_grad_()
-            backward = []
-            for states, gradient in zip(inputs.pop().chunks, gradients, strict=True):
-                leaf = states.to(skeleton.device).requires_grad_()
-                torch.autograd.backward(skeleton.call(block, skeleton.arguments(i, states), leaf), gradient)
-                assert leaf.grad is not None
-                backward.append(leaf.grad)
-            gradients = backward
-            scores[i] = sum(_weight_times_gradient(linear.weight, of) for linear in linears.values())
+    scores = {}
+    for i, linears in backwards(skeleton, order, chunks, runtime):
+        scores[i] = sum(_weight_times_gradient(linear.weight, of) for linear in linears.values())
         runtime.progress.step(block=i)
-    scratch.close()
     return {i: scores[i] for i in candidates}
 
 
@@ -345,18 +301,12 @@ def _weight_times_gradient(weight: Tensor, of: Callable[[Tensor], Tensor]) -> fl
     return float(of(weight.detach().float() * weight.grad.float()).sum())
 
 
-def _nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Summed negative log-likelihood in nats. logits (b, L, vocabulary), ids (b, L)."""
-    targets = ids[:, 1:].to(logits.device)
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
-
-
 def _mean_loss(head: Callable[[Tensor], Tensor], states: Sequence[Tensor], chunks: list[Tensor]) -> float:
     # One sequence at a time: over 49,152 words, the logits of 128 tokens are 25 MB in float32.
-    nll = 0.0
-    for chunk, ids in zip(states, chunks, strict=True):
-        nll += sum(float(_nll(head(row), t)) for row, t in zip(torch.split(chunk, 1), torch.split(ids, 1), strict=True))
-    loss = nll / sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
+    pairs = zip(states, chunks, strict=True)
+    rows = ((row, t) for chunk, ids in pairs for row, t in zip(torch.split(chunk, 1), torch.split(ids, 1), strict=True))
+    total = sum(float(nll(head(row), t)) for row, t in rows)
+    loss = total / sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
     if not loss < math.log(sys.float_info.max):
         raise NumericsError(f"depth: the loss of the calibration windows is {loss:.4g} nats a token, not finite")
     return loss

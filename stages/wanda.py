@@ -24,8 +24,22 @@ from edgepress.checkpoints.shape import (
 )
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.stages.options import Wanda as Options
-from edgepress.stages.pruning import NOTHING, method
-from edgepress.stages.requirements import Cost, linked_bytes, require_dense, walk_cost
+from edgepress.stages.pruning import GRADIENTS, NOTHING, fisher, method
+from edgepress.stages.requirements import (
+    BASE_BYTES,
+    Cost,
+    block_bytes,
+    forward_operations,
+    head_weights,
+    held_state_bytes,
+    linears,
+    linked_bytes,
+    require_dense,
+    state_bytes,
+    tokens,
+    walk_bytes,
+    walk_cost,
+)
 
 if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
@@ -59,7 +73,17 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
 
 def cost(before: ModelShape, options: Options) -> Cost:
     """What the stage takes on a model of this shape."""
-    return walk_cost(before, options, method(options.method).NEEDS, slowdown=3.9, linked=linked_bytes(before))
+    needs, linked = method(options.method).NEEDS, linked_bytes(before)
+    if needs != GRADIENTS:
+        return walk_cost(before, options, needs, slowdown=3.9, linked=linked)
+    # As depth's ranking by gradients: the states before every block at once; squares of gradients in 32 bits besides.
+    count = len(before.blocks)
+    at_block, at_ends = walk_bytes(before, options)
+    beside = held_state_bytes(before, options, count)
+    peak = beside + max(at_block + 5 * block_bytes(before), at_ends + options.length * before.vocabulary * 10)
+    masks = sum(x.weights for x in linears(before)) // 8
+    operations = 3 * (forward_operations(before, options) + tokens(options) * head_weights(before))
+    return Cost(BASE_BYTES + peak, linked, masks + state_bytes(before, options, count), operations, slowdown=2.1)
 
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:
@@ -95,15 +119,17 @@ def run(
 
     chosen, after = method(options.method), plan(source.shape, options)
     # Weights alone need no hidden states: the walk then carries none, and no block is run.
-    chunks = calibration.chunks(runtime.chunk_tokens) if chosen.NEEDS != NOTHING else []
+    chunks = calibration.chunks(runtime.chunk_tokens) if chosen.NEEDS not in (NOTHING, GRADIENTS) else []
+    groups_of = [{x.name: _groups(x.pattern, x) for x in b.linears if x.pattern is not None} for b in after.blocks]
+    if chosen.NEEDS == GRADIENTS:
+        fisher.choose(source, calibration, groups_of, runtime, target.work.folder)
     walk = Walk(source, chunks, runtime, target.work, task=options.method)
     for block in walk:
         if (first := after.firsts[block.index]) < block.index:  # one mask for what is one block
             block.take(target.repeat_block(block.index, first))
             block.done(walk.facts[first])
             continue
-        linears = after.blocks[block.index].linears
-        groups = {x.name: _groups(x.pattern, x) for x in linears if x.pattern is not None}
+        groups = groups_of[block.index]
         over = {name: _over(block, name, nm) for name, nm in groups.items()}
         facts = chosen.prune(block, groups)
         if broken := [name for name, nm in groups.items() if _over(block, name, nm) > over[name]]:

@@ -19,17 +19,20 @@ METHODS = {
     "magnitude": "edgepress.stages.pruning.magnitude",
     "sparsegpt": "edgepress.stages.pruning.sparsegpt",
     "sparsegpt-layer": "edgepress.stages.pruning.sparsegpt:WholeLayer",
+    "fisher": "edgepress.stages.pruning.fisher",
     "gate-l1": "edgepress.stages.pruning.gate_l1",
 }
 
 # What a method needs to see besides the weights.
-NOTHING, NORMS, HESSIANS = "nothing", "norms", "hessians"
+NOTHING, NORMS, HESSIANS, GRADIENTS = "nothing", "norms", "hessians", "gradients"
 
 
 class Method(Protocol):
     """What every file of this folder holds."""
 
-    NEEDS: str  # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them
+    # NOTHING: no calibration token is run; HESSIANS: the memory forecast counts them; GRADIENTS: `choose` of the file
+    # is called before the first block, and what it keeps in the stage's work is there for `prune`.
+    NEEDS: str
 
     def sparsity(self, amount: Amount) -> Sparsity:
         """Where the zeros of `--wanda AMOUNT` will lie: what the manifest states and every later stage must keep."""

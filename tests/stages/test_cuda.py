@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "depth, influence": ("depth", Depth(1, metric="influence", protect_first=0, protect_last=0, **WINDOWS)),
     "wanda": ("wanda", Wanda("2:4", **WINDOWS)),
     "sparsegpt": ("wanda", Wanda("2:4", method="sparsegpt", **WINDOWS)),
+    "fisher": ("wanda", Wanda("2:4", method="fisher", **WINDOWS)),
     "gate-l1": ("wanda", Wanda("0.5", method="gate-l1", **WINDOWS)),
     "gptq4": ("gptq", Gptq("gptq4", quant_embeddings=4, **QUANT)),
     "gptq4, storage order": ("gptq", Gptq("gptq4", activation_order=False, **QUANT)),

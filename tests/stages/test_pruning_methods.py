@@ -147,7 +147,7 @@ def test_gptq_holds_every_methods_mask(
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_same_verbs(method: str) -> None:
     module = pruning.method(method)
-    assert module.NEEDS in (pruning.NOTHING, pruning.NORMS, pruning.HESSIANS)
+    assert module.NEEDS in (pruning.NOTHING, pruning.NORMS, pruning.HESSIANS, pruning.GRADIENTS)
     for verb in ("sparsity", "prune"):
         declared = inspect.signature(getattr(pruning.Method, verb))
         assert list(inspect.signature(getattr(module, verb)).parameters) == list(declared.parameters)[1:]

@@ -38,7 +38,11 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Wanda, {"pattern": "0:4"}, "0:4 removes 0 of every 4"),
     (Wanda, {"pattern": "4:4"}, "4:4 removes 4 of every 4"),
     (Wanda, {"pattern": "5:4"}, "5:4 removes 5 of every 4"),
-    (Wanda, {"method": "luck"}, "--prune luck: there are wanda, magnitude, sparsegpt, sparsegpt-layer, gate-l1"),
+    (
+        Wanda,
+        {"method": "luck"},
+        "--prune luck: there are wanda, magnitude, sparsegpt, sparsegpt-layer, fisher, gate-l1",
+    ),
     (Wanda, {"method": "magnitude", "pattern": "none"}, "--prune magnitude has nothing to prune with --wanda none"),
     (Wanda, {"pattern": "2:4 in gate_proj"}, "'2:4 in gate_proj' is not an N:M pattern"),
     (Wanda, {"samples": -3}, "wanda: -3 calibration windows"),
