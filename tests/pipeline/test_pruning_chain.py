@@ -28,6 +28,7 @@ pytestmark = pytest.mark.pipeline
     [
         ("sparsegpt", "2:4", "2:4", 1 / 2),
         ("sparsegpt-layer", "0.5", "0.5 in each layer", 1 / 2),
+        ("fisher", "2:4", "2:4", 1 / 2),
         ("gate-l1", "0.5", "0.5 in gate_proj", 1 / 2),
     ],
 )
