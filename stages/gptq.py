@@ -190,6 +190,11 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
         ways = Counter(f"{o.quant}/{o.group}" for o in own if o is not options)
         of = ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))
         said.append(f"gptq: of {len(own)} layers have settings of their own: {of}")
+        if "optimum" in stored.loaders and ways:
+            said.append(
+                "gptq: transformers itself loads one setting for all layers alone, and refuses this folder; GPTQModel "
+                "loads it, and export --to hf writes weights that transformers loads"
+            )
     quants = dict.fromkeys([options.quant, *(rule.quant for rule in options.rules)])
     said += [f"gptq: {warning}" for quant in quants if (warning := too_few_bits(quant))]
     if stored.unknown:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.quiet import quiet_import
+from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.writer import verify
+from edgepress.pipeline.formats import FORMATS, Wanted, module_of
 
 pytestmark = pytest.mark.pipeline
 
@@ -92,6 +94,40 @@ def test_transformers_computes_what_our_effective_weights_do(made: tuple[Checkpo
 
     checkpoint, _ = made
     assert_ours(checkpoint, lambda: AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_recipe: Any) -> Checkpoint:
+    """Layers of 3, 4 and 8 bits in groups of 32, 64 and the whole row."""
+    values = {"skip": "depth,wanda,lora,eora", "gptq__quant": "gptq8", "gptq__group": 32}
+    rules = "down_proj=gptq4/64; v_proj=gptq8/64; 1-5.q_proj=gptq3; 0.q_proj=gptq8-channel"
+    result = run_recipe(tmp_path_factory.mktemp("mixed") / "out", tiny_llama, **values, gptq__layers=rules)
+    checkpoint: Checkpoint = result.stages[-1].checkpoint
+    first = {x.name.rpartition(".")[2]: x.grid for x in checkpoint.shape.blocks[0].linears}
+    assert len(set(first.values())) == 4
+    return checkpoint
+
+
+def test_gptqmodel_computes_what_layers_of_unlike_bits_do(mixed: Checkpoint) -> None:
+    def load() -> Any:
+        from gptqmodel import GPTQModel
+        from gptqmodel.utils.backend import BACKEND
+
+        return GPTQModel.load(str(mixed.folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.bfloat16).model
+
+    assert_ours(mixed, load)
+
+
+def test_transformers_refuses_layers_of_unlike_bits_and_loads_their_export(mixed: Checkpoint, tmp_path: Path) -> None:
+    """Optimum, which loads GPTQ's files for it, knows one setting for all layers: no wrong weight is loaded."""
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    kernel = GPTQConfig(bits=8, backend="gptq_torch")  # one that need not be compiled first; the rest is the folder's
+    with quiet_import(), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(mixed.folder, dtype=torch.bfloat16, quantization_config=kernel)
+    module_of(FORMATS["hf"]).write(mixed, Wanted(tmp_path / "hf"), Runtime())  # bfloat16, as all is measured
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert off(logits(dense), logits(mixed.model(dtype=torch.float32))) < 1e-6
 
 
 def test_the_tolerance_would_see_other_zero_points(made: tuple[Checkpoint, str]) -> None:

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from edgepress.checkpoints.checkpoint import Checkpoint
+from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.forms import Grid
 from edgepress.checkpoints.headers import shape_from_folder
 from edgepress.checkpoints.image import pack_checkpoint, unpack_checkpoint
 from edgepress.checkpoints.packed_sizes import packed_sizes
 from edgepress.pipeline.shapes import stated_shape
+from edgepress.stages import gptq
+from edgepress.stages.options import Gptq
 
 pytestmark = pytest.mark.pipeline
 
@@ -79,6 +82,13 @@ def test_a_rule_that_cannot_be_is_refused_before_any_work(
     done = compress("run", *flags, "--quant", quant, "--quant-layers", layers, "-o", tmp_path / "out")
     assert done.returncode == 2 and said in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_who_loads_layers_of_unlike_bits_is_said() -> None:
+    shape = shape_from_config(PRESETS["smollm2-135m"])
+    for quant, said in (("gptq4", "GPTQModel loads it"), ("gptq4-s", "only this project loads the folder")):
+        one, none = (gptq.remarks(shape, Gptq(quant=quant, layers=x)) for x in (f"down_proj=gptq3{quant[5:]}", ""))
+        assert said in " ".join(one) and "transformers itself" not in " ".join(none)
 
 
 def test_rules_as_keys_of_a_recipe_and_what_the_plan_says(
