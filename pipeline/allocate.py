@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -41,7 +41,12 @@ PACKED, GGUF = "packed", "gguf"  # whose bytes are counted
 GROUPS = (16, 32, 64, 128)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 Stages = tuple[tuple[str, Options], ...]
+Accepts = Callable[[ModelShape], bool]  # whether a result can be used for what besides its bytes is asked of it
 _TURNS = 12  # of the program, until the bytes of the whole file are below the budget too
+
+
+class TooSmallError(PlanError):
+    """Even the smallest plan does not fit."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,12 @@ class Removal:
 
 
 def solve(
-    choices: Sequence[Sequence[tuple[float, int]]], limit: int, removals: Sequence[Removal] = ()
+    choices: Sequence[Sequence[tuple[float, int]]], limit: int, removals: Sequence[Removal] = (), at_least: int = 0
 ) -> list[int] | None:
     """Of each list of (loss, bytes) the place of the one to take: least sum of losses, bytes at most `limit`.
 
-    -1 for the choices that a removal takes away: x_1 + ... + x_n = 1 - r. None where even the smallest do not fit.
+    -1 for the choices that a removal takes away: x_1 + ... + x_n = 1 - r. At least `at_least` of the removals are made.
+    None where even the smallest do not fit.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -140,6 +146,7 @@ def solve(
     scale = max(float(np.abs(losses).max()), 1e-30)
     losses = np.concatenate([losses, [r.loss for r in removals]])
     sizes = np.array([size for options in choices for _, size in options] + [-r.freed for r in removals], dtype=float)
+    removing = (np.arange(len(sizes)) >= len(of)).astype(float)
     with _printing_nothing():
         found = milp(
             losses / scale,
@@ -148,6 +155,7 @@ def solve(
             constraints=[
                 LinearConstraint(hstack([one, csr_matrix(of_removal)]), 1, 1),
                 LinearConstraint(sizes[None] / abs(limit or 1), -np.inf, np.sign(limit)),
+                *([LinearConstraint(removing[None], at_least, np.inf)] if at_least else []),
             ],
             options={"mip_rel_gap": 1e-6, "time_limit": 60},
         )
@@ -216,10 +224,11 @@ class Chooser:
         beside: Candidates = Candidates(),
         earlier: int = 0,
         tuned: Stages = (),
+        accepts: Accepts | None = None,
     ) -> None:
-        """earlier: stages before; tuned: --tune's. Raises PlanError where no plan fits, or there is nothing to do."""
+        """earlier: stages before; tuned: --tune's. Raises TooSmallError, or PlanError where there is nothing to do."""
         self.shape, self.budget, self.options, self.depth = shape, budget, options, beside.depth
-        self._earlier, self._tuned = earlier, tuned
+        self._earlier, self._tuned, self._accepts = earlier, tuned, accepts or (lambda _: True)
         self.embedding = tuple(embedding)
         self.sizes = layer_sizes(shape, options, ways, budget)
         self.rest = [self._rest(i, block) for i, block in enumerate(shape.blocks)]
@@ -232,12 +241,12 @@ class Chooser:
         self.least = {layer: min(sizes, key=lambda way: sizes[way]) for layer, sizes in self.sizes.items()}
         self.smallest = min((self._plan(self._without(self.blocks), b, self.blocks) for b in self.embedding), key=_size)
         source = budget.size(shape, "")
-        if source <= budget.nbytes:
+        if source <= budget.nbytes and self._accepts(shape):
             raise PlanError(
                 f"--budget {budget.text}: the model has {size_text(source)} as it is, and {size_text(budget.nbytes)} "
                 "hold it: there is nothing to do"
             )
-        if self.smallest.nbytes > budget.nbytes:
+        if self.smallest.nbytes > budget.nbytes or not self._accepts(self.after(self.smallest)):
             ways_ = Counter(f"{quant}, groups of {group}" for quant, group in self.smallest.layers.values())
             said = [ways_.most_common(1)[0][0]]
             said += [f"the embedding at {self.smallest.embedding} bits"] if self.smallest.embedding else []
@@ -245,10 +254,11 @@ class Chooser:
             more = (
                 "let more blocks go with --protect-first and --protect-last" if beside.depth else "blocks with --depth"
             )
-            raise PlanError(
+            lacks = "" if self.smallest.nbytes > budget.nbytes else " and has no room for what is computed with it"
+            raise TooSmallError(
                 f"--budget {budget.text} is {size_text(budget.nbytes)}, and the smallest model that --budget can make "
-                f"has {size_text(self.smallest.nbytes)} ({', '.join(said)}). Remove tokens with --trim-vocabulary, "
-                f"{more}, or give more"
+                f"has {size_text(self.smallest.nbytes)} ({', '.join(said)}){lacks}. Remove tokens with "
+                f"--trim-vocabulary, {more}, or give more"
             )
 
     def _rest(self, index: int, block: BlockShape) -> int:
@@ -272,19 +282,22 @@ class Chooser:
         self, layers: dict[Layer, Way], embedding: int, removed: Sequence[int] = (), eora: Eora | None = None
     ) -> Plan:
         (quant, group), _ = Counter(layers.values()).most_common(1)[0]
-        kept = [i for i in range(len(self.shape.blocks)) if i not in removed]
-        stage, shape = None, self.shape
+        kept, stage = [i for i in range(len(self.shape.blocks)) if i not in removed], None
         if removed:
             # Which windows the stage would rank on makes no difference: those of gptq are there.
             assert self.depth is not None
             samples, length = self.options.samples, self.options.length
             stage = replace(self.depth, layers=ranges(kept), remove=len(removed), samples=samples, length=length)
-            shape = depth_stage.plan(shape, stage)
         renumbered = {(kept.index(block), name): way for (block, name), way in layers.items()}
         options = replace(self.options, quant=quant, group=group, quant_embeddings=embedding, layers=rules(renumbered))
-        after = gptq.plan(shape, options)
         plan = Plan(layers, embedding, options, 0, math.nan, tuple(removed), stage, eora)
-        return replace(plan, nbytes=self.size(plan, after if eora is None else eora_stage.plan(after, eora)))
+        return replace(plan, nbytes=self.size(plan, self.after(plan)))
+
+    def after(self, plan: Plan) -> ModelShape:
+        """The shape of a plan's result."""
+        shape = depth_stage.plan(self.shape, plan.depth) if plan.depth else self.shape
+        shape = gptq.plan(shape, plan.options)
+        return eora_stage.plan(shape, plan.eora) if plan.eora else shape
 
     def size(self, plan: Plan, shape: ModelShape) -> int:
         """Bytes of a plan's result, which has this shape."""
@@ -300,36 +313,58 @@ class Chooser:
 
     def choose(self, predicted: Sensitivity, room: int = 0) -> Plan:
         """The plan of the least predicted loss. room: more bytes than the budget has."""
-        able = [eora for eora in self.adapters if all(eora.rank in own for own in predicted.left.values())]
-        plans = [self._chosen(predicted, room, eora) for eora in (None, *(able if predicted.left else ()))]
-        found = [plan for plan in plans if plan is not None]
-        if not found:
-            return replace(self.smallest, loss=self.predicted(self.smallest, predicted))
-        return min(found, key=lambda plan: plan.loss)
+        found = self._best(predicted, room, self.embedding, self.blocks)
+        return found or replace(self.smallest, loss=self.predicted(self.smallest, predicted))
 
-    def _chosen(self, predicted: Sensitivity, room: int, eora: Eora | None) -> Plan | None:
-        """The best with this adapter; None where even the smallest is too large."""
+    def proposals(self, predicted: Sensitivity) -> list[Plan]:
+        """The best plan at each of the embedding's bits, with and without removed blocks, the least loss first."""
+        limits = [(bits, blocks) for bits in self.embedding for blocks in dict.fromkeys((self.blocks, ()))]
+        found = [self._best(predicted, 0, (bits,), blocks) for bits, blocks in limits]
+        unlike = {plan.stages(): plan for plan in (*found, self.choose(predicted)) if plan is not None}
+        return sorted(unlike.values(), key=lambda plan: plan.loss)
+
+    def _best(self, predicted: Sensitivity, room: int, embedding: Sequence[int], free: Sequence[int]) -> Plan | None:
+        """The least loss of the plans that are accepted, with as few of the blocks `free` removed as that takes."""
+        able = [eora for eora in self.adapters if all(eora.rank in own for own in predicted.left.values())]
+        adapters, gone = (None, *(able if predicted.left else ())), 0
+        while gone <= len(free):
+            plans = [self._chosen(predicted, room, eora, embedding, free, gone) for eora in adapters]
+            found = [plan for plan in plans if plan is not None]
+            if fine := [plan for plan in found if self._accepts(self.after(plan))]:
+                return min(fine, key=lambda plan: plan.loss)
+            if not found:
+                return None
+            gone = 1 + min(len(plan.removed) for plan in found)
+        return None
+
+    def _chosen(
+        self, predicted: Sensitivity, room: int, eora: Eora | None, embedding: Sequence[int],
+        free: Sequence[int], gone: int,
+    ) -> Plan | None:  # fmt: skip
+        """The best with this adapter and at least `gone` blocks removed; None where even the smallest is too large."""
         layers = list(self.sizes)
-        outer = {bits: self.outer_bytes(bits, eora) for bits in self.embedding}
+        outer = {bits: self.outer_bytes(bits, eora) for bits in embedding}
         beside = self.adapters[eora] if eora else dict.fromkeys(layers, 0)
         left = {layer: _left(predicted, layer, eora) for layer in layers}
         ways = {layer: [way for way in self.sizes[layer] if way in predicted.losses.get(layer, {})] for layer in layers}
         choices = [
             [(left[x] * predicted.losses[x][way], self.sizes[x][way] + beside[x]) for way in ways[x]] for x in layers
         ]
-        choices.append([(predicted.embedding[bits], outer[bits]) for bits in self.embedding])
-        blocks = [i for i in self.blocks if i in predicted.blocks]
+        choices.append([(predicted.embedding[bits], outer[bits]) for bits in embedding])
+        blocks = [i for i in free if i in predicted.blocks]
+        if gone > len(blocks):
+            return None
         own = {i: frozenset(at for at, (block, _) in enumerate(layers) if block == i) for i in blocks}
         removals = [Removal(predicted.blocks[i], self.rest[i], own[i]) for i in blocks]
         goal = self.budget.nbytes + room
         limit = goal
         for turn in range(_TURNS):
-            found = solve(choices, limit, removals)
+            found = solve(choices, limit, removals, gone)
             if found is None:
                 return None
             taken = {layer: ways[layer][at] for layer, at in zip(layers, found, strict=False) if at >= 0}
             removed = [i for i in blocks if all(found[at] < 0 for at in own[i])]
-            plan = self._plan(taken, self.embedding[found[-1]], removed, eora)
+            plan = self._plan(taken, embedding[found[-1]], removed, eora)
             if plan.nbytes <= goal:
                 return replace(plan, loss=self.predicted(plan, predicted))
             # The header lists the blocks that are unlike, and those of the next plan may be more: a growing margin.

@@ -27,6 +27,7 @@ from edgepress.checkpoints.memory import size_text
 from edgepress.pipeline.allocate import (
     GGUF,
     PACKED,
+    Accepts,
     Bought,
     Budget,
     Candidates,
@@ -48,6 +49,7 @@ from edgepress.stages.options import STAGES, Depth, Eora, Gptq
 
 if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
+    from edgepress.checkpoints.shape import ModelShape
     from edgepress.pipeline.formats.gguf import FileBytes
     from edgepress.pipeline.progress import Reporter
     from edgepress.pipeline.run import Conditions, RunResult
@@ -124,6 +126,17 @@ class Round:
     rise: float  # measured, nats a token above the model before gptq
     bits_per_byte: float
     after: tuple[str, ...] = ()  # stages before gptq
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A plan that nobody ran."""
+
+    plan: Plan
+    stages: Stages  # all that run, those before gptq too
+    perplexity: float  # predicted
+    loss: float  # the same in nats for a token of the source's, in which plans are compared
+    shape: ModelShape  # of the result
 
 
 @dataclass(frozen=True)
@@ -218,6 +231,7 @@ class Wish:
     beside: Candidates = field(default_factory=Candidates)
     rounds: int = 2
     tried: tuple[str, ...] = ()  # stages before gptq that are tried with and without
+    accepts: Accepts | None = None  # of a chip: whether the rest of it suffices too
 
     def __post_init__(self) -> None:
         for name in self.tried:
@@ -257,7 +271,7 @@ def possible(recipe: Recipe, wish: Wish, source: Checkpoint, ran: Checkpoint | N
     bits = (4, 8) if wish.embedding is None else (wish.embedding,)
     tuned = tuple(s for s in recipe.stages if s[0] == "tune")
     ways = candidates(shape, options, asked)
-    chooser = Chooser(shape, budget, options, ways, bits, beside, len(earlier.stages), tuned)
+    chooser = Chooser(shape, budget, options, ways, bits, beside, len(earlier.stages), tuned, wish.accepts)
     return Setting(earlier, options, tuned, chooser)
 
 
@@ -300,6 +314,13 @@ class Arm:
         plan = self.setting.chooser.choose(self.predicted)
         return self.rate * (self.before + plan.loss), plan
 
+    def offers(self) -> Iterator[Offer]:
+        """The plans that the chooser proposes."""
+        for plan in self.setting.chooser.proposals(self.predicted):
+            stages = (*self.setting.earlier.stages, *plan.stages(*self.setting.tuned))
+            loss = self.before + plan.loss
+            yield Offer(plan, stages, math.exp(loss), self.rate * loss, self.setting.chooser.after(plan))
+
     def learn(self, plan: Plan, result: RunResult) -> Round:
         """Correct the prediction by what a plan gave."""
         start, count = len(self.setting.earlier.stages), len(self.parent.shape.blocks)
@@ -337,16 +358,20 @@ def require_possible(recipe: Recipe, wish: Wish, source: Checkpoint) -> None:
     raise faults[0]
 
 
-def run_budget(recipe: Recipe, wish: Wish, out: Path, reporter: Reporter) -> Outcome:
+def run_budget(
+    recipe: Recipe, wish: Wish, out: Path, reporter: Reporter, offered: Callable[[Sequence[Offer]], None] | None = None
+) -> Outcome:
     """Carry out the recipe with the best layers' settings for a budget. The caller holds the store open.
 
-    Plans are compared without --tune, which changes no byte; the best one is tuned. Raises PlanError for a budget that
-    cannot be.
+    Plans are compared without --tune, which changes no byte; the best one is tuned. offered: called with what the first
+    prediction proposes, the best first, before any of it runs. Raises PlanError for a budget that cannot be.
     """
     from edgepress.pipeline.run import Conditions, run
 
     arms = list(_arms(Conditions.prepare(recipe, out, reporter), wish, out, reporter))
     done: list[tuple[Round, RunResult, Arm]] = []
+    if offered is not None:
+        offered(sorted((offer for arm in arms for offer in arm.offers()), key=lambda offer: offer.loss))
     for number in range(1, wish.rounds + 1):
         (_, plan), arm = min(((arm.choose(), arm) for arm in arms), key=lambda found: found[0][0])
         if any(plan.stages() == other.plan.stages() and arm is of for other, _, of in done):

@@ -14,6 +14,7 @@ from edgepress.pipeline.flags import Json, with_model
 
 if TYPE_CHECKING:
     from edgepress.checkpoints.shape import ModelShape
+    from edgepress.hardware.check import Verdict
     from edgepress.hardware.soc import Soc
 
 EXIT_DOES_NOT_FIT = 3
@@ -167,6 +168,13 @@ def fit(
     protect_first: Annotated[int, typer.Option(help="First blocks that stay.")] = 4,
     protect_last: Annotated[int, typer.Option(help="Last blocks that stay.")] = 2,
     best: Annotated[int, typer.Option(help="Settings to show at most.")] = 8,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure what each layer's bits cost, choose by it, run the best.")
+    ] = False,
+    data: Annotated[str, typer.Option(help="With --measure: calibration text, as of compress run.")] = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="With --measure: output folder, a store of finished stages.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find settings of the stages with which a model fits a chip.
@@ -182,6 +190,13 @@ def fit(
     from edgepress.pipeline.shapes import PACKAGED_PRESET, model_shape
 
     shape, chip, protect = model_shape(model or None), load_soc(soc), (protect_first, protect_last)
+    if (data or out) and not measure:
+        raise PlanError("--data and --out say where --measure reads and writes, and there is no --measure; give it")
+    if measure:
+        if sweep is not None:
+            raise PlanError("--sweep ranks by what earlier runs measured, --measure measures now: leave one out")
+        how = (context, kv_bits, activation_bits, prefill_chunk or None)
+        _fit_measured(model, shape, chip, soc, how, data, corpus, protect, best, out or Path("out"), as_json)
     found, notes = find(
         model, shape, chip, corpus=corpus, sweep=sweep, protect=protect, best=best,
         context=context, kv_bits=kv_bits, activation_bits=activation_bits, prefill_chunk=prefill_chunk or None,
@@ -199,6 +214,52 @@ def fit(
             title = f"No setting of the stages makes {name} fit {chip.name}. These come closest:"
         print_fit(Console(), title, found, commands, notes)
     raise typer.Exit(0 if found.fitting else EXIT_DOES_NOT_FIT)
+
+
+def _fit_measured(
+    model: str, shape: ModelShape, chip: Soc, named: str, how: tuple[int, int, int, int | None], data: str, corpus: str,
+    protect: tuple[int, int], best: int, out: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Print the plans chosen by measured losses and what the best one gave, and end."""
+    from rich.console import Console
+
+    from edgepress.checkpoints import interrupts
+    from edgepress.hardware.check import check as judge
+    from edgepress.pipeline.allocate import TooSmallError
+    from edgepress.pipeline.budget import print_outcome
+    from edgepress.pipeline.fit import measured_fit
+
+    context, kv_bits, activation_bits, chunk = how
+    console = Console(stderr=as_json)
+
+    def verdict(of: ModelShape) -> Verdict:
+        return judge(
+            of, chip, context=context, kv_bits=kv_bits, activation_bits=activation_bits, prefill_chunk=chunk, name=model
+        )
+
+    try:
+        offers, outcome = measured_fit(
+            model, shape, chip, named, data=data, corpus=corpus, protect=protect, best=best, out=out, console=console,
+            quiet=as_json, fits=verdict,
+        )  # fmt: skip
+    except TooSmallError as error:
+        if as_json:
+            typer.echo(json.dumps({"soc": chip.name, "fitting": [], "notes": [str(error)]}, indent=2))
+        else:
+            console.print(str(error), highlight=False, emoji=False)
+        raise typer.Exit(EXIT_DOES_NOT_FIT) from None
+    except KeyboardInterrupt:
+        interrupts.caught(None)
+        raise
+    final = verdict(outcome.result.stages[-1].checkpoint.shape)
+    if as_json:
+        budget = outcome.to_dict()
+        found = {"soc": chip.name, "fitting": offers, "budget": budget, "fits": final.fits, "summary": final.summary}
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_outcome(console, outcome)
+        console.print(final.summary, highlight=False, emoji=False)
+    raise typer.Exit(0 if final.fits else EXIT_DOES_NOT_FIT)
 
 
 def socs() -> None:

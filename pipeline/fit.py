@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -22,9 +23,16 @@ from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.hardware import fit as quality
 from edgepress.hardware.fit import Candidate, Found, Loss, Quantisation, Settings, is_dense, search
+from edgepress.hardware.needs import room_for
+from edgepress.hardware.placement import weight_bytes
 from edgepress.hardware.soc import Soc
 from edgepress.hardware.units import times_text
 from edgepress.pipeline.tables import print_whole
+from edgepress.stages.options import STAGES, Options
+
+if TYPE_CHECKING:
+    from edgepress.hardware.check import Verdict
+    from edgepress.pipeline.budget import Offer, Outcome
 
 SMALLEST_VOCABULARY = 512  # 256 bytes, special tokens, and a few hundred pieces
 _SAMPLE_CHARACTERS = 2**18  # of the corpus, to see how much longer it gets
@@ -264,6 +272,104 @@ def command_of(model: str, shape: ModelShape, settings: Settings, corpus: str, p
         words += ["--trim-vocabulary", corpus] if corpus else []
         words += ["--vocabulary-size", str(settings.vocabulary)]
     return shlex.join(words)
+
+
+def measured_fit(
+    model: str, shape: ModelShape, soc: Soc, chip: str, *, data: str, corpus: str, protect: tuple[int, int], best: int,
+    out: Path, console: Console, quiet: bool, fits: Callable[[ModelShape], Verdict],
+) -> tuple[list[dict[str, Any]], Outcome]:  # fmt: skip
+    """Choose by what each layer's bits cost this model, as `--budget CHIP` does, and run the best plan into `out`.
+
+    chip: what `soc` was loaded from. fits: judges a shape on the chip.
+    Returns what was proposed, the best first, and what running it gave. Raises TooSmallError where no plan fits, and
+    PlanError for bad input and for a model that fits as it is.
+    """
+    from edgepress.checkpoints import interrupts
+    from edgepress.pipeline.budget import Wish, candidate_stages, require_possible, run_budget
+    from edgepress.pipeline.progress import Reporter
+    from edgepress.pipeline.recipe import draft
+    from edgepress.pipeline.run import prepared
+    from edgepress.pipeline.store import Store, open_model
+
+    if model.lower() in PRESETS and not Path(model).exists():
+        raise PlanError(f"'{model}' is a preset, a shape without weights to measure: give the model's folder")
+    if not is_dense(shape):
+        raise PlanError("the model is quantised, or has an adapter: --measure takes the model from before that")
+    if fits(shape).fits:
+        raise PlanError(f"the model fits {soc.name} as it is: there is nothing to measure")
+    tried = ("vocabulary",) if corpus else ()
+    flags: dict[str, Any] = {
+        "model": model or None,
+        "data": data or None,
+        "soc": chip,
+        "vocabulary.corpus": corpus or None,
+    }
+    flags |= {"depth.protect_first": protect[0], "depth.protect_last": protect[1]}
+    flags, skip, beside = candidate_stages(flags, "", tried=tried)
+    wish = Wish(chip, beside=beside, tried=tried, accepts=lambda after: fits(after).fits)
+    recipe = prepared(draft(None, flags, skip), out)
+    require_possible(recipe, wish, open_model(recipe.model))
+    told: list[dict[str, Any]] = []
+
+    def offered(offers: Sequence[Offer]) -> None:
+        for offer in offers[:best]:
+            room, need = room_for(soc, "weights"), weight_bytes(offer.shape, soc.layout).total
+            told.append(
+                {
+                    "vocabulary": offer.shape.vocabulary, "removed_blocks": list(offer.plan.removed),
+                    "bits": _bits_of(offer.shape), "embedding_bits": offer.plan.embedding,
+                    "eora": offer.plan.eora.rank if offer.plan.eora else 0, "weight_bytes": need,
+                    "room_bytes": room, "loss": offer.plan.loss, "perplexity": offer.perplexity,
+                    "command": command_of_stages(model, data, offer.stages),
+                }
+            )  # fmt: skip
+        if not quiet:
+            print_offers(console, f"{model or 'the packaged model'} fits {soc.name} with", told)
+
+    with (
+        Store(out).opened(),
+        Reporter(console, out / "compress.log", quiet=quiet) as reporter,
+        interrupts.gently(reporter.interrupt),
+    ):
+        outcome = run_budget(recipe, wish, out, reporter, offered)
+    return told, outcome
+
+
+def _bits_of(shape: ModelShape) -> float:
+    """Bits of a code, on average over the weights of the linear layers."""
+    layers = [x for block in shape.blocks for x in block.linears]
+    return sum(x.weights * (x.grid.bits if x.grid else 16) for x in layers) / sum(x.weights for x in layers)
+
+
+def command_of_stages(model: str, data: str, stages: Sequence[tuple[str, Options]]) -> str:
+    """The command line that runs these stages and no others."""
+    words = ["compress", *(["--model", model] if model else []), *(["--data", data] if data else [])]
+    for _, options in stages:
+        for field in fields(options):
+            if (value := getattr(options, field.name)) != field.default:
+                flag = field.metadata["flag"]
+                words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    run = {name for name, _ in stages}
+    return shlex.join([*words, "--skip", ",".join(name for name in STAGES if name not in run)])
+
+
+def print_offers(console: Console, title: str, offers: Sequence[Mapping[str, Any]]) -> None:
+    """The plans' table, with what is predicted, and the command of each."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "tokens", "blocks", "bits", "embed.", "EoRA", "weights", "room", "loss", "ppl"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for number, offer in enumerate(offers, 1):
+        gone, need, room = len(offer["removed_blocks"]), offer["weight_bytes"], offer["room_bytes"]
+        table.add_row(
+            str(number), str(offer["vocabulary"]), f"-{gone}" if gone else "all", f"{offer['bits']:.2f}",
+            str(offer["embedding_bits"] or "as is"), str(offer["eora"] or "none"), size_text(need),
+            f"{100 * need / room:.0f} %", f"{offer['loss']:.3f}", f"{offer['perplexity']:.2f}",
+        )  # fmt: skip
+    console.print(title, highlight=False)
+    print_whole(console, table)
+    for number, offer in enumerate(offers, 1):
+        console.print(f"{number}  {offer['command']}", highlight=False, soft_wrap=True, emoji=False)
+    console.print("Loss and ppl are predicted, from what each layer's bits cost this model; the first runs now.")
 
 
 def to_dict(candidate: Candidate, command: str) -> dict[str, Any]:

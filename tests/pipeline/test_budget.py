@@ -30,6 +30,7 @@ from edgepress.pipeline.allocate import (
     Chooser,
     Plan,
     Removal,
+    TooSmallError,
     bought,
     candidates,
     family,
@@ -106,6 +107,10 @@ def test_the_program_removes_the_blocks_that_brute_force_removes(seed: int) -> N
         seen.add(where.count(-1))
     assert len(seen) > 1  # with and without removed blocks
     assert solve(choices, min(sizes) - 1, removals) is None
+    for count in (1, 2):
+        fewer = [plan for plan in plans if plan[2].count(-1) >= 2 * count]
+        best, _, where = min(fewer)
+        assert solve(choices, max(sizes), removals, count) == where
 
 
 @pytest.mark.unit
@@ -140,8 +145,37 @@ def test_a_plan_without_blocks_is_a_recipe_of_its_bytes() -> None:
     assert not chooser.choose(every).removed
     bare = Chooser(shape, budget, options, ways, (4, 8), Candidates(Depth(protect_first=0, protect_last=0)))
     assert bare.blocks == tuple(range(1, 10))  # one stays
+    offers = chooser.proposals(Sensitivity(losses, {}, {4: 1e-5, 8: 0.0}, 0.0, blocks))
+    assert offers[0].stages() == plan.stages() and offers == sorted(offers, key=lambda offer: offer.loss)
+    assert {(offer.embedding, bool(offer.removed)) for offer in offers} == {
+        (4, True),
+        (4, False),
+    }  # 8 bits: 28 MB alone
     again = with_blocks(shape, [*range(10), 9])  # its last block runs twice: none goes
     assert not Chooser(again, budget, options, ways, (4, 8), Candidates(limits)).blocks
+
+
+@pytest.mark.unit
+def test_blocks_go_until_the_rest_of_the_chip_suffices() -> None:
+    """Bytes alone would keep all blocks; the cheapest go, and no more than must."""
+    shape, options = with_blocks(SHAPE, range(8)), Gptq(quant="gptq4-s")
+    budget, ways, beside = Budget.parse("27MB", shape), candidates(shape, options, "gptq4-s"), Candidates(Depth())
+
+    def chooser(most: int) -> Chooser:
+        accepts = lambda after: len(after.blocks) <= most  # noqa: E731
+        limits = replace(beside, depth=Depth(protect_first=1, protect_last=1))
+        return Chooser(shape, budget, options, ways, (4,), limits, accepts=accepts)
+
+    own = chooser(6)
+    losses = {layer: {way: 1 / size for way, size in sizes.items()} for layer, sizes in own.sizes.items()}
+    found = Sensitivity(losses, {}, {4: 0.0}, 0.0, {i: 9.0 - i for i in range(1, 7)})
+    assert not chooser(8).choose(found).removed
+    assert own.choose(found).removed == (5, 6) and len(own.after(own.choose(found)).blocks) == 6
+    assert all(offer.removed for offer in own.proposals(found))
+    with pytest.raises(TooSmallError, match=r"has no room for what is computed with it"):
+        chooser(1)
+    with pytest.raises(PlanError, match="nothing to do"):
+        Chooser(shape, Budget("", budget.size(shape, "")), options, ways, (4,), accepts=lambda _: True)
 
 
 @pytest.mark.unit

@@ -7,6 +7,7 @@ import math
 import resource
 import shlex
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from edgepress.checkpoints.errors import CheckpointError, PlanError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.hardware.check import check
 from edgepress.hardware.fit import QUANTISATIONS, Settings, reshaped
+from edgepress.hardware.placement import weight_bytes
 from edgepress.hardware.soc import load_soc
 from edgepress.pipeline.fit import Vocabularies, command_of, fit, read_sweep
 from edgepress.pipeline.plan import plan
 from edgepress.pipeline.recipe import build
+from edgepress.stages.options import STAGES
+from tests.models import as_drawn, save_tiny
 
 pytestmark = pytest.mark.pipeline
 
@@ -167,3 +171,75 @@ def test_an_empty_corpus(tiny_llama: Path, tmp_path: Path) -> None:
         fit(str(tiny_llama), shape, soc, **HOW | {"corpus": str(tmp_path / "empty.txt")}, **CHECK)
     with pytest.raises(TextError, match="there is no text"):
         fit(str(tiny_llama), shape, soc, **HOW | {"corpus": str(tmp_path / "none.txt")}, **CHECK)
+
+
+def _chip(folder: Path, weights: int) -> Path:
+    """Siracusa with this many bytes for weights."""
+    path = folder / f"chip-{weights}.toml"
+    capacity = f'{{ value = {weights}, unit = "B", kind = "stated", source = "a test" }}'
+    path.write_text(f'based_on = "siracusa"\nname = "Small"\n[memories.MRAM]\ncapacity = {capacity}\n')
+    return path
+
+
+def _recipe_keys(command: str) -> tuple[dict[str, Any], str]:
+    """The recipe keys of a printed command, and what it skips."""
+    keys = {field.metadata["flag"]: f"{stage}.{field.name}" for stage, o in STAGES.items() for field in fields(o)}
+    words = shlex.split(command)[1:]
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    skip = given.pop("--skip")
+    return {keys.get(flag, flag[2:]): int(v) if v.isdigit() else v for flag, v in given.items()}, skip
+
+
+def test_measured_plans_fit_and_the_best_one_is_run(compress: Callable[..., Any], tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", num_hidden_layers=3, max_position_embeddings=1024, weights=as_drawn)
+    shape, soc = Checkpoint.open(model).shape, load_soc("siracusa")
+    path = _chip(tmp_path, weight_bytes(shape, soc.layout).total // 7)
+    asked = ("fit", model, "--soc", path, "--measure", "--data", "embedded", "--context", "32")
+    asked = (*asked, "--protect-first", "1", "--protect-last", "1", "-o", tmp_path / "out")
+    done = compress(*asked, "--json")
+    assert done.returncode == 0, done.stderr
+    said, chip = json.loads(done.stdout), load_soc(str(path))
+    offers, budget = said["fitting"], said["budget"]
+    losses = [offer["loss"] for offer in offers]
+    assert len(offers) > 1 and losses == sorted(losses) and said["fits"]
+    first = budget["rounds"][0]
+    assert (first["predicted_rise"], first["bytes"]) == (losses[0], offers[0]["weight_bytes"])
+    assert first["perplexity"] > 1 and offers[0]["perplexity"] > 1
+    for offer in offers:
+        flags, skip = _recipe_keys(offer["command"])
+        recipe = build(None, flags, skip)
+        after = plan(recipe, shape)[-1].shape
+        assert weight_bytes(after, chip.layout).total == offer["weight_bytes"] <= offer["room_bytes"]
+        assert check(after, chip, **CHECK | {"context": 32}).fits
+        assert len(after.blocks) == 3 - len(offer["removed_blocks"])
+    assert dict(recipe.stages)["gptq"] != build(None, {}, "depth,wanda,lora,eora").stages[0][1]
+    result = Checkpoint.open(tmp_path / "out" / "result")
+    best = budget["rounds"][budget["best"]]
+    assert weight_bytes(result.shape, chip.layout).total == best["bytes"] <= offers[0]["room_bytes"]
+    again = compress(*asked)
+    assert again.returncode == 0 and "measured ppl" in again.stdout and "fits Small" in again.stdout
+    assert f"{best['perplexity']:.2f}" in again.stdout and offers[0]["command"] in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--measure", "--sweep", "none"), 2, "leave one out"),
+        (("--data", "embedded"), 2, "there is no --measure"),
+        (("--measure",), 2, "fits Siracusa as it is"),
+        (("--measure", "--soc", "tiny"), 3, "the smallest model that --budget can make"),
+        (("--measure", "--context", "4096"), 2, "beyond the model's"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_any_work(
+    more: tuple[str, ...], code: int, said: str, compress: Callable[..., Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    chip = _chip(tmp_path, 2000)
+    done = compress("fit", tiny_llama, "-o", tmp_path / "out", *(chip if x == "tiny" else x for x in more))
+    assert done.returncode == code and said in " ".join((done.stdout + done.stderr).split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_has_nothing_to_measure(compress: Callable[..., Any], tmp_path: Path) -> None:
+    done = compress("fit", "stories15m", "--measure", "-o", tmp_path / "out")
+    assert done.returncode == 2 and "is a preset, a shape without weights to measure" in done.stderr
