@@ -54,6 +54,7 @@ GRIDS = {
     )
 }  # fmt: skip
 OURS: dict[str, dict[str, Any]] = GRIDS | {f"{name} high": {**grid, "effort": "high"} for name, grid in GRIDS.items()}
+OURS |= {f"{name} damping {x}": {**grid, "damping": x} for name, grid in OURS.items() for x in (0.03, 0.1, 0.3)}
 # Then 100 steps of the stage tune on windows of the calibration text.
 OURS |= {f"{name} tuned": {**grid, "tune": 100} for name, grid in OURS.items()}
 # Those of the table; --only names any other.

@@ -429,6 +429,28 @@ class Skeleton:
 
             yield logits
 
+    @contextmanager
+    def head_inputs(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from the last block's output (b, L, d) to what the head's matrix multiplies, (b, L, d)."""
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(inputs[0])
+            return (inputs[0][:, :1],)  # the logits of one token, since they are not wanted
+
+        with self.head() as logits:
+            output: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            hook = output.register_forward_pre_hook(keep)
+
+            def inputs_of(states: Tensor) -> Tensor:
+                logits(states)
+                return seen.pop()
+
+            try:
+                yield inputs_of
+            finally:
+                hook.remove()
+
     # --- the whole model ----------------------------------------------------------------------------------------
 
     def filled(self, device: torch.device, dtype: torch.dtype, packed: bool = False) -> PreTrainedModel:

@@ -289,7 +289,8 @@ class Chooser:
             samples, length = self.options.samples, self.options.length
             stage = replace(self.depth, layers=ranges(kept), remove=len(removed), samples=samples, length=length)
         renumbered = {(kept.index(block), name): way for (block, name), way in layers.items()}
-        options = replace(self.options, quant=quant, group=group, quant_embeddings=embedding, layers=rules(renumbered))
+        options = self.options.with_embedding(embedding)
+        options = replace(options, quant=quant, group=group, layers=rules(renumbered))
         plan = Plan(layers, embedding, options, 0, math.nan, tuple(removed), stage, eora)
         return replace(plan, nbytes=self.size(plan, self.after(plan)))
 
@@ -433,7 +434,7 @@ def layer_sizes(
     counting, found = budget or Budget("", 0), dict[Any, dict[Any, int]]()
     forms = dict[Any, set[Any]]()
     for quant, group in ways:
-        everywhere = replace(options, layers=f"*={quant}/{group}", quant=quant, quant_embeddings=0)
+        everywhere = replace(options.with_embedding(0), layers=f"*={quant}/{group}", quant=quant)
         for i, block in enumerate(gptq.plan(shape, everywhere).blocks):
             for x in block.linears:
                 own = forms.setdefault((i, x.name), set())
@@ -449,7 +450,7 @@ def adapter_sizes(
 ) -> dict[Layer, int]:
     """Bytes of each layer's adapter, whatever its bits; none where some layer does not have the rank."""
     counting, (quant, group) = budget or Budget("", 0), way
-    coded = gptq.plan(shape, replace(options, quant=quant, group=group, layers="", quant_embeddings=0))
+    coded = gptq.plan(shape, replace(options.with_embedding(0), quant=quant, group=group, layers=""))
     try:
         after = eora_stage.plan(coded, eora)
     except PlanError:

@@ -497,7 +497,8 @@ def sensitivities(
     speed = measured_speed(recipe.device, recipe.dtype)
     ways, bits, ranks = wanted.ways, [b for b in wanted.embedding if b], list(wanted.ranks)
     decides = [parent.fingerprint, windows.sha256, list(ways), bits, sensitivity.VERSION, str(dtype)]
-    decides += [options.damping, options.symmetric, options.scale_search, *([ranks] if ranks else [])]
+    decides += [options.damping, options.symmetric, options.scale_search, options.shrinkage]
+    decides += [options.with_embedding(4).embedding_codes, *([ranks] if ranks else [])]
     found = sensitivity.Sensitivity.from_dict(
         known_or_measured(
             "bits", decides, f"each of {len(ways)} ways costs every layer",

@@ -90,10 +90,13 @@ class CompressOptions(TypedDict, total=False):
     quant_effort: str
     quant_steps: int
     quant_embeddings: int
+    embedding_codes: str
     activation_bits: int
     quant_samples: int
     quant_length: int
     quant_layers: str
+    smooth: bool
+    hessian_shrinkage: float
     # stage tune
     tune: int
     tune_lr: float

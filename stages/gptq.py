@@ -252,6 +252,7 @@ def run(
     from edgepress.checkpoints.checkpoint import rounded_inputs
     from edgepress.checkpoints.walk import Walk
     from edgepress.stages import edge
+    from edgepress.stages.hessian import of_head
     from edgepress.stages.refine import DenseOutputs
 
     chosen, after = method(options.quant), plan(source.shape, options)
@@ -261,7 +262,8 @@ def run(
     # Weights alone need no hidden states: the walk then carries none, and no block is run.
     tokens = REFINE_TOKENS if refined else runtime.chunk_tokens
     chunks = calibration.chunks(tokens) if chosen.NEEDS != NOTHING else []
-    walk = Walk(source, chunks, runtime, target.work, task=options.quant)
+    by_head = options.embedding_codes == "gptq"
+    walk = Walk(source, chunks, runtime, target.work, last_outputs=by_head, task=options.quant)
     dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
         if (first := after.firsts[block.index]) < block.index:  # one set of codes for what is one block
@@ -289,7 +291,8 @@ def run(
     target.copy_outer(source)
     if options.quant_embeddings:
         # The 16-bit tensors become what the packed codes stand for, so every loader sees the same model.
-        outer, packed = edge.quantise_outer(source.outer(), options.quant_embeddings)
+        hessian = of_head(walk.skeleton, walk.states.chunks) if by_head else None
+        outer, packed = edge.quantise_outer(source.outer(), options.quant_embeddings, hessian, options.damping)
         target.write_outer(outer)
         target.write_edge(packed)
     own = {key: after.config[key] for key in ("quantization_config", OWN_KEY) if key in after.config}

@@ -6,6 +6,7 @@ H for every row (OBS, Hassibi and Stork 1993; GPTQ, arXiv 2210.17323; SparseGPT,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from edgepress.checkpoints.errors import NumericsError
@@ -14,6 +15,7 @@ from edgepress.checkpoints.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgepress.checkpoints.checkpoint import Skeleton
     from edgepress.checkpoints.walk import BlockVisit
 
 
@@ -32,6 +34,16 @@ def hessians(block: BlockVisit) -> dict[tuple[str, ...], Tensor]:
     return sums
 
 
+def of_head(skeleton: Skeleton, states: Iterable[Tensor]) -> Tensor:
+    """X^T X (d, d) float32 of what the head's matrix multiplies, from the last block's outputs (b, L, d)."""
+    total = torch.zeros(())
+    with skeleton.head_inputs() as inputs_of, torch.no_grad():
+        for chunk in states:
+            x = inputs_of(chunk).flatten(0, -2).float()
+            total = total.to(x.device) + x.T @ x
+    return total
+
+
 def live_diagonal(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """A copy of H that can be inverted where calibration never used a feature, and which those are: (in,) bool.
 
@@ -43,12 +55,15 @@ def live_diagonal(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return H, unused
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, bool]:
+def inverse_factor(hessian: Tensor, damping: float, shrinkage: float = 0.0) -> tuple[Tensor, float, bool]:
     """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U; damping used; whether in float64.
 
-    Tries float32, then float64, then ten times the damping, until 1. Raises NumericsError saying so.
+    shrinkage: share by which what lies off the diagonal is reduced first (Schaefer and Strimmer 2005, target D). Tries
+    float32, then float64, then ten times the damping, until 1. Raises NumericsError saying so.
     """
     mean = float(hessian.diagonal().mean())
+    if shrinkage:
+        hessian = hessian.lerp(hessian.diagonal().diag(), shrinkage)
     tried = []
     while damping <= 1:
         for dtype in (torch.float32, torch.float64):

@@ -15,7 +15,7 @@ from typing import Any
 from edgepress.checkpoints.errors import PlanError, near
 from edgepress.checkpoints.shape import parse_amount
 from edgepress.stages import quantisers
-from edgepress.stages.pruning import METHODS
+from edgepress.stages.pruning import METHODS, NOTHING
 from edgepress.stages.recovery import METHODS as RECOVERY
 from edgepress.stages.recovery import Recovery, parse
 
@@ -96,6 +96,7 @@ TEACHERS = ("auto", "held", "streamed")
 LOSSES = ("all", "answers")
 PACKINGS = ("windows", "rows", "grouped")
 SCHEDULES = ("cosine", "linear", "constant")
+EMBEDDING_CODES = ("gptq", "nearest")
 LOFTQ_STEPS = 5  # as LoftQ's paper takes
 
 
@@ -372,6 +373,10 @@ class Gptq:
     effort: str = option("normal", "--quant-effort", "normal, or high: then tune each block's output by gradient.")
     effort_steps: int = option(60, "--quant-steps", "Gradient steps a block of --quant-effort high.")
     quant_embeddings: int = option(0, "--quant-embeddings", "Also pack embedding and head at 8 or 4 bits; 0 does not.")
+    embedding_codes: str = option(
+        "", "--embedding-codes", "Of 4-bit embeddings: gptq, by the head's inputs, or nearest; default: gptq if able.",
+        True, "nearest",
+    )  # fmt: skip
     activation_bits: int = option(
         16, "--activation-bits", "8 rounds the inputs of quantised layers too, in all measurements.", later=True
     )
@@ -382,6 +387,9 @@ class Gptq:
     )
     smooth: bool = option(
         False, "--smooth", "With w4a8, QQQ's smoothing: divide outlying input channels, multiply their columns.", True
+    )
+    shrinkage: float = option(
+        0.0, "--hessian-shrinkage", "Share of the Hessian off its diagonal to leave out: better on unlike text.", True
     )
 
     def __post_init__(self) -> None:
@@ -398,6 +406,11 @@ class Gptq:
             self.group == -1 or self.group >= least, f"--group {self.group}: at least {least}, or -1 for whole rows"
         )
         faults.require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
+        faults.require(0 <= self.shrinkage <= 1, f"--hessian-shrinkage {self.shrinkage}: must be in [0, 1]")
+        faults.require(
+            not self.shrinkage or self.quant not in quantisers.METHODS or quantisers.method(self.quant).TUNES,
+            f"--hessian-shrinkage is for GPTQ's solver, which --quant {self.quant} does not use; leave it out",
+        )
         faults.one_of("--quant-effort", self.effort, ("normal", "high"))
         faults.require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
         bits = self.activation_bits
@@ -407,6 +420,7 @@ class Gptq:
             "--activation-bits 8 rounds inputs of quantised layers, and --quant none leaves none; give --quant int8",
         )
         faults.require(self.quant_embeddings in (0, 4, 8), f"--quant-embeddings {self.quant_embeddings}: 8, 4 or 0")
+        faults.of(self._settle_embedding)
         faults.windows("gptq", self.samples, self.length)
         faults.require(
             not self.layers or not self.skipped,
@@ -419,6 +433,23 @@ class Gptq:
         )
         faults.of(lambda: self.rules)
         faults.raise_all()
+
+    def _settle_embedding(self) -> None:
+        """What the default of --embedding-codes means here; raises PlanError for what cannot be."""
+        asked = self.embedding_codes
+        if asked not in ("", *EMBEDDING_CODES):
+            raise PlanError(f"--embedding-codes {asked}{near(asked, EMBEDDING_CODES)}: there are gptq and nearest")
+        if self.quant_embeddings != 4 or self.quant not in quantisers.METHODS:
+            if asked == "gptq":
+                raise PlanError("--embedding-codes gptq is for 4 bits; give --quant-embeddings 4 and a --quant with it")
+            return
+        able = quantisers.method(self.quant).NEEDS != NOTHING
+        if asked == "gptq" and not able:
+            raise PlanError(
+                f"--embedding-codes gptq needs what runs through the model, and --quant {self.quant} looks at weights "
+                "alone; give nearest, or a quantiser of GPTQ's family"
+            )
+        object.__setattr__(self, "embedding_codes", asked or ("gptq" if able else "nearest"))
 
     @property
     def skipped(self) -> bool:
@@ -433,6 +464,11 @@ class Gptq:
     def rules(self) -> tuple[LayerRule, ...]:
         """What `layers` says, in order."""
         return tuple(LayerRule.parse(part.strip()) for part in self.layers.split(";") if part.strip())
+
+    def with_embedding(self, bits: int) -> Gptq:
+        """The same with embedding and head at these bits, 0 for as they are."""
+        codes = "" if self.embedding_codes == "gptq" and bits != 4 else self.embedding_codes
+        return replace(self, quant_embeddings=bits, embedding_codes=codes)
 
     def of(self, block: int, name: str) -> Gptq:
         """The settings of one layer, named relative to its block: of the rules for it the last one's."""

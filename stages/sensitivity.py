@@ -30,7 +30,7 @@ from edgepress.checkpoints.super_blocks import SuperBlocks
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import Scratch, States
 from edgepress.stages import edge
-from edgepress.stages.hessian import inverse_factor, live_diagonal
+from edgepress.stages.hessian import inverse_factor, live_diagonal, of_head
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import codes, form, super_blocks
 from edgepress.stages.quantisers.gptq import in_turn
@@ -39,7 +39,7 @@ from edgepress.stages.requirements import forward_operations, linears, tokens
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-VERSION = 1
+VERSION = 2
 ROWS = 64  # of a layer that are solved; the others are taken to be like them
 # Seconds of a processor over those that `operations` alone would take: SmolLM2-135M, 12 ways, 4 windows of 256 tokens.
 SLOWDOWN = 4.0
@@ -128,22 +128,28 @@ def measure(
     left = dict[Layer, dict[int, float]]()
     total = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in chunks)
     with Scratch(runtime.spill_bytes) as scratch:
-        edges = {bits: Skeleton(_Rounded.like(source, bits), runtime.device, runtime.dtype) for bits in embedding_bits}
-        inputs, beside = [scratch.states(shapes, runtime.dtype)], {}
+        inputs = [scratch.states(shapes, runtime.dtype)]
         _fill(inputs[0], skeleton, chunks)
-        for bits, other in edges.items():
-            beside[bits] = scratch.states(shapes, runtime.dtype)
-            _fill(beside[bits], other, chunks)
         runtime.progress.start("forwards", count)
         for i in range(count):
             inputs.append(scratch.states(shapes, runtime.dtype))
             with skeleton.block(i) as block:
                 for number, before in enumerate(inputs[-2].chunks):
                     inputs[-1].write(number, skeleton.run(block, i, before))
+            runtime.progress.step(block=f"{i + 1}/{count}")
+        edges, beside = dict[int, Skeleton](), dict[int, States]()
+        for bits in embedding_bits:
+            by_head = options.with_embedding(bits).embedding_codes == "gptq"
+            hessian = of_head(skeleton, inputs[-1].chunks) if by_head else None
+            outer = edge.quantise_outer(source.outer(), bits, hessian, options.damping)[0]
+            edges[bits] = Skeleton(_Rounded.like(source, outer), runtime.device, runtime.dtype)
+            beside[bits] = scratch.states(shapes, runtime.dtype)
+            _fill(beside[bits], edges[bits], chunks)
+        for i in range(count if edges else 0):
+            with skeleton.block(i) as block:
                 for states in beside.values():
                     for number, before in enumerate(states.chunks):
                         states.write(number, skeleton.run(block, i, before))
-            runtime.progress.step(block=f"{i + 1}/{count}")
         loss, gradients = _head(skeleton, inputs.pop(), chunks)
         embedding = {0: 0.0} | {bits: (_loss(edges[bits], beside[bits], chunks) - loss) / total for bits in edges}
         runtime.progress.start("backwards", count)
@@ -167,16 +173,16 @@ def measure(
 class _Rounded(Checkpoint):
     """A checkpoint with embedding and head at few bits."""
 
-    bits: int
+    rounded: dict[str, Tensor]
 
     @classmethod
-    def like(cls, source: Checkpoint, bits: int) -> _Rounded:
+    def like(cls, source: Checkpoint, rounded: dict[str, Tensor]) -> _Rounded:
         made = cls(source.folder, source.manifest)
-        made.bits = bits
+        made.rounded = rounded
         return made
 
     def outer(self) -> dict[str, Tensor]:
-        return edge.quantise_outer(super().outer(), self.bits)[0]
+        return dict(self.rounded)
 
 
 def _fill(states: States, skeleton: Skeleton, chunks: list[Tensor]) -> None:
@@ -301,7 +307,7 @@ def _residuals(rows: Tensor, hessian: Tensor, forms: Sequence[Form], options: Op
     importance = H.diagonal().clone()
     order = importance.argsort(descending=True, stable=True)
     inverse = order.argsort()
-    U, _, _ = inverse_factor(H[order][:, order], options.damping)
+    U, _, _ = inverse_factor(H[order][:, order], options.damping, options.shrinkage)
     scaled: dict[Form, tuple[Tensor, Tensor, int]] = {}
     tops: dict[int, list[Form]] = {}
     for own in forms:

@@ -84,7 +84,7 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor | None, grid: Grid, opti
 
     order = importance.argsort(descending=True, stable=True) if options.activation_order else torch.arange(columns)
     inverse = order.argsort()
-    U, damping, float64 = inverse_factor(H[order][:, order], options.damping)
+    U, damping, float64 = inverse_factor(H[order][:, order], options.damping, options.shrinkage)
     keep = mask[:, order] if mask is not None else None
     group_of = (torch.arange(columns, device=weight.device) // group)[order]
     S, Z = scales[:, group_of], zeros[:, group_of].float()  # (out, in) in solving order

@@ -155,7 +155,7 @@ def solve(
     columns = weight.shape[1]
     order = importance.argsort(descending=True, stable=True) if options.activation_order else torch.arange(columns)
     inverse = order.argsort()
-    U, damping, float64 = inverse_factor(H[order][:, order], options.damping)
+    U, damping, float64 = inverse_factor(H[order][:, order], options.damping, options.shrinkage)
     kept = mask if mask is not None and form.exact_zero else None
 
     def coded(grid: Steps) -> Coded:

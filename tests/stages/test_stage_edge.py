@@ -57,6 +57,61 @@ def test_eight_bits_are_finer_than_four(bits: int) -> None:
     assert found == pytest.approx(step / 12**0.5, rel=0.1)  # a uniform error over one step
 
 
+@pytest.fixture(scope="module")
+def multiplied() -> tuple[Tensor, Tensor]:
+    """A tied embedding (tokens, d) and the Hessian of correlated head inputs, both with unequal columns."""
+    generator = torch.Generator().manual_seed(0)
+    columns = (0.7 * torch.randn(48, generator=generator)).exp()
+    mix = torch.eye(48) + torch.randn(48, 48, generator=generator) / 48**0.5
+    inputs = torch.randn(1024, 48, generator=generator) @ mix * (0.8 * torch.randn(48, generator=generator)).exp()
+    return torch.randn(700, 48, generator=generator) * columns, inputs.T @ inputs
+
+
+def output_errors(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """The squared error of each token's logits, (rows,)."""
+    delta = (rounded - weight).double()
+    return ((delta @ hessian.double()) * delta).sum(dim=1)
+
+
+def test_the_heads_inputs_decide_codes_and_grid(multiplied: tuple[Tensor, Tensor]) -> None:
+    weight, hessian = multiplied
+    outer = {"model.embed_tokens.weight": weight, "model.norm.weight": torch.ones(48)}
+    nearest, solved = (edge.quantise_outer(outer, 4, h)[0]["model.embed_tokens.weight"] for h in (None, hessian))
+    before, after = (output_errors(weight, x, hessian).sum() for x in (nearest, solved))
+    assert after < 0.5 * before
+    scales, minimum = edge.fit_rows(weight, 4, hessian.diagonal())
+    fitted = torch.round((weight - minimum) / scales).clamp(0, 15) * scales + minimum
+    assert after < 0.8 * output_errors(weight, fitted, hessian).sum(), "codes are compensated, not only the grid found"
+
+
+def test_a_rows_grid_is_no_worse_than_its_range_and_near_the_best_of_all(multiplied: tuple[Tensor, Tensor]) -> None:
+    weight, importance = multiplied[0][:40], multiplied[1].diagonal()
+
+    def errors(scales: Tensor, minimum: Tensor) -> Tensor:
+        rounded = torch.round((weight - minimum) / scales).clamp(0, 15) * scales + minimum
+        return (rounded - weight).square() @ importance
+
+    found = edge.fit_rows(weight, 4, importance)
+    assert all(torch.equal(x, x.half().float()) for x in found)
+    _, *plain = edge.quantise_rows(weight, 4)
+    assert bool((errors(*found) <= errors(*plain) * (1 + 1e-6)).all())
+    low, high = weight.amin(dim=1, keepdim=True), weight.amax(dim=1, keepdim=True)
+    ends = torch.linspace(0.3, 1.0, 36)
+    best = torch.stack([errors((high * b - low * a) / 15, low * a) for a in ends for b in ends]).amin(dim=0)
+    assert float(errors(*found).sum()) < 1.15 * float(best.sum())
+
+
+def test_a_head_beside_the_embedding_is_what_the_hessian_is_for(multiplied: tuple[Tensor, Tensor]) -> None:
+    weight, hessian = multiplied
+    outer = {"model.embed_tokens.weight": weight.flip(0), "lm_head.weight": weight}
+    rounded, packed = edge.quantise_outer(outer, 4, hessian)
+    plain, plainly = edge.quantise_outer(outer, 4)
+    assert torch.equal(rounded["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+    assert not torch.equal(packed["lm_head.codes"], plainly["lm_head.codes"])
+    after, before = (output_errors(weight, x["lm_head.weight"], hessian).sum() for x in (rounded, plain))
+    assert after < 0.5 * before
+
+
 def test_four_bit_codes_lie_two_a_byte_the_lower_column_in_the_lower_half() -> None:
     codes = torch.tensor([[1, 2, 15, 0], [0, 15, 9, 8]], dtype=torch.uint8)
     packed = edge.pack_bytes(codes, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import Walk
 from edgepress.checkpoints.writer import CheckpointWriter
-from edgepress.stages import gptq
-from edgepress.stages.hessian import hessians
-from edgepress.stages.options import Gptq
+from edgepress.stages import edge, gptq
+from edgepress.stages.hessian import hessians, of_head
+from edgepress.stages.options import Gptq, decisive
 
 pytestmark = pytest.mark.unit
 
@@ -137,6 +138,70 @@ def test_embedding_codes_stand_for_the_stored_embedding(
     stands_for = wide * packed["model.embed_tokens.scales"].float() + packed["model.embed_tokens.minimum"].float()
     assert torch.equal(result.outer()["model.embed_tokens.weight"], stands_for)
     assert torch.equal(result.outer()["model.norm.weight"], source.outer()["model.norm.weight"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_heads_hessian_is_of_what_its_matrix_multiplies(
+    family: str, build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches]
+) -> None:
+    source, chunks = build(family), tokens(5).chunks(48)
+    walk = Walk(source, chunks, RUNTIME, last_outputs=True)
+    for block in walk:
+        block.done()
+    found = of_head(walk.skeleton, walk.states.chunks)
+    model, seen = source.model(), list[Tensor]()
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        for ids in chunks:
+            model(input_ids=ids)
+    x = torch.cat(seen)
+    torch.testing.assert_close(found, x.T @ x, rtol=1e-4, atol=1e-4 * float((x.T @ x).abs().max()))
+
+
+def test_embedding_codes_lose_less_of_the_logits_by_gptq_and_are_the_nearest_if_asked(
+    build: Callable[..., Checkpoint],
+    tokens: Callable[..., TokenBatches],
+    tmp_path: Path,
+    seal: Callable[..., Checkpoint],
+) -> None:
+    source, batches = build("llama", blocks=2), tokens(16)
+    walk = Walk(source, batches.chunks(48), RUNTIME, last_outputs=True)
+    for block in walk:
+        block.done()
+    hessian, errors = of_head(walk.skeleton, walk.states.chunks), dict[str, float]()
+    dense = source.outer()["model.embed_tokens.weight"].float()
+    for codes in ("", "nearest"):
+        options = Gptq(group=32, quant_embeddings=4, embedding_codes=codes)
+        assert ("embedding_codes" in decisive(options)) == (not codes), "stores of the nearest codes stay what they are"
+        target = CheckpointWriter(tmp_path / (codes or "gptq"))
+        gptq.run(source, target, batches, options, RUNTIME)
+        delta = seal(target, source).outer()["model.embed_tokens.weight"].float() - dense
+        errors[codes] = float(((delta @ hessian) * delta).sum())
+    assert errors[""] < 0.8 * errors["nearest"]
+    plain = edge.quantise_outer(source.outer(), 4)[0]["model.embed_tokens.weight"].float() - dense
+    assert errors["nearest"] == pytest.approx(float(((plain @ hessian) * plain).sum()))
+
+
+def test_codes_of_the_head_are_the_same_after_an_interruption_behind_the_last_block(
+    build: Callable[..., Checkpoint],
+    tokens: Callable[..., TokenBatches],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, options = build("llama", blocks=3), Gptq(group=32, quant_embeddings=4)
+    whole, cut = CheckpointWriter(tmp_path / "whole"), CheckpointWriter(tmp_path / "cut")
+    gptq.run(source, whole, tokens(), options, RUNTIME)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(edge, "quantise_outer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gptq.run(source, cut, tokens(), options, RUNTIME)
+    gptq.run(source, CheckpointWriter(cut.folder), tokens(), options, RUNTIME)
+    for name in ("edge/embedding.safetensors", "config.json"):
+        assert (cut.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
