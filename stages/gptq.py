@@ -197,6 +197,11 @@ def remarks(shape: ModelShape, options: Options) -> list[str]:
             )
     quants = dict.fromkeys([options.quant, *(rule.quant for rule in options.rules)])
     said += [f"gptq: {warning}" for quant in quants if (warning := too_few_bits(quant))]
+    if options.embedding_codes == "nearest" and options.quant_embeddings == 4:
+        said.append(
+            "gptq: the nearest 4-bit codes of embeddings lose several times what GPTQ's lose, which --embedding-codes "
+            "gptq takes with a quantiser that looks at text"
+        )
     if stored.unknown:
         said.append(f"gptq: no library knows {stored.unknown}: only this project loads the folder")
     if (bits := activation_bits(options)) < 16:

@@ -216,6 +216,14 @@ def test_plan_chooses_the_group_that_fits_and_says_so() -> None:
     assert gptq.plan(shape, Gptq(group=-1)).grid == Grid(4, -1)
 
 
+def test_plan_says_that_the_nearest_codes_of_embeddings_lose_more() -> None:
+    shape = shape_from_config(PRESETS["smollm2-135m"])
+    for quant, codes, said in [("gptq4", "", False), ("gptq4", "nearest", True), ("int4", "", True)]:
+        options = Gptq(quant, quant_embeddings=4, embedding_codes=codes)
+        assert any("nearest 4-bit codes" in remark for remark in gptq.remarks(shape, options)) == said
+    assert not any("nearest" in remark for remark in gptq.remarks(shape, Gptq(quant_embeddings=8)))
+
+
 def test_plan_leaves_layers_that_the_format_cannot_hold() -> None:
     shape = shape_from_config(PRESETS["stories260k"])  # 172 is no multiple of 32
     planned = gptq.plan(shape, Gptq())
