@@ -80,6 +80,7 @@ class CompressOptions(TypedDict, total=False):
     train_mask: float
     lora_packed: bool
     loftq_steps: int
+    distill_hidden: float
     # stage gptq
     quant: str
     group: int

@@ -97,6 +97,7 @@ LOSSES = ("all", "answers")
 PACKINGS = ("windows", "rows", "grouped")
 SCHEDULES = ("cosine", "linear", "constant")
 EMBEDDING_CODES = ("gptq", "nearest")
+SHRINKAGE = 0.2  # gains on text unlike the calibration's, and costs nothing on its own kind (benchmarks/README.md)
 LOFTQ_STEPS = 5  # as LoftQ's paper takes
 
 
@@ -389,7 +390,11 @@ class Gptq:
         False, "--smooth", "With w4a8, QQQ's smoothing: divide outlying input channels, multiply their columns.", True
     )
     shrinkage: float = option(
-        0.0, "--hessian-shrinkage", "Share of the Hessian off its diagonal to leave out: better on unlike text.", True
+        -1.0,
+        "--hessian-shrinkage",
+        "Share of the Hessian off its diagonal left out; -1: 0.2 with GPTQ.",
+        True,
+        0.0,
     )
 
     def __post_init__(self) -> None:
@@ -406,11 +411,7 @@ class Gptq:
             self.group == -1 or self.group >= least, f"--group {self.group}: at least {least}, or -1 for whole rows"
         )
         faults.require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
-        faults.require(0 <= self.shrinkage <= 1, f"--hessian-shrinkage {self.shrinkage}: must be in [0, 1]")
-        faults.require(
-            not self.shrinkage or self.quant not in quantisers.METHODS or quantisers.method(self.quant).TUNES,
-            f"--hessian-shrinkage is for GPTQ's solver, which --quant {self.quant} does not use; leave it out",
-        )
+        faults.of(self._settle_shrinkage)
         faults.one_of("--quant-effort", self.effort, ("normal", "high"))
         faults.require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
         bits = self.activation_bits
@@ -433,6 +434,18 @@ class Gptq:
         )
         faults.of(lambda: self.rules)
         faults.raise_all()
+
+    def _settle_shrinkage(self) -> None:
+        """What the default of --hessian-shrinkage means here; raises PlanError for what cannot be."""
+        solved = self.quant in quantisers.METHODS and quantisers.method(self.quant).TUNES
+        if self.shrinkage == -1:
+            object.__setattr__(self, "shrinkage", SHRINKAGE if solved else 0.0)
+        if not 0 <= self.shrinkage <= 1:
+            raise PlanError(f"--hessian-shrinkage {self.shrinkage}: must be in [0, 1], or -1 for the default")
+        if self.shrinkage and not solved:
+            raise PlanError(
+                f"--hessian-shrinkage is for GPTQ's solver, which --quant {self.quant} does not use; leave it out"
+            )
 
     def _settle_embedding(self) -> None:
         """What the default of --embedding-codes means here; raises PlanError for what cannot be."""

@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     **{"lora.batch": 4, "lora.steps": 2, "gptq.samples": 2, "gptq.length": 32, "gptq.group": 32},
     **{"eora.rank": 2, "eora.samples": 2, "eora.length": 32},
     # These were defaults then.
-    **{"lora.dropout": 0.1, "lora.targets": "q_proj,k_proj,v_proj,o_proj", "eora.bits": 16},
+    **{"lora.dropout": 0.1, "lora.targets": "q_proj,k_proj,v_proj,o_proj", "gptq.shrinkage": 0.0, "eora.bits": 16},
 }
 # What is asked for besides, and the stage folders that a558005 has for it: their names end in a fingerprint's head,
 # and each fingerprint is of the one before with the stage's key, VERSION, options and calibration. Stages that leave an

@@ -70,7 +70,7 @@ def make(
     mask = prune_n_of_m(weight, X.norm(dim=0), *pattern) if pattern else None
     if mask is not None and not keep_masked_values:
         weight = weight * mask
-    return Case(weight, X.T @ X, mask, Grid(bits, group, symmetric), Gptq(**options))
+    return Case(weight, X.T @ X, mask, Grid(bits, group, symmetric), Gptq(**{"shrinkage": 0.0, **options}))
 
 
 # --- against the textbook -------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Gptq, {"embedding_codes": "best", "quant_embeddings": 4}, "--embedding-codes best: there are gptq and nearest"),
     (Gptq, {"embedding_codes": "gptq", "quant_embeddings": 8}, "--embedding-codes gptq is for 4 bits"),
     (Gptq, {"embedding_codes": "gptq", "quant_embeddings": 4, "quant": "int4"}, "--quant int4 looks at weights alone"),
-    (Gptq, {"shrinkage": 1.5}, "--hessian-shrinkage 1.5: must be in [0, 1]"),
+    (Gptq, {"shrinkage": 1.5}, "--hessian-shrinkage 1.5: must be in [0, 1], or -1 for the default"),
     (Gptq, {"shrinkage": math.nan}, "--hessian-shrinkage nan"),
     (Gptq, {"shrinkage": 0.2, "quant": "hqq4"}, "GPTQ's solver, which --quant hqq4 does not use"),
     (Gptq, {"group": -2}, "--group -2"),
