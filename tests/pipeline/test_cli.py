@@ -312,10 +312,10 @@ def test_rank_says_what_it_is_about_to_do(
     monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path))
     asked = ("rank", tiny_llama, "--metric", metric, "--samples", 2, "--length", 32, "--data", "embedded")
     done = compress(*asked)
-    subject = "ranking 6 blocks of" if metric == "magnitude" else "measuring what each of 12 ways costs every layer"
+    subject = "ranking 6 blocks of" if metric == "magnitude" else "measuring what each of 16 ways costs every layer"
     assert done.returncode == 0, done.stderr
     assert re.search(rf"{subject}.* on 2 windows of 32 tokens: about \d+ s here", done.stderr), done.stderr
-    again = "12 ways costs every layer was measured before, and is kept in" if metric == "bits" else subject
+    again = "16 ways costs every layer was measured before, and is kept in" if metric == "bits" else subject
     assert again in compress(*asked).stderr
     for quiet in ("-q", "--json"):
         assert compress(*asked, quiet).stderr == ""
