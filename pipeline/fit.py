@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -346,11 +346,21 @@ def command_of_stages(model: str, data: str, stages: Sequence[tuple[str, Options
     words = ["compress", *(["--model", model] if model else []), *(["--data", data] if data else [])]
     for _, options in stages:
         for field in fields(options):
-            if (value := getattr(options, field.name)) != field.default:
-                flag = field.metadata["flag"]
+            if not _by_default(options, field.name, field.default):
+                flag, value = field.metadata["flag"], getattr(options, field.name)
                 words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
     run = {name for name, _ in stages}
     return shlex.join([*words, "--skip", ",".join(name for name in STAGES if name not in run)])
+
+
+def _by_default(options: Options, name: str, default: Any) -> bool:
+    """Whether these options are the same with this field at its default, whatever that means beside the others."""
+    if getattr(options, name) == default:
+        return True
+    try:
+        return replace(options, **{name: default}) == options
+    except PlanError:
+        return False
 
 
 def print_offers(console: Console, title: str, offers: Sequence[Mapping[str, Any]]) -> None:
