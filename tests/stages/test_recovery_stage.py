@@ -313,7 +313,8 @@ def test_packed_weights_train_the_same_adapter(method: str, packed: Checkpoint, 
         trained[keep] = load_file(writer.folder / "adapter_model.safetensors")
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     for name, tensor in trained[False].items():
-        torch.testing.assert_close(trained[True][name], tensor, rtol=1e-3, atol=1e-5)
+        # As a whole: Adam makes a step of a gradient that is all rounding, in single numbers.
+        assert float((trained[True][name] - tensor).norm()) <= 1e-3 * float(tensor.norm()) + 1e-5
     result = seal(writer, packed, pattern="2:4")
     for index, block in enumerate(packed.shape.blocks):
         for x in block.linears:
