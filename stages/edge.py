@@ -82,14 +82,12 @@ def fit_rows(weight: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Ten
     low, high = weight.amin(dim=1, keepdim=True), weight.amax(dim=1, keepdim=True)
     total = importance.sum()
     mean = _sums(weight, importance) / total
-    best = least = None
+    best, least = _range(low, high, bits), torch.full_like(low, torch.inf)
     for shrink in range(SHRINKS):
         scales, minimum = _range(low * (1 - 0.05 * shrink), high * (1 - 0.05 * shrink), bits)
         for turn in range(TURNS + 1):
             codes = _nearest(weight, scales, minimum, bits)
             error = _sums((codes * scales + minimum - weight).square(), importance)
-            if best is None or least is None:
-                best, least = (scales, minimum), error
             better = error < least
             best = torch.where(better, scales, best[0]), torch.where(better, minimum, best[1])
             least = torch.where(better, error, least)
@@ -100,7 +98,6 @@ def fit_rows(weight: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Ten
                 slope = _sums(centred * (weight - mean), importance) / spread
                 scales = _float16(slope.clamp(min=SMALLEST_SCALE))
                 minimum = _float16(mean - scales * middle)
-    assert best is not None
     return best
 
 

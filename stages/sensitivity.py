@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 from edgepress.checkpoints.checkpoint import Checkpoint, Skeleton
 from edgepress.checkpoints.errors import NumericsError
 from edgepress.checkpoints.forms import Form, Grid
-from edgepress.checkpoints.lazy import F, torch
+from edgepress.checkpoints.lazy import torch
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import ModelShape
 from edgepress.checkpoints.super_blocks import SuperBlocks
 from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.checkpoints.walk import Scratch, States
 from edgepress.stages import edge
+from edgepress.stages.gradients import advance, nll
 from edgepress.stages.hessian import inverse_factor, live_diagonal, of_head
 from edgepress.stages.options import Gptq as Options
 from edgepress.stages.quantisers import codes, form, super_blocks
@@ -132,10 +133,9 @@ def measure(
         _fill(inputs[0], skeleton, chunks)
         runtime.progress.start("forwards", count)
         for i in range(count):
-            inputs.append(scratch.states(shapes, runtime.dtype))
+            inputs.append(scratch.states(shapes, runtime.dtype, like=inputs[-1]))
             with skeleton.block(i) as block:
-                for number, before in enumerate(inputs[-2].chunks):
-                    inputs[-1].write(number, skeleton.run(block, i, before))
+                advance(skeleton, block, i, inputs[-1])
             runtime.progress.step(block=f"{i + 1}/{count}")
         edges, beside = dict[int, Skeleton](), dict[int, States]()
         for bits in embedding_bits:
@@ -145,11 +145,12 @@ def measure(
             edges[bits] = Skeleton(_Rounded.like(source, outer), runtime.device, runtime.dtype)
             beside[bits] = scratch.states(shapes, runtime.dtype)
             _fill(beside[bits], edges[bits], chunks)
+        runtime.progress.start("forwards with few bits in the embedding", count if edges else 0)
         for i in range(count if edges else 0):
             with skeleton.block(i) as block:
                 for states in beside.values():
-                    for number, before in enumerate(states.chunks):
-                        states.write(number, skeleton.run(block, i, before))
+                    advance(skeleton, block, i, states)
+            runtime.progress.step(block=f"{i + 1}/{count}")
         loss, gradients = _head(skeleton, inputs.pop(), chunks)
         embedding = {0: 0.0} | {bits: (_loss(edges[bits], beside[bits], chunks) - loss) / total for bits in edges}
         runtime.progress.start("backwards", count)
@@ -190,16 +191,10 @@ def _fill(states: States, skeleton: Skeleton, chunks: list[Tensor]) -> None:
         states.write(number, embedded)
 
 
-def _nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Summed over the tokens; logits (b, L, vocabulary), ids (b, L)."""
-    targets = ids[:, 1:].to(logits.device).flatten()
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum")
-
-
 def _loss(skeleton: Skeleton, states: States, chunks: list[Tensor]) -> float:
     with skeleton.head() as head, torch.no_grad():
         return sum(
-            float(_nll(head(row), own))
+            float(nll(head(row), own))
             for chunk, ids in zip(states.chunks, chunks, strict=True)
             for row, own in zip(torch.split(chunk, 1), torch.split(ids, 1), strict=True)
         )
@@ -212,9 +207,9 @@ def _head(skeleton: Skeleton, states: States, chunks: list[Tensor]) -> tuple[flo
         for chunk, ids in zip(states.chunks, chunks, strict=True):
             leaf = chunk.to(skeleton.device).requires_grad_()
             for row, own in zip(torch.split(leaf, 1), torch.split(ids, 1), strict=True):
-                nll = _nll(head(row), own)
-                torch.autograd.backward(nll)
-                loss += float(nll.detach())
+                rows_loss = nll(head(row), own)
+                torch.autograd.backward(rows_loss)
+                loss += float(rows_loss.detach())
             assert leaf.grad is not None
             gradients.append(leaf.grad)
     return loss, gradients

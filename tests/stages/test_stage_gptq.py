@@ -21,6 +21,7 @@ from edgepress.checkpoints.writer import CheckpointWriter
 from edgepress.stages import edge, gptq
 from edgepress.stages.hessian import hessians, of_head
 from edgepress.stages.options import Gptq, decisive
+from tests.models import ALL_FAMILIES, build_model
 
 pytestmark = pytest.mark.unit
 
@@ -140,17 +141,18 @@ def test_embedding_codes_stand_for_the_stored_embedding(
     assert torch.equal(result.outer()["model.norm.weight"], source.outer()["model.norm.weight"])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", sorted(ALL_FAMILIES))
 def test_the_heads_hessian_is_of_what_its_matrix_multiplies(
-    family: str, build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches]
+    family: str, tmp_path: Path, tokens: Callable[..., TokenBatches]
 ) -> None:
-    source, chunks = build(family), tokens(5).chunks(48)
+    build_model(family).save_pretrained(tmp_path)
+    source, chunks = Checkpoint.open(tmp_path), tokens(5).chunks(48)
     walk = Walk(source, chunks, RUNTIME, last_outputs=True)
     for block in walk:
         block.done()
     found = of_head(walk.skeleton, walk.states.chunks)
     model, seen = source.model(), list[Tensor]()
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
     with torch.no_grad():
         for ids in chunks:
             model(input_ids=ids)

@@ -104,6 +104,16 @@ def test_a_group_is_as_asked_where_it_divides_every_width(wanted: int, widths: s
         torch.testing.assert_close(fitted.read(found.stored(), 8, columns), found.weight, rtol=0, atol=0)
 
 
+def test_shrinkage_of_1_leaves_every_column_its_own_nearest_code(layer: tuple[Tensor, Tensor]) -> None:
+    form = SuperBlocks("gptq4-s", 4, 32)
+    shrunk, least = solved(layer, form, shrinkage=1.0), solved(layer, form, shrinkage=0.0)
+    scale, minimum = form.steps(shrunk.grid.sides(), COLUMNS)
+    scale, minimum = (x.repeat_interleave(32, dim=1) for x in (scale, minimum))
+    nearest = ((layer[0] + minimum) / scale).round().clamp(0, 15)
+    assert torch.equal(shrunk.codes.float(), nearest)
+    assert least.error < solved(layer, form).error < shrunk.error, "the default lies between"
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_error_is_below_that_of_plain_groups_with_as_many_bits(bits: int, layer: tuple[Tensor, Tensor]) -> None:
     """A real minimum and 6-bit scales, groups of 32 or 64, against float16 scales and whole zero points."""
