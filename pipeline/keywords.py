@@ -116,6 +116,7 @@ class CompressOptions(TypedDict, total=False):
     eora_bits: int
     eora_samples: int
     eora_length: int
+    eora_shrinkage: float
 
 
 class EvaluateOptions(TypedDict, total=False):

@@ -19,7 +19,7 @@ from edgepress.checkpoints.memory import size_text
 from edgepress.checkpoints.runtime import Runtime
 from edgepress.checkpoints.shape import LinearShape, ModelShape
 from edgepress.checkpoints.tokens import TokenBatches
-from edgepress.stages.hessian import hessians
+from edgepress.stages.hessian import hessians, shrunk
 from edgepress.stages.options import Eora as Options
 from edgepress.stages.pruning import HESSIANS
 from edgepress.stages.requirements import Cost, forward_operations, linears, linked_bytes, tokens, walk_cost
@@ -42,18 +42,31 @@ def plan(shape: ModelShape, options: Options) -> ModelShape:
             "eora: this checkpoint already carries an adapter; give the quantised one without it, or leave eora out: "
             "--eora 0. A layer has room for one adapter"
         )
-    limit = min(min(x.out_features, x.in_features) for block in shape.blocks for x in block.linears if x.grid)
-    if options.rank > limit:
-        raise PlanError(f"--eora {options.rank}: the smallest quantised layer has rank {limit}; choose at most that")
+    rank = rank_of(shape, options)
+    if options.rank > rank and options.rank != Options.rank:
+        raise PlanError(f"--eora {options.rank}: the smallest quantised layer has rank {rank}; choose at most that")
 
     def compensated(linear: LinearShape) -> LinearShape:
         if linear.grid is None:
             return linear
         packed = options.bits == 8
-        return replace(linear, adapter_rank=options.rank, adapter_dtype=linear.dtype, adapter_packed=packed)
+        return replace(linear, adapter_rank=rank, adapter_dtype=linear.dtype, adapter_packed=packed)
 
     blocks = tuple(replace(block, linears=tuple(map(compensated, block.linears))) for block in shape.blocks)
     return replace(shape, blocks=blocks)
+
+
+def rank_of(shape: ModelShape, options: Options) -> int:
+    """What is asked for, or what the smallest quantised layer has where that is less."""
+    limits = (min(x.out_features, x.in_features) for block in shape.blocks for x in block.linears if x.grid)
+    return min(options.rank, *limits)
+
+
+def remarks(shape: ModelShape, options: Options) -> list[str]:
+    """What differs from what was asked, in words a person should read before the run."""
+    if (rank := rank_of(shape, options)) == options.rank:
+        return []
+    return [f"eora: rank {rank}, which the smallest quantised layer has, and not {options.rank}"]
 
 
 def cost(before: ModelShape, options: Options) -> Cost:
@@ -75,6 +88,7 @@ def run(
 
     reference, numbers = reference_weights(source, options.against)
     after, scaled = plan(source.shape, options), scaled_folders(source)
+    options = replace(options, rank=rank_of(source.shape, options))
     walk = Walk(source, calibration.chunks(runtime.chunk_tokens), runtime, target.work, task="eora")
     for block in walk:
         if (first := after.firsts[block.index]) < block.index:  # one adapter for what is one block
@@ -109,7 +123,7 @@ def run(
     for index in range(len(source.shape.blocks)):
         target.copy_block(index, source, index)
     target.copy_outer(source)
-    target.join_adapter(adapter_config(after, options))
+    target.join_adapter(adapter_config(after, options.rank))
     target.finish(source.config, source)
     total = bought([layer for first in sorted(set(after.firsts)) for layer in walk.facts[first].values()])
     runtime.progress.say(f"  {in_words(total, options)}")
@@ -145,13 +159,15 @@ def fitted(error: Tensor, covariance: Tensor, options: Options, dtype: torch.dty
     """The adapter for error dW (out, in) on inputs with covariance X^T X (in, in), rounding included.
 
     Rounding can undo a correction that was tiny to begin with: the adapter is zero where it would not help, so
-    the objective is never above that without an adapter.
+    the objective is never above that without an adapter. options.shrinkage: the adapter is the best one on that much
+    of the covariance, which serves text unlike the calibration's better; chosen and told is by all of it.
     """
-    B, A = compensate(error, covariance, options.rank)
+    believed = shrunk(covariance, options.shrinkage)
+    B, A = compensate(error, believed, options.rank)
     before = output_energy(error, covariance)
     nothing = stored(torch.zeros_like(B), torch.zeros_like(A), options.bits, dtype)
     best = Fit(*nothing[:2], before, before, nothing[2])
-    for candidate in candidates(B, A, error, covariance, options.bits, dtype):
+    for candidate in candidates(B, A, error, believed, options.bits, dtype):
         B, A, packed = stored(*candidate, options.bits, dtype)
         after = output_energy(error - B.float() @ A.float(), covariance)
         if after < best.after:
@@ -263,7 +279,7 @@ def _root(covariance: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return Q * size, lambda x: x * inverse @ Q.T
 
 
-def adapter_config(shape: ModelShape, options: Options) -> dict[str, Any]:
+def adapter_config(shape: ModelShape, rank: int) -> dict[str, Any]:
     """The adapter's description in PEFT's own words."""
     adapted = [x.name for block in shape.blocks for x in block.linears if x.adapter_rank]
-    return peft_config(options.rank, options.rank, adapted)
+    return peft_config(rank, rank, adapted)

@@ -55,15 +55,19 @@ def live_diagonal(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return H, unused
 
 
+def shrunk(hessian: Tensor, shrinkage: float) -> Tensor:
+    """H (in, in) with what lies off its diagonal reduced by a share (Schaefer and Strimmer 2005, target D)."""
+    return hessian.lerp(hessian.diagonal().diag(), shrinkage) if shrinkage else hessian
+
+
 def inverse_factor(hessian: Tensor, damping: float, shrinkage: float = 0.0) -> tuple[Tensor, float, bool]:
     """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U; damping used; whether in float64.
 
-    shrinkage: share by which what lies off the diagonal is reduced first (Schaefer and Strimmer 2005, target D). Tries
-    float32, then float64, then ten times the damping, until 1. Raises NumericsError saying so.
+    shrinkage: as `shrunk` takes it, first. Tries float32, then float64, then ten times the damping, until 1. Raises
+    NumericsError saying so.
     """
     mean = float(hessian.diagonal().mean())
-    if shrinkage:
-        hessian = hessian.lerp(hessian.diagonal().diag(), shrinkage)
+    hessian = shrunk(hessian, shrinkage)
     tried = []
     while damping <= 1:
         for dtype in (torch.float32, torch.float64):

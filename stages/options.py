@@ -539,14 +539,24 @@ class Tune:
 class Eora:
     """A training-free low-rank answer to the compression error (EoRA, arXiv 2410.21271)."""
 
-    rank: int = option(32, "--eora", "Rank of the compensation; 0 skips the stage.")
+    rank: int = option(
+        64, "--eora", "Rank of the compensation (the thesis: 32); the default is less where a layer has less; 0 skips."
+    )
     against: str = option("parent", "--eora-against", "Error against the checkpoint before quantisation, or dense.")
     bits: int = option(8, "--eora-bits", "16, or 8 to round the adapter to packed 8-bit codes.")
     samples: int = option(64, "--eora-samples", "Calibration windows.")
     length: int = option(512, "--eora-length", "Tokens per calibration window.")
+    shrinkage: float = option(
+        -1.0, "--eora-shrinkage", "Share of X^T X off its diagonal left out, as in GPTQ; -1: 0.2.", True, 0.0
+    )
 
     def __post_init__(self) -> None:
+        if self.shrinkage == -1:
+            object.__setattr__(self, "shrinkage", SHRINKAGE)
         faults = _Faults()
+        faults.require(
+            0 <= self.shrinkage <= 1, f"--eora-shrinkage {self.shrinkage}: must be in [0, 1], or -1 for the default"
+        )
         faults.require(self.rank >= 0, f"--eora {self.rank}: the rank cannot be negative")
         faults.one_of("--eora-against", self.against, ("parent", "dense"))
         faults.require(self.bits in (8, 16), f"--eora-bits {self.bits}: 8 or 16")
@@ -559,7 +569,8 @@ class Eora:
 
     @property
     def label(self) -> str:
-        return f"eora-r{self.rank}" + ("-8bit" if self.bits == 8 else "")
+        # The default says no rank: a model's smallest layer may have less.
+        return "eora" + f"-r{self.rank}" * (self.rank != Eora.rank) + "-8bit" * (self.bits == 8)
 
 
 def decisive(options: Any) -> dict[str, Any]:

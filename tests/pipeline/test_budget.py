@@ -549,7 +549,7 @@ def test_a_plan_with_an_adapter_is_compared_and_then_tuned(
         (("--budget", "90KB", "--budget-with", "vocabulary"), "--budget-with vocabulary: nothing says"),
         (("--budget-with", "wanda"), "there is no --budget; give one"),
         (("--budget-as", "gguf"), "there is no --budget; give one"),
-        (("--budget", "90KB", "--eora", "64"), "the smallest quantised layer has rank 32"),
+        (("--budget", "90KB", "--eora", "48"), "the smallest quantised layer has rank 32"),
         (("--budget", "90KB", "--quant", "gptq4", "--recover", "qlora"), "leave out --homotopic and a --recover"),
         (("--budget", "90KB", "--plan"), "--plan cannot forecast what it chooses"),
         (("--budget", "90KB", "--budget-rounds", "0"), "at least one plan must be run"),

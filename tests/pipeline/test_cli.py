@@ -51,7 +51,7 @@ def test_help_answers_without_importing_torch() -> None:
         (["--quant", "awq"], "(near: awq4)"),
         (["--quant", "int4-g64"], "--quant int4 --group 64"),
         (["--lora-targets", "w1"], "blocks have"),
-        (["--eora", "64"], "the smallest quantised layer has rank 32"),
+        (["--eora", "48"], "the smallest quantised layer has rank 32"),
         (["--data", "no-such.txt"], "there is no text"),
         (["--device", "tpu"], "auto, cpu and cuda"),
         (["--recipe", "nowhere"], "shipped are"),

@@ -99,8 +99,8 @@ def test_eight_bits_lose_little_and_refitting_b_wins_some_of_it_back() -> None:
     for seed in range(8):
         error, X = problem(seed, 48, 40, 400)
         C = X.T @ X
-        full = eora.fitted(error, C, Eora(rank=12, bits=16), torch.float32)
-        packed = eora.fitted(error, C, Eora(rank=12, bits=8), torch.float32)
+        full = eora.fitted(error, C, Eora(rank=12, bits=16, shrinkage=0), torch.float32)
+        packed = eora.fitted(error, C, Eora(rank=12, bits=8, shrinkage=0), torch.float32)
         B, A = eora.compensate(error, C, 12)
         B, A, _ = eora.stored(B, A, 8, torch.float32)
         kept.append((packed.before - packed.after) / (full.before - full.after))

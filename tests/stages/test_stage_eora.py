@@ -111,6 +111,35 @@ def test_fewer_tokens_than_features(tokens: int) -> None:
     assert float((error - B @ A).norm()) <= float(error.norm()) * 1.0001
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_shrinkage_reaches_the_optimum_on_the_shrunk_covariance(share: float) -> None:
+    error, X = torch.randn(24, 32, generator=torch.Generator().manual_seed(10)), inputs(11, 32, 300)
+    gram = (X.T @ X).double().numpy()
+    believed = (1 - share) * gram + share * np.diag(np.diag(gram))
+    root = np.linalg.cholesky(believed)
+    singular = np.linalg.svd(error.double().numpy() @ root, compute_uv=False)
+    fit = eora.fitted(error, X.T @ X, Eora(rank=6, bits=16, shrinkage=share), torch.float32)
+    delta = error.double().numpy() - fit.delta.double().numpy()
+    assert float(((delta @ root) ** 2).sum()) == pytest.approx(float((singular[6:] ** 2).sum()), rel=1e-4)
+    # what is told is the error on the calibration's own inputs
+    assert fit.after == pytest.approx(float((delta @ gram * delta).sum()), rel=1e-4)
+    assert fit.before == pytest.approx(objective(error, X, torch.zeros(24, 1), torch.zeros(1, 32)), rel=1e-4)
+
+
+def test_shrinkage_by_default_leaves_less_error_on_other_inputs_when_calibration_is_short() -> None:
+    better = 0
+    for seed in range(10):
+        error, X = torch.randn(48, 64, generator=torch.Generator().manual_seed(seed)), inputs(20 + seed, 64, 4096)
+        few, others = X[:96], X[96:]
+        plain, shrunk = (
+            eora.fitted(error, few.T @ few, options, torch.float32)
+            for options in (Eora(rank=8, bits=16, shrinkage=0), Eora(rank=8, bits=16))
+        )
+        assert plain.after <= shrunk.after  # on the calibration's own
+        better += objective(error, others, shrunk.B, shrunk.A) < objective(error, others, plain.B, plain.A)
+    assert better >= 9
+
+
 def test_inputs_or_errors_that_are_zero() -> None:
     for error, gram in [(torch.zeros(8, 6), torch.eye(6)), (torch.ones(8, 6), torch.zeros(6, 6))]:
         B, A = eora.compensate(error, gram, 3)
@@ -163,7 +192,7 @@ def test_the_stage_compensates_each_block_behind_the_compensated_ones(
     writer: CheckpointWriter,
     seal: Callable[..., Checkpoint],
 ) -> None:
-    ids, options = tokens(8), Eora(rank=4)
+    ids, options = tokens(8), Eora(rank=4, shrinkage=0)
     facts = eora.run(quantised, writer, ids, options, RUNTIME)
     result = seal(writer, quantised, pattern="2:4")
     planned = eora.plan(quantised.shape, options)
@@ -241,6 +270,30 @@ def test_against_dense_follows_the_recorded_blocks(
     unrecorded = seal(CheckpointWriter(tmp_path / "gptq"), shallow)
     with pytest.raises(CheckpointError, match="not recorded which blocks"):
         reference_weights(unrecorded, "dense")
+
+
+def test_the_default_rank_is_what_the_smallest_layer_has_where_that_is_less(
+    quantised: Checkpoint,
+    tokens: Callable[..., TokenBatches],
+    writer: CheckpointWriter,
+    seal: Callable[..., Checkpoint],
+) -> None:
+    least = min(min(x.out_features, x.in_features) for block in quantised.shape.blocks for x in block.linears)
+    assert least < Eora.rank
+    facts = eora.run(quantised, writer, tokens(8), Eora(), RUNTIME)
+    assert facts["rank"] == least
+    config = json.loads((writer.folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == least
+    result = seal(writer, quantised, pattern="2:4")
+    assert result.shape.parameters_total == eora.plan(quantised.shape, Eora(rank=least)).parameters_total
+    assert result.facts()["file_bytes"] == eora.plan(quantised.shape, Eora()).file_bytes
+    assert eora.remarks(quantised.shape, Eora()) == [
+        f"eora: rank {least}, which the smallest quantised layer has, and not 64"
+    ]
+    assert eora.remarks(quantised.shape, Eora(rank=least)) == []
+    wide = gptq.plan(shape_from_config(PRESETS["smollm2-135m"]), Gptq())
+    assert {x.adapter_rank for block in eora.plan(wide, Eora()).blocks for x in block.linears} == {64}
+    assert eora.remarks(wide, Eora()) == []
 
 
 def test_plan_refuses_what_cannot_be() -> None:

@@ -95,6 +95,8 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Gptq, {"length": 1}, "gptq: windows of 1 tokens"),
     (Eora, {"rank": -1}, "--eora -1"),
     (Eora, {"against": "nothing"}, "--eora-against nothing: there are parent and dense"),
+    (Eora, {"shrinkage": 1.5}, "--eora-shrinkage 1.5: must be in [0, 1], or -1 for the default"),
+    (Eora, {"shrinkage": math.nan}, "--eora-shrinkage nan"),
     (Eora, {"samples": 0}, "eora: 0 calibration windows"),
     (Eora, {"length": 1}, "eora: windows of 1 tokens"),
 ]
@@ -151,6 +153,7 @@ def test_what_is_skipped_and_what_it_is_called() -> None:
         (Eora(rank=0, bits=16), True, "eora-r0"),
         (Eora(rank=8, bits=16), False, "eora-r8"),
         (Eora(rank=8), False, "eora-r8-8bit"),
+        (Eora(), False, "eora-8bit"),
     ]
     for options, skipped, label in cases:
         assert (options.skipped, options.label) == (skipped, label)
