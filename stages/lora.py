@@ -143,10 +143,23 @@ def cost(before: ModelShape, options: Options) -> Cost:
 
 
 def _step_bytes(before: ModelShape, options: Options) -> int:
-    """What a micro-batch keeps for its gradient, and what is computed with in passing."""
+    """What a micro-batch keeps for its gradient, and what is computed with in passing.
+
+    In bytes a token of a block with attention and a gated MLP, as autograd's hooks for saved tensors count them on
+    Llama: norms in 32 bits, queries to outputs and what the activation multiplies 16 d + 6 inner, and of a layer's
+    adapter a copy of its input in 32 bits, another of what dropout leaves, and one number a rank. All weights trained
+    keep the inputs in 16 bits and the norms' instead.
+    """
     count, inner = len(before.blocks), max(x.out_features for x in linears(before))
-    block, logits = 2 * (14 * before.hidden_size + 4 * inner), 3 * 4 * before.vocabulary
-    passing = 0
+    # The loss of 16-bit logits: they, their logarithms, and two gradients in 32 bits.
+    logits, passing = 14 * before.vocabulary, 0
+    block = 16 * before.hidden_size + 6 * inner
+    if options.recovery.whole:
+        block += 10 * before.hidden_size + 2 * inner
+    else:
+        copies = 1 + (options.dropout > 0)
+        own = sum(4 * copies * x.in_features + 4 * x.adapter_rank for x in adapters(before, options))
+        block += own // len(before.own_blocks)
     if options.lean_loss:
         logits, passing = 2 * before.vocabulary, 3 * 4 * LOGITS_AT_ONCE
     if options.packed:  # one layer: whole numbers, values and products in 32 bits, and what is computed with
