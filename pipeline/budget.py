@@ -66,26 +66,23 @@ def corrected(
     errors: Mapping[Layer, Mapping[Way, float]],
     measured: Sequence[tuple[Plan, Mapping[Layer, float]]],
 ) -> dict[Layer, dict[Way, float]]:
-    """The losses times what GPTQ really left of each layer over what was predicted.
+    """The losses times what GPTQ really left of the layers' outputs over what was predicted.
 
-    measured: each plan that ran with the relative error of every layer. Where a layer never had a way it gets the
-    factor that its other ways had, and where it had none, that of the layers with the way.
+    measured: each plan that ran with the relative error of every layer. All ways of one quantiser get one factor, the
+    median of its layers', and a quantiser that no layer had the median of all: a single layer's relative error hangs
+    on a few rows of large outputs, which need not be among those that the prediction solved.
     """
-    seen: dict[Layer, dict[Way, float]] = {}
-    by_way: dict[Way, list[float]] = {}
+    factors: dict[str, list[float]] = {}
     for plan, found in measured:
         for layer, way in plan.layers.items():
             if layer in found and (predicted := errors[layer][way]) > 0:
-                factor = min(max(found[layer] / predicted, 0.25), 4.0)
-                seen.setdefault(layer, {})[way] = factor
-                by_way.setdefault(way, []).append(factor)
-    usual = {way: median(factors) for way, factors in by_way.items()}
+                factors.setdefault(way[0], []).append(found[layer] / predicted)
+    usual = median([x for own in factors.values() for x in own]) if factors else 1.0
 
-    def times(layer: Layer, way: Way) -> float:
-        own = seen.get(layer, {})
-        return own.get(way, median(own.values()) if own else usual.get(way, 1.0))
+    def times(quant: str) -> float:
+        return median(factors[quant]) if quant in factors else usual
 
-    return {layer: {way: x * times(layer, way) for way, x in ways.items()} for layer, ways in losses.items()}
+    return {layer: {way: x * times(way[0]) for way, x in ways.items()} for layer, ways in losses.items()}
 
 
 def corrected_blocks(

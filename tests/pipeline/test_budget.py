@@ -310,13 +310,16 @@ def test_rules_say_every_layers_way() -> None:
 
 @pytest.mark.unit
 def test_what_the_solver_left_corrects_the_prediction() -> None:
-    a, b = ("gptq2-s", 32), ("gptq3-s", 32)
-    losses = {(0, "q"): {a: 8.0, b: 1.0}, (1, "q"): {a: 6.0, b: 2.0}, (2, "q"): {a: 4.0, b: 1.0}}
-    errors = {layer: {a: 0.4, b: 0.1} for layer in losses}
-    plan = Plan({(0, "q"): a, (1, "q"): b}, 8, Gptq(), 0, 0.0)
-    found = corrected(losses, errors, [(plan, {(0, "q"): 0.2, (1, "q"): 0.3})])
-    assert found[0, "q"] == {a: 4.0, b: 0.5} and found[1, "q"] == pytest.approx({a: 18.0, b: 6.0})
-    assert found[2, "q"] == pytest.approx({a: 2.0, b: 3.0})  # never run: as its way was elsewhere
+    a, b, c = ("gptq2-s", 32), ("gptq2-s", 64), ("gptq3-s", 32)
+    losses = {(i, "q"): {a: 8.0 + i, b: 9.0, c: 1.0, ("gptq4-s", 32): 0.5} for i in range(4)}
+    errors = {layer: dict.fromkeys(ways, 0.4) for layer, ways in losses.items()}
+    plan = Plan({(0, "q"): a, (1, "q"): b, (2, "q"): a, (3, "q"): c}, 8, Gptq(), 0, 0.0)
+    left = {(0, "q"): 0.2, (1, "q"): 0.6, (2, "q"): 8.0, (3, "q"): 0.48}  # times 0.5, 1.5, 20 and 1.2
+    found = corrected(losses, errors, [(plan, left)])
+    for layer, ways in losses.items():  # a layer that is far off, the third, changes neither its own nor the others'
+        wanted = {a: 1.5, b: 1.5, c: 1.2, ("gptq4-s", 32): 1.35}
+        assert found[layer] == pytest.approx({way: x * wanted[way] for way, x in ways.items()})
+    assert corrected(losses, errors, []) == losses
 
 
 @pytest.mark.unit
