@@ -58,6 +58,7 @@ OURS: dict[str, dict[str, Any]] = GRIDS | {f"{name} high": {**grid, "effort": "h
 OURS = {name: {**grid, "shrinkage": 0.0} for name, grid in OURS.items()}
 OURS |= {f"{name} damping 0.1": {**grid, "damping": 0.1} for name, grid in OURS.items()}
 OURS |= {f"{name} shrinkage 0.2": {**grid, "shrinkage": 0.2} for name, grid in OURS.items()}
+OURS |= {f"{name} guidance 0.5": {**grid, "guidance": 0.5} for name, grid in OURS.items()}
 # Then 100 steps of the stage tune on windows of the calibration text.
 OURS |= {f"{name} tuned": {**grid, "tune": 100} for name, grid in OURS.items()}
 # Those of the table; --only names any other.

@@ -157,6 +157,7 @@ class BlockVisit:
     linears: dict[str, nn.Linear]
     _walk: Walk
     finished: bool = field(default=False)
+    token_weights: Mapping[str, Tensor] = field(default_factory=dict)  # (tokens,) of a layer; none: all count alike
 
     def observe(self, observer: Observer) -> None:
         """Send all inputs through the block; observer(names, x) sees each distinct input once.

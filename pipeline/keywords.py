@@ -98,6 +98,7 @@ class CompressOptions(TypedDict, total=False):
     quant_layers: str
     smooth: bool
     hessian_shrinkage: float
+    guidance: float
     # stage tune
     tune: int
     tune_lr: float

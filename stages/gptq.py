@@ -26,6 +26,7 @@ from edgepress.stages.quantisers import HESSIANS, METHODS, NOTHING, activation_b
 from edgepress.stages.requirements import (
     BASE_BYTES,
     Cost,
+    backward_cost,
     block_bytes,
     block_weights,
     held_state_bytes,
@@ -132,6 +133,14 @@ def cost(before: ModelShape, options: Options) -> Cost:
     if options.smooth:
         passed = w4a8.THRESHOLDS * w4a8.SEARCHED_TOKENS  # tokens
         walk = replace(walk, operations=walk.operations + passed * len(before.blocks) * block_weights(before))
+    if options.guidance:  # first, and by itself
+        first = backward_cost(before, options, linked)
+        walk = replace(
+            walk,
+            peak_memory_bytes=max(walk.peak_memory_bytes, first.peak_memory_bytes),
+            scratch_bytes=max(walk.scratch_bytes, first.scratch_bytes),
+            operations=walk.operations + first.operations * first.slowdown / walk.slowdown,
+        )
     if not high:
         return walk
     # Afterwards all layers of a block at once: positions, gradients, Adam's two moments, levels, weights and a float32
@@ -257,6 +266,7 @@ def run(
     from edgepress.checkpoints.checkpoint import rounded_inputs
     from edgepress.checkpoints.walk import Walk
     from edgepress.stages import edge
+    from edgepress.stages.gradients import token_squares
     from edgepress.stages.hessian import of_head
     from edgepress.stages.refine import DenseOutputs
 
@@ -270,7 +280,9 @@ def run(
     by_head = options.embedding_codes == "gptq"
     walk = Walk(source, chunks, runtime, target.work, last_outputs=by_head, task=options.quant)
     dense = DenseOutputs(source, chunks, runtime) if refined else None
+    squares = token_squares(walk.skeleton, chunks, runtime) if options.guidance else {}
     for block in walk:
+        block.token_weights = {name: _weights(x, options.guidance) for name, x in squares.get(block.index, {}).items()}
         if (first := after.firsts[block.index]) < block.index:  # one set of codes for what is one block
             block.take(_dense(target.repeat_block(block.index, first), after.blocks[first]))
             with rounded_inputs(block.module, after.blocks[first], after.activation_bits):
@@ -303,6 +315,12 @@ def run(
     own = {key: after.config[key] for key in ("quantization_config", OWN_KEY) if key in after.config}
     target.finish(source.config | own, source)
     return {**grid.about(), "blocks": walk.facts}
+
+
+def _weights(squares: Tensor, power: float) -> Tensor:
+    """Of tokens, 1 on average, by the squares (tokens,) of the gradients there."""
+    weights = (squares / squares.mean().clamp_min(1e-30)) ** power
+    return weights / weights.mean() if bool(weights.any()) else torch.ones_like(weights)
 
 
 def _dense(tensors: dict[str, Tensor], block: BlockShape) -> dict[str, Tensor]:

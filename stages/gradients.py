@@ -1,9 +1,9 @@
-"""The gradient of a text's loss in a model's weights, one block in memory at a time."""
+"""The gradient of a text's loss in a model's weights or its layers' outputs, one block in memory at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import NumericsError
 from edgepress.checkpoints.lazy import F, torch
@@ -11,6 +11,7 @@ from edgepress.checkpoints.runtime import Runtime
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
     from edgepress.checkpoints.checkpoint import Skeleton
     from edgepress.checkpoints.walk import States
@@ -24,13 +25,15 @@ def backwards(
     chunks: list[Tensor],
     runtime: Runtime,
     each: Callable[[int, Linears], None] | None = None,
+    watch: Callable[[int, Linears], list[RemovableHandle]] | None = None,
 ) -> Iterator[tuple[int, Linears]]:
     """Run the blocks of `order`, then yield them from the last to the first with their linear layers' gradients.
 
     The loss is the mean over the tokens of chunks, ids (b, L) each. Its gradient is carried backwards one block at a
     time from the stored inputs of each block, so memory stays at one block with its gradient plus the hidden states.
     each: called with a block's number and linear layers after every chunk; what it leaves in their `weight.grad`, the
-    next chunk's gradient is added to.
+    next chunk's gradient is added to. watch: called before them all; its hooks see the gradients of outputs, and the
+    weights then get none.
     """
     from edgepress.checkpoints.walk import Scratch
 
@@ -55,7 +58,8 @@ def backwards(
         for i in reversed(order):
             with skeleton.block(i) as block:
                 linears = skeleton.linears(i)
-                for linear in linears.values():
+                hooks = watch(i, linears) if watch is not None else []
+                for linear in linears.values() if watch is None else ():
                     linear.weight.requires_grad_()
                 backward = []
                 for states, gradient in zip(inputs.pop().chunks, gradients, strict=True):
@@ -65,8 +69,36 @@ def backwards(
                     backward.append(leaf.grad)
                     if each is not None:
                         each(i, linears)
+                for hook in hooks:
+                    hook.remove()
                 gradients = backward
                 yield i, linears
+
+
+def token_squares(skeleton: Skeleton, chunks: list[Tensor], runtime: Runtime) -> dict[int, dict[str, Tensor]]:
+    """By block and linear layer: the loss's gradient in its outputs, squared, their mean of each token (tokens,).
+
+    float32, in host memory, in the order of chunks, ids (b, L) each.
+    """
+    found: dict[int, dict[str, list[Tensor]]] = {}
+
+    def watch(index: int, linears: Linears) -> list[RemovableHandle]:
+        def watched(name: str) -> Callable[..., None]:
+            kept = found.setdefault(index, {}).setdefault(name, [])
+
+            def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
+                tensor: Any = output  # whose register_hook has no types
+                tensor.register_hook(lambda g: kept.append(g.detach().flatten(0, -2).float().square().mean(1).cpu()))
+
+            return hook
+
+        return [linear.register_forward_hook(watched(name)) for name, linear in linears.items()]
+
+    count = len(skeleton.blocks)
+    runtime.progress.start("gradients", count)
+    for index, _ in backwards(skeleton, range(count), chunks, runtime, watch=watch):
+        runtime.progress.step(block=f"{count - index}/{count}")
+    return {index: {name: torch.cat(kept) for name, kept in own.items()} for index, own in found.items()}
 
 
 def advance(skeleton: Skeleton, block: nn.Module, index: int, states: States) -> None:

@@ -20,18 +20,31 @@ if TYPE_CHECKING:
 
 
 def hessians(block: BlockVisit) -> dict[tuple[str, ...], Tensor]:
-    """X^T X over all calibration tokens for each distinct input, (in, in) float32."""
+    """X^T X over all calibration tokens for each distinct input, (in, in) float32.
+
+    Where the block weighs its tokens, X^T diag(s) X for each layer, with its weights s (GuidedQuant, arXiv 2505.07004,
+    section 3, with one group for all outputs).
+    """
     sums: dict[tuple[str, ...], Tensor] = {}
+    seen: dict[tuple[str, ...], int] = {}
 
     def add(names: tuple[str, ...], x: Tensor) -> None:
-        x = x.float()
-        if names in sums:
-            sums[names].addmm_(x.T, x)
-        else:
-            sums[names] = x.T @ x
+        x, start = x.float(), seen.get(names, 0)
+        seen[names] = start + len(x)
+        for own, times in _weighed(block, names):
+            y = x if times is None else x * times[start : start + len(x), None].to(x.device)
+            if own in sums:
+                sums[own].addmm_(x.T, y)
+            else:
+                sums[own] = x.T @ y
 
     block.observe(add)
     return sums
+
+
+def _weighed(block: BlockVisit, names: tuple[str, ...]) -> list[tuple[tuple[str, ...], Tensor | None]]:
+    """The layers that share an input, together or each with the weights of its tokens."""
+    return [((name,), block.token_weights[name]) for name in names] if block.token_weights else [(names, None)]
 
 
 def of_head(skeleton: Skeleton, states: Iterable[Tensor]) -> Tensor:

@@ -164,7 +164,8 @@ def _step_bytes(before: ModelShape, options: Options) -> int:
         logits, passing = 2 * before.vocabulary, 3 * 4 * LOGITS_AT_ONCE
     if options.packed:  # one layer: whole numbers, values and products in 32 bits, and what is computed with
         passing += 14 * max(x.weights for x in linears(before))
-    kept = count * 2 * before.hidden_size + block if options.checkpointing else count * block
+    # Without checkpointing the most is held when the loss is made, with it in the last block's own gradients.
+    kept = count * 2 * before.hidden_size + 2 * block if options.checkpointing else count * block
     if options.distill_hidden:  # the teacher's states, and their differences in 32 bits for the gradient
         kept += count * (2 + 4) * before.hidden_size
     return options.micro_batch * options.length * (kept + logits) + passing

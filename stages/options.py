@@ -396,6 +396,9 @@ class Gptq:
         True,
         0.0,
     )
+    guidance: float = option(
+        0.0, "--guidance", "Weigh tokens by the loss's squared gradient in a layer to this power; 0: alike.", True
+    )
 
     def __post_init__(self) -> None:
         faults = _Faults()
@@ -412,6 +415,7 @@ class Gptq:
         )
         faults.require(0 < self.damping < 1, f"--damping {self.damping}: must be between 0 and 1")
         faults.of(self._settle_shrinkage)
+        faults.of(self._require_guidance)
         faults.one_of("--quant-effort", self.effort, ("normal", "high"))
         faults.require(self.effort_steps > 0, f"--quant-steps {self.effort_steps}: must be positive")
         bits = self.activation_bits
@@ -446,6 +450,12 @@ class Gptq:
             raise PlanError(
                 f"--hessian-shrinkage is for GPTQ's solver, which --quant {self.quant} does not use; leave it out"
             )
+
+    def _require_guidance(self) -> None:
+        if not 0 <= self.guidance <= 1:
+            raise PlanError(f"--guidance {self.guidance}: must be in [0, 1]")
+        if self.guidance and not (self.quant in quantisers.METHODS and quantisers.method(self.quant).TUNES):
+            raise PlanError(f"--guidance is for GPTQ's solver, which --quant {self.quant} does not use; leave it out")
 
     def _settle_embedding(self) -> None:
         """What the default of --embedding-codes means here; raises PlanError for what cannot be."""

@@ -62,6 +62,19 @@ def walk_cost(
     return Cost(BASE_BYTES + max(at_block + beside, at_ends), linked, scratch, operations, slowdown)
 
 
+def backward_cost(before: ModelShape, options: Depth | Wanda | Gptq, linked: int, beside: int = 0) -> Cost:
+    """Of a walk back through the blocks with the loss's gradient, the states before every block held at once.
+
+    beside: bytes of gradients, or what is made of them, that it holds beside a block.
+    """
+    count = len(before.blocks)
+    at_block, at_ends = walk_bytes(before, options)
+    states = held_state_bytes(before, options, count)
+    peak = states + max(at_block + beside, at_ends + options.length * before.vocabulary * 10)
+    operations = 3 * (forward_operations(before, options) + tokens(options) * head_weights(before))
+    return Cost(BASE_BYTES + peak, linked, state_bytes(before, options, count), operations, slowdown=2.1)
+
+
 def linked_bytes(
     shape: ModelShape, blocks: Iterable[int] = (), beside: Iterable[list[TensorShape]] | None = None
 ) -> int:

@@ -7,6 +7,7 @@ blocks see the inputs they will get.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgepress.checkpoints.errors import NumericsError, PlanError
@@ -26,18 +27,12 @@ from edgepress.checkpoints.tokens import TokenBatches
 from edgepress.stages.options import Wanda as Options
 from edgepress.stages.pruning import GRADIENTS, NOTHING, fisher, method
 from edgepress.stages.requirements import (
-    BASE_BYTES,
     Cost,
+    backward_cost,
     block_bytes,
-    forward_operations,
-    head_weights,
-    held_state_bytes,
     linears,
     linked_bytes,
     require_dense,
-    state_bytes,
-    tokens,
-    walk_bytes,
     walk_cost,
 )
 
@@ -76,14 +71,9 @@ def cost(before: ModelShape, options: Options) -> Cost:
     needs, linked = method(options.method).NEEDS, linked_bytes(before)
     if needs != GRADIENTS:
         return walk_cost(before, options, needs, slowdown=3.9, linked=linked)
-    # As depth's ranking by gradients: the states before every block at once; squares of gradients in 32 bits besides.
-    count = len(before.blocks)
-    at_block, at_ends = walk_bytes(before, options)
-    beside = held_state_bytes(before, options, count)
-    peak = beside + max(at_block + 5 * block_bytes(before), at_ends + options.length * before.vocabulary * 10)
-    masks = sum(x.weights for x in linears(before)) // 8
-    operations = 3 * (forward_operations(before, options) + tokens(options) * head_weights(before))
-    return Cost(BASE_BYTES + peak, linked, masks + state_bytes(before, options, count), operations, slowdown=2.1)
+    # Squares of gradients in 32 bits among them.
+    walk = backward_cost(before, options, linked, 5 * block_bytes(before))
+    return replace(walk, scratch_bytes=walk.scratch_bytes + sum(x.weights for x in linears(before)) // 8)  # the masks
 
 
 def remarks(shape: ModelShape, options: Options) -> list[str]:

@@ -190,6 +190,6 @@ def test_w4a8_is_gptqs_symmetric_codes_with_rounded_inputs(
 def test_stores_from_before_the_option_stay_valid() -> None:
     assert "activation_bits" not in decisive(Gptq())
     named = decisive(Gptq(activation_bits=8, shrinkage=0.0))  # as it was then
-    later = {"layers", "smooth", "embedding_codes", "shrinkage"}
+    later = {"layers", "smooth", "embedding_codes", "shrinkage", "guidance"}
     assert {key for key in asdict(Gptq()) if key not in named} == later
     assert named["activation_bits"] == 8
