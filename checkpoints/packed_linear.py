@@ -6,11 +6,27 @@ the forward pass for the backward one; here it is read from the codes a second t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, autograd, nn
+
+_kept: list[tuple[PackedLinear, Tensor]] = []  # the layer read last and its weight, within last_kept
+_keeping = False
+
+
+@contextmanager
+def last_kept() -> Iterator[None]:
+    """Keep the weight that was asked for last: peft asks each layer's a dozen times for its sides while it wraps it."""
+    global _keeping
+    _keeping = True
+    try:
+        yield
+    finally:
+        _keeping = False
+        _kept.clear()
 
 
 class PackedLinear(nn.Linear):
@@ -23,7 +39,12 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.read()
+        if _kept and _kept[0][0] is self:
+            return _kept[0][1]
+        weight = self.read()
+        if _keeping:
+            _kept[:] = [(self, weight)]
+        return weight
 
     def forward(self, input: Tensor) -> Tensor:
         product: Tensor = _Product.apply(input, self)

@@ -293,6 +293,8 @@ class Adapted(NamedTuple):
 
 def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> Adapted:
     """The model with adapters that are ready to be trained, through its mask if it has one."""
+    from edgepress.checkpoints.packed_linear import last_kept
+
     with quiet_import():  # peft asks GPTQModel, which greets
         from peft import get_peft_model
 
@@ -302,7 +304,7 @@ def adapted(source: Checkpoint, options: Options, runtime: Runtime) -> Adapted:
     config = recovery.adapter.config(target_names(source.shape, options), options, recovery.arguments)
     base = source.model(runtime.device, runtime.dtype, packed=options.packed)
     _share_blocks(base, source.shape)
-    with quiet_import():
+    with quiet_import(), last_kept():
         model = get_peft_model(base, config)
     layers = adapted_layers(model)
     starts = dict(_begun(source, layers, options, runtime)) if recovery.begin is not None else {}

@@ -334,6 +334,23 @@ def test_no_dense_weight_stays_in_memory(packed: Checkpoint) -> None:
     torch.testing.assert_close(x.grad, torch.ones_like(y) @ layer.weight)
 
 
+def test_a_packed_layer_is_read_once_to_be_checked_and_once_to_be_wrapped(
+    packed: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = list[Any]()
+
+    def counted(checkpoint: Checkpoint, *given: Any) -> Any:
+        reads.append(given)
+        return read(checkpoint, *given)
+
+    read = Checkpoint._read_packed
+    monkeypatch.setattr(Checkpoint, "_read_packed", counted)
+    _, layers, _ = lora.adapted(packed, chosen("qlora", packed=True), RUNTIME)
+    assert len(reads) == 2 * len(layers)
+    layer = next(iter(layers.values())).base_layer
+    assert layer.weight is not layer.weight  # and is let go of again
+
+
 def test_packed_counts_in_the_forecast_and_needs_codes() -> None:
     shape = shape_from_config(PRESETS["llama-2-7b"])
     quantised = gptq.plan(shape, Gptq("nf4"))
