@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 TRIED = ("vocabulary", "wanda")  # stages that --budget may do without
 DEFAULT = {PACKED: "gptq4-s", GGUF: "q4_k"}  # the quantiser's family where none is asked for
 RANKS = (8, 16, 32)  # of EoRA where none is asked for, at 8 bits: as good as 16 by prediction, and half the bytes
+FEW = 8  # layers of a quantiser, below which their errors say little of it
 WINDOWS = 8  # of calibration, at most, that the sensitivities are measured on
 
 
@@ -68,9 +69,9 @@ def corrected(
 ) -> dict[Layer, dict[Way, float]]:
     """The losses times what GPTQ really left of the layers' outputs over what was predicted.
 
-    measured: each plan that ran with the relative error of every layer. All ways of one quantiser get one factor, the
-    median of its layers', and a quantiser that no layer had the median of all: a single layer's relative error hangs
-    on a few rows of large outputs, which need not be among those that the prediction solved.
+    measured: each plan that ran with the relative error of every layer. All ways of one quantiser get one factor: the
+    median over its layers, and where fewer than FEW had it, the median over all layers. A single layer's relative error
+    hangs on a few rows of large outputs, which need not be among those that the prediction solved.
     """
     factors: dict[str, list[float]] = {}
     for plan, found in measured:
@@ -80,7 +81,8 @@ def corrected(
     usual = median([x for own in factors.values() for x in own]) if factors else 1.0
 
     def times(quant: str) -> float:
-        return median(factors[quant]) if quant in factors else usual
+        own = factors.get(quant, [])
+        return median(own) if len(own) >= FEW else usual
 
     return {layer: {way: x * times(way[0]) for way, x in ways.items()} for layer, ways in losses.items()}
 
@@ -258,11 +260,15 @@ def possible(recipe: Recipe, wish: Wish, source: Checkpoint, ran: Checkpoint | N
     earlier = replace(recipe, stages=before_gptq(recipe))
     options = recipe.stages[len(earlier.stages)][1]
     assert isinstance(options, Gptq)
+    if options.guidance:
+        raise PlanError("--budget predicts and corrects by errors of tokens that count alike; leave --guidance out")
     asked, options = options.quant, replace(options, layers="")
-    beside = replace(wish.beside, eora=(*wish.beside.eora, *(o for _, o in recipe.stages if isinstance(o, Eora))))
-    if "depth" in names:
-        beside = replace(beside, depth=None)
+    beside = replace(wish.beside, depth=None) if "depth" in names else wish.beside
     shape = ran.shape if ran else ([source.shape] + [step.shape for step in planned(earlier, source.shape)])[-1]
+    least = min(min(x.out_features, x.in_features) for block in shape.blocks for x in block.linears)
+    adapters = (o for _, o in recipe.stages if isinstance(o, Eora))
+    own = tuple(replace(o, rank=min(o.rank, least)) if o.rank == Eora.rank else o for o in adapters)
+    beside = replace(beside, eora=(*wish.beside.eora, *own))
     # Variants must meet the same bytes, also where these are bits for each parameter.
     budget = Budget.parse(wish.text, source.shape if wish.tried else shape, wish.file(ran or source))
     bits = (4, 8) if wish.embedding is None else (wish.embedding,)

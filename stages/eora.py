@@ -159,8 +159,9 @@ def fitted(error: Tensor, covariance: Tensor, options: Options, dtype: torch.dty
     """The adapter for error dW (out, in) on inputs with covariance X^T X (in, in), rounding included.
 
     Rounding can undo a correction that was tiny to begin with: the adapter is zero where it would not help, so
-    the objective is never above that without an adapter. options.shrinkage: the adapter is the best one on that much
-    of the covariance, which serves text unlike the calibration's better; chosen and told is by all of it.
+    the objective is never above that without an adapter. options.shrinkage: the adapter is the best one on the
+    covariance without that share of what lies off its diagonal, which serves text unlike the calibration's better.
+    Candidates are compared, and errors told, on the whole covariance.
     """
     believed = shrunk(covariance, options.shrinkage)
     B, A = compensate(error, believed, options.rank)

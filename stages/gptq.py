@@ -133,12 +133,12 @@ def cost(before: ModelShape, options: Options) -> Cost:
     if options.smooth:
         passed = w4a8.THRESHOLDS * w4a8.SEARCHED_TOKENS  # tokens
         walk = replace(walk, operations=walk.operations + passed * len(before.blocks) * block_weights(before))
-    if options.guidance:  # first, and by itself
+    if options.guidance:  # first, while the walk's own states wait
         first = backward_cost(before, options, linked)
         walk = replace(
             walk,
-            peak_memory_bytes=max(walk.peak_memory_bytes, first.peak_memory_bytes),
-            scratch_bytes=max(walk.scratch_bytes, first.scratch_bytes),
+            peak_memory_bytes=max(walk.peak_memory_bytes, first.peak_memory_bytes + states),
+            scratch_bytes=walk.scratch_bytes + first.scratch_bytes,
             operations=walk.operations + first.operations * first.slowdown / walk.slowdown,
         )
     if not high:
@@ -279,8 +279,8 @@ def run(
     chunks = calibration.chunks(tokens) if chosen.NEEDS != NOTHING else []
     by_head = options.embedding_codes == "gptq"
     walk = Walk(source, chunks, runtime, target.work, last_outputs=by_head, task=options.quant)
-    dense = DenseOutputs(source, chunks, runtime) if refined else None
     squares = token_squares(walk.skeleton, chunks, runtime) if options.guidance else {}
+    dense = DenseOutputs(source, chunks, runtime) if refined else None
     for block in walk:
         block.token_weights = {name: _weights(x, options.guidance) for name, x in squares.get(block.index, {}).items()}
         if (first := after.firsts[block.index]) < block.index:  # one set of codes for what is one block

@@ -147,8 +147,8 @@ def _step_bytes(before: ModelShape, options: Options) -> int:
 
     In bytes a token of a block with attention and a gated MLP, as autograd's hooks for saved tensors count them on
     Llama: norms in 32 bits, queries to outputs and what the activation multiplies 16 d + 6 inner, and of a layer's
-    adapter a copy of its input in 32 bits, another of what dropout leaves, and one number a rank. All weights trained
-    keep the inputs in 16 bits and the norms' instead.
+    adapter a copy of its input in 32 bits, another of what dropout leaves, and one number a rank. Where all
+    weights are trained, autograd keeps the layers' inputs in 16 bits and those of the norms' products instead.
     """
     count, inner = len(before.blocks), max(x.out_features for x in linears(before))
     # The loss of 16-bit logits: they, their logarithms, and two gradients in 32 bits.

@@ -456,6 +456,8 @@ class Gptq:
             raise PlanError(f"--guidance {self.guidance}: must be in [0, 1]")
         if self.guidance and not (self.quant in quantisers.METHODS and quantisers.method(self.quant).TUNES):
             raise PlanError(f"--guidance is for GPTQ's solver, which --quant {self.quant} does not use; leave it out")
+        if self.guidance and self.smooth:
+            raise PlanError("--guidance weighs tokens that --smooth looks at alike; leave one of them out")
 
     def _settle_embedding(self) -> None:
         """What the default of --embedding-codes means here; raises PlanError for what cannot be."""

@@ -51,7 +51,7 @@ def quantise(
 @dataclass
 class Solution(Coded):
     position: Tensor | None  # (out, in) float32: the compensated weight in codes, at most half a one away; high effort
-    error: float  # tr(dW H dW^T) / tr(W H W^T): relative squared error of the layer's output
+    error: float  # tr(dW H dW^T) / tr(W H W^T): relative squared error of the layer's output; as H weighs the tokens
     damping: float  # share of the mean diagonal that the factorisation needed
     float64: bool
 

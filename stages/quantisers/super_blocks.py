@@ -62,7 +62,7 @@ class Coded:
     form: SuperBlocks
     dtype: torch.dtype  # of the weights, as the file will state it
     position: Tensor | None  # (out, in) float32: the compensated weight in codes, at most half a one away; high effort
-    error: float  # tr(dW H dW^T) / tr(W H W^T)
+    error: float  # tr(dW H dW^T) / tr(W H W^T), as H weighs the tokens
     damping: float
     float64: bool
 

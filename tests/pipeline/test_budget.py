@@ -311,14 +311,17 @@ def test_rules_say_every_layers_way() -> None:
 @pytest.mark.unit
 def test_what_the_solver_left_corrects_the_prediction() -> None:
     a, b, c = ("gptq2-s", 32), ("gptq2-s", 64), ("gptq3-s", 32)
-    losses = {(i, "q"): {a: 8.0 + i, b: 9.0, c: 1.0, ("gptq4-s", 32): 0.5} for i in range(4)}
+    losses = {(i, "q"): {a: 8.0 + i, b: 9.0, c: 1.0, ("gptq4-s", 32): 0.5} for i in range(10)}
     errors = {layer: dict.fromkeys(ways, 0.4) for layer, ways in losses.items()}
-    plan = Plan({(0, "q"): a, (1, "q"): b, (2, "q"): a, (3, "q"): c}, 8, Gptq(), 0, 0.0)
-    left = {(0, "q"): 0.2, (1, "q"): 0.6, (2, "q"): 8.0, (3, "q"): 0.48}  # times 0.5, 1.5, 20 and 1.2
-    found = corrected(losses, errors, [(plan, left)])
-    for layer, ways in losses.items():  # a layer that is far off, the third, changes neither its own nor the others'
-        wanted = {a: 1.5, b: 1.5, c: 1.2, ("gptq4-s", 32): 1.35}
-        assert found[layer] == pytest.approx({way: x * wanted[way] for way, x in ways.items()})
+    ways = [a, b, a, b, a, a, b, a, a, c]
+    plan = Plan({(i, "q"): way for i, way in enumerate(ways)}, 8, Gptq(), 0, 0.0)
+    factors = [0.5, 1.5, 20.0, 1.5, 1.5, 1.7, 0.9, 1.5, 1.5, 40.0]
+    found = corrected(losses, errors, [(plan, {(i, "q"): 0.4 * x for i, x in enumerate(factors)})])
+    for layer, own in losses.items():  # neither a layer far off nor a quantiser of one layer steers by itself
+        assert found[layer] == pytest.approx({way: x * 1.5 for way, x in own.items()})
+    several = {layer: 0.4 * x for layer, x in zip(plan.layers, [2.0] * 9 + [1.0], strict=True)}
+    found = corrected(losses, errors, [(plan, several)])
+    assert found[0, "q"] == pytest.approx({a: 16.0, b: 18.0, c: 2.0, ("gptq4-s", 32): 1.0})
     assert corrected(losses, errors, []) == losses
 
 
@@ -553,6 +556,7 @@ def test_a_plan_with_an_adapter_is_compared_and_then_tuned(
         (("--budget-with", "wanda"), "there is no --budget; give one"),
         (("--budget-as", "gguf"), "there is no --budget; give one"),
         (("--budget", "90KB", "--eora", "48"), "the smallest quantised layer has rank 32"),
+        (("--budget", "90KB", "--guidance", "0.5"), "leave --guidance out"),
         (("--budget", "90KB", "--quant", "gptq4", "--recover", "qlora"), "leave out --homotopic and a --recover"),
         (("--budget", "90KB", "--plan"), "--plan cannot forecast what it chooses"),
         (("--budget", "90KB", "--budget-rounds", "0"), "at least one plan must be run"),

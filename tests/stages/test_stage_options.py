@@ -88,6 +88,7 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (Gptq, {"shrinkage": 0.2, "quant": "hqq4"}, "GPTQ's solver, which --quant hqq4 does not use"),
     (Gptq, {"guidance": 1.5}, "--guidance 1.5: must be in [0, 1]"),
     (Gptq, {"guidance": math.nan}, "--guidance nan"),
+    (Gptq, {"guidance": 0.5, "quant": "w4a8", "smooth": True}, "--guidance weighs tokens that --smooth looks at alike"),
     (Gptq, {"guidance": 0.5, "quant": "awq4"}, "GPTQ's solver, which --quant awq4 does not use"),
     (Gptq, {"group": -2}, "--group -2"),
     (Gptq, {"damping": 0.0}, "--damping 0.0"),
