@@ -13,20 +13,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, autograd, nn
 
-_kept: list[tuple[PackedLinear, Tensor]] = []  # the layer read last and its weight, within last_kept
-_keeping = False
+_kept: dict[PackedLinear, Tensor] | None = None  # within last_kept, the weight of the layer that was asked last
 
 
 @contextmanager
 def last_kept() -> Iterator[None]:
     """Keep the weight that was asked for last: peft asks each layer's a dozen times for its sides while it wraps it."""
-    global _keeping
-    _keeping = True
+    global _kept
+    _kept = {}
     try:
         yield
     finally:
-        _keeping = False
-        _kept.clear()
+        _kept = None
 
 
 class PackedLinear(nn.Linear):
@@ -39,12 +37,12 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        if _kept and _kept[0][0] is self:
-            return _kept[0][1]
-        weight = self.read()
-        if _keeping:
-            _kept[:] = [(self, weight)]
-        return weight
+        if _kept is None:
+            return self.read()
+        if self not in _kept:
+            _kept.clear()
+            _kept[self] = self.read()
+        return _kept[self]
 
     def forward(self, input: Tensor) -> Tensor:
         product: Tensor = _Product.apply(input, self)

@@ -89,6 +89,37 @@ def test_the_first_block_is_solved_on_weighed_tokens(
     assert sum(better) >= 6 and sum(worse) >= 6
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"quant": "gptq3", "effort": "high", "effort_steps": 2}),
+        ("qwen2", {"quant": "gptq3-s", "layers": "down_proj=gptq2-s/32; 0.q_proj=gptq4-s"}),
+        ("gemma3", {"quant": "gptq4", "quant_embeddings": 4}),
+    ],
+)
+def test_it_goes_with_the_solvers_other_options_and_families(
+    family: str,
+    options: dict[str, Any],
+    build: Callable[..., Checkpoint],
+    tokens: Callable[..., TokenBatches],
+    seal: Callable[..., Checkpoint],
+    tmp_path: Path,
+) -> None:
+    """Other codes than without, as many bytes, and a model that computes."""
+    source, text, made = build(family, blocks=2), tokens(6, seed=3), list[Checkpoint]()
+    for power in (0.0, 0.5):
+        writer = CheckpointWriter(tmp_path / f"{power}")
+        asked = Gptq(**options, group=32, guidance=power)
+        gptq.run(source, writer, text, asked, RUNTIME)
+        made.append(seal(writer, source))
+    assert made[0].facts()["file_bytes"] == made[1].facts()["file_bytes"]
+    for index, block in enumerate(source.shape.blocks):
+        plain, guided = (c.block(index) for c in made)
+        assert any(not torch.equal(plain[f"{x.name}.weight"], guided[f"{x.name}.weight"]) for x in block.linears)
+    logits = made[1].model()(input_ids=text.ids).logits
+    assert bool(torch.isfinite(logits).all())
+
+
 def test_a_stage_cut_short_goes_on_to_the_same_codes(
     build: Callable[..., Checkpoint], tokens: Callable[..., TokenBatches], tmp_path: Path
 ) -> None:
