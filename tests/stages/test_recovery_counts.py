@@ -111,7 +111,8 @@ def test_forecasts_know_the_method() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "targets", "dropout"), [("lora", "all", 0.0), ("lora", "all", 0.1), ("lora", "q_proj,v_proj", 0.0)]
+    ("method", "targets", "dropout"),
+    [("lora", "all", 0.0), ("lora", "all", 0.1), ("lora", "q_proj,v_proj", 0.0), ("ia3", "all", 0.0)],
 )
 def test_a_block_keeps_for_its_gradient_what_the_forecast_says(method: str, targets: str, dropout: float) -> None:
     """Against what autograd saves of a Llama with peft's adapters, each storage once."""
