@@ -269,6 +269,9 @@ def sample_text(
     choose among these tokens alone, and give their places in it. The logits of kept tokens do not depend on those that
     go, so this is what the trimmed model would write.
     """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
     model: Any = source.model(runtime.device, runtime.dtype)
     start = model.config.bos_token_id
     choice = torch.arange(source.shape.vocabulary) if kept is None else kept
@@ -279,16 +282,28 @@ def sample_text(
             ids = torch.full((_ROWS, 1), int((choice == int(start)).nonzero()))
         else:
             ids = torch.randint(choice.numel(), (_ROWS, 1), generator=generator)
-        cache, last = None, ids
-        for _ in range(length - 1):
+        cache, last = DynamicCache(config=model.config), ids
+        # A mask that hides nothing: under one, the queries that share a key are one product, four times as fast here.
+        masked = runtime.device.type == "cpu" and all(type(layer) is DynamicLayer for layer in cache.layers)
+        for seen in range(1, length):
+            mask = torch.zeros(1, 1, 1, seen, dtype=runtime.dtype) if masked else None
             with torch.no_grad():
-                output = model(input_ids=choice[last].to(runtime.device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            odds = output.logits[:, -1][:, choice].float().cpu().softmax(dim=-1)
-            last = torch.multinomial(odds, 1, generator=generator)
+                output = model(choice[last].to(runtime.device), mask, past_key_values=cache, use_cache=True)
+            logits = output.logits[:, -1] if kept is None else output.logits[:, -1][:, choice]
+            last = _drawn_from(logits.float().cpu(), generator)
             ids = torch.cat([ids, last], dim=1)
             runtime.progress.step()
         yield ids
+
+
+def _drawn_from(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A place (rows, 1) of each row of logits (rows, n), drawn with the odds of their softmax.
+
+    By the inverse of the distribution function: one random number a row, where torch.multinomial draws n.
+    """
+    reached = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    wanted = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * reached[:, -1:]
+    return torch.searchsorted(reached, wanted, right=True).clamp_(max=logits.shape[1] - 1)
 
 
 # --- the vocabulary stage's corpus ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from edgepress.checkpoints.errors import RecipeError, TextError
 from edgepress.checkpoints.families import PRESETS, shape_from_config
 from edgepress.checkpoints.runtime import Runtime, Silent
 from edgepress.checkpoints.writer import verify
-from edgepress.pipeline.calibration import Calibration
+from edgepress.pipeline.calibration import Calibration, sample_text
 from edgepress.pipeline.plan import plan, text_faults
 from edgepress.pipeline.recipe import build, shares_of, texts_of
 from edgepress.stages.options import Depth, Lora, Wanda
@@ -238,3 +238,23 @@ def test_a_file_with_a_plus_in_its_name_is_one_text(tmp_path: Path) -> None:
     path.write_text("words")
     assert texts_of(str(path)) == [str(path)]
     assert shares_of("a+b+c", 8) == {"a": 3, "b": 3, "c": 2} and shares_of("a+b", 1) == {"a": 1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_a_text_is_drawn_token_by_token_from_the_whole_models_odds(
+    family: str, tiny_model: Callable[..., Path]
+) -> None:
+    """Against the model without a cache, and the distribution function read at the generator's numbers."""
+    source, runtime = Checkpoint.open(tiny_model(family)), Runtime()
+    runtime = replace(runtime, dtype=torch.float32)
+    (written,) = sample_text(source, [0], 20, runtime)
+    model, generator = source.model(torch.device("cpu"), torch.float32), runtime.generator("self calibration 0")
+    for seen in range(1, 20):
+        with torch.no_grad():
+            odds = model(input_ids=written[:, :seen]).logits[:, -1].double().softmax(-1)
+        number = torch.rand(len(written), 1, dtype=torch.float64, generator=generator)
+        reached = odds.cumsum(-1)
+        drawn = written[:, seen : seen + 1]
+        before = reached.gather(1, drawn) - odds.gather(1, drawn)
+        # What lies within rounding of a border may fall to either side of it.
+        assert ((before - 1e-5 <= number) & (number <= reached.gather(1, drawn) + 1e-5)).all()
