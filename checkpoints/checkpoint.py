@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from edgepress.checkpoints.config import beyond_plain, hf_config, read_config
 from edgepress.checkpoints.errors import CheckpointError, require_unicode
+from edgepress.checkpoints.forms import Codebook
 from edgepress.checkpoints.headers import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -189,7 +191,15 @@ class Checkpoint:
     def packed_reader(
         self, index: int, x: LinearShape, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
     ) -> Callable[[], Tensor]:
-        """What dequantises a layer's stored tensors, by their kinds, whenever it is called."""
+        """What dequantises a layer's stored tensors, by their kinds, whenever it is called.
+
+        On a GPU bitsandbytes' kernels read nf4 where that package is installed; on a CPU they misread some widths.
+        """
+        if device.type == "cuda" and isinstance(x.grid, Codebook) and x.grid.foreign and find_spec("bitsandbytes"):
+            from edgepress.checkpoints.packing import by_kernels
+
+            read = by_kernels(stored, device)
+            return lambda: read().to(dtype)
         codes = {kind: tensor.to(device) for kind, tensor in stored.items()}
         return partial(self._read_packed, index, x, codes, device, dtype)
 

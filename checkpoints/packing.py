@@ -8,7 +8,7 @@ GPTQModel's own packing. Real zero points lie beside such codes as they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -197,6 +197,17 @@ def encode(weight: Tensor, codebook: Codebook, dtype: torch.dtype) -> dict[str, 
     stored = {name: tensor.cpu() for name, tensor in scales.items()}
     rows, columns = weight.shape
     return assemble(codes.view(rows, columns), stored, offset, codebook, dtype)
+
+
+def by_kernels(stored: Mapping[str, Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What dequantises a layer's stored nf4 tensors to (out, in) on `device` by bitsandbytes' kernels, which are to be
+    installed. The values and their precision are those of `decode` in the precision that the layer notes.
+    """
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    codes = stored["weight"].to(device)
+    state = QuantState.from_dict({name: tensor for name, tensor in stored.items() if name != "weight"}, device)
+    return lambda: dequantize_4bit(codes, state)
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:

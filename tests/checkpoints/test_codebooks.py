@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from edgepress.checkpoints.errors import CheckpointError
 from edgepress.checkpoints.forms import CODEBOOKS, Codebook
 from edgepress.checkpoints.packing import (
+    by_kernels,
     codes_of,
     decode,
     dynamic_map,
@@ -182,14 +182,6 @@ def test_codes_are_those_that_bitsandbytes_wrote() -> None:
 # --- against bitsandbytes ------------------------------------------------------------------------------------------
 
 
-def as_bitsandbytes_reads(stored: Mapping[str, Tensor]) -> Tensor:
-    import bitsandbytes.functional as bnb
-
-    stats = {kind: tensor for kind, tensor in stored.items() if kind != "weight"}
-    found: Tensor = bnb.dequantize_4bit(stored["weight"], bnb.QuantState.from_dict(stats, torch.device("cpu")))
-    return found
-
-
 def as_bitsandbytes_writes(weight: Tensor, nested: bool = True) -> dict[str, Tensor]:
     import bitsandbytes.functional as bnb
 
@@ -202,7 +194,7 @@ def as_bitsandbytes_writes(weight: Tensor, nested: bool = True) -> dict[str, Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_bitsandbytes_reads_the_same_weights_bit_for_bit(sides: tuple[int, int], dtype: torch.dtype) -> None:
     stored = encode(random(*sides).to(dtype), NF4, dtype)
-    assert torch.equal(as_bitsandbytes_reads(stored), decode(stored, NF4, *sides).to(dtype))
+    assert torch.equal(by_kernels(stored, torch.device("cpu"))(), decode(stored, NF4, *sides).to(dtype))
 
 
 @needs_bitsandbytes
@@ -211,7 +203,7 @@ def test_what_bitsandbytes_writes_is_read_bit_for_bit(sides: tuple[int, int]) ->
     for nested in (256, 0):
         stored = as_bitsandbytes_writes(random(*sides), bool(nested))
         book = Codebook("nf4", NF4.levels, nested=nested)
-        assert torch.equal(as_bitsandbytes_reads(stored), decode(stored, book, *sides))
+        assert torch.equal(by_kernels(stored, torch.device("cpu"))(), decode(stored, book, *sides))
 
 
 @needs_bitsandbytes

@@ -95,3 +95,14 @@ def test_the_whole_chain_gives_what_the_host_gives(source: Checkpoint, tmp_path:
     }
     assert [s.folder.name[0] for s in found["cuda"].stages] == ["1", "2", "3", "4", "5"]
     assert found["cuda"].perplexity == pytest.approx(found["cpu"].perplexity, rel=2e-2)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "nf4-thesis", "gptq4"])
+def test_packed_layers_are_read_as_on_the_host(quant: str, source: Checkpoint, tmp_path: Path) -> None:
+    """nf4 by bitsandbytes' kernels, where they are installed."""
+    found = run("gptq", source, Gptq(quant, **QUANT), HOST, tmp_path / "out")
+    (_, there), (_, host) = (found.packed_layers(0, device, torch.bfloat16) for device in (GPU, HOST))
+    assert set(there) == set(host) and there
+    for name, read in there.items():
+        assert read().device.type == "cuda" and read().dtype == torch.bfloat16
+        assert torch.equal(read().cpu(), host[name]()), name
