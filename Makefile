@@ -10,7 +10,7 @@ STORIES260K ?= ../shared/data/stories260K/stories260K.bin
 TINYSTORIES ?= ../shared/data/tinystories/tinystories.txt
 TINY := --depth 1 --protect-first 1 --protect-last 1 --pad-ffn 32 --wanda 1:8 --lora-targets all --lora-rank 16 \
 	--lora-dropout 0 --lora-length 256 --lora-samples 300 --lora-epochs 4 --quant gptq4 --group 32 --quant-embeddings 8 \
-	--eora 4 --eora-bits 8
+	--eora 4 --eora-bits 8 --eora-samples 64
 
 # Two workers, a thread each, take test files in this order: first those of the real models, which go on longest.
 IN_TURN := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20

@@ -556,7 +556,7 @@ class Eora:
     )
     against: str = option("parent", "--eora-against", "Error against the checkpoint before quantisation, or dense.")
     bits: int = option(8, "--eora-bits", "16, or 8 to round the adapter to packed 8-bit codes.")
-    samples: int = option(64, "--eora-samples", "Calibration windows.")
+    samples: int = option(32, "--eora-samples", "Calibration windows (the thesis: 64).")
     length: int = option(512, "--eora-length", "Tokens per calibration window.")
     shrinkage: float = option(
         -1.0, "--eora-shrinkage", "Share of X^T X off its diagonal left out, as in GPTQ; -1: 0.2.", True, 0.0
