@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from edgepress.checkpoints.checkpoint import Checkpoint
 from edgepress.checkpoints.errors import PlanError
@@ -474,6 +475,37 @@ def test_variants_are_every_choice_of_the_stages() -> None:
     assert found == [["vocabulary", "depth", "wanda", "gptq"], ["vocabulary", "depth", "gptq"],
                      ["depth", "wanda", "gptq"], ["depth", "gptq"]]  # fmt: skip
     assert variants(recipe, ()) == [recipe]
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(
+    ("family", "form", "bits"), [("qwen2", "packed", 5.5), ("gemma3_text", "packed", 5.5), ("qwen2", "gguf", 8.5)]
+)
+def test_other_architectures_have_the_predicted_bytes_and_load(
+    family: str, form: str, bits: float, tiny_model: Callable[..., Path], compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    seeing_all = {"use_sliding_window": False, "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
+    model = tiny_model(family, **(seeing_all if form == "gguf" else {}))
+    command = ("--quant", "q4_k" if form == "gguf" else "gptq4-s", "--budget", f"{bits}bits", "--budget-as", form)
+    chain = ("--skip", "depth,wanda,lora,eora", "--budget-rounds", "1", "-o", tmp_path / "out", "--json")
+    done = compress("run", model, *FLAGS, *command, *chain)
+    assert done.returncode == 0, done.stderr
+    budget = json.loads(done.stdout)["budget"]
+    (only,) = budget["rounds"]
+    result = Checkpoint.open(tmp_path / "out" / "result")
+    if form == "gguf":
+        size = module_of(FORMATS["gguf"]).write(result, Wanted(tmp_path / "model.gguf"), Runtime()).nbytes
+    else:
+        size = pack_checkpoint(result, tmp_path / "image").nbytes
+    assert only["predicted_bytes"] == only["bytes"] == size <= budget["budget_bytes"]
+    assert form == "gguf" or len({x.grid for block in result.shape.blocks for x in block.linears}) > 1
+    exported = compress("export", tmp_path / "out" / "result", "--to", "hf", "-o", tmp_path / "hf")
+    assert exported.returncode == 0, exported.stderr
+    ids = torch.randint(3, result.shape.vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        wanted = result.model("cpu", torch.float32)(input_ids=ids).logits
+        assert torch.allclose(theirs(input_ids=ids).logits, wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.pipeline
