@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,10 @@ class MaskProof:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise NumericsError naming the tensor if it holds NaN or infinity."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # What is NaN comes out of aminmax as both. It takes a twentieth of the time of looking at every value.
+    if all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
         return
     # In slices: on all of it at once, isfinite would allocate twice the tensor's size, an embedding's too.
     bad = sum(int((~torch.isfinite(part)).sum()) for part in torch.split(tensor.flatten(), 2**22))

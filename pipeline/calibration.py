@@ -269,9 +269,6 @@ def sample_text(
     choose among these tokens alone, and give their places in it. The logits of kept tokens do not depend on those that
     go, so this is what the trimmed model would write.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
     model: Any = source.model(runtime.device, runtime.dtype)
     start = model.config.bos_token_id
     choice = torch.arange(source.shape.vocabulary) if kept is None else kept
@@ -282,9 +279,9 @@ def sample_text(
             ids = torch.full((_ROWS, 1), int((choice == int(start)).nonzero()))
         else:
             ids = torch.randint(choice.numel(), (_ROWS, 1), generator=generator)
-        cache, last = DynamicCache(config=model.config), ids
+        (cache, plain), last = _cache(model.config, length), ids
         # A mask that hides nothing: under one, the queries that share a key are one product, four times as fast here.
-        masked = runtime.device.type == "cpu" and all(type(layer) is DynamicLayer for layer in cache.layers)
+        masked = plain and runtime.device.type == "cpu"
         for seen in range(1, length):
             mask = torch.zeros(1, 1, 1, seen, dtype=runtime.dtype) if masked else None
             with torch.no_grad():
@@ -294,6 +291,33 @@ def sample_text(
             ids = torch.cat([ids, last], dim=1)
             runtime.progress.step()
         yield ids
+
+
+def _cache(config: Any, length: int) -> tuple[Any, bool]:
+    """An empty cache of keys and values, and whether all of its layers see every token.
+
+    Such layers get room for `length` tokens at once: transformers' own grow by a copy of all at every token.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            seen = self.get_seq_length()
+            if not seen:
+                self.lazy_initialization(key_states, value_states)
+                self.room = [x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (key_states, value_states)]
+            end = seen + key_states.shape[2]
+            for room, new in zip(self.room, (key_states, value_states), strict=True):
+                room[:, :, seen:end] = new
+            self.keys, self.values = (room[:, :, :end] for room in self.room)
+            return self.keys, self.values
+
+    cache = DynamicCache(config=config)
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    if plain:
+        cache.layers = [Roomy() for _ in cache.layers]  # type: ignore[no-untyped-call]
+    return cache, plain
 
 
 def _drawn_from(logits: Tensor, generator: torch.Generator) -> Tensor:
