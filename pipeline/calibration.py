@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from edgepress.checkpoints.checkpoint import Checkpoint
 
 
-# Of text that the model writes itself: rows at once, as many as training reads of a mixture of two, since a step of 40
-# rows takes hardly longer than one of 16; and tokens of a row at least.
-_ROWS, _SHORTEST = 40, 128
+# Of text that the model writes itself: rows at once, as many as training reads of a mixture of two, since a step of 80
+# rows takes half as long again as one of 40; and tokens of a row at least.
+_ROWS, _SHORTEST = 80, 128
 Windowed = Depth | Wanda | Training | Gptq | Eora  # options of the stages that calibrate or train on windows
 
 

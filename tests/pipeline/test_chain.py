@@ -169,7 +169,7 @@ def test_text_the_model_writes_itself_is_sampled_once(tiny_llama: Path, run_reci
     assert torch.equal(torch.random.get_rng_state(), state)
     folder = tmp_path / "out" / "calibration"
     kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(kept) == 1  # 40 rows of 128 tokens
+    assert len(kept) == 1  # 80 rows of 128 tokens
     assert run_recipe(tmp_path / "out", tiny_llama, **options).computed == 0
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == kept
 
@@ -178,11 +178,11 @@ def test_more_windows_begin_with_the_text_of_fewer(tiny_llama: Path, tmp_path: P
     recipe = build(None, {"model": str(tiny_llama), "data": "self", "text": "embedded"})
     source = Checkpoint.open(tiny_llama)
     calibration = Calibration(recipe, source, tmp_path, Runtime())
-    sizes = [(3, 20), (42, 100), (2, 200)]
+    sizes = [(3, 20), (82, 100), (2, 200)]
     few, many, long = (calibration.windows("wanda", Wanda(samples=n, length=m)).ids for n, m in sizes)
-    assert few.shape == (3, 20) and many.shape == (42, 100) and long.shape == (2, 200)
+    assert few.shape == (3, 20) and many.shape == (82, 100) and long.shape == (2, 200)
     assert torch.equal(few, many[:3, :20]) and torch.equal(many[:2], long[:, :100])
-    assert len(many.unique(dim=0)) == 42  # no row of the second batch is one of the first
+    assert len(many.unique(dim=0)) == 82  # no row of the second batch is one of the first
     # what the model writes is what its own logits make likely: far likelier than tokens drawn at random
     model = source.model(torch.device("cpu"), torch.float32)
     with torch.no_grad():
