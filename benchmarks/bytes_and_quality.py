@@ -264,7 +264,13 @@ class Bench:
             first = folder if not steps else folder.with_name("quantised")
             gptq.run(self.source, CheckpointWriter(first), self.windows, Gptq(**options), self.runtime)
             if steps:
-                tune.run(Made(first, self.source), CheckpointWriter(folder), self.training, Tune(steps, micro_batch=4), self.runtime)
+                tune.run(
+                    Made(first, self.source),
+                    CheckpointWriter(folder),
+                    self.training,
+                    Tune(steps, micro_batch=4),
+                    self.runtime,
+                )
             return 0.0
         if name in LIBRARY:
             library(self.source, self.windows, folder, **LIBRARY[name])
