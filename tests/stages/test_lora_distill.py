@@ -153,7 +153,7 @@ def test_auto_streams_what_a_disk_can_take() -> None:
     assert shapes.teacher_kind(small, Lora()) == "none"
     assert shapes.teacher_kind(small, Lora(distill=0.5, teacher="held")) == "held"
     assert shapes.teacher_kind(large, Lora(distill=0.5, samples=8192)) == "held"
-    assert shapes.teacher_disk_bytes(small, Lora(distill=0.5)) == 2 * 80 * 512 * 576 * 2
+    assert shapes.teacher_disk_bytes(small, Lora(distill=0.5)) == 2 * 148 * 512 * 576 * 2
 
 
 def test_the_memory_forecast_follows_the_teacher() -> None:
