@@ -199,7 +199,7 @@ def _operations(before: ModelShape, options: Options) -> float:
 def remarks(shape: ModelShape, options: Options) -> Iterator[str]:
     """What a person may not expect of these options."""
     windows, seen = options.samples - options.held_out, options.total_steps * options.batch
-    if seen < windows:
+    if options.steps and seen < windows:
         yield (
             f"lora: {options.total_steps} steps of {options.batch} see only {seen} of {windows} training windows; "
             "--lora-steps 0 goes through all of them"

@@ -164,9 +164,10 @@ def test_what_is_skipped_and_what_it_is_called() -> None:
     assert [form(Gptq(quant=f"gptq{bits}"), False).bits for bits in (3, 4, 8)] == [3, 4, 8]
     assert Lora(steps=5).total_steps == 5
     assert Lora(epochs=1, samples=50, batch=8, held_out=2).total_steps == 6
-    assert Lora().total_steps == 18  # two passes over 76 windows
+    assert Lora().total_steps == 18  # one pass over 144 windows
     assert Lora(samples=8192, batch=8, epochs=1).total_steps == 1023  # the thesis, four windows held out
-    assert Lora(samples=8192).steps_over(100) == 24  # a text that has no more
+    assert Lora(samples=8192).steps_over(100) == 12  # a text that has no more
+    assert Lora(samples=8192, epochs=2).steps_over(100) == 24
 
 
 def test_every_field_has_a_flag_of_its_own_and_a_line_of_help() -> None:
