@@ -33,7 +33,7 @@ OPTIONS: dict[str, Any] = {
     **{"eora.rank": 2, "eora.samples": 2, "eora.length": 32},
     # These were defaults then.
     **{"lora.dropout": 0.1, "lora.targets": "q_proj,k_proj,v_proj,o_proj", "gptq.shrinkage": 0.0, "eora.bits": 16},
-    **{"eora.shrinkage": 0.0},
+    **{"eora.shrinkage": 0.0, "lora.epochs": 2},
 }
 # What is asked for besides, and the stage folders that a558005 has for it: their names end in a fingerprint's head,
 # and each fingerprint is of the one before with the stage's key, VERSION, options and calibration. Stages that leave an
