@@ -160,7 +160,7 @@ def test_fingerprints_from_before_there_was_a_choice_are_still_the_same() -> Non
         "length": 512, "batch": 8, "micro_batch": 2, "steps": 0, "epochs": 2, "learning_rate": 1e-3,
         "checkpointing": False, "save_steps": 6, "held_out": 4, "patience": 2, "distill": 0.0, "teacher": "auto",
     }  # fmt: skip
-    former = {"dropout": 0.1, "targets": "q_proj,k_proj,v_proj,o_proj"}
+    former = {"dropout": 0.1, "targets": "q_proj,k_proj,v_proj,o_proj", "samples": 80, "epochs": 2}
     assert decisive(Lora(**former)) == before
     assert decisive(Lora(**former, method="dora")) == before | {"method": "dora"}
     keys = {fingerprint("p", "lora", 1, decisive(Lora(method=m)), None, 0, "float32") for m in ("lora", "dora", "ia3")}
