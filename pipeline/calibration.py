@@ -285,7 +285,8 @@ def sample_text(
         for seen in range(1, length):
             mask = torch.zeros(1, 1, 1, seen, dtype=runtime.dtype) if masked else None
             with torch.no_grad():
-                output = model(choice[last].to(runtime.device), mask, past_key_values=cache, use_cache=True)
+                new = choice[last].to(runtime.device)
+                output = model(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True)
             logits = output.logits[:, -1] if kept is None else output.logits[:, -1][:, choice]
             last = _drawn_from(logits.float().cpu(), generator)
             ids = torch.cat([ids, last], dim=1)
@@ -296,7 +297,8 @@ def sample_text(
 def _cache(config: Any, length: int) -> tuple[Any, bool]:
     """An empty cache of keys and values, and whether all of its layers see every token.
 
-    Such layers get room for `length` tokens at once: transformers' own grow by a copy of all at every token.
+    Such layers get room for `length` tokens at once: transformers' own grow by a copy of all at every token, and those of
+    its StaticCache are attended to as far as there is room.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
