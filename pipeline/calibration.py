@@ -297,8 +297,8 @@ def sample_text(
 def _cache(config: Any, length: int) -> tuple[Any, bool]:
     """An empty cache of keys and values, and whether all of its layers see every token.
 
-    Such layers get room for `length` tokens at once: transformers' own grow by a copy of all at every token, and those of
-    its StaticCache are attended to as far as there is room.
+    Such layers get room for `length` tokens at once: transformers' own grow by a copy of all at every token, and those
+    of its StaticCache are attended to as far as there is room.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
